@@ -1,0 +1,57 @@
+"""Context parallelism for document-packed long-context fine-tuning with Hugging Face models.
+
+`import hf_flashcp` makes `attn_implementation="flashcp"` known to transformers. It imports neither torch nor
+transformers itself: planning in a data loader worker or on the command line stays light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._when_imported import when_imported
+
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "FlashCPCollator": ".data",
+    "FlashCPPlugin": ".integrations.plugin",
+    "FlashCPTrainer": ".integrations.trainer",
+    "FlashCPTrainerMixin": ".integrations.trainer",
+    "RankPlan": ".layout",
+    "ShardPlan": ".planning",
+    "attach": ".integrations.attach",
+    "errors": None,
+    "flashcp_attention": ".integrations.registration",
+    "plan_documents": ".planning",
+    "shard_inputs": ".layout",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from . import errors
+    from .data import FlashCPCollator
+    from .integrations.attach import attach
+    from .integrations.plugin import FlashCPPlugin
+    from .integrations.registration import flashcp_attention
+    from .integrations.trainer import FlashCPTrainer, FlashCPTrainerMixin
+    from .layout import RankPlan, shard_inputs
+    from .planning import ShardPlan, plan_documents
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if (module := _EXPORTS[name]) is None:
+        return importlib.import_module(f".{name}", __name__)
+    return getattr(importlib.import_module(module, __name__), name)
+
+
+def __dir__():
+    return [*globals(), *_EXPORTS]
+
+
+def _register():
+    importlib.import_module(".integrations.registration", __name__).register()
+
+
+when_imported("transformers.modeling_utils", _register)

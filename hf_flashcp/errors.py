@@ -1,0 +1,24 @@
+"""Errors raised for users. Each message says what was wrong, where, and what to change.
+
+Invariants of the library itself are `assert`s; everything a user can cause is one of these.
+"""
+
+
+class FlashCPError(ValueError):
+    """Base class of every error this library raises on purpose."""
+
+
+class PlanError(FlashCPError):
+    """Document lengths or a shard plan that cannot be used (empty document, not a partition, too few tokens)."""
+
+
+class BatchError(FlashCPError):
+    """A batch that cannot be packed or sharded (mismatched lengths, a mask that would be dropped, no plan)."""
+
+
+class ConfigurationError(FlashCPError):
+    """A parallelism set-up that does not fit (cp_size against processes, mesh, DeepSpeed, tensor parallelism)."""
+
+
+class UnsupportedModelError(FlashCPError):
+    """A model, or a feature of one, whose training under context parallelism would not be exact."""

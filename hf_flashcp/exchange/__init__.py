@@ -1,0 +1,6 @@
+"""Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
+
+from .kv_exchange import Transfer, send_grads_home, send_kv
+
+
+__all__ = ["Transfer", "send_grads_home", "send_kv"]

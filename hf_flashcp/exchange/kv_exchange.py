@@ -1,0 +1,52 @@
+"""The two collectives of a stage. K and V of a token travel together as one row (H_kv, D_k + D_v).
+
+Every rank of the group enters both, with zero splits where it has nothing to send or receive: a stage is known to
+all of them from the plan.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..layout import Stage
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Transfer:
+    """An all-to-all under way. Holds the sent buffer, which must live until the transfer is over."""
+
+    def __init__(self, sent: torch.Tensor, send_splits: list[int], recv_splits: list[int], group: ProcessGroup):
+        self._sent = sent
+        self._received = sent.new_empty((sum(recv_splits), *sent.shape[1:]))
+        self._work = dist.all_to_all_single(self._received, sent, recv_splits, send_splits, group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """(n_received, ...) rows, source rank after source rank."""
+        self._work.wait()
+        self._sent = None
+        return self._received
+
+
+def send_kv(key: torch.Tensor, value: torch.Tensor, stage: Stage, group: ProcessGroup) -> Transfer:
+    """Posts the KV rows that other ranks need.
+
+    Args:
+        key (`torch.Tensor`): (H_kv, T_r, D_k).
+        value (`torch.Tensor`): (H_kv, T_r, D_v).
+
+    Returns:
+        `Transfer`: of rows (n, H_kv, D_k + D_v).
+    """
+    rows = torch.cat((key.index_select(1, stage.send_rows), value.index_select(1, stage.send_rows)), dim=-1)
+    return Transfer(rows.transpose(0, 1).contiguous(), stage.send_splits, stage.recv_splits, group)
+
+
+def send_grads_home(grad: torch.Tensor, stage: Stage, group: ProcessGroup) -> Transfer:
+    """Posts the gradients (n_received, H_kv, D_k + D_v) of what `send_kv` received, in the order it was received."""
+    return Transfer(grad.contiguous(), stage.recv_splits, stage.send_splits, group)

@@ -1,0 +1,145 @@
+"""`attach`: hooks on a model that shard its batches, and what it checks before and at the first step."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from transformers import PreTrainedModel
+
+from ..errors import ConfigurationError, UnsupportedModelError
+from ..layout import RankPlan, shard_inputs
+from ..layout.batch import context_parallel_group
+from .model_support import check_model
+from .plugin import FlashCPPlugin
+from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
+
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def attach(
+    model: torch.nn.Module, accelerator_or_mesh: Accelerator | DeviceMesh | None, *, strategy: str | None = None
+) -> ContextParallelHandle:
+    """Makes `model(**batch)` run on this rank's part of a full packed batch.
+
+    From here on a forward in training mode, or with labels or a plan, shards its batch ([`shard_inputs`]), so a plain
+    training loop stays as it is. Forwards without them, `generate()` among them, run as they would without us. The
+    first sharded forward checks that every attention layer called us with the plan.
+
+    Args:
+        model (`torch.nn.Module`): a transformers model loaded with `attn_implementation="flashcp"`, bare or wrapped
+            (DDP, FSDP2, PEFT, torch.compile).
+        accelerator_or_mesh (`Accelerator` or `DeviceMesh`, *optional*): an Accelerator with a [`FlashCPPlugin`], or a
+            mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
+        strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`].
+
+    Returns:
+        `ContextParallelHandle`: with `.remove()` and the latest `.plan`. Attaching again replaces the earlier handle.
+
+    Raises:
+        UnsupportedModelError: the model's gradients would not be exact, and why.
+        ConfigurationError: the Accelerator or mesh does not fit.
+    """
+    inner = _transformers_model(model)
+    check_model(inner)
+    mesh = accelerator_or_mesh
+    if isinstance(accelerator_or_mesh, Accelerator):
+        mesh, strategy = _accelerator_mesh(accelerator_or_mesh, strategy)
+    context_parallel_group(mesh)
+    if earlier := _attached.get(inner):
+        earlier.remove()
+    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy)
+    return handle
+
+
+class ContextParallelHandle:
+    """What [`attach`] returns.
+
+    Attributes:
+        plan (`RankPlan`, *optional*): of the latest sharded forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh | None, strategy: str | None):
+        self.plan: RankPlan | None = None
+        self.mesh = mesh
+        self._strategy = strategy
+        self._checked = False
+        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off; the model behaves as before [`attach`]."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __deepcopy__(self, memo: dict) -> ContextParallelHandle:
+        return self  # process groups cannot be copied; a copied model stays attached through the same handle
+
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """[`shard_inputs`] with this handle's mesh and strategy."""
+        return shard_inputs(batch, self.mesh, strategy=self._strategy)
+
+    def _before_forward(self, model, args, kwargs):
+        batch = {**dict(zip(self._parameters, args)), **kwargs}
+        if batch.get("flashcp_plan") is None:
+            with_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+            if batch.get("past_key_values") is not None or not (model.training or with_labels):
+                return None
+        batch = self.shard(batch)
+        self.plan = batch["flashcp_plan"]
+        enter_sharded_forward(model, self.plan)
+        return (), batch
+
+    def _after_forward(self, model, args, output):
+        forward = current_sharded_forward()
+        if forward is None or forward.model is not model:
+            return
+        leave_sharded_forward()
+        if output is not None and not self._checked:  # None: the forward raised
+            expected = model.config.get_text_config().num_hidden_layers
+            if len(forward.attention_modules) != expected:
+                raise UnsupportedModelError(
+                    f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with "
+                    f"the batch's plan, but its config has {expected} layers. The others attended to this rank's "
+                    "tokens only, or did not attend at all: the gradients would be wrong. This model cannot be "
+                    "trained with context parallelism."
+                )
+            self._checked = True
+
+
+_attached: WeakKeyDictionary[PreTrainedModel, ContextParallelHandle] = WeakKeyDictionary()
+
+
+def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is not a transformers model: load one with "
+            'AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcp").'
+        )
+    return inner
+
+
+def _accelerator_mesh(accelerator: Accelerator, strategy: str | None):
+    config = accelerator.parallelism_config
+    if config is not None and not isinstance(config, FlashCPPlugin):
+        raise ConfigurationError(
+            f"The Accelerator has a {type(config).__name__}. Give it "
+            "parallelism_config=FlashCPPlugin(cp_size=...) instead."
+        )
+    if config is None or config.cp_size == 1:
+        mesh = None
+    else:
+        mesh = accelerator.torch_device_mesh
+    return mesh, strategy or getattr(config, "strategy", None)

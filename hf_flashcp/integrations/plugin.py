@@ -1,0 +1,118 @@
+"""`FlashCPPlugin`: an accelerate `ParallelismConfig` whose context parallelism is ours."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from ..errors import ConfigurationError
+from ..planning import STRATEGIES
+
+
+BACKEND = "flashcp"
+
+
+@dataclass(repr=False)
+class FlashCPPlugin(ParallelismConfig):
+    """Tells accelerate that groups of `cp_size` processes share a batch.
+
+    Accelerate's own `cp_enabled` stays False: it would strip masks, demand sdpa attention and FSDP2, and make every
+    layer fully causal. Data loading, the device mesh and the loss count see `cp_size` and the mesh dimension "cp".
+
+    Args:
+        cp_size (`int`, *optional*): processes that share a batch; defaults to `PARALLELISM_CONFIG_CP_SIZE`, which
+            `accelerate launch` exports from a config file with `parallelism_config_cp_backend: flashcp`, else 1.
+        dp_replicate_size (`int`, *optional*), dp_shard_size (`int`, *optional*): data parallelism. With neither
+            given, the processes that cp_size leaves shard the model under FSDP2 and replicate it under DDP.
+        strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`.
+
+    Raises:
+        ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
+            DeepSpeed or FSDP1 beside it.
+    """
+
+    strategy: str | None = None
+
+    def __post_init__(self):
+        if self.cp_backend is None:
+            self.cp_backend = os.environ.get("PARALLELISM_CONFIG_CP_BACKEND", BACKEND)
+        if self.cp_backend not in (BACKEND, "torch"):
+            raise ConfigurationError(f'cp_backend is "{self.cp_backend}"; FlashCPPlugin is the backend "{BACKEND}".')
+        if self.cp_handler is not None:
+            raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism: leave it out.")
+        if self.strategy is None:
+            self.strategy = os.environ.get("FLASHCP_STRATEGY")
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise ConfigurationError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+        cp_size = self.cp_size
+        if cp_size is None:
+            cp_size = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
+        if not isinstance(cp_size, int) or cp_size < 1:
+            raise ConfigurationError(f"cp_size must be a positive integer, got {cp_size!r}.")
+        # The base class knows only its own backend and its restrictions: it validates the rest with cp_size 1.
+        self.cp_size, self.cp_backend = 1, "torch"
+        super().__post_init__()
+        self.cp_backend = BACKEND
+        self._set_size("cp", cp_size)
+        for size, what in ((self.tp_size, "tp_size"), (self.sp_size, "sp_size")):
+            if size > 1:
+                raise ConfigurationError(f"{what} is {size}: flashcp does not combine with it. Set {what} to 1.")
+
+    @property
+    def cp_enabled(self) -> bool:
+        """False: accelerate's own context parallelism stays out of the way."""
+        return False
+
+    @property
+    def non_dp_dim_names(self):
+        return super().non_dp_dim_names + self._cp_dim_names
+
+    @property
+    def dp_shard_cp_dim_names(self):
+        return super().dp_shard_cp_dim_names + self._cp_dim_names
+
+    @property
+    def dp_cp_dim_names(self):
+        return super().dp_cp_dim_names + self._cp_dim_names
+
+    @property
+    def _cp_dim_names(self) -> list[str]:
+        return ["cp"] if self.cp_size > 1 else []
+
+    def build_device_mesh(self, device_type: str):
+        self._fit_processes(PartialState().num_processes)
+        return super().build_device_mesh(device_type)
+
+    def _fit_processes(self, num_processes: int) -> None:
+        if num_processes % self.cp_size:
+            raise ConfigurationError(
+                f"cp_size {self.cp_size} does not divide the {num_processes} processes. Launch a multiple of cp_size "
+                "processes (accelerate launch --num_processes N; `--cpu` alone starts only one, see docs/launch.md)."
+            )
+        left = num_processes // self.cp_size
+        if self.data_parallel_size == 1 and left > 1:
+            state = AcceleratorState if AcceleratorState._shared_state else PartialState
+            sharded = state().distributed_type == DistributedType.FSDP
+            self._set_size("dp_shard" if sharded else "dp_replicate", left)
+        if self.data_parallel_size != left:
+            raise ConfigurationError(
+                f"dp_replicate_size {self.dp_replicate_size} x dp_shard_size {self.dp_shard_size} x cp_size "
+                f"{self.cp_size} is not the {num_processes} processes launched. Leave the data parallel sizes out, or "
+                f"make their product {left}."
+            )
+
+    def _validate_accelerator(self, accelerator) -> None:
+        # Replaces the base class's checks, which reject DDP beside cp_size > 1 and FSDP2 over "cp" alone.
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
+        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise ConfigurationError("flashcp does not run under FSDP1. Set fsdp_version: 2.")
+        if accelerator.distributed_type == DistributedType.MULTI_GPU and self.dp_shard_size > 1:
+            raise ConfigurationError(
+                f"dp_shard_size is {self.dp_shard_size}, but nothing is sharded under DDP. Launch with FSDP2, or use "
+                "dp_replicate_size."
+            )

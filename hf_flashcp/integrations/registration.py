@@ -1,0 +1,215 @@
+"""`attn_implementation="flashcp"`: the attention function, its mask function, and the name.
+
+transformers takes every attention name that contains "flash" for a FlashAttention kernel (utils/generic.py,
+`is_flash_attention_requested`): it demands a package, prepares other masks, and sends vision towers down a path that
+we do not serve. That test is imported by name into over a hundred model files, so instead of changing it we never let
+it see the name: where a user's choice enters, "flashcp" becomes `INTERNAL_NAME`, which is registered and may be used
+directly too.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import document_attention
+from ..errors import BatchError, UnsupportedModelError
+from ..layout import RankPlan
+from ..planning import ShardPlan
+from .sharded_forward import current_sharded_forward
+
+
+NAME = "flashcp"
+INTERNAL_NAME = "document_cp"
+
+
+def flashcp_attention(
+    module: torch.nn.Module | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    flashcp_plan: RankPlan | ShardPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document of a packed batch whose tokens are spread over ranks.
+
+    Args:
+        module (`torch.nn.Module`, *optional*): the attention layer that calls.
+        query (`torch.Tensor`): (1, H_q, T_r, D_k), this rank's tokens.
+        key (`torch.Tensor`): (1, H_kv, T_r, D_k).
+        value (`torch.Tensor`): (1, H_kv, T_r, D_v).
+        attention_mask (`torch.Tensor`, *optional*): refused together with a plan.
+        scaling (`float`, *optional*): of the scores, defaults to D_k ** -0.5.
+        dropout (`float`, *optional*, defaults to 0.0): refused together with a plan.
+        flashcp_plan (`RankPlan`, *optional*): from [`shard_inputs`]. An unbound [`ShardPlan`] is taken if its cp_size
+            is 1. Without a plan the call is transformers' sdpa attention, or the model's own eager one where sdpa
+            cannot do what it asks for (softcap, sinks).
+
+    Returns:
+        `tuple`: output (1, T_r, H_q, D_v), and `None` for the attention weights.
+
+    Raises:
+        BatchError: an unbound plan, tensors that do not fit it, a mask, or a causal call without a plan inside a
+            sharded forward.
+        UnsupportedModelError: something the layer asks for that would not be exact.
+    """
+    if flashcp_plan is None:
+        return _attention_without_plan(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    plan = _bound(flashcp_plan)
+    _refuse_what_is_not_exact(module, plan, dropout, kwargs)
+    if attention_mask is not None:
+        raise BatchError(
+            f"{_name(module)} got an attention_mask of shape {tuple(attention_mask.shape)} together with a plan, "
+            "which already says what attends to what. Call hf_flashcp.attach(model, accelerator) before training, and pass "
+            "no mask; a model that builds masks of its own cannot be sharded."
+        )
+    num_tokens = plan.layout.num_tokens
+    if query.shape[0] != 1 or query.shape[2] != num_tokens or key.shape[2] != num_tokens:
+        raise BatchError(
+            f"{_name(module)} got queries {tuple(query.shape)} and keys {tuple(key.shape)}, but the plan gives rank "
+            f"{plan.rank} one row of {num_tokens} tokens. Shard the batch with shard_inputs, and do not train with a "
+            "key-value cache or prompt tokens."
+        )
+    if forward := current_sharded_forward():
+        forward.attention_modules.add(id(module))
+    query, key, value = _same_dtype(query, key, value)
+    out = document_attention(query[0], key[0], value[0], plan, scale=scaling)
+    return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _bound(plan: RankPlan | ShardPlan) -> RankPlan:
+    if isinstance(plan, RankPlan):
+        return plan
+    if isinstance(plan, ShardPlan) and plan.cp_size == 1:
+        return RankPlan(plan)
+    raise BatchError(
+        f"flashcp_plan is {plan!r}, which is not bound to a rank: the batch has not been sharded. Call "
+        "hf_flashcp.attach(model, accelerator) (FlashCPTrainer does), or shard_inputs(batch, mesh) on every batch."
+    )
+
+
+def _refuse_what_is_not_exact(module, plan: RankPlan, dropout: float, kwargs: dict[str, Any]) -> None:
+    reasons = {
+        "attention dropout": dropout,
+        "is_causal=False": not _is_causal(module, kwargs),
+        "logit softcapping": kwargs.get("softcap") is not None,
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "a position bias": kwargs.get("position_bias") is not None,
+    }
+    window = kwargs.get("sliding_window")
+    longest = plan.layout.longest_document
+    if window is not None and window < longest:
+        reasons[f"a sliding window of {window} tokens, shorter than the longest document ({longest}),"] = True
+    for what, asked in reasons.items():
+        if asked:
+            raise UnsupportedModelError(
+                f"{_name(module)} asks for {what} which context parallelism with flashcp does not compute. Train this "
+                'model with attn_implementation="sdpa" or "eager" and cp_size 1'
+                + (", or set attention_dropout to 0 in its config." if what == "attention dropout" else ".")
+            )
+
+
+def _is_causal(module, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
+    return is_causal if is_causal is not None else getattr(module, "is_causal", True)
+
+
+def _name(module: torch.nn.Module | None) -> str:
+    if module is None:
+        return "flashcp_attention"
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ + (f" (layer {layer})" if layer is not None else "")
+
+
+def _same_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast RoPE can leave queries and keys in fp32 beside bf16 values: cast as autocast casts for sdpa."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+    return tensors
+
+
+def _attention_without_plan(module, query, key, value, attention_mask, scaling, dropout, kwargs):
+    if current_sharded_forward() is not None and _is_causal(module, kwargs):
+        raise UnsupportedModelError(
+            f"{_name(module)} was called without flashcp_plan inside a sharded forward: the model does not hand the "
+            "keyword arguments of its forward on to its attention layers, so they would attend to this rank's "
+            "tokens only. It cannot be trained with context parallelism."
+        )
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        mask = _additive_mask(attention_mask, query, key, _is_causal(module, kwargs))
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if module is None and query.shape[1] != key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, is_causal: bool):
+    """The eager functions' mask for what sdpa's mask function gave: `None` means plainly causal, or one query."""
+    if mask is None:
+        q_len, kv_len = query.shape[2], key.shape[2]
+        if not is_causal or q_len == 1:
+            return None
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
+
+
+def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise."""
+    forward = current_sharded_forward()
+    q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
+    if forward is not None and q_length == forward.plan.layout.num_tokens:
+        return None
+    return sdpa_mask(*args, **kwargs)
+
+
+def _internal_name(implementation: Any) -> Any:
+    """Replaces "flashcp" in a name or a (nested) dict of names for sub-configs."""
+    if isinstance(implementation, dict):
+        return {key: _internal_name(value) for key, value in implementation.items()}
+    return INTERNAL_NAME if implementation == NAME else implementation
+
+
+def register() -> None:
+    """Makes the name known to transformers. Called on `import hf_flashcp`; calling it again changes nothing."""
+    ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_mask)
+    # The two doors through which a user's choice enters: `from_pretrained(attn_implementation=...)`, `from_config` and
+    # config classes set this property (configuration_utils.py), `set_attn_implementation` does not.
+    names = PreTrainedConfig._attn_implementation
+    if not getattr(names.fset, "_flashcp", False):
+
+        @functools.wraps(names.fset)
+        def set_name(config, value):
+            names.fset(config, _internal_name(value))
+
+        set_name._flashcp = True
+        PreTrainedConfig._attn_implementation = property(names.fget, set_name, names.fdel, names.__doc__)
+
+    set_on_model = PreTrainedModel.set_attn_implementation
+    if not getattr(set_on_model, "_flashcp", False):
+
+        @functools.wraps(set_on_model)
+        def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+            return set_on_model(self, _internal_name(attn_implementation), *args, **kwargs)
+
+        set_attn_implementation._flashcp = True
+        PreTrainedModel.set_attn_implementation = set_attn_implementation

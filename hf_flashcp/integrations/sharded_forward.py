@@ -1,0 +1,37 @@
+"""Whether this thread is inside the forward of a model whose batch has been sharded.
+
+Mask functions have no other way to know. Attention layers get the plan itself, as a keyword argument, which also
+reaches the recomputation of a checkpointed layer, on whatever thread that runs.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+import torch
+
+from ..layout import RankPlan
+
+
+class ShardedForward:
+    """One forward of an attached model: its plan and the attention modules that called us with it."""
+
+    def __init__(self, model: torch.nn.Module, plan: RankPlan):
+        self.model = model
+        self.plan = plan
+        self.attention_modules: set[int] = set()
+
+
+_current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forward", default=None)
+
+
+def current_sharded_forward() -> ShardedForward | None:
+    return _current.get()
+
+
+def enter_sharded_forward(model: torch.nn.Module, plan: RankPlan) -> None:
+    _current.set(ShardedForward(model, plan))
+
+
+def leave_sharded_forward() -> None:
+    _current.set(None)

@@ -1,0 +1,144 @@
+"""`FlashCPTrainerMixin` and `FlashCPTrainer`: Trainer under context parallelism, counters and losses right."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+
+from ..data import FlashCPCollator
+from ..errors import ConfigurationError
+from ..layout.batch import context_parallel_group
+from ..planning import ShardPlan
+from .attach import attach
+from .plugin import FlashCPPlugin
+
+
+class PlanMetrics:
+    """Means over the packs that have been trained on: KV moved against all-gather, token and pair imbalance."""
+
+    def __init__(self):
+        self._packs = 0
+        self._sums = {"kv_total": 0, "kv_all_gather": 0, "token_imbalance": 0.0, "pair_imbalance": 0.0}
+
+    def add(self, plan: ShardPlan) -> None:
+        report = plan.report()
+        self._packs += 1
+        for key in self._sums:
+            self._sums[key] += report[key]
+
+    def means(self) -> dict[str, float]:
+        """`flashcp_kv_fraction`, `flashcp_token_imbalance`, `flashcp_pair_imbalance`; empty before the first pack."""
+        if not self._packs:
+            return {}
+        return {
+            "flashcp_kv_fraction": self._sums["kv_total"] / max(self._sums["kv_all_gather"], 1),
+            "flashcp_token_imbalance": self._sums["token_imbalance"] / self._packs,
+            "flashcp_pair_imbalance": self._sums["pair_imbalance"] / self._packs,
+        }
+
+
+class FlashCPTrainerMixin:
+    """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
+
+    Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
+    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go to
+    whatever the trainer reports to.
+
+    Raises:
+        ConfigurationError: another parallelism_config, DeepSpeed, or an option that would see full labels beside
+            this rank's logits (label smoothing, compute_loss_func, compute_metrics).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._refuse_options()
+        self.flashcp = attach(self.model, self.accelerator)
+        self.plan_metrics = PlanMetrics()
+        self._interval_metrics = PlanMetrics()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        config = self.args.parallelism_config
+        if config is None:
+            self.args.parallelism_config = FlashCPPlugin()
+        elif not isinstance(config, FlashCPPlugin):
+            raise ConfigurationError(
+                f"parallelism_config is a {type(config).__name__}. Use FlashCPPlugin(cp_size={config.cp_size})."
+            )
+        if self.args.deepspeed is not None:
+            raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
+        if self.args.accelerator_config.dispatch_batches is None:
+            # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
+            self.args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
+    def _refuse_options(self) -> None:
+        if self.get_cp_size() == 1:
+            return
+        refused = {
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+            "compute_metrics": self.compute_metrics,
+        }
+        for option, value in refused.items():
+            if value:
+                raise ConfigurationError(
+                    f"{option} needs whole documents, but under context parallelism each rank has the logits of its "
+                    "own tokens only. Leave it out, or evaluate with cp_size 1."
+                )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "seq_lengths" not in self._signature_columns:
+            self._signature_columns.append("seq_lengths")
+
+    def _prepare_context_parallel_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
+        inputs = self.flashcp.shard(self._prepare_inputs(inputs))
+        if model.training:
+            self.plan_metrics.add(inputs["flashcp_plan"].plan)
+            self._interval_metrics.add(inputs["flashcp_plan"].plan)
+        return contextlib.nullcontext, inputs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self._interval_metrics.means())
+            self._interval_metrics = PlanMetrics()
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.get_cp_size() > 1 and not prediction_loss_only:
+            raise ConfigurationError(
+                "Predictions need whole documents, but under context parallelism each rank has the logits of its own "
+                "tokens only. Evaluate the loss only (prediction_loss_only=True), or predict with cp_size 1."
+            )
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        group, _, cp_size = context_parallel_group(self.flashcp.mesh)
+        if loss is not None and cp_size > 1:
+            dist.all_reduce(loss, group=group)
+            loss /= cp_size
+        return loss, logits, labels
+
+    # Trainer adds these up over all processes, but cp_size of them work on the same batch.
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_cp_size()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        return super().floating_point_ops(inputs) / self.get_cp_size()
+
+
+class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
+    """`transformers.Trainer` with context parallelism. Without a `data_collator` it uses [`FlashCPCollator`]."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if kwargs.get("data_collator") is None and len(args) < 3:
+            self.data_collator = FlashCPCollator(self.get_cp_size(), strategy=self.args.parallelism_config.strategy)

@@ -1,0 +1,43 @@
+"""`RankPlan`: a plan bound to a rank and its process group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from ..planning import ShardPlan
+from .rank_layout import RankLayout
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RankPlan:
+    """What attention layers get as `flashcp_plan`: plan, rank, process group, and the layout built from them.
+
+    A plain class, like [`ShardPlan`], so that wrappers which rebuild containers leave it alone.
+
+    Args:
+        plan (`ShardPlan`): the plan of the batch, equal on every rank of the group.
+        rank (`int`, *optional*, defaults to 0): rank within the group.
+        group (`ProcessGroup`, *optional*): the context-parallel group; not needed when cp_size is 1.
+
+    Raises:
+        ConfigurationError: group and plan differ in size.
+    """
+
+    def __init__(self, plan: ShardPlan, rank: int = 0, group: ProcessGroup | None = None):
+        size = group.size() if group is not None else 1
+        if size != plan.cp_size:
+            raise ConfigurationError(
+                f"The plan is for cp_size {plan.cp_size}, but the context-parallel group has {size} ranks. "
+                "Give the collator and the plugin (or mesh) the same cp_size."
+            )
+        self.plan = plan
+        self.rank = rank
+        self.group = group
+        self.layout = RankLayout(plan, rank)
+
+    def __repr__(self) -> str:
+        return f"RankPlan(rank={self.rank}, {self.plan})"

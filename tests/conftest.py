@@ -1,0 +1,21 @@
+import os
+
+import hypothesis
+import pytest
+
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("FLASHCP_TEST_DEVICES", ""))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    from tests.pool import WorkerPool
+
+    workers = WorkerPool()
+    yield workers
+    workers.close()

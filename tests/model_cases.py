@@ -1,0 +1,70 @@
+"""What workers run for the whole-model tests."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_flashcp import FlashCPCollator, attach, shard_inputs
+from tests.models import (
+    build_model,
+    exact_loss_sum,
+    gradients,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+    target_count,
+)
+
+
+def cp_mesh():
+    size = dist.get_world_size()
+    return init_device_mesh("cpu", (size,), mesh_dim_names=("cp",)) if size > 1 else None
+
+
+def sum_gradients(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad and dist.get_world_size() > 1:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def model_errors(
+    family, lengths, strategy, *, dtype=torch.float64, prompt=0.0, overrides=None, frozen=(), checkpointing=None
+):
+    """Largest gradient error and loss error, through a loss in the model's dtype and through its own fp32 loss."""
+    features = make_documents(lengths, prompt=prompt)
+    reference = build_model(family, "sdpa", torch.float64, **(overrides or {}))
+    model = build_model(family, "flashcp", dtype, **(overrides or {}))
+    for each in (reference, model):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.train()
+    cp_size = dist.get_world_size()
+    attach(model, cp_mesh())
+    batch = FlashCPCollator(cp_size, strategy=strategy)(features)
+
+    expected_loss, expected = per_document_gradients(reference, features)
+    # Only this rank's targets are left in the batch that the model sees; its logits are local.
+    shard = shard_inputs(batch, cp_mesh())
+    logits = model(**{key: value for key, value in shard.items() if "labels" not in key}).logits
+    loss = exact_loss_sum(logits, shard["shift_labels"]) / target_count(features)
+    loss.backward()
+    sum_gradients(model)
+    errors = [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
+
+    model.zero_grad()
+    expected_loss, expected = per_document_gradients(reference, features, own_loss=True)
+    loss = model(**batch).loss / cp_size
+    loss.backward()
+    sum_gradients(model)
+    return errors + [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
+
+
+def _total(loss):
+    total = loss.detach().double()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return float(total)

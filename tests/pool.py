@@ -1,0 +1,155 @@
+"""A persistent pool of gloo workers, so that hundreds of multi-process cases share one start-up.
+
+`pool.run(world_size, function, *args)` calls `function(*args)` in that many processes with torch.distributed ready.
+The function must be importable (module level). A dead or stuck worker fails the call with the tail of its stderr.
+"""
+
+import datetime
+import faulthandler
+import itertools
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+
+TIMEOUT = 120
+
+
+class WorkerFailure(AssertionError):
+    """One or more workers raised, died or did not answer; `errors` has each rank's exception or None."""
+
+    def __init__(self, message, errors):
+        super().__init__(message)
+        self.errors = errors
+
+
+class WorkerPool:
+    def __init__(self):
+        self._directory = Path(tempfile.mkdtemp(prefix="flashcp-pool-"))
+        self._worlds = itertools.count()
+        self._world = None
+        self._workers = []
+
+    def run(self, world_size, function, *args, timeout=TIMEOUT):
+        """Results by rank; raises `WorkerFailure` if any rank fails."""
+        outcomes = self.outcomes(world_size, function, *args, timeout=timeout)
+        failed = [rank for rank, (ok, *_) in enumerate(outcomes) if not ok]
+        if failed:
+            text = "\n".join(f"--- rank {rank} of {world_size}\n{outcomes[rank][2]}" for rank in failed)
+            raise WorkerFailure(text, [None if ok else value for ok, value, *_ in outcomes])
+        return [value for _, value, *_ in outcomes]
+
+    def errors(self, world_size, function, *args, timeout=TIMEOUT):
+        """The exception that each rank raised (None where it returned)."""
+        return [None if ok else value for ok, value, *_ in self.outcomes(world_size, function, *args, timeout=timeout)]
+
+    def outcomes(self, world_size, function, *args, timeout=TIMEOUT):
+        while len(self._workers) < world_size:
+            self._start_worker(len(self._workers))
+        if self._world is None or self._world[0] != world_size:
+            self._world = (world_size, str(self._directory / f"world-{next(self._worlds)}"))
+        message = pickle.dumps((self._world, function, args))
+        for _, connection, _ in self._workers[:world_size]:
+            connection.send_bytes(message)
+        deadline = time.monotonic() + timeout
+        outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
+        if any(kind == "lost" for *_, kind in outcomes):
+            self.close()
+        elif not all(ok for ok, *_ in outcomes):
+            self._world = None  # a failed rank may have left the others' collectives half done
+        return [outcome[:3] for outcome in outcomes]
+
+    def close(self):
+        for process, connection, _ in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers, self._world = [], None
+
+    def _start_worker(self, rank):
+        context = multiprocessing.get_context("spawn")
+        connection, child = context.Pipe()
+        log = self._directory / f"worker-{rank}.log"
+        process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=True)
+        process.start()
+        child.close()
+        self._workers.append((process, connection, log))
+
+    def _receive(self, rank, deadline):
+        process, connection, log = self._workers[rank]
+        try:
+            if connection.poll(max(deadline - time.monotonic(), 0)):
+                return (*pickle.loads(connection.recv_bytes()), "answered")
+            reason = "did not answer in time"
+        except EOFError:
+            process.join(5)
+            reason = f"died with exit code {process.exitcode}"
+        tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+        text = f"worker {rank} {reason}; the end of its output:\n{tail}"
+        return False, RuntimeError(text), text, "lost"
+
+
+def _worker_main(rank, connection, log):
+    stream = open(log, "w", buffering=1)
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.stdout = sys.stderr = stream
+    faulthandler.enable()
+
+    import torch
+
+    torch.set_num_threads(1)
+    current = None
+    while True:
+        try:
+            world, function, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if world != current:
+                current = None
+                _join_world(rank, *world)
+                current = world
+            outcome = (True, function(*args), None)
+            message = pickle.dumps(outcome)
+        except BaseException as error:
+            message = _failure(error)
+        connection.send_bytes(message)
+
+
+def _failure(error):
+    text = traceback.format_exc()
+    try:
+        message = pickle.dumps((False, error, text))
+        pickle.loads(message)
+        return message
+    except Exception:
+        return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+def _join_world(rank, world_size, path):
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        ACCELERATE_USE_CPU="true",
+    )
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
