@@ -29,16 +29,33 @@ def sum_gradients(model):
             dist.all_reduce(parameter.grad)
 
 
+def model_errors_with(family, lengths, strategy, options):
+    return model_errors(family, lengths, strategy, **options)
+
+
 def model_errors(
-    family, lengths, strategy, *, dtype=torch.float64, prompt=0.0, overrides=None, frozen=(), checkpointing=None
+    family,
+    lengths,
+    strategy,
+    *,
+    dtype="float64",
+    prompt=0.0,
+    overrides=None,
+    frozen=(),
+    checkpointing=None,
+    lora=None,
+    features=None,
 ):
-    """Largest gradient error and loss error, through a loss in the model's dtype and through its own fp32 loss."""
-    features = make_documents(lengths, prompt=prompt)
-    reference = build_model(family, "sdpa", torch.float64, **(overrides or {}))
-    model = build_model(family, "flashcp", dtype, **(overrides or {}))
-    for each in (reference, model):
-        for name, parameter in each.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in frozen))
+    """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
+    features = features or make_documents(lengths, prompt=prompt)
+    reference = build_model(family, "sdpa", **(overrides or {}))
+    model = build_model(family, "flashcp", **(overrides or {}))
+    if lora:
+        reference, model = (_with_lora(each, lora) for each in (reference, model))
+    for name, parameter in [*reference.named_parameters(), *model.named_parameters()]:
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    model = model.to(getattr(torch, dtype))
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
@@ -47,7 +64,6 @@ def model_errors(
     batch = FlashCPCollator(cp_size, strategy=strategy)(features)
 
     expected_loss, expected = per_document_gradients(reference, features)
-    # Only this rank's targets are left in the batch that the model sees; its logits are local.
     shard = shard_inputs(batch, cp_mesh())
     logits = model(**{key: value for key, value in shard.items() if "labels" not in key}).logits
     loss = exact_loss_sum(logits, shard["shift_labels"]) / target_count(features)
@@ -61,6 +77,32 @@ def model_errors(
     loss.backward()
     sum_gradients(model)
     return errors + [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
+
+
+def _with_lora(model, targets):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def rank_without_targets():
+    features = make_documents([30, 12])
+    features[0]["labels"] = [-100] * 30
+    return model_errors("llama", [30, 12], "whole_doc", features=features)
+
+
+def without_exchange(family, lengths):
+    """Gradient error when every rank attends to its own tokens only."""
+    from hf_flashcp.layout import RankLayout
+
+    original = RankLayout.stages
+    RankLayout.stages = lambda self, device: ()
+    try:
+        return model_errors(family, lengths, "per_doc")[0]
+    finally:
+        RankLayout.stages = original
 
 
 def _total(loss):

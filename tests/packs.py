@@ -35,15 +35,15 @@ KNOWN_PACKS = {
     "long_short": [700, 324],
     "seven": [100, 150, 200, 250, 124, 100, 100],
     "prime_like": [105, 163, 105, 163],
-    "single_tokens": [1, 1, 1, 1, 1],
+    "single_tokens": [1] * 7,
     "giant_and_tiny": [400, 1, 2, 1, 3],
 }
 
 
 @st.composite
-def packs(draw, max_documents=6, max_length=40):
+def packs(draw, cp_size=None, max_documents=6, max_length=40):
     """`(lengths, cp_size)` with at least one token a rank."""
-    cp_size = draw(st.integers(1, 4))
+    cp_size = cp_size or draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, max_length), min_size=1, max_size=max_documents))
     if sum(lengths) < cp_size:
         lengths[0] += cp_size
@@ -51,9 +51,9 @@ def packs(draw, max_documents=6, max_length=40):
 
 
 @st.composite
-def arbitrary_plans(draw):
+def arbitrary_plans(draw, cp_size=None):
     """Any valid plan: documents cut anywhere, several odd slices of a document on one rank."""
-    lengths, cp_size = draw(packs())
+    lengths, cp_size = draw(packs(cp_size))
     pieces = []
     for document, length in enumerate(lengths):
         cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=8))) if length > 1 else []

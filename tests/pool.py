@@ -75,7 +75,7 @@ class WorkerPool:
         context = multiprocessing.get_context("spawn")
         connection, child = context.Pipe()
         log = self._directory / f"worker-{rank}.log"
-        process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=True)
+        process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=False)
         process.start()
         child.close()
         self._workers.append((process, connection, log))

@@ -70,8 +70,8 @@ def flashcp_attention(
     if attention_mask is not None:
         raise BatchError(
             f"{_name(module)} got an attention_mask of shape {tuple(attention_mask.shape)} together with a plan, "
-            "which already says what attends to what. Call hf_flashcp.attach(model, accelerator) before training, and pass "
-            "no mask; a model that builds masks of its own cannot be sharded."
+            "which already says what attends to what. Call hf_flashcp.attach(model, accelerator) before training, and "
+            "pass no mask; a model that builds masks of its own cannot be sharded."
         )
     num_tokens = plan.layout.num_tokens
     if query.shape[0] != 1 or query.shape[2] != num_tokens or key.shape[2] != num_tokens:

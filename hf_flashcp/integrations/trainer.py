@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FlashCPCollator
 from ..errors import ConfigurationError
@@ -46,8 +47,8 @@ class FlashCPTrainerMixin:
     """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
     Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
-    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go to
-    whatever the trainer reports to.
+    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go
+    to whatever the trainer reports to.
 
     Raises:
         ConfigurationError: another parallelism_config, DeepSpeed, or an option that would see full labels beside
@@ -117,12 +118,28 @@ class FlashCPTrainerMixin:
                 "Predictions need whole documents, but under context parallelism each rank has the logits of its own "
                 "tokens only. Evaluate the loss only (prediction_loss_only=True), or predict with cp_size 1."
             )
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         group, _, cp_size = context_parallel_group(self.flashcp.mesh)
-        if loss is not None and cp_size > 1:
-            dist.all_reduce(loss, group=group)
-            loss /= cp_size
-        return loss, logits, labels
+        if cp_size == 1 or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self.flashcp.shard(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs)["loss"].detach()
+        # The batch's mean on every rank of the group (see shard_inputs on num_items_in_batch).
+        dist.all_reduce(loss, group=group)
+        loss /= cp_size
+        targets = inputs["num_items_in_batch"] * cp_size
+        self._evaluated += torch.stack((loss.double() * targets, targets.double())).to(self._evaluated)
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated[1] > 0:
+            # Trainer averages batches, and drops part of the last one as if every process had had its own.
+            loss_sum, targets = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum").tolist()
+            loss_key = next(key for key in output.metrics if key.endswith("_loss"))
+            output.metrics[loss_key] = loss_sum / targets
+        return output
 
     # Trainer adds these up over all processes, but cp_size of them work on the same batch.
 

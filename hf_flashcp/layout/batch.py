@@ -168,8 +168,8 @@ def _shifted_labels(labels: torch.Tensor, plan: ShardPlan) -> torch.Tensor:
     if len(crossing):
         raise BatchError(
             f"labels at token {int(starts[crossing[0]])}, the start of a document, are not {IGNORE_INDEX}: the last "
-            "token of the document before it would be trained to predict it. Collate with FlashCPCollator, or set the labels "
-            f"of document starts to {IGNORE_INDEX}."
+            "token of the document before it would be trained to predict it. Collate with FlashCPCollator, or set the "
+            f"labels of document starts to {IGNORE_INDEX}."
         )
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 

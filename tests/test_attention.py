@@ -1,0 +1,173 @@
+"""One attention layer under every kind of plan, against each document alone on one device in fp64."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
+from tests import attention_cases as cases
+from tests.packs import KNOWN_PACKS, arbitrary_plans
+
+
+FP64 = 1e-12  # relative Frobenius norm of out, dq, dk, dv
+FP32 = 1e-5
+SHAPES = [(4, 2, 8, 8), (8, 8, 16, 16), (8, 2, 16, 16), (5, 5, 8, 8), (4, 1, 12, 8), (4, 4, 8, 12)]
+SHORT_PACKS = [name for name, lengths in KNOWN_PACKS.items() if sum(lengths) <= 1100]
+
+# One document over four ranks with gaps on each, another on two; many odd slices.
+ODD_PLAN = ShardPlan(
+    [23, 9, 4],
+    4,
+    [
+        [(0, 0, 2), (0, 7, 8), (0, 20, 21), (1, 3, 5)],
+        [(0, 2, 5), (0, 10, 16), (2, 0, 4)],
+        [(0, 5, 7), (0, 8, 10), (0, 22, 23), (1, 0, 3)],
+        [(0, 16, 20), (0, 21, 22), (1, 5, 9)],
+    ],
+)
+
+
+@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_known_packs_are_exact(pool, cp_size, kernel):
+    todo = [
+        ((plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8)), {"kernel": kernel})
+        for name in SHORT_PACKS
+        for strategy in STRATEGIES
+    ]
+    for errors in pool.run(cp_size, cases.attention_errors, todo):
+        for case, error in zip(todo, errors):
+            assert max(error) < FP64, (case, error)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+@pytest.mark.parametrize(
+    "name, shape", [("ring_flash_attention", (5, 5, 8, 8)), ("ring_flash_attention_128", (5, 5, 128, 128))]
+)
+def test_long_packs_are_exact(pool, name, shape, cp_size):
+    plan = plan_documents(KNOWN_PACKS[name], cp_size)
+    for errors in pool.run(cp_size, cases.attention_error, plan, shape):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_shapes_are_exact(pool, shape, kernel):
+    """Grouped queries, one KV head, values narrower and wider than keys."""
+    for errors in pool.run(4, cases.attention_error, ODD_PLAN, shape, "float64", kernel):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+@settings(max_examples=80)
+@given(data=st.data())
+def test_arbitrary_plans_are_exact(pool, cp_size, data):
+    plan = data.draw(arbitrary_plans(cp_size))
+    kernel = data.draw(st.sampled_from(sorted(cases.KERNELS)))
+    for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("offset_groups", [[[1, 2, 3]], [[1], [2], [3]], [[3], [1, 2]], [[1, 3], [2]]])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_stages_of_any_ring_offsets_are_exact(pool, offset_groups, data):
+    plan = data.draw(arbitrary_plans(4))
+    args = (plan, (4, 2, 8, 8), "float64", "cpu_flash", offset_groups)
+    for errors in pool.run(4, cases.attention_error, *args):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_fp32(pool, cp_size, kernel):
+    for name in ("mixed", "odd", "giant_and_tiny", "seven"):
+        for strategy in STRATEGIES:
+            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy)
+            for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float32", kernel):
+                assert max(errors) < FP32, (name, strategy, errors)
+
+
+@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+def test_bf16_error_is_within_twice_that_of_a_single_device(pool, cp_size, kernel):
+    for name in ("mixed", "halves", "seven", "giant_and_tiny"):
+        for strategy in STRATEGIES:
+            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy)
+            for pairs in pool.run(cp_size, cases.bf16_errors, plan, (8, 2, 16, 16), kernel):
+                for ours, single in pairs:
+                    assert ours <= 2 * single, (name, strategy, pairs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("document", [0, 1, 3])
+def test_changing_a_document_changes_no_other(pool, strategy, document):
+    plan = plan_documents([30, 25, 7, 40], 3, strategy=strategy)
+    for changed in pool.run(3, cases.leak_probe, plan, document):
+        assert changed == [index == document for index in range(4)]
+
+
+NAMED_TRAFFIC = [
+    # plan, tokens received by each rank, tokens sent by each rank
+    (plan_documents([16], 2, strategy="per_doc"), [8, 4], [4, 8]),
+    (plan_documents([24, 24], 3, strategy="per_doc"), [32, 24, 16], [16, 24, 32]),
+    (plan_documents([6, 10], 2, strategy="per_seq"), [6, 4], [4, 6]),
+    (plan_documents([9, 4], 4, strategy="whole_doc"), [2, 0, 0, 1], [0, 0, 2, 1]),
+    (ODD_PLAN, [17 + 3, 7, 18, 17 + 5], [6 + 3 + 2 + 2, 9 + 18, 6 + 6 + 6, 8 + 1]),
+]
+
+
+@pytest.mark.parametrize("plan, received, sent", NAMED_TRAFFIC)
+def test_tokens_on_the_wire_are_those_of_the_report(pool, plan, received, sent):
+    report = plan.report()
+    assert report["kv_received"] == received
+    assert report["kv_sent"] == sent
+    for rank, calls in enumerate(pool.run(plan.cp_size, cases.counted_traffic, plan, (4, 2, 8, 12))):
+        forward, backward = calls  # one collective each way
+        row = kv_bytes(1, num_kv_heads=2, key_dim=8, value_dim=12, itemsize=4)
+        assert forward["received"] == received[rank]
+        assert forward["sent"] == report["kv_sent"][rank]
+        assert forward["bytes_received"] == received[rank] * row
+        assert backward["received"] == report["grad_received"][rank]
+        assert backward["sent"] == report["grad_sent"][rank]
+        assert backward["bytes_received"] == report["grad_received"][rank] * row
+
+
+def test_stages_carry_each_token_once(pool):
+    report = ODD_PLAN.report()
+    for rank, calls in enumerate(pool.run(4, cases.counted_traffic, ODD_PLAN, (4, 2, 8, 8), [[1], [2], [3]])):
+        assert len(calls) == 6
+        assert sum(call["received"] for call in calls[:3]) == report["kv_received"][rank]
+        assert sum(call["sent"] for call in calls[3:]) == report["grad_sent"][rank]
+
+
+def test_stages_that_nobody_needs_do_not_exist(pool):
+    # Everything travels from rank 0 to rank 1: of the three ring offsets only the first is needed.
+    plan = ShardPlan([8, 4, 4], 4, [[(0, 0, 4)], [(0, 4, 8)], [(1, 0, 4)], [(2, 0, 4)]])
+    for calls in pool.run(4, cases.counted_traffic, plan, (4, 2, 8, 8), [[1], [2], [3]]):
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_whole_documents_need_no_collective(pool, cp_size):
+    plan = plan_documents([100, 80, 44, 70], cp_size, strategy="whole_doc")
+    assert pool.run(cp_size, cases.collectives_seen, plan) == [0] * cp_size
+    moving = plan_documents([100, 80, 44, 70], cp_size, strategy="per_doc")
+    assert pool.run(cp_size, cases.collectives_seen, moving) == [2] * cp_size
+
+
+def test_transfers_are_posted_before_and_awaited_after_the_local_work(pool):
+    orders = pool.run(2, cases.issue_order, plan_documents([16], 2, strategy="per_doc"))
+    forward = ["post", "local forward", "wait", "remote forward"]
+    backward = ["remote backward", "post", "local backward", "wait"]
+    assert orders == [forward + backward] * 2
+
+
+def test_frozen_keys_and_values_send_no_gradient(pool):
+    orders = pool.run(2, cases.issue_order, plan_documents([16], 2, strategy="per_doc"), True)
+    assert orders == [["post", "local forward", "wait", "remote forward", "remote backward", "local backward"]] * 2
+
+
+def test_strided_inputs_and_expanded_gradients(pool):
+    for difference in pool.run(3, cases.awkward_layouts, plan_documents([30, 25, 7], 3)):
+        assert difference < 1e-13

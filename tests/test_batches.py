@@ -1,0 +1,234 @@
+"""Collator and shard_inputs: what goes in, what each rank gets, and what is refused."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from transformers import DataCollatorWithFlattening
+
+from hf_flashcp import FlashCPCollator, RankPlan, ShardPlan, plan_documents, shard_inputs
+from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
+from hf_flashcp.layout import RankLayout
+from tests.packs import arbitrary_plans
+
+
+DOCUMENTS = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}]
+
+
+def test_the_batch_is_the_flattening_collators_with_targets_and_a_plan():
+    options = dict(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = FlashCPCollator(2, **options)(DOCUMENTS)
+    for key, expected in DataCollatorWithFlattening(**options)(DOCUMENTS).items():
+        assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(expected)), key
+    assert batch["shift_labels"].tolist() == [[2, 3, 4, -100, 6, -100, 8, 9, -100]]
+    assert batch["flashcp_plan"] == plan_documents([4, 2, 3], 2)
+
+
+def test_labels_are_kept_and_shifted_before_any_cut():
+    features = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}, {"input_ids": torch.tensor([5, 6])}]
+    features[1]["labels"] = torch.tensor([5, 6])
+    batch = FlashCPCollator(2)(features)
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4, -100, 6]]
+    assert batch["shift_labels"].tolist() == [[-100, 3, 4, -100, 6, -100]]
+
+
+def test_packed_rows_are_documents_again():
+    packed = [{"input_ids": [1, 2, 3, 4, 5, 6], "seq_lengths": [4, 2]}, {"input_ids": [7, 8, 9], "seq_lengths": [3]}]
+    ours, expected = FlashCPCollator(2)(packed), FlashCPCollator(2)(DOCUMENTS)
+    assert ours.pop("flashcp_plan") == expected.pop("flashcp_plan")
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_the_collator_is_stateless_and_survives_a_spawned_worker():
+    collator = pickle.loads(pickle.dumps(FlashCPCollator(2, strategy="per_seq")))
+    assert collator(DOCUMENTS)["flashcp_plan"] == plan_documents([4, 2, 3], 2, strategy="per_seq")
+    loader = torch.utils.data.DataLoader(
+        DOCUMENTS, batch_size=3, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"
+    )
+    (batch,) = loader
+    assert batch["flashcp_plan"].digest == plan_documents([4, 2, 3], 2, strategy="per_seq").digest
+
+
+@pytest.mark.parametrize(
+    "features, error, message",
+    [
+        ([], BatchError, "the collator got no documents"),
+        ([{"input_ids": [1]}, {"input_ids": []}], BatchError, "Feature 1 has no tokens"),
+        ([{"text": "a"}], BatchError, "Feature 0 has no tokens"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], BatchError, "Feature 0 has 3 input_ids but 2 labels"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, for 3 tokens"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "none of them zero"),
+        ([{"input_ids": [1]}], PlanError, "1 tokens for cp_size 2"),
+    ],
+)
+def test_bad_documents_are_named(features, error, message):
+    with pytest.raises(error, match=message):
+        FlashCPCollator(2)(features)
+
+
+@pytest.mark.parametrize("arguments, message", [((0,), "cp_size"), (("2",), "cp_size")])
+def test_bad_collator_arguments(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        FlashCPCollator(*arguments)
+    with pytest.raises(PlanError, match="Unknown strategy"):
+        FlashCPCollator(2, strategy="zigzag")
+    with pytest.raises(BatchError, match="return_tensors"):
+        FlashCPCollator(2)(DOCUMENTS, return_tensors="np")
+
+
+class FakeGroup:
+    """A process group as far as cutting a batch needs one."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+class FakeMesh:
+    ndim = 1
+
+    def __init__(self, rank, size):
+        self.get_group = lambda: FakeGroup(rank, size)
+
+
+def shards(batch, cp_size, **kwargs):
+    return [shard_inputs(batch, FakeMesh(rank, cp_size), **kwargs) for rank in range(cp_size)]
+
+
+@given(arbitrary_plans())
+def test_shards_are_the_row_rearranged(plan):
+    row = torch.arange(plan.num_tokens)[None]
+    positions = torch.cat([torch.arange(length) for length in plan.lengths])[None]
+    batch = {
+        "input_ids": row,
+        "position_ids": positions,
+        "labels": torch.where(positions == 0, -100, row),
+        "inputs_embeds": row[..., None].expand(-1, -1, 3).float(),
+        "flashcp_plan": plan,
+        "temperature": 0.5,
+        "image_sizes": torch.zeros(1, 2),
+    }
+    parts = shards(batch, plan.cp_size)
+    targets = torch.cat([batch["labels"][:, 1:], torch.tensor([[-100]])], dim=1)
+    for part, slices in zip(parts, plan.slices):
+        index = part["input_ids"][0]
+        assert index.tolist() == [sum(plan.lengths[:d]) + t for d, start, stop in slices for t in range(start, stop)]
+        assert torch.equal(part["position_ids"], positions[:, index])
+        assert torch.equal(part["shift_labels"], targets[:, index])
+        assert torch.equal(part["inputs_embeds"], batch["inputs_embeds"][:, index])
+        assert part["temperature"] == 0.5 and torch.equal(part["image_sizes"], batch["image_sizes"])
+        assert part["num_items_in_batch"] * plan.cp_size == (targets != -100).sum()
+    assert sorted(torch.cat([part["input_ids"][0] for part in parts]).tolist()) == row[0].tolist()
+
+
+def test_sharding_twice_changes_nothing():
+    (once, _) = shards(FlashCPCollator(2)(DOCUMENTS), 2)
+    twice = shard_inputs(once, FakeMesh(0, 2))
+    assert twice is not once and twice == once
+    assert isinstance(once["flashcp_plan"], RankPlan)
+
+
+def test_the_given_batch_is_left_alone():
+    batch = FlashCPCollator(2)(DOCUMENTS)
+    keys, plan = set(batch), batch["flashcp_plan"]
+    shards(batch, 2)
+    assert set(batch) == keys and batch["flashcp_plan"] is plan and batch["input_ids"].shape == (1, 9)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 6, 9], dtype=torch.int32), "max_length_q": 4},
+        {"position_ids": torch.tensor([[5, 6, 7, 8, 3, 4, 0, 1, 2]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]).expand(3, 1, 9)},
+    ],
+)
+def test_documents_are_found_without_a_plan(extra):
+    batch = {"input_ids": torch.arange(9)[None], **extra}
+    first, second = shards(batch, 2)
+    assert first["flashcp_plan"].plan == plan_documents([4, 2, 3], 2)
+    assert "cu_seq_lens_q" not in first and "max_length_q" not in first
+    if "position_ids" in extra:
+        assert torch.equal(first["position_ids"], extra["position_ids"][..., first["input_ids"][0]])
+    (by_row, _) = shards(batch, 2, strategy="per_seq")
+    assert by_row["flashcp_plan"].plan == plan_documents([4, 2, 3], 2, strategy="per_seq")
+
+
+def test_rows_without_padding_become_documents():
+    ids = torch.arange(12).view(3, 4)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    parts = shards(batch, 2)
+    assert parts[0]["flashcp_plan"].plan == plan_documents([4, 4, 4], 2)
+    for part in parts:
+        tokens = part["input_ids"]
+        assert tokens.shape[0] == 1 and "attention_mask" not in part
+        assert torch.equal(part["position_ids"], tokens % 4)
+        assert torch.equal(part["shift_labels"], torch.where(tokens % 4 == 3, -100, tokens + 1))
+
+
+def test_one_rank_and_no_mesh():
+    (part,) = shards(FlashCPCollator(1)(DOCUMENTS), 1)
+    alone = shard_inputs(FlashCPCollator(1)(DOCUMENTS), None)
+    assert torch.equal(part["input_ids"], alone["input_ids"]) and alone["input_ids"].tolist() == [[*range(1, 10)]]
+
+
+IDS = torch.arange(9)[None]
+
+
+@pytest.mark.parametrize(
+    "batch, error, message",
+    [
+        ({"labels": IDS}, BatchError, "neither input_ids nor inputs_embeds"),
+        ({"input_ids": IDS[:, :0]}, BatchError, "neither empty"),
+        ({"input_ids": IDS[:0]}, BatchError, "neither empty"),
+        ({"input_ids": IDS[0]}, BatchError, "expected"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, BatchError, "labels have shape"),
+        ({"input_ids": IDS, "shift_labels": IDS[:, 1:]}, BatchError, "shift_labels have shape"),
+        ({"input_ids": IDS, "attention_mask": (IDS > 2).long()}, BatchError, "masks 3 of 9 tokens"),
+        ({"input_ids": IDS, "attention_mask": torch.zeros(1, 1, 9, 9)}, BatchError, "custom attention_mask"),
+        ({"input_ids": IDS, "attention_mask": {"full_attention": None}}, BatchError, "custom attention_mask"),
+        ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4, 8])}, BatchError, "runs from 0 to 8"),
+        ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4, 4, 9])}, PlanError, "Document 1 has 0 tokens"),
+        ({"input_ids": IDS, "flashcp_plan": plan_documents([8], 2)}, BatchError, "covers 8 tokens"),
+        ({"input_ids": IDS, "flashcp_plan": plan_documents([9], 3)}, ConfigurationError, "cp_size 3"),
+        ({"input_ids": IDS[:, :1]}, PlanError, "1 tokens for cp_size 2"),
+        (
+            {"input_ids": IDS, "labels": IDS, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])},
+            BatchError,
+            "labels at token 4, the start of a document",
+        ),
+    ],
+)
+def test_bad_batches_are_named_on_every_rank(batch, error, message):
+    for rank in range(2):
+        with pytest.raises(error, match=message):
+            shard_inputs(batch, FakeMesh(rank, 2))
+
+
+def test_layout_of_a_named_plan():
+    """The picture of rank_layout.py: this rank holds [2,4) and [7,10) of twelve tokens."""
+    layout = RankLayout(ShardPlan([12], 2, [[(0, 2, 4), (0, 7, 10)], [(0, 0, 2), (0, 4, 7), (0, 10, 12)]]), 0)
+    (stage,) = layout.stages(torch.device("cpu"))
+    assert layout.token_index.tolist() == [2, 3, 7, 8, 9]
+    assert layout.local == ((0, 5, 0, 5),)
+    assert stage.rectangles == ((0, 2, 0, 2), (2, 5, 0, 5))
+    assert stage.send_rows.tolist() == [0, 1, 2, 3, 4]
+    assert (stage.send_splits, stage.recv_splits) == ([0, 5], [0, 5])
+    assert stage.recv_order is None and stage.rows is None
+
+
+def test_layout_joins_slices_that_need_the_same_prefix_and_orders_what_it_receives():
+    plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 2, 6), (0, 9, 12)], [(0, 0, 2), (0, 7, 8)]])
+    (stage,) = RankLayout(plan, 0).stages(torch.device("cpu"))
+    # From rank 1 come tokens 2..5, from rank 2 tokens 0, 1 and 7: document order is 0, 1, 2..5, 7.
+    assert stage.recv_splits == [0, 4, 3]
+    assert stage.recv_order.tolist() == [4, 5, 0, 1, 2, 3, 6]
+    assert stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
+    joined = ShardPlan([6], 2, [[(0, 2, 3), (0, 4, 5)], [(0, 0, 2), (0, 3, 4), (0, 5, 6)]])
+    (stage,) = RankLayout(joined, 0, [[1]]).stages(torch.device("cpu"))
+    assert stage.rectangles == ((0, 1, 0, 2), (1, 2, 0, 3))
+    two_documents = ShardPlan([4, 4], 2, [[(0, 2, 4), (1, 0, 1), (1, 2, 3)], [(0, 0, 2), (1, 1, 2), (1, 3, 4)]])
+    (stage,) = RankLayout(two_documents, 0).stages(torch.device("cpu"))
+    assert stage.rectangles == ((0, 2, 0, 2), (3, 4, 2, 3))
+    assert stage.rows.tolist() == [0, 1, 3]

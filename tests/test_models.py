@@ -1,0 +1,71 @@
+"""Gradients of whole models against per-document runs on one device."""
+
+import pytest
+
+from hf_flashcp.planning import STRATEGIES
+from tests import model_cases
+from tests.models import CONFIGS
+from tests.packs import KNOWN_PACKS
+
+
+# Relative Frobenius norm of each parameter's gradient, and relative difference of the loss.
+FP64 = 1e-12
+FP32 = 1e-5
+OWN_LOSS = 1e-6  # through the model's own loss: transformers casts logits to fp32
+
+LENGTHS = [40, 3, 17, 1, 25]
+
+
+def check(results, gradient, own_loss=OWN_LOSS):
+    for exact_gradient, exact_loss, own_gradient, own_loss_error in results:
+        assert exact_gradient < gradient and exact_loss < gradient
+        assert own_gradient < own_loss and own_loss_error < own_loss
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family, strategy):
+    check(pool.run(cp_size, model_cases.model_errors, family, LENGTHS, strategy), FP64)
+
+
+@pytest.mark.parametrize("name", ["ids", "odd", "three", "aligned", "small_3", "giant_and_tiny"])
+def test_known_packs(pool, name):
+    check(pool.run(3, model_cases.model_errors, "llama", KNOWN_PACKS[name], "per_doc"), FP64)
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_fp32(pool, cp_size):
+    options = {"dtype": "float32"}
+    check(pool.run(cp_size, model_cases.model_errors_with, "llama", LENGTHS, "per_doc", options), FP32, FP32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": 0.9},
+        {"frozen": ("k_proj", "v_proj")},
+        {"frozen": ("k_proj", "v_proj", "embed", "norm")},
+        {"frozen": ("embed", "q_proj")},
+        {"checkpointing": True},
+        {"checkpointing": False},
+        {"overrides": {"tie_word_embeddings": True}},
+        {"lora": ["q_proj"]},
+        {"lora": ["q_proj", "v_proj"]},
+    ],
+    ids=str,
+)
+def test_variations(pool, options):
+    """Prompt-masked labels (a rank may have no target), frozen projections, both kinds of gradient checkpointing, LoRA."""
+    check(pool.run(2, model_cases.model_errors_with, "llama", LENGTHS, "per_doc", options), FP64)
+
+
+def test_a_rank_without_any_target(pool):
+    """whole_doc puts the first document, all of it prompt, alone on a rank."""
+    check(pool.run(2, model_cases.rank_without_targets), FP64)
+
+
+def test_a_test_that_must_fail(pool):
+    """The comparison notices an attention that forgets what other ranks hold."""
+    results = pool.run(2, model_cases.without_exchange, "llama", LENGTHS)
+    assert all(gradient_error > 1e-3 for gradient_error in results)

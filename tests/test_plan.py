@@ -1,0 +1,214 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_flashcp.errors import FlashCPError, PlanError
+from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
+from tests.packs import KNOWN_PACKS, arbitrary_plans
+
+
+def owners(plan):
+    """Token by token: {(document, token): rank}, by a walk that shares no code with the library."""
+    found = {}
+    for rank, slices in enumerate(plan.slices):
+        for document, start, stop in slices:
+            for token in range(start, stop):
+                assert (document, token) not in found
+                found[document, token] = rank
+    return found
+
+
+def brute_force_report(plan):
+    """Traffic and work counted query by query and key by key."""
+    owner = owners(plan)
+    tokens, pairs, received, sent = ([0] * plan.cp_size for _ in range(4))
+    wanted = set()
+    for (document, query), rank in owner.items():
+        tokens[rank] += 1
+        pairs[rank] += query + 1
+        for key in range(query + 1):
+            if owner[document, key] != rank:
+                wanted.add((document, key, rank))
+    for document, key, rank in wanted:
+        received[rank] += 1
+        sent[owner[document, key]] += 1
+    return tokens, pairs, received, sent
+
+
+lengths_and_cp_size = st.integers(1, 9).flatmap(
+    lambda cp_size: st.tuples(
+        st.lists(st.integers(1, 60), min_size=1, max_size=8).map(
+            lambda lengths: lengths if sum(lengths) >= cp_size else [*lengths, cp_size]
+        ),
+        st.just(cp_size),
+    )
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(lengths_and_cp_size)
+def test_every_strategy_partitions_the_documents(strategy, case):
+    lengths, cp_size = case
+    plan = plan_documents(lengths, cp_size, strategy=strategy)
+    assert set(owners(plan)) == {(d, t) for d, length in enumerate(lengths) for t in range(length)}
+    assert all(plan.slices)
+    assert plan == plan_documents(lengths, cp_size, strategy=strategy)
+    for slices in plan.slices:
+        assert list(slices) == sorted(slices)
+        assert all(a[0] != b[0] or a[2] < b[1] for a, b in zip(slices, slices[1:])), "slices must not touch"
+
+
+@pytest.mark.parametrize(
+    "options", [{"strategy": "per_doc"}, {"strategy": "per_doc", "rotate_ranks": True}, {"strategy": "per_seq"}]
+)
+@given(lengths_and_cp_size)
+def test_tokens_are_equal_within_one(options, case):
+    tokens = plan_documents(*case, **options).report()["tokens"]
+    assert max(tokens) - min(tokens) <= 1
+
+
+@given(lengths_and_cp_size)
+def test_whole_doc_moves_nothing_where_documents_suffice(case):
+    lengths, cp_size = case
+    plan = plan_documents(lengths, cp_size, strategy="whole_doc")
+    cuts = sum(map(len, plan.slices)) - len(lengths)
+    assert cuts == max(cp_size - len(lengths), 0)
+    if len(lengths) >= cp_size:
+        assert plan.report()["kv_total"] == 0
+
+
+@given(arbitrary_plans())
+def test_report_counts_what_a_query_by_query_count_finds(plan):
+    report = plan.validate().report()
+    assert (report["tokens"], report["pairs"], report["kv_received"], report["kv_sent"]) == brute_force_report(plan)
+    assert report["grad_sent"] == report["kv_received"] and report["grad_received"] == report["kv_sent"]
+    assert report["kv_total"] == sum(report["kv_sent"])
+    assert report["kv_all_gather"] == (plan.cp_size - 1) * sum(plan.lengths)
+
+
+@given(arbitrary_plans())
+def test_json_round_trip_keeps_plan_and_digest(plan):
+    again = ShardPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and again.digest == plan.digest
+
+
+def test_digest_is_stable_and_distinguishes_plans():
+    plan = plan_documents([100, 80, 44], 2)
+    assert plan.digest == "6175049f4a5da30e0cbbcdf61f2a12f49ee172f51fb7a8fa542c32714b4c9d3b"
+    assert plan.digest != plan_documents([100, 80, 44], 3).digest
+    assert plan.digest != plan_documents([80, 100, 44], 2).digest
+
+
+def test_zigzag_of_one_document():
+    plan = plan_documents([16], 2, strategy="per_doc")
+    assert plan.slices == (((0, 0, 4), (0, 12, 16)), ((0, 4, 12),))
+    report = plan.report()
+    assert report["tokens"] == [8, 8]
+    assert report["pairs"] == [68, 68]
+    assert report["kv_received"] == [8, 4]
+    assert report["kv_sent"] == [4, 8]
+    assert report["kv_fraction"] == 12 / 16
+
+
+def test_left_over_tokens_go_round_the_zigzag_from_document_to_document():
+    # Four chunks a document; 5 = 4 + 1 leaves one token to chunk 0, the next document's goes to chunk 1, then 2, 3.
+    plan = plan_documents([5, 5, 5, 5], 2, strategy="per_doc")
+    assert plan.slices[0] == ((0, 0, 2), (0, 4, 5), (1, 0, 1), (1, 4, 5), (2, 0, 1), (2, 4, 5), (3, 0, 1), (3, 3, 5))
+    assert plan.slices[1] == ((0, 2, 4), (1, 1, 4), (2, 1, 4), (3, 1, 3))
+
+
+def test_rotating_ranks_spreads_receiving_and_keeps_the_total():
+    fixed = plan_documents([64] * 8, 4, strategy="per_doc").report()
+    rotated = plan_documents([64] * 8, 4, strategy="per_doc", rotate_ranks=True).report()
+    assert fixed["kv_total"] == rotated["kv_total"] == 3 * 3 * 512 // 4
+    assert max(fixed["kv_received"]) == 3 * 512 // 4
+    assert max(rotated["kv_received"]) == min(rotated["kv_received"]) == 3 * 3 * 512 // 16
+
+
+def test_per_seq_cuts_the_row_and_not_the_documents():
+    plan = plan_documents([6, 10], 2, strategy="per_seq")
+    assert plan.slices == (((0, 0, 4), (1, 6, 10)), ((0, 4, 6), (1, 0, 6)))
+
+
+def test_whole_doc_gives_an_empty_rank_one_token_of_the_longest_document():
+    assert plan_documents([9, 4], 2, strategy="whole_doc").slices == (((0, 0, 9),), ((1, 0, 4),))
+    plan = plan_documents([9, 4], 4, strategy="whole_doc")
+    assert plan.slices == (((0, 2, 9),), ((1, 0, 4),), ((0, 0, 1),), ((0, 1, 2),))
+    assert plan.report()["kv_received"] == [2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", KNOWN_PACKS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 5, 7])
+def test_known_packs(name, cp_size):
+    for strategy in STRATEGIES:
+        plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy)
+        report = plan.report()
+        assert sum(report["tokens"]) == sum(KNOWN_PACKS[name])
+
+
+def test_bytes_on_the_wire():
+    assert kv_bytes(1000, num_kv_heads=8, key_dim=128, value_dim=128, itemsize=2) == 1000 * 8 * 256 * 2
+
+
+@pytest.mark.parametrize(
+    "lengths, cp_size, options, message",
+    [
+        ([], 2, {}, "no documents"),
+        ([4, 0, 3], 2, {}, "Document 1 has 0 tokens"),
+        ([4, -2], 2, {}, "Document 1 has -2 tokens"),
+        ([4.5, 3], 2, {}, "Document 0 has length 4.5"),
+        ([1, 1], 3, {}, "2 tokens for cp_size 3"),
+        ([8], 0, {}, "cp_size must be at least 1"),
+        ([8], 2.0, {}, "cp_size must be an integer"),
+        ([8], 2, {"strategy": "zigzag"}, "Unknown strategy 'zigzag'"),
+        ([8], 2, {"strategy": "per_seq", "rotate_ranks": True}, "rotate_ranks is an option of the strategy 'per_doc'"),
+    ],
+)
+def test_bad_lengths_are_named(lengths, cp_size, options, message):
+    with pytest.raises(PlanError, match=message) as error:
+        plan_documents(lengths, cp_size, **options)
+    assert isinstance(error.value, FlashCPError) and isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "slices, message",
+    [
+        ([[(0, 0, 8)]], "slices for 1 ranks"),
+        ([[(0, 0, 8)], []], "Rank 1 holds no tokens"),
+        ([[(0, 0, 4)], [(0, 5, 8)]], r"Tokens \[4, 5\) of document 0 are on no rank"),
+        ([[(0, 0, 5)], [(0, 4, 8)]], "from 4 are on rank 1 and on another"),
+        ([[(0, 0, 4)], [(0, 4, 7)]], r"Tokens \[7, 8\) of document 0 are on no rank"),
+        ([[(0, 0, 4)], [(0, 4, 9)]], "which has 8 tokens"),
+        ([[(0, 0, 4)], [(1, 4, 8)]], "slice of document 1, but the plan has 1"),
+        ([[(0, 0)], [(0, 4, 8)]], "triples"),
+    ],
+)
+def test_bad_plans_are_named(slices, message):
+    with pytest.raises(PlanError, match=message):
+        ShardPlan([8], 2, slices).validate()
+
+
+def test_a_document_on_no_rank_is_named():
+    with pytest.raises(PlanError, match="Document 1 is on no rank"):
+        ShardPlan([4, 4], 2, [[(0, 0, 2)], [(0, 2, 4)]]).validate()
+
+
+def test_from_dict_names_missing_keys():
+    with pytest.raises(PlanError, match="slices is missing"):
+        ShardPlan.from_dict({"lengths": [4], "cp_size": 1})
+
+
+def test_planning_needs_no_torch():
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import hf_flashcp
+from hf_flashcp import ShardPlan, plan_documents
+print(plan_documents([100, 80, 44], 2).digest)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == plan_documents([100, 80, 44], 2).digest

@@ -1,0 +1,65 @@
+"""Training loops: the gradient that reaches the optimizer against per-document runs on one device."""
+
+import pytest
+
+from tests import trainer_cases
+
+
+GRADIENT = 1e-6  # relative Frobenius norm of each parameter, fp64 parameters through the models' own fp32 loss
+LENGTHS = [40, 3, 17, 9, 25, 1, 30, 7, 12, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "whole_doc"},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 3, "strategy": "whole_doc"},
+        {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+        {"own_collator": False, "gradient_checkpointing": True},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_trainer(pool, cp_size, options):
+    """Prompt-masked labels and unequal tokens per rank throughout."""
+    for result in pool.run(cp_size, trainer_cases.trainer_step_with, LENGTHS, options):
+        assert result["gradient_error"] < GRADIENT
+        assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)
+
+
+def test_counters_count_a_shared_batch_once(pool):
+    options = {"include_num_input_tokens_seen": "all", "steps": 2}
+    results = [pool.run(cp_size, trainer_cases.trainer_step_with, LENGTHS, options)[0] for cp_size in (1, 2)]
+    assert [result["tokens_seen"] for result in results] == [sum(LENGTHS[:6])] * 2
+    assert results[0]["flos"] == results[1]["flos"]
+
+
+def test_plan_metrics_are_logged(pool):
+    (first, *_) = pool.run(2, trainer_cases.trainer_step_with, LENGTHS, {})[0]["log"]
+    assert first["flashcp_kv_fraction"] == pytest.approx(43 / 60)
+    assert first["flashcp_token_imbalance"] == 1.0
+    assert 1.0 <= first["flashcp_pair_imbalance"] < 1.1
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_plain_accelerator_loop(pool, cp_size, accumulation):
+    for result in pool.run(cp_size, trainer_cases.accelerator_loop, LENGTHS, accumulation):
+        assert result["gradient_error"] < GRADIENT
+        assert result["losses"] == pytest.approx(result["expected_losses"], rel=GRADIENT)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
+    for measured, expected in pool.run(cp_size, trainer_cases.evaluation_loss, LENGTHS[:5]):
+        assert measured == pytest.approx(expected, rel=GRADIENT)
+
+
+def test_two_data_parallel_groups(pool):
+    """dp 2 x cp 2 under DDP: each pair of ranks shares a batch, the loss counts targets of both."""
+    for result in pool.run(4, trainer_cases.trainer_step_with, LENGTHS, {"cp_size": 2, "per_batch": 3}):
+        assert result["gradient_error"] < GRADIENT
+        assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)

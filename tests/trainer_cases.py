@@ -1,0 +1,140 @@
+"""What workers run for the trainer tests: a real training loop, its first gradient kept before the optimizer step."""
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
+
+
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+class _KeepGradient(TrainerCallback):
+    """The gradients and losses of every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(gradients(model))
+
+
+def training_arguments(**kwargs):
+    defaults = dict(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        max_grad_norm=0,
+        disable_tqdm=True,
+        learning_rate=0.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        seed=0,
+    )
+    return TrainingArguments(**{**defaults, **kwargs})
+
+
+class _InOrder(FlashCPTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer_step(
+    lengths, *, cp_size=None, prompt=0.3, per_batch=3, strategy="per_doc", steps=1, own_collator=True, **arguments
+):
+    """Gradient error of the first optimizer step, its logged loss and the expected one, and the log."""
+    fresh_accelerate()
+    cp_size = cp_size or dist.get_world_size()
+    features = make_documents(lengths, prompt=prompt)
+    keep = _KeepGradient()
+    trainer = _InOrder(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=per_batch,
+            max_steps=steps,
+            **arguments,
+        ),
+        train_dataset=features,
+        data_collator=FlashCPCollator(cp_size, strategy=strategy) if own_collator else None,
+        callbacks=[keep],
+    )
+    trainer.train()
+    batches = arguments.get("gradient_accumulation_steps", 1) * dist.get_world_size() // cp_size
+    window = features[: per_batch * batches]
+    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), window, own_loss=True)
+    return {
+        "gradient_error": largest_error(keep.steps[0], expected),
+        "loss": trainer.state.log_history[0]["loss"],
+        "expected_loss": expected_loss,
+        "log": trainer.state.log_history,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "flos": trainer.state.total_flos,
+    }
+
+
+def accelerator_loop(lengths, accumulation, prompt=0.3):
+    """A plain Accelerator loop: prepare, attach, forward, backward. One batch of three documents a micro step."""
+    fresh_accelerate()
+    cp_size = dist.get_world_size()
+    features = make_documents(lengths, prompt=prompt)
+    accelerator = Accelerator(
+        cpu=True, parallelism_config=FlashCPPlugin(cp_size=cp_size), gradient_accumulation_steps=accumulation
+    )
+    model = build_model("llama")
+    reference = build_model("llama", "sdpa")
+    loader = torch.utils.data.DataLoader(features, batch_size=3, collate_fn=FlashCPCollator(cp_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    attach(model, accelerator)
+    losses, kept = [], None
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            losses.append(accelerator.gather(loss.detach()).mean().item())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and kept is None:
+                kept = gradients(accelerator.unwrap_model(model))
+            optimizer.step()
+            optimizer.zero_grad()
+    expected, expected_losses = {}, []
+    for start in range(0, 3 * accumulation, 3):
+        loss, part = per_document_gradients(reference, features[start : start + 3], own_loss=True)
+        expected_losses.append(loss)
+        for name, grad in part.items():
+            expected[name] = expected.get(name, 0) + grad / accumulation
+    return {
+        "gradient_error": largest_error(kept, expected),
+        "losses": losses[:accumulation],
+        "expected_losses": expected_losses,
+    }
+
+
+def evaluation_loss(lengths):
+    """eval_loss, and the mean over all targets of the evaluation set. The last batch is smaller than the others."""
+    fresh_accelerate()
+    cp_size = dist.get_world_size()
+    features = make_documents(lengths)
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_eval_batch_size=2),
+        eval_dataset=features,
+    )
+    measured = trainer.evaluate()["eval_loss"]
+    reference = build_model("llama", "sdpa")
+    return measured, per_document_gradients(reference, features, own_loss=True)[0]
+
+
+def trainer_step_with(lengths, options):
+    return trainer_step(lengths, **options)
