@@ -1,0 +1,139 @@
+"""What workers run for the tests of errors: each returns nothing and is expected to raise on every rank."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3NextConfig,
+    StableLmConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from tests.model_cases import cp_mesh
+from tests.models import SMALL, build_model, make_documents
+from tests.trainer_cases import fresh_accelerate, training_arguments
+
+
+_ROPE = {"rope_theta": 10000.0}
+_FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+CONFIGS = {
+    "bloom": lambda: BloomConfig(vocab_size=67, hidden_size=32, n_layer=2, n_head=4),
+    "stablelm": lambda: StableLmConfig(**SMALL),
+    "mamba": lambda: MambaConfig(vocab_size=67, hidden_size=32, num_hidden_layers=2),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **SMALL, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_value_heads=4
+    ),
+    "window": lambda: MistralConfig(**SMALL, sliding_window=8),
+    "softcap": lambda: Gemma2Config(**SMALL, attn_logit_softcapping=30.0, sliding_window=4096),
+    "sinks": lambda: GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096),
+    "dropout": lambda: LlamaConfig(**SMALL, attention_dropout=0.1),
+    "dynamic_rope": lambda: LlamaConfig(
+        **SMALL,
+        rope_parameters={**_ROPE, "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16},
+    ),
+    "longrope": lambda: Phi3Config(
+        **SMALL, pad_token_id=0, rope_parameters={**_ROPE, "rope_type": "longrope", **_FACTORS}
+    ),
+    "bidirectional": lambda: LlamaConfig(**SMALL, is_causal=False),
+}
+
+
+def train_step(name):
+    """Build, attach, one forward in training mode."""
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="flashcp")
+    except ValueError as error:  # transformers itself refuses the name for this family
+        raise RuntimeError(f"transformers refused: {error}") from error
+    model.train()
+    attach(model, cp_mesh())
+    batch = FlashCPCollator(dist.get_world_size())(make_documents([12, 9]))
+    model(**batch).loss.backward()
+
+
+def attach_to(kind):
+    if kind == "sdpa":
+        attach(build_model("llama", "sdpa"), cp_mesh())
+    elif kind == "plain module":
+        attach(torch.nn.Linear(2, 2), cp_mesh())
+    elif kind == "encoder-decoder":
+        config = T5Config(vocab_size=67, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+        attach(T5ForConditionalGeneration._from_config(config, attn_implementation="eager"), cp_mesh())
+    elif kind == "stock parallelism config":
+        fresh_accelerate()
+        attach(build_model("llama"), Accelerator(cpu=True, parallelism_config=ParallelismConfig()))
+    elif kind == "mesh without cp":
+        from torch.distributed.device_mesh import init_device_mesh
+
+        attach(build_model("llama"), init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp")))
+
+
+def never_calls_us():
+    """A model whose second layer keeps its own attention."""
+    model = build_model("llama")
+    attach(model, cp_mesh())
+    model.model.layers[1].self_attn.config = type(model.config)(**model.config.to_dict())
+    model.model.layers[1].self_attn.config._attn_implementation = "sdpa"
+    model(**FlashCPCollator(dist.get_world_size())(make_documents([12, 9])))
+
+
+def forward_with(changes):
+    """A sharded forward with something wrong in the batch; `changes` maps keys to values (None removes)."""
+    model = build_model("llama")
+    attach(model, cp_mesh())
+    batch = {**FlashCPCollator(dist.get_world_size())(make_documents([12, 9])), **changes}
+    model(**{key: value for key, value in batch.items() if value is not None})
+
+
+def recovers_after_an_error():
+    """The error of one forward leaves nothing behind: the next one is right, and so is one without a plan."""
+    model = build_model("llama")
+    handle = attach(model, cp_mesh())
+    batch = FlashCPCollator(dist.get_world_size())(make_documents([12, 9]))
+    expected = model(**batch).loss
+    try:
+        model(**batch, attention_mask=torch.zeros(1, 21))
+    except ValueError:
+        pass
+    assert torch.equal(model(**batch).loss, expected)
+    plain = build_model("llama", "sdpa").eval()
+    ids = batch["input_ids"][:, :9]
+    assert torch.equal(model.eval()(input_ids=ids).logits, plain(input_ids=ids).logits)
+    handle.remove()
+    assert model.train()(input_ids=ids).logits.shape == (1, 9, 67)
+
+
+def make_plugin(arguments, environment=None):
+    fresh_accelerate()
+    os.environ.update(environment or {})
+    try:
+        Accelerator(cpu=True, parallelism_config=FlashCPPlugin(**arguments))
+    finally:
+        for key in environment or {}:
+            os.environ.pop(key)
+
+
+def make_trainer(trainer_arguments, training=None):
+    fresh_accelerate()
+    training = {"parallelism_config": FlashCPPlugin(cp_size=dist.get_world_size()), **(training or {})}
+    FlashCPTrainer(model=build_model("llama"), args=training_arguments(**training), **trainer_arguments)
+
+
+def a_loss(outputs, labels, num_items_in_batch=None):
+    return outputs["logits"].mean()
+
+
+def a_metric(prediction):
+    return {}
