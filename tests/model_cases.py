@@ -110,3 +110,21 @@ def _total(loss):
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return float(total)
+
+
+def fully_sharded_errors(family, lengths):
+    """[gradient error, loss error] with FSDP2 over the context-parallel ranks, each layer its own unit."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    features = make_documents(lengths, prompt=0.3)
+    model = build_model(family)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=cp_mesh())
+    fully_shard(model, mesh=cp_mesh())
+    attach(model, cp_mesh())
+    expected_loss, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
+    loss = model(**FlashCPCollator(dist.get_world_size())(features)).loss
+    loss.backward()
+    ours = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients(model).items()}
+    return [largest_error(ours, expected), abs(_total(loss) / dist.get_world_size() - expected_loss) / expected_loss]

@@ -56,7 +56,7 @@ def test_fp32(pool, cp_size):
     ids=str,
 )
 def test_variations(pool, options):
-    """Prompt-masked labels (a rank may have no target), frozen projections, both kinds of gradient checkpointing, LoRA."""
+    """Prompt-masked labels, frozen projections, both kinds of gradient checkpointing, tied embeddings, LoRA."""
     check(pool.run(2, model_cases.model_errors_with, "llama", LENGTHS, "per_doc", options), FP64)
 
 
@@ -69,3 +69,9 @@ def test_a_test_that_must_fail(pool):
     """The comparison notices an attention that forgets what other ranks hold."""
     results = pool.run(2, model_cases.without_exchange, "llama", LENGTHS)
     assert all(gradient_error > 1e-3 for gradient_error in results)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_fsdp2(pool, cp_size):
+    for gradient_error, loss_error in pool.run(cp_size, model_cases.fully_sharded_errors, "llama", LENGTHS):
+        assert gradient_error < OWN_LOSS and loss_error < OWN_LOSS

@@ -58,6 +58,11 @@ def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
         assert measured == pytest.approx(expected, rel=GRADIENT)
 
 
+def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool):
+    for ours, single in pool.run(2, trainer_cases.autocast_errors, LENGTHS):
+        assert 0 < ours <= 2 * single
+
+
 def test_two_data_parallel_groups(pool):
     """dp 2 x cp 2 under DDP: each pair of ranks shares a batch, the loss counts targets of both."""
     for result in pool.run(4, trainer_cases.trainer_step_with, LENGTHS, {"cp_size": 2, "per_batch": 3}):

@@ -84,6 +84,28 @@ def trainer_step(
     }
 
 
+def autocast_errors(lengths):
+    """Gradient error against fp64 of a Trainer step under bf16 autocast, and of a single process under it."""
+    fresh_accelerate()
+    features, keep = make_documents(lengths), _KeepGradient()
+    trainer = _InOrder(
+        model=build_model("llama", dtype=torch.float32),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()),
+            per_device_train_batch_size=len(features),
+            max_steps=1,
+            bf16=True,
+        ),
+        train_dataset=features,
+        callbacks=[keep],
+    )
+    trainer.train()
+    _, exact = per_document_gradients(build_model("llama", "sdpa"), features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, single = per_document_gradients(build_model("llama", "sdpa", torch.float32), features, own_loss=True)
+    return largest_error(keep.steps[0], exact), largest_error(single, exact)
+
+
 def accelerator_loop(lengths, accumulation, prompt=0.3):
     """A plain Accelerator loop: prepare, attach, forward, backward. One batch of three documents a micro step."""
     fresh_accelerate()

@@ -113,8 +113,8 @@ def _refuse_what_is_not_exact(module, plan: RankPlan, dropout: float, kwargs: di
     for what, asked in reasons.items():
         if asked:
             raise UnsupportedModelError(
-                f"{_name(module)} asks for {what}, which context parallelism with flashcp does not compute. Train this "
-                'model with attn_implementation="sdpa" or "eager" and cp_size 1'
+                f"{_name(module)} asks for {what}, which context parallelism with flashcp does not compute. Train "
+                'this model with attn_implementation="sdpa" or "eager" and cp_size 1'
                 + (", or set attention_dropout to 0 in its config." if what == "attention dropout" else ".")
             )
 

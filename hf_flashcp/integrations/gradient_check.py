@@ -1,0 +1,60 @@
+"""The single-process gradient of a batch, to hold a training run's own gradient against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..layout.batch import IGNORE_INDEX
+
+
+def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over all targets of `batches`, each document run alone, without context parallelism.
+
+    Runs the model in evaluation mode, where an attached model attends without a plan, and leaves its `.grad` and its
+    hooks (DDP's too) untouched. No process talks to another.
+
+    Args:
+        model (`torch.nn.Module`): a bare causal language model or PEFT model (not the DDP or FSDP2 wrapper).
+        batches (`Iterable[Mapping]`): full batches of [`FlashCPCollator`], one optimizer step's worth.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name, for each parameter that requires a gradient.
+    """
+    batches = list(batches)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            lengths = list(batch["flashcp_plan"].lengths)
+            documents = zip(batch["input_ids"].split(lengths, dim=1), batch["shift_labels"].split(lengths, dim=1))
+            for input_ids, shift_labels in documents:
+                if (shift_labels == IGNORE_INDEX).all():
+                    continue
+                logits = model(input_ids=input_ids, use_cache=False).logits
+                loss = inner.loss_function(
+                    logits, None, logits.shape[-1], num_items_in_batch=targets, shift_labels=shift_labels
+                )
+                for name, grad in zip(
+                    parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                ):
+                    if grad is not None:
+                        sums[name] += grad
+    finally:
+        model.train(was_training)
+    return sums
+
+
+def gradient_error(ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> float:
+    """Largest relative difference over parameters: max_p |ours_p - reference_p| / |reference_p|, Frobenius norms."""
+    errors = []
+    for name, expected in reference.items():
+        difference, norm = (ours[name] - expected).double().norm(), expected.double().norm()
+        errors.append(float(difference / norm) if norm > 0 else float(difference))
+    return max(errors)

@@ -1,0 +1,233 @@
+"""Fine-tune a causal language model on packed documents with context parallelism.
+
+    accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/sft.py config.yaml [--argument value ...]
+
+The YAML file and the command line take the arguments below and every one of transformers' TrainingArguments; the
+command line wins. Without a dataset and a model it trains a small one on Python's own source files.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import load_dataset
+from rich.console import Console
+from rich.table import Table
+from stdlib_corpus import train_tokenizer, write_corpus
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from trl import pack_dataset
+
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
+from hf_flashcp.integrations.gradient_check import gradient_error, per_document_gradients
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A hub name or a local directory. Without it a model is built from model_type."},
+    )
+    model_type: str = field(default="qwen3", metadata={"help": "Architecture to build from scratch."})
+    config_overrides: dict | str | None = field(
+        default=None, metadata={"help": "Config attributes for a model built from scratch, a dict or JSON."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Defaults to the model's."})
+    dtype: str = field(default="float32", metadata={"help": "Parameter dtype, e.g. bfloat16."})
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = json.loads(self.config_overrides)
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the hub, or a local directory."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    data_files: list[str] | None = field(
+        default=None, metadata={"help": "Local files instead: .jsonl, .txt or .parquet, one document a row."}
+    )
+    text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
+    window: int = field(default=8192, metadata={"help": "Tokens of a packed row; longer documents are cut to it."})
+    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default corpus is kept."})
+
+
+@dataclass
+class ContextParallelArguments:
+    cp_size: int | None = field(
+        default=None, metadata={"help": "Processes that share a batch; defaults to accelerate's configuration."}
+    )
+    strategy: str | None = field(default=None, metadata={"help": "How documents are sharded, see plan_documents."})
+    check_gradient: bool = field(
+        default=False,
+        metadata={"help": "Compare the first step's gradient with a single-process run of the same documents."},
+    )
+
+
+def parse_arguments(argv):
+    parser = HfArgumentParser((ModelArguments, DataArguments, ContextParallelArguments, TrainingArguments))
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        settings = yaml.safe_load(Path(argv[0]).read_text())
+        unknown = set(settings) - {action.dest for action in parser._actions}
+        if unknown:
+            raise SystemExit(f"{argv[0]}: unknown arguments {', '.join(sorted(unknown))}. See sft.py --help.")
+        parser.set_defaults(**settings)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def use_default_corpus(model_args, data_args, training_args):
+    """Fills in the standard library's files and a tokenizer trained on them where nothing else is given."""
+    corpus = Path(data_args.cache_dir) / "python_stdlib.jsonl"
+    tokenizer = Path(data_args.cache_dir) / "python_stdlib_tokenizer"
+    with training_args.main_process_first(desc="default corpus"):
+        if data_args.dataset_name is None and data_args.data_files is None:
+            data_args.data_files = [str(corpus)]
+            if not corpus.exists():
+                write_corpus(corpus)
+        if model_args.model_name_or_path is None and model_args.tokenizer_name is None:
+            model_args.tokenizer_name = str(tokenizer)
+            if not (tokenizer / "tokenizer.json").exists():
+                if not corpus.exists():
+                    write_corpus(corpus)
+                train_tokenizer(corpus, tokenizer)
+
+
+def load_documents(data_args):
+    if data_args.data_files is None:
+        return load_dataset(data_args.dataset_name, data_args.dataset_config_name, split=data_args.dataset_split)
+    builder = {"jsonl": "json", "txt": "text"}
+    suffix = Path(data_args.data_files[0]).suffix.lstrip(".")
+    return load_dataset(builder.get(suffix, suffix), data_files=data_args.data_files, split="train")
+
+
+def make_packed_rows(tokenizer, data_args, training_args):
+    """Documents as tokens, each ended by the tokenizer's end token, packed best-fit into windows."""
+    with training_args.main_process_first(desc="tokenize and pack"):
+        documents = load_documents(data_args)
+        if data_args.text_column not in documents.column_names:
+            raise SystemExit(f"No column {data_args.text_column!r}; the dataset has {documents.column_names}.")
+
+        def tokenize(batch):
+            rows = tokenizer(batch[data_args.text_column], add_special_tokens=False)["input_ids"]
+            return {"input_ids": [row + [tokenizer.eos_token_id] for row in rows]}
+
+        tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names, desc="Tokenizing")
+        return pack_dataset(tokens, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
+
+
+def make_model(model_args, tokenizer):
+    if model_args.model_name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path, attn_implementation="flashcp", dtype=model_args.dtype
+        )
+    config = AutoConfig.for_model(
+        model_args.model_type,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        **(model_args.config_overrides or {}),
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=model_args.dtype)
+
+
+class CheckedTrainer(FlashCPTrainer):
+    """Keeps the first step's batches and gradient, and has the main process repeat it alone, document by document."""
+
+    gradient_error = None
+
+    def __init__(self, *args, check_gradient=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._to_check = [] if check_gradient else None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._to_check is not None:
+            self._to_check.append(self._prepare_inputs(inputs))
+            if self.accelerator.sync_gradients:
+                self._check()
+        return loss
+
+    def _check(self):
+        batches, self._to_check = self._to_check, None
+        if self.is_fsdp_enabled or self.args.world_size != self.get_cp_size():
+            self.accelerator.print("check_gradient is for replicated parameters and one shared batch: skipped.")
+            return
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+            self.gradient_error = gradient_error(ours, per_document_gradients(model, batches))
+        self.accelerator.wait_for_everyone()
+
+
+def summarize(trainer, train_metrics):
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {
+        **train_metrics,
+        "train_tokens_per_second": trainer.state.num_input_tokens_seen / train_metrics["train_runtime"],
+        "flashcp_first_loss": losses[0],
+        "flashcp_last_loss": losses[-1],
+        **trainer.plan_metrics.means(),
+    }
+    if trainer.gradient_error is not None:
+        metrics["flashcp_gradient_error"] = trainer.gradient_error
+    return metrics
+
+
+def plan_table(plan):
+    report = plan.report()
+    table = Table(title=f"Plan of the last pack: {len(plan.lengths)} documents, {plan.num_tokens:,} tokens")
+    for column in ("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent"):
+        table.add_column(column, justify="right")
+    for rank, slices in enumerate(plan.slices):
+        counts = [report[key][rank] for key in ("tokens", "pairs", "kv_received", "kv_sent")]
+        table.add_row(str(rank), str(len(slices)), *(f"{count:,}" for count in counts))
+    return table
+
+
+def summary_table(metrics, cp_size):
+    table = Table(title=f"Context parallelism over {cp_size} processes", show_header=False)
+    rows = [
+        ("loss, first step", f"{metrics['flashcp_first_loss']:.3f}"),
+        ("loss, last step", f"{metrics['flashcp_last_loss']:.3f}"),
+        ("tokens per second", f"{metrics['train_tokens_per_second']:,.0f}"),
+        ("token imbalance (max / mean)", f"{metrics['flashcp_token_imbalance']:.4f}"),
+        ("attention imbalance (max / mean)", f"{metrics['flashcp_pair_imbalance']:.4f}"),
+        ("KV moved against all-gather", f"{metrics['flashcp_kv_fraction']:.1%}"),
+    ]
+    if "flashcp_gradient_error" in metrics:
+        rows.append(("first gradient against a single process", f"{metrics['flashcp_gradient_error']:.1e}"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def main():
+    model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
+    set_seed(training_args.seed)
+    training_args.parallelism_config = FlashCPPlugin(cp_size=cp_args.cp_size, strategy=cp_args.strategy)
+
+    use_default_corpus(model_args, data_args, training_args)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
+    rows = make_packed_rows(tokenizer, data_args, training_args)
+    trainer = CheckedTrainer(
+        model=make_model(model_args, tokenizer),
+        args=training_args,
+        train_dataset=rows,
+        data_collator=FlashCPCollator(training_args.parallelism_config.cp_size, strategy=cp_args.strategy),
+        processing_class=tokenizer,
+        check_gradient=cp_args.check_gradient,
+    )
+    result = trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        metrics = summarize(trainer, result.metrics)
+        trainer.save_metrics("train", metrics)
+        console = Console()
+        console.print(plan_table(trainer.flashcp.plan.plan))
+        console.print(summary_table(metrics, trainer.get_cp_size()))
+
+
+if __name__ == "__main__":
+    main()
