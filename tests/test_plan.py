@@ -1,6 +1,8 @@
+import doctest
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -205,6 +207,7 @@ def test_from_dict_names_missing_keys():
 def test_planning_needs_no_torch():
     code = """
 import sys
+from pathlib import Path
 sys.modules["torch"] = sys.modules["transformers"] = None
 import hf_flashcp
 from hf_flashcp import ShardPlan, plan_documents
@@ -212,3 +215,9 @@ print(plan_documents([100, 80, 44], 2).digest)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == plan_documents([100, 80, 44], 2).digest
+
+
+def test_readme_examples():
+    readme = Path(__file__).parent.parent / "README.md"
+    results = doctest.testfile(str(readme), module_relative=False)
+    assert results.attempted > 0 and results.failed == 0

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FlashCPCollator
 from ..errors import ConfigurationError
-from ..layout.batch import context_parallel_group
+from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import ShardPlan
 from .attach import attach
 from .plugin import FlashCPPlugin
@@ -96,6 +96,16 @@ class FlashCPTrainerMixin:
         super()._set_signature_columns_if_needed()
         if "seq_lengths" not in self._signature_columns:
             self._signature_columns.append("seq_lengths")
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        targets = super()._get_num_items_in_batch(batch_samples, device)
+        if targets is None or self.args.average_tokens_across_devices:
+            return targets
+        # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
+        labels = (
+            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
+        )
+        return sum(each.ne(IGNORE_INDEX).sum() for each in labels).to(device) / self.get_cp_size()
 
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]
