@@ -50,6 +50,22 @@ def test_long_packs_are_exact(pool, name, shape, cp_size):
         assert max(errors) < FP64
 
 
+@pytest.mark.parametrize("cp_size", [5, 7, 8])
+def test_many_and_odd_ranks_are_exact(pool, cp_size):
+    todo = [
+        ((plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape), {})
+        for name, shape in (
+            ("blocks_of_128", (8, 2, 64, 64)),
+            ("six_of_150", (8, 8, 64, 64)),
+            ("fewer_tokens_than_chunks", (4, 2, 8, 8)),
+        )
+        for strategy in STRATEGIES
+    ]
+    for errors in pool.run(cp_size, cases.attention_errors, todo):
+        for case, error in zip(todo, errors):
+            assert max(error) < FP64, (case, error)
+
+
 @pytest.mark.parametrize("kernel", cases.KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head_shapes_are_exact(pool, shape, kernel):
