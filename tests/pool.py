@@ -32,6 +32,7 @@ class WorkerPool:
     def __init__(self):
         self._directory = Path(tempfile.mkdtemp(prefix="flashcp-pool-"))
         self._worlds = itertools.count()
+        self._store = None
         self._world = None
         self._workers = []
 
@@ -52,7 +53,7 @@ class WorkerPool:
         while len(self._workers) < world_size:
             self._start_worker(len(self._workers))
         if self._world is None or self._world[0] != world_size:
-            self._world = (world_size, str(self._directory / f"world-{next(self._worlds)}"))
+            self._world = (world_size, self._port(), f"world-{next(self._worlds)}")
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
@@ -63,6 +64,13 @@ class WorkerPool:
         elif not all(ok for ok, *_ in outcomes):
             self._world = None  # a failed rank may have left the others' collectives half done
         return [outcome[:3] for outcome in outcomes]
+
+    def _port(self):
+        if self._store is None:
+            from torch.distributed import TCPStore
+
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self._store.port
 
     def close(self):
         for process, connection, _ in self._workers:
@@ -132,7 +140,7 @@ def _failure(error):
         return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
 
 
-def _join_world(rank, world_size, path):
+def _join_world(rank, world_size, port, name):
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -148,7 +156,7 @@ def _join_world(rank, world_size, path):
     )
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(path, world_size),
+        store=dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False)),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),

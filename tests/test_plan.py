@@ -65,7 +65,13 @@ def test_every_strategy_partitions_the_documents(strategy, case):
 
 
 @pytest.mark.parametrize(
-    "options", [{"strategy": "per_doc"}, {"strategy": "per_doc", "rotate_ranks": True}, {"strategy": "per_seq"}]
+    "options",
+    [
+        {"strategy": "per_doc"},
+        {"strategy": "per_doc", "rotate_ranks": True},
+        {"strategy": "per_seq"},
+        {"strategy": "flashcp"},
+    ],
 )
 @given(lengths_and_cp_size)
 def test_tokens_are_equal_within_one(options, case):
@@ -99,7 +105,7 @@ def test_json_round_trip_keeps_plan_and_digest(plan):
 
 
 def test_digest_is_stable_and_distinguishes_plans():
-    plan = plan_documents([100, 80, 44], 2)
+    plan = plan_documents([100, 80, 44], 2, strategy="per_doc")
     assert plan.digest == "6175049f4a5da30e0cbbcdf61f2a12f49ee172f51fb7a8fa542c32714b4c9d3b"
     assert plan.digest != plan_documents([100, 80, 44], 3).digest
     assert plan.digest != plan_documents([80, 100, 44], 2).digest
@@ -152,6 +158,59 @@ def test_known_packs(name, cp_size):
         assert sum(report["tokens"]) == sum(KNOWN_PACKS[name])
 
 
+def test_flashcp_keeps_documents_whole_where_the_caps_allow_it():
+    # Pairs 36 | 10 + 10 of a mean of 28, tokens 8 | 8: within 1.3, so nothing travels.
+    plan = plan_documents([8, 4, 4], 2, strategy="flashcp", max_imbalance=1.3)
+    assert plan.slices == (((0, 0, 8),), ((1, 0, 4), (2, 0, 4)))
+
+
+def test_flashcp_splits_the_longest_document_over_all_ranks_where_they_do_not():
+    # Within 1.05 of 28 the first document must be split (18 pairs each); the others go one to each rank.
+    plan = plan_documents([8, 4, 4], 2, strategy="flashcp")
+    assert plan.slices == (((0, 0, 2), (0, 6, 8), (1, 0, 4)), ((0, 2, 6), (2, 0, 4)))
+    assert plan.report()["kv_total"] == 6
+
+
+def test_flashcp_moves_the_head_of_the_shortest_document_to_equalize_tokens():
+    # Whole: pairs 15 | 10 + 6, tokens 5 | 7. One token is owed; the shortest document of rank 1 gives its head.
+    plan = plan_documents([5, 4, 3], 2, strategy="flashcp")
+    assert plan.slices == (((0, 0, 5), (2, 0, 1)), ((1, 0, 4), (2, 1, 3)))
+    assert plan.report()["pairs"] == [16, 15]
+    assert plan.report()["kv_received"] == [0, 1]
+
+
+def test_flashcp_moves_whole_documents_before_heads():
+    # Tokens 6 | 8 and one owed: a document of one token moves, and costs nothing.
+    plan = plan_documents([6, 2, 2, 1, 1, 1, 1], 2, strategy="flashcp", max_imbalance=1.5)
+    assert plan.slices[0] == ((0, 0, 6), (3, 0, 1))
+    assert plan.report()["kv_total"] == 0
+
+
+def test_flashcp_uses_the_room_that_the_token_cap_leaves():
+    # Tokens 5 | 7 of a mean of 6: within 1.2 nothing has to move.
+    plan = plan_documents([5, 4, 3], 2, strategy="flashcp", max_token_imbalance=1.2)
+    assert plan.slices == (((0, 0, 5),), ((1, 0, 4), (2, 0, 3)))
+
+
+def test_flashcp_is_per_doc_where_nothing_else_fits():
+    for lengths, cp_size in (([40], 4), ([1, 1, 1], 2), ([7, 7, 7], 2)):
+        ours = plan_documents(lengths, cp_size, strategy="flashcp", max_imbalance=1.0)
+        assert ours == plan_documents(lengths, cp_size, strategy="per_doc")
+
+
+@given(lengths_and_cp_size, st.sampled_from([1.0, 1.05, 1.3, 3.0]), st.sampled_from([1.0, 1.1, 2.0, float("inf")]))
+def test_flashcp_keeps_to_its_caps(case, max_imbalance, max_token_imbalance):
+    lengths, cp_size = case
+    plan = plan_documents(
+        lengths, cp_size, strategy="flashcp", max_imbalance=max_imbalance, max_token_imbalance=max_token_imbalance
+    )
+    report = plan.report()
+    tokens = report["tokens"]
+    assert max(tokens) - min(tokens) <= 1 or report["token_imbalance"] <= max_token_imbalance
+    if report["pair_imbalance"] > max_imbalance:
+        assert plan == plan_documents(lengths, cp_size, strategy="per_doc")
+
+
 def test_bytes_on_the_wire():
     assert kv_bytes(1000, num_kv_heads=8, key_dim=128, value_dim=128, itemsize=2) == 1000 * 8 * 256 * 2
 
@@ -167,6 +226,8 @@ def test_bytes_on_the_wire():
         ([8], 0, {}, "cp_size must be at least 1"),
         ([8], 2.0, {}, "cp_size must be an integer"),
         ([8], 2, {"strategy": "zigzag"}, "Unknown strategy 'zigzag'"),
+        ([8], 2, {"max_imbalance": 0.9}, "max_imbalance is 0.9"),
+        ([8], 2, {"max_token_imbalance": float("nan")}, "max_token_imbalance is nan"),
         ([8], 2, {"strategy": "per_seq", "rotate_ranks": True}, "rotate_ranks is an option of the strategy 'per_doc'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
 
+from .agreement import require_agreement
 from .kv_exchange import Transfer, send_grads_home, send_kv
 
 
-__all__ = ["Transfer", "send_grads_home", "send_kv"]
+__all__ = ["Transfer", "require_agreement", "send_grads_home", "send_kv"]

@@ -10,10 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 
-from ..errors import ConfigurationError, UnsupportedModelError
+from .. import __version__ as hf_flashcp_version
+from ..errors import BatchError, ConfigurationError, UnsupportedModelError
+from ..exchange import require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import context_parallel_group
+from ..planning import ShardPlan
 from .model_support import check_model
 from .plugin import FlashCPPlugin
 from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
@@ -51,7 +55,9 @@ def attach(
     mesh = accelerator_or_mesh
     if isinstance(accelerator_or_mesh, Accelerator):
         mesh, strategy = _accelerator_mesh(accelerator_or_mesh, strategy)
-    context_parallel_group(mesh)
+    group, _, cp_size = context_parallel_group(mesh)
+    if cp_size > 1:
+        require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     if earlier := _attached.get(inner):
         earlier.remove()
     handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy)
@@ -96,6 +102,14 @@ class ContextParallelHandle:
                 return None
         batch = self.shard(batch)
         self.plan = batch["flashcp_plan"]
+        if self.plan.group is not None:
+            require_agreement(
+                "the batch",
+                _description_of_batch(self.plan.plan),
+                self.plan.group,
+                advice=_SAME_BATCH,
+                error=BatchError,
+            )
         enter_sharded_forward(model, self.plan)
         return (), batch
 
@@ -116,6 +130,11 @@ class ContextParallelHandle:
             self._checked = True
 
 
+_SAME_MODEL = "Start every process with the same packages, model and cp_size."
+_SAME_BATCH = (
+    "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
+    "knows FlashCPPlugin's cp_size), or seed and shuffle alike on every rank, and use one strategy."
+)
 _attached: WeakKeyDictionary[PreTrainedModel, ContextParallelHandle] = WeakKeyDictionary()
 
 
@@ -129,6 +148,26 @@ def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
             'AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcp").'
         )
     return inner
+
+
+def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    return {
+        "cp_size": cp_size,
+        "hf_flashcp": hf_flashcp_version,
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "model class": type(model).__name__,
+        "dtype": str(model.dtype),
+        "layers": config.num_hidden_layers,
+        "heads": [config.num_attention_heads, getattr(config, "num_key_value_heads", None)],
+        "head_dim": getattr(config, "head_dim", None),
+        "hidden_size": config.hidden_size,
+    }
+
+
+def _description_of_batch(plan: ShardPlan) -> dict[str, Any]:
+    return {"documents": len(plan.lengths), "tokens": plan.num_tokens, "plan": plan.digest[:16]}
 
 
 def _accelerator_mesh(accelerator: Accelerator, strategy: str | None):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from ..errors import ConfigurationError
+from ..exchange import require_agreement
 from ..planning import STRATEGIES
 
 
@@ -84,6 +86,14 @@ class FlashCPPlugin(ParallelismConfig):
         return ["cp"] if self.cp_size > 1 else []
 
     def build_device_mesh(self, device_type: str):
+        if PartialState().num_processes > 1:
+            sizes = {name: getattr(self, name) for name in ("cp_size", "dp_replicate_size", "dp_shard_size")}
+            require_agreement(
+                "parallelism",
+                sizes,
+                dist.group.WORLD,
+                advice="Give every process the same FlashCPPlugin and config file.",
+            )
         self._fit_processes(PartialState().num_processes)
         return super().build_device_mesh(device_type)
 

@@ -59,3 +59,23 @@ def plan_report(
         "token_imbalance": max(tokens) * cp_size / sum(tokens),
         "pair_imbalance": max(pairs) * cp_size / sum(pairs),
     }
+
+
+def kv_traffic(plan) -> list[list[int]]:
+    """Tokens whose K and V travel from rank to rank in the forward of one full-attention layer.
+
+    Args:
+        plan ([`ShardPlan`]): a valid plan.
+
+    Returns:
+        `list[list[int]]`: `[sender][receiver]`, zero on the diagonal. Rows add up to the report's `kv_sent`, columns
+        to its `kv_received`. The backward sends gradients along the transpose.
+    """
+    traffic = [[0] * plan.cp_size for _ in range(plan.cp_size)]
+    holders = document_holders(plan.slices)
+    for sender, rank_slices in enumerate(plan.slices):
+        for document, start, stop in rank_slices:
+            for receiver, end in holders[document].items():
+                if receiver != sender and end > start:
+                    traffic[sender][receiver] += min(stop, end) - start
+    return traffic

@@ -1,0 +1,9 @@
+"""`python -m hf_flashcp`: the same as the console script `flashcp`."""
+
+import sys
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The command line: `flashcp COMMAND`, or `python -m hf_flashcp COMMAND`.
+
+Each command is a module with `add_parser(commands)`, which adds its sub-parser and sets `run` to a function of the
+parsed arguments. Modules import what is heavy (torch, transformers, matplotlib) inside `run`: a command line of
+planning alone must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import FlashCPError
+from . import plan
+
+
+_COMMANDS = (plan,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for whatever the user can put right."""
+    parser = argparse.ArgumentParser(prog="flashcp", description="Context parallelism for packed documents.")
+    parser.add_argument("--version", action="version", version=f"hf_flashcp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except FlashCPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,136 @@
+"""`flashcp plan`: how documents would be shared, what that costs, and a picture of it. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
+from ..errors import PlanError
+from ..planning import STRATEGIES, ShardPlan, plan_documents
+from ..planning.strategies import DEFAULT_STRATEGY
+
+
+MAX_LISTED_SLICES = 12
+"""Slices of a rank up to which the table is followed by the slices themselves."""
+
+_SLICES_A_LINE = 4
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show how documents would be shared over ranks, and what that costs",
+        description="Plans one packed batch and prints tokens, attention work and KV traffic of every rank.",
+    )
+    documents = parser.add_mutually_exclusive_group(required=True)
+    documents.add_argument(
+        "--lengths", type=_comma_separated, metavar="N,N,...", help="tokens of each document, in packed order"
+    )
+    documents.add_argument(
+        "--lengths-from",
+        choices=LENGTH_DISTRIBUTIONS,
+        metavar="CORPUS",
+        help=f"draw documents like those of a corpus until the window is full: {', '.join(LENGTH_DISTRIBUTIONS)}",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens of the packed row, with --lengths-from")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draw, with --lengths-from (default 0)"
+    )
+    parser.add_argument("--cp-size", type=int, required=True, metavar="N", help="context-parallel ranks")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print plan, report and digest as JSON and nothing else")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the plan to a file (.png, .svg, .pdf); needs the extra 'plot'"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plans, draws if asked to, and prints.
+
+    Raises:
+        PlanError: documents or options that cannot be planned.
+        FlashCPError: a plot that cannot be drawn or written.
+    """
+    if arguments.lengths is None and arguments.window is None:
+        raise PlanError("--lengths-from needs --window: the tokens to draw documents for.")
+    if arguments.lengths is not None and arguments.window is not None:
+        raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
+    lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
+    plan = plan_documents(lengths, arguments.cp_size, strategy=arguments.strategy)
+    if arguments.plot:
+        from .plan_plot import plot_plan
+
+        plot_plan(plan, arguments.plot, strategy=arguments.strategy)
+        print(f"plot written to {arguments.plot}", file=sys.stderr)
+    if arguments.json:
+        found = {
+            "strategy": arguments.strategy,
+            "digest": plan.digest,
+            "plan": plan.to_dict(),
+            "report": plan.report(),
+        }
+        print(json.dumps(found))
+    else:
+        print(plan_text(plan, strategy=arguments.strategy))
+
+
+def plan_text(plan: ShardPlan, *, strategy: str) -> str:
+    """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic."""
+    report = plan.report()
+    columns = [
+        list(map(len, plan.slices)),
+        *(report[key] for key in ("tokens", "pairs", "kv_received", "kv_sent")),
+    ]
+    rows = [("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent")]
+    rows += [tuple(f"{value:,}" for value in row) for row in zip(range(plan.cp_size), *columns)]
+    rows.append(("sum", *(f"{sum(column):,}" for column in columns)))
+    lines = [
+        f"{counted(len(plan.lengths), 'document')}, {counted(plan.num_tokens, 'token')}, "
+        f"{counted(plan.cp_size, 'rank')}, strategy {strategy}",
+        "",
+        *_aligned(rows),
+        "",
+        f"imbalance (max / mean)  tokens {report['token_imbalance']:.3f}, "
+        f"attention pairs {report['pair_imbalance']:.3f}",
+        f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
+        f"({report['kv_fraction']:.1%})",
+        f"digest                  {plan.digest}",
+    ]
+    if max(columns[0]) <= MAX_LISTED_SLICES:
+        lines += ["", *_listed_slices(plan)]
+    return "\n".join(lines)
+
+
+def _listed_slices(plan: ShardPlan) -> list[str]:
+    named = [[f"doc {document} [{start}, {stop})" for document, start, stop in piece] for piece in plan.slices]
+    width = max(len(name) for names in named for name in names)
+    lines = []
+    for rank, names in enumerate(named):
+        for first in range(0, len(names), _SLICES_A_LINE):
+            label = f"rank {rank}" if first == 0 else ""
+            line = "  ".join(name.ljust(width) for name in names[first : first + _SLICES_A_LINE])
+            lines.append(f"{label:<{len(f'rank {plan.cp_size - 1}')}}  {line}".rstrip())
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _comma_separated(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers separated by commas, such as 4096,1024,512"
+        ) from None

@@ -1,0 +1,234 @@
+"""A picture of a plan: what each rank holds, where documents are cut, and whose KV travels where."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import FlashCPError
+from ..planning import ShardPlan
+from ..planning.volume import kv_traffic
+from .plan import counted
+
+
+_COLOURS = (
+    "#7aa6c2",
+    "#e3a35c",
+    "#8fb783",
+    "#d68a8a",
+    "#a996c8",
+    "#c9b458",
+    "#7fbab0",
+    "#d391b5",
+    "#a8a29a",
+    "#b98b6b",
+)
+_INK = "#2b2f36"
+_BAR = 0.72  # of a lane
+_MAX_LEGEND_DOCUMENTS = len(_COLOURS)
+_MAX_LABELLED_ARROWS = 30
+_MAX_ARROWS = 80  # a matrix says more than thinner ones
+
+
+def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> None:
+    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a matrix).
+
+    Args:
+        plan ([`ShardPlan`]): a valid plan.
+        path (`str` or path): file to write; its ending chooses the format.
+        strategy (`str`): named in the title.
+
+    Raises:
+        FlashCPError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FlashCPError("Plots need matplotlib: pip install 'hf_flashcp[plot]'.") from None
+    traffic = kv_traffic(plan)
+    arrows = _arrows(traffic)
+    lane = min(0.75, max(0.28, 7 / plan.cp_size))
+    side = min(max(0.34 * len(arrows), 2.4), 6.5) if arrows else 0
+    legend = _legend_handles(plan)
+    figure = Figure(figsize=(9.5 + side, lane * plan.cp_size + 1.9 + 0.3 * bool(legend)), layout="constrained")
+    FigureCanvasAgg(figure)
+    if arrows:
+        lanes, between = figure.subplots(1, 2, sharey=True, width_ratios=(9, side))
+        if len(arrows) <= _MAX_ARROWS:
+            _draw_arrows(between, arrows, plan.cp_size, pitch=72 * side / (len(arrows) + 1))
+        else:
+            _draw_matrix(figure, between, traffic)
+    else:
+        lanes = figure.subplots()
+    _draw_title(figure, plan, strategy)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    _draw_axes(lanes, plan)
+    figure.canvas.draw()  # only a finished layout tells how many pixels a token has
+    figure.set_layout_engine("none")
+    _draw_slices(lanes, plan)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error.strerror}.") from None
+    except ValueError as error:
+        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error}.") from None
+
+
+def _draw_title(figure, plan, strategy):
+    report = plan.report()
+    figure.suptitle(
+        f"{strategy}: {counted(len(plan.lengths), 'document')}, {counted(plan.num_tokens, 'token')}, "
+        f"{counted(plan.cp_size, 'rank')}\n"
+        f"imbalance: tokens {report['token_imbalance']:.3f}, attention pairs {report['pair_imbalance']:.3f}   "
+        f"KV moved: {report['kv_total']:,} tokens, {report['kv_fraction']:.1%} of an all-gather",
+        fontsize=11,
+        color=_INK,
+    )
+
+
+def _draw_axes(axes, plan):
+    report = plan.report()
+    mean_pairs = sum(report["pairs"]) / plan.cp_size
+    axes.set_xlim(0, max(report["tokens"]))
+    axes.set_ylim(plan.cp_size - 0.5, -0.5)
+    axes.set_yticks(
+        range(plan.cp_size),
+        [f"rank {rank}   work {pairs / mean_pairs:.2f}" for rank, pairs in enumerate(report["pairs"])],
+    )
+    axes.set_xlabel("tokens of the rank's row   (work: attention pairs / mean over ranks)", color=_INK)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(length=0, colors=_INK)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _draw_slices(axes, plan):
+    pixels_a_token = axes.get_window_extent().width / axes.get_xlim()[1]
+    cuts = []
+    for rank, slices in enumerate(plan.slices):
+        left, bars, line_widths = 0, [], []
+        for document, start, stop in slices:
+            width = stop - start
+            pixels = width * pixels_a_token
+            bars.append((left, width))
+            line_widths.append(min(0.9, pixels / 14))
+            boldness = min(1.0, pixels / 50)
+            if start > 0:
+                cuts.append((left, rank, boldness))
+            if stop < plan.lengths[document]:
+                cuts.append((left + width, rank, boldness))
+            names = (f"doc {document}\n[{start}, {stop})", f"doc {document}", str(document))
+            _label_that_fits(axes, left + width / 2, rank, names, pixels)
+            left += width
+        axes.broken_barh(
+            bars,
+            (rank - _BAR / 2, _BAR),
+            facecolors=[_colour(document) for document, *_ in slices],
+            edgecolors="white",
+            linewidths=line_widths,
+        )
+    axes.vlines(
+        [x for x, *_ in cuts],
+        [rank - _BAR / 2 - 0.05 * boldness for _, rank, boldness in cuts],
+        [rank + _BAR / 2 + 0.05 * boldness for _, rank, boldness in cuts],
+        color=_INK,
+        linewidth=[1.8 * boldness for *_, boldness in cuts],
+        clip_on=False,
+    )
+
+
+def _colour(document):
+    # Neighbours differ, and so do documents ten apart.
+    return _COLOURS[(document + document // len(_COLOURS)) % len(_COLOURS)]
+
+
+def _label_that_fits(axes, x, y, names, pixels):
+    if pixels < 8:
+        return
+    label = axes.text(x, y, "", ha="center", va="center", fontsize=8, color=_INK, linespacing=1.25)
+    lane = abs(axes.transData.transform((0, _BAR))[1] - axes.transData.transform((0, 0))[1])
+    for name in names:
+        label.set_text(name)
+        extent = label.get_window_extent()
+        if extent.width < pixels - 6 and extent.height < lane - 4:
+            return
+    label.remove()
+
+
+def _arrows(traffic):
+    """`(sender, receiver, tokens)` of all pairs that exchange anything, by sender."""
+    return [
+        (sender, receiver, tokens)
+        for sender, row in enumerate(traffic)
+        for receiver, tokens in enumerate(row)
+        if tokens
+    ]
+
+
+def _draw_arrows(axes, arrows, ranks, pitch):
+    """One column an arrow, `pitch` points wide, so that arrows never cross or cover each other."""
+    most = max(tokens for *_, tokens in arrows)
+    labelled = len(arrows) <= _MAX_LABELLED_ARROWS
+    widest = min(7.0, (0.3 if labelled else 0.5) * pitch)
+    for column, (sender, receiver, tokens) in enumerate(arrows):
+        width = max(0.5, widest * tokens / most)
+        head = min(width + 5, 0.95 * pitch)
+        colour = "#4a6fa5" if sender % 2 == 0 else "#7d8794"
+        axes.annotate(
+            "",
+            (column, receiver),
+            (column, sender),
+            arrowprops={
+                "arrowstyle": f"simple,tail_width={width:.2f},head_width={head:.2f},head_length={head:.2f}",
+                "mutation_scale": 1,
+                "linewidth": 0,
+                "color": colour,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
+        axes.plot(column, sender, "o", color=colour, markersize=min(width + 3, 0.8 * pitch))
+        if labelled:
+            axes.annotate(
+                f"{tokens:,}",
+                (column, (sender + receiver) / 2),
+                (width / 2 + 6, 0),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=_INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
+    axes.set_xlim(-0.8, len(arrows) - 0.2)
+    axes.set_xticks([])
+    axes.set_xlabel(f"KV travels from dot to arrow\nwidest: {most:,} tokens", color=_INK)
+    axes.tick_params(length=0, labelleft=False)
+    axes.spines[:].set_visible(False)
+    axes.hlines(range(ranks), -0.8, len(arrows) - 0.2, color="#dddddd", linewidth=0.6, zorder=0)
+
+
+def _draw_matrix(figure, axes, traffic):
+    image = axes.imshow(traffic, cmap="Blues", vmin=0, aspect="auto")
+    axes.set_xlabel("KV travels from the row's rank to rank", color=_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(length=0, labelleft=False, colors=_INK)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, format="{x:,.0f}", label="tokens", fraction=0.06, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _legend_handles(plan):
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = []
+    if len(plan.lengths) <= _MAX_LEGEND_DOCUMENTS:
+        for document, length in enumerate(plan.lengths):
+            handles.append(Patch(color=_colour(document), label=f"doc {document} ({length:,})"))
+    if sum(map(len, plan.slices)) > len(plan.lengths):
+        handles.append(Line2D([], [], color=_INK, linewidth=1.8, label="cut inside a document"))
+    return handles

@@ -1,0 +1,94 @@
+"""Document lengths like those of real corpora, drawn from binned counts. Pure NumPy: nothing here imports torch.
+
+`length_distributions.json` holds the counts: for each corpus its `source` and its `bins`, each
+`[shortest, longest, documents]` with lengths in tokens, both ends included. Single lognormals underfit every tail of
+these corpora, so lengths are drawn from the bins themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import PlanError
+
+
+_DISTRIBUTIONS = json.loads(Path(__file__).with_name("length_distributions.json").read_text(encoding="utf-8"))
+
+LENGTH_DISTRIBUTIONS = tuple(_DISTRIBUTIONS)
+"""Names that `sample_lengths` and `sample_pack` take."""
+
+_DRAWN_AT_ONCE = 256
+
+
+def sample_lengths(name: str, count: int, *, seed: int = 0) -> list[int]:
+    """Draws document lengths: a bin by its number of documents, then log-uniformly inside it.
+
+    Args:
+        name (`str`): one of `LENGTH_DISTRIBUTIONS`.
+        count (`int`): number of documents.
+        seed (`int`, *optional*, defaults to 0): equal seeds give equal lengths, and fewer are a prefix of more.
+
+    Returns:
+        `list[int]`: tokens of each document, at least 1.
+
+    Raises:
+        PlanError: an unknown name, a negative count or seed.
+    """
+    count = _whole_number("count", count, at_least=0)
+    drawn = _draw_forever(name, seed)
+    return [next(drawn) for _ in range(count)]
+
+
+def sample_pack(name: str, window: int, *, seed: int = 0) -> list[int]:
+    """Draws documents until a window is full. The last one is truncated, as packing a stream of documents does.
+
+    Args:
+        name (`str`): one of `LENGTH_DISTRIBUTIONS`.
+        window (`int`): tokens of the packed row.
+        seed (`int`, *optional*, defaults to 0): the same documents as [`sample_lengths`] draws with this seed.
+
+    Returns:
+        `list[int]`: tokens of each document; they add up to `window`.
+
+    Raises:
+        PlanError: an unknown name, a window below one token, a negative seed.
+    """
+    space = _whole_number("window", window, at_least=1)
+    lengths = []
+    for length in _draw_forever(name, seed):
+        lengths.append(min(length, space))
+        space -= lengths[-1]
+        if not space:
+            return lengths
+
+
+def _draw_forever(name: str, seed: int) -> Iterator[int]:
+    if name not in _DISTRIBUTIONS:
+        choices = ", ".join(map(repr, LENGTH_DISTRIBUTIONS))
+        raise PlanError(f"Unknown length distribution {name!r}: choose one of {choices}.")
+    generator = np.random.default_rng(_whole_number("seed", seed, at_least=0))
+    shortest, longest, documents = np.array(_DISTRIBUTIONS[name]["bins"]).T
+    shortest = np.maximum(shortest, 1)
+    up_to_bin = np.cumsum(documents)
+    while True:
+        # Two numbers a document, next to each other in the stream: what is drawn first never depends on the count.
+        which, where = generator.random((_DRAWN_AT_ONCE, 2)).T
+        drawn = np.searchsorted(up_to_bin, which * up_to_bin[-1], side="right")
+        low, high = shortest[drawn], longest[drawn]
+        lengths = low * ((high + 1) / low) ** where
+        yield from np.minimum(lengths.astype(np.int64), high).tolist()
+
+
+def _whole_number(what: str, value: int, *, at_least: int) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise PlanError(f"{what} must be an integer, got {value!r}.") from None
+    if value < at_least:
+        raise PlanError(f"{what} must be at least {at_least}, got {value}.")
+    return value

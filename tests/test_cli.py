@@ -1,0 +1,244 @@
+import json
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+from hypothesis import given
+
+from hf_flashcp.cli import main
+from hf_flashcp.data import sample_pack
+from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
+from hf_flashcp.planning.strategies import DEFAULT_STRATEGY
+from hf_flashcp.planning.volume import kv_traffic
+from tests.packs import arbitrary_plans
+
+
+THREE_DOCUMENTS = """\
+3 documents, 5,632 tokens, 4 ranks, strategy per_doc
+
+rank  slices  tokens  attention pairs  KV received  KV sent
+   0       6   1,408        2,261,696        4,224    2,112
+   1       6   1,408        2,261,696        3,520    2,816
+   2       6   1,408        2,261,696        2,816    3,520
+   3       3   1,408        2,261,696        2,112    4,224
+ sum      21   5,632        9,046,784       12,672   12,672
+
+imbalance (max / mean)  tokens 1.000, attention pairs 1.000
+KV moved                12,672 tokens of an all-gather's 16,896 (75.0%)
+digest                  557e9260622d12a589bc2ce76401b9d5df0cf39ba4da6d5ce51295dfd5b373eb
+
+rank 0  doc 0 [0, 512)      doc 0 [3584, 4096)  doc 1 [0, 128)      doc 1 [896, 1024)
+        doc 2 [0, 64)       doc 2 [448, 512)
+rank 1  doc 0 [512, 1024)   doc 0 [3072, 3584)  doc 1 [128, 256)    doc 1 [768, 896)
+        doc 2 [64, 128)     doc 2 [384, 448)
+rank 2  doc 0 [1024, 1536)  doc 0 [2560, 3072)  doc 1 [256, 384)    doc 1 [640, 768)
+        doc 2 [128, 192)    doc 2 [320, 384)
+rank 3  doc 0 [1536, 2560)  doc 1 [384, 640)    doc 2 [192, 320)
+"""
+
+
+def run(capsys, line):
+    """Exit code, stdout and stderr of `flashcp {line}`, in this process."""
+    try:
+        code = main(line.split())
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def png_size(path):
+    """Width and height, after checking every chunk of the file and that the pixels inflate to that size."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    position, chunks = 8, []
+    while position < len(data):
+        (length,) = struct.unpack(">I", data[position : position + 4])
+        kind, body = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
+        assert struct.unpack(">I", data[position + 8 + length : position + 12 + length])[0] == zlib.crc32(kind + body)
+        chunks.append((kind, body))
+        position += 12 + length
+    assert chunks[-1] == (b"IEND", b"")
+    width, height, depth, colours = struct.unpack(">IIBB", chunks[0][1][:10])
+    assert (depth, colours) == (8, 6)
+    pixels = zlib.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT"))
+    assert len(pixels) == height * (4 * width + 1)
+    return width, height
+
+
+@given(arbitrary_plans())
+def test_traffic_between_ranks_adds_up_to_the_report(plan):
+    traffic, report = kv_traffic(plan), plan.report()
+    assert [sum(row) for row in traffic] == report["kv_sent"]
+    assert [sum(column) for column in zip(*traffic)] == report["kv_received"]
+    assert all(traffic[rank][rank] == 0 for rank in range(plan.cp_size))
+    assert all(tokens >= 0 for row in traffic for tokens in row)
+
+
+def test_traffic_of_a_zigzag():
+    # Rank 0 holds [0, 4) and [12, 16), rank 1 what lies between: it needs 4 tokens and gives 8.
+    assert kv_traffic(plan_documents([16], 2, strategy="per_doc")) == [[0, 4], [8, 0]]
+
+
+def test_table_of_three_documents(capsys):
+    assert run(capsys, "plan --lengths 4096,1024,512 --cp-size 4 --strategy per_doc") == (0, THREE_DOCUMENTS, "")
+
+
+def test_slices_are_listed_only_while_a_person_can_read_them(capsys):
+    code, out, _ = run(capsys, "plan --lengths-from pile --window 131072 --cp-size 8 --strategy whole_doc")
+    assert code == 0
+    assert out.startswith("136 documents, 131,072 tokens, 8 ranks, strategy whole_doc\n")
+    assert "doc 13" not in out and out.rstrip().splitlines()[-1].startswith("digest")
+    assert "KV moved                0 tokens of an all-gather's 917,504 (0.0%)" in out
+    table = out.splitlines()[2:12]
+    assert len({len(line) for line in table}) == 1
+    assert sum(int(line.split()[2].replace(",", "")) for line in table[1:9]) == 131_072
+
+
+def test_singular(capsys):
+    assert run(capsys, "plan --lengths 1 --cp-size 1")[1].startswith("1 document, 1 token, 1 rank, strategy ")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_json_is_the_plan(capsys, strategy):
+    code, out, err = run(
+        capsys, f"plan --lengths-from wlb_llm --window 20000 --seed 5 --cp-size 3 --strategy {strategy} --json"
+    )
+    plan = plan_documents(sample_pack("wlb_llm", 20_000, seed=5), 3, strategy=strategy)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found == {
+        "strategy": strategy,
+        "digest": plan.digest,
+        "plan": plan.to_dict(),
+        "report": plan.report(),
+    }
+    assert ShardPlan.from_dict(found["plan"]) == plan
+
+
+def test_the_default_strategy_and_seed_are_the_library_s(capsys):
+    found = json.loads(run(capsys, "plan --lengths-from pile --window 9000 --cp-size 2 --json")[1])
+    assert found["strategy"] == DEFAULT_STRATEGY
+    assert found["digest"] == plan_documents(sample_pack("pile", 9000), 2).digest
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--lengths 4,0,3 --cp-size 2", "error: Document 1 has 0 tokens."),
+        ("--lengths 1,1 --cp-size 3", "error: The batch holds 2 tokens for cp_size 3"),
+        ("--lengths 8 --cp-size 0", "error: cp_size must be at least 1"),
+        ("--lengths-from pile --cp-size 2", "error: --lengths-from needs --window"),
+        ("--lengths 8 --window 8 --cp-size 2", "error: --window goes with --lengths-from"),
+        ("--lengths-from pile --window 0 --cp-size 2", "error: window must be at least 1, got 0"),
+        ("--lengths-from pile --window 9 --seed -1 --cp-size 2", "error: seed must be at least 0, got -1"),
+    ],
+)
+def test_what_cannot_be_planned_exits_with_2_and_a_sentence(capsys, line, message):
+    code, out, err = run(capsys, f"plan {line}")
+    assert (code, out) == (2, "")
+    assert err.startswith(message) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "required: COMMAND"),
+        ("plan --cp-size 2", "one of the arguments --lengths --lengths-from is required"),
+        ("plan --lengths 8", "required: --cp-size"),
+        ("plan --lengths 8 --lengths-from pile --cp-size 2", "not allowed with argument"),
+        ("plan --lengths 8,x --cp-size 2", "'8,x' is not a list of whole numbers separated by commas"),
+        ("plan --lengths-from books --window 9 --cp-size 2", "invalid choice: 'books'"),
+        ("plan --lengths 8 --cp-size 2 --strategy ring", "invalid choice: 'ring'"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(capsys, line, message):
+    code, out, err = run(capsys, line)
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
+
+
+def test_help_names_strategies_and_corpora(capsys):
+    code, out, _ = run(capsys, "plan --help")
+    assert code == 0
+    assert "prolong64k" in out and all(strategy in out for strategy in STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lengths 4096,1024,512 --cp-size 4 --strategy per_doc",
+        "--lengths-from pile --window 131072 --cp-size 8 --strategy whole_doc",
+        "--lengths 8192 --cp-size 2 --strategy per_doc",
+        "--lengths-from prolong64k --window 65536 --cp-size 12 --strategy per_doc",
+        "--lengths 5 --cp-size 1",
+    ],
+)
+def test_plot(capsys, tmp_path, line):
+    path = tmp_path / "plan.png"
+    code, out, err = run(capsys, f"plan {line} --json --plot {path}")
+    assert (code, err) == (0, f"plot written to {path}\n")
+    assert json.loads(out)["plan"]["lengths"]
+    width, height = png_size(path)
+    assert 1000 <= width <= 3000 and 300 <= height <= 2000
+    assert path.stat().st_size > 10_000
+
+
+def test_labels_of_a_plot(capsys, tmp_path):
+    path = tmp_path / "plan.svg"
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert run(capsys, f"plan --lengths 8192 --cp-size 2 --strategy per_doc --plot {path}")[0] == 0
+    text = path.read_text()
+    for label in ("per_doc: 1 document, 8,192 tokens, 2 ranks", "[0, 2048)", "[2048, 6144)", "[6144, 8192)", "4,096"):
+        assert label in text
+    assert "75.0% of an all-gather" in text
+
+
+def test_a_plot_that_cannot_be_written(capsys, tmp_path):
+    for name, message in (("no/such/plan.png", "No such file or directory"), ("plan.docx", "docx")):
+        code, out, err = run(capsys, f"plan --lengths 8 --cp-size 2 --json --plot {tmp_path / name}")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: Cannot write the plot to ") and message in err
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
+    for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    code, out, err = run(capsys, f"plan --lengths 8 --cp-size 2 --plot {tmp_path / 'plan.png'}")
+    assert (code, out) == (2, "")
+    assert err == "error: Plots need matplotlib: pip install 'hf_flashcp[plot]'.\n"
+
+
+def test_module_runs_without_torch(tmp_path):
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+sys.argv = ["hf_flashcp", "plan", "--lengths", "4096,1024,512", "--cp-size", "4", "--strategy", "per_doc"]
+sys.argv += ["--plot", {str(tmp_path / "plan.png")!r}]
+runpy.run_module("hf_flashcp", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == THREE_DOCUMENTS
+    png_size(tmp_path / "plan.png")
+
+
+def test_planning_does_not_import_matplotlib_or_torch():
+    code = """
+import sys
+from hf_flashcp.cli import main
+assert main(["plan", "--lengths", "8,4", "--cp-size", "2"]) == 0
+assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_exit_code_of_the_module():
+    command = [sys.executable, "-m", "hf_flashcp", "plan", "--lengths", "0", "--cp-size", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr.startswith("error: Document 0 has 0 tokens.")
