@@ -4,6 +4,7 @@
 transformers itself: planning in a data loader worker or on the command line stays light.
 """
 
+import functools
 import importlib
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ._when_imported import when_imported
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "FlashCPCallback": ".integrations.callback",
     "FlashCPCollator": ".data",
     "FlashCPPlugin": ".integrations.plugin",
     "FlashCPTrainer": ".integrations.trainer",
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from . import errors
     from .data import FlashCPCollator
     from .integrations.attach import attach
+    from .integrations.callback import FlashCPCallback
     from .integrations.plugin import FlashCPPlugin
     from .integrations.registration import flashcp_attention
     from .integrations.trainer import FlashCPTrainer, FlashCPTrainerMixin
@@ -54,4 +57,10 @@ def _register():
     importlib.import_module(".integrations.registration", __name__).register()
 
 
+def _guard(module_name):
+    importlib.import_module(".integrations.trl_guards", __name__).guard_config(module_name)
+
+
 when_imported("transformers.modeling_utils", _register)
+for _module_name in ("trl.trainer.grpo_config", "trl.trainer.rloo_config", "trl.trainer.distillation_config"):
+    when_imported(_module_name, functools.partial(_guard, _module_name))

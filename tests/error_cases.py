@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh
 from tests.models import SMALL, build_model, make_documents
-from tests.trainer_cases import fresh_accelerate, training_arguments
+from tests.trainer_cases import training_arguments
 
 
 _ROPE = {"rope_theta": 10000.0}

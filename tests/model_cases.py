@@ -2,9 +2,11 @@
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_flashcp import FlashCPCollator, attach, shard_inputs
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
+from tests.accelerate_state import fresh_accelerate
 from tests.models import (
     build_model,
     exact_loss_sum,
@@ -112,19 +114,38 @@ def _total(loss):
     return float(total)
 
 
-def fully_sharded_errors(family, lengths):
-    """[gradient error, loss error] with FSDP2 over the context-parallel ranks, each layer its own unit."""
-    from torch.distributed.fsdp import fully_shard
+def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
+    """[gradient error, loss error] with FSDP2 over data- and context-parallel ranks, each layer its own unit, and the
+    gradient error of bf16 parameters on a single process."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
-    features = make_documents(lengths, prompt=0.3)
-    model = build_model(family)
+    world_size = dist.get_world_size()
+    plugin = FlashCPPlugin(cp_size=cp_size or world_size)
+    if plugin.cp_size < world_size:
+        plugin.dp_shard_size = plugin._sizes["dp_shard"] = world_size // plugin.cp_size
+    fresh_accelerate()
+    PartialState(cpu=True)
+    mesh = plugin.build_device_mesh("cpu")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed_precision else None
+    options = {"mesh": mesh["dp_shard_cp"], **({"mp_policy": policy} if policy else {})}
+    model = build_model(family, dtype=torch.float32 if mixed_precision else torch.float64)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=cp_mesh())
-    fully_shard(model, mesh=cp_mesh())
-    attach(model, cp_mesh())
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    attach(model, mesh)
+    features = make_documents(lengths, prompt=0.3)
     expected_loss, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
-    loss = model(**FlashCPCollator(dist.get_world_size())(features)).loss
+    _, single = per_document_gradients(build_model(family, "sdpa", torch.bfloat16), features, own_loss=True)
+    # Each data-parallel group takes its share of the documents; the loss is scaled as Trainer scales it.
+    groups = world_size // plugin.cp_size
+    mine = features[dist.get_rank() // plugin.cp_size :: groups]
+    batch = FlashCPCollator(plugin.cp_size)(mine)
+    loss = model(**batch, num_items_in_batch=target_count(features)).loss * world_size
     loss.backward()
     ours = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients(model).items()}
-    return [largest_error(ours, expected), abs(_total(loss) / dist.get_world_size() - expected_loss) / expected_loss]
+    return (
+        largest_error(ours, expected),
+        abs(_total(loss) / world_size - expected_loss) / expected_loss,
+        largest_error(single, expected),
+    )

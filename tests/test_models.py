@@ -71,7 +71,14 @@ def test_a_test_that_must_fail(pool):
     assert all(gradient_error > 1e-3 for gradient_error in results)
 
 
-@pytest.mark.parametrize("cp_size", [2, 3])
-def test_fsdp2(pool, cp_size):
-    for gradient_error, loss_error in pool.run(cp_size, model_cases.fully_sharded_errors, "llama", LENGTHS):
+@pytest.mark.parametrize("world_size, cp_size", [(2, 2), (3, 3), (4, 2), (4, 4)])
+def test_fsdp2(pool, world_size, cp_size):
+    results = pool.run(world_size, model_cases.fully_sharded_errors, "llama", LENGTHS, cp_size)
+    for gradient_error, loss_error, _ in results:
         assert gradient_error < OWN_LOSS and loss_error < OWN_LOSS
+
+
+def test_fsdp2_mixed_precision(pool):
+    """bf16 parameters, fp32 reduction: as near to fp64 as a single process in bf16; the plan passes FSDP2's casts."""
+    for gradient_error, _, single in pool.run(4, model_cases.fully_sharded_errors, "llama", LENGTHS, 2, True):
+        assert 0 < gradient_error <= 2 * single

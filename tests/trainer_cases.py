@@ -5,17 +5,11 @@ import tempfile
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
-
-
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 class _KeepGradient(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 
 def attach(
-    model: torch.nn.Module, accelerator_or_mesh: Accelerator | DeviceMesh | None, *, strategy: str | None = None
+    model: torch.nn.Module,
+    accelerator_or_mesh: Accelerator | DeviceMesh | None,
+    *,
+    strategy: str | None = None,
+    on_plan: Callable[[ShardPlan], None] | None = None,
 ) -> ContextParallelHandle:
     """Makes `model(**batch)` run on this rank's part of a full packed batch.
 
@@ -42,6 +47,7 @@ def attach(
         accelerator_or_mesh (`Accelerator` or `DeviceMesh`, *optional*): an Accelerator with a [`FlashCPPlugin`], or a
             mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
         strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`].
+        on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
 
     Returns:
         `ContextParallelHandle`: with `.remove()` and the latest `.plan`. Attaching again replaces the earlier handle.
@@ -60,7 +66,7 @@ def attach(
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     if earlier := _attached.get(inner):
         earlier.remove()
-    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy)
+    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy, on_plan)
     return handle
 
 
@@ -71,10 +77,17 @@ class ContextParallelHandle:
         plan (`RankPlan`, *optional*): of the latest sharded forward.
     """
 
-    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh | None, strategy: str | None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mesh: DeviceMesh | None,
+        strategy: str | None,
+        on_plan: Callable[[ShardPlan], None] | None,
+    ):
         self.plan: RankPlan | None = None
         self.mesh = mesh
         self._strategy = strategy
+        self._on_plan = on_plan
         self._checked = False
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
@@ -110,6 +123,8 @@ class ContextParallelHandle:
                 advice=_SAME_BATCH,
                 error=BatchError,
             )
+        if model.training and self._on_plan is not None:
+            self._on_plan(self.plan.plan)
         enter_sharded_forward(model, self.plan)
         return (), batch
 

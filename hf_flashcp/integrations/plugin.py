@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from accelerate.utils import DistributedType
 from ..errors import ConfigurationError
 from ..exchange import require_agreement
 from ..planning import STRATEGIES
+from .sharded_forward import sharded_forward_count
 
 
 BACKEND = "flashcp"
@@ -126,3 +128,21 @@ class FlashCPPlugin(ParallelismConfig):
                 f"dp_shard_size is {self.dp_shard_size}, but nothing is sharded under DDP. Launch with FSDP2, or use "
                 "dp_replicate_size."
             )
+        if self.cp_size > 1:
+            self._check_attached_at_first_backward(accelerator)
+
+    def _check_attached_at_first_backward(self, accelerator) -> None:
+        backward, forwards_before = accelerator.backward, sharded_forward_count()
+
+        @functools.wraps(backward)
+        def checked_backward(*args, **kwargs):
+            if sharded_forward_count() == forwards_before:
+                raise ConfigurationError(
+                    f"The Accelerator has FlashCPPlugin(cp_size={self.cp_size}), but no model is attached: every "
+                    "process ran the whole batch, and its gradients would count cp_size times. Use FlashCPTrainer, "
+                    "add FlashCPCallback(), or call hf_flashcp.attach(model, accelerator)."
+                )
+            accelerator.backward = backward
+            return backward(*args, **kwargs)
+
+        accelerator.backward = checked_backward

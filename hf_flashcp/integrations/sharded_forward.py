@@ -25,11 +25,21 @@ class ShardedForward:
 _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forward", default=None)
 
 
+_forwards = 0
+
+
+def sharded_forward_count() -> int:
+    """How many sharded forwards this process has begun."""
+    return _forwards
+
+
 def current_sharded_forward() -> ShardedForward | None:
     return _current.get()
 
 
 def enter_sharded_forward(model: torch.nn.Module, plan: RankPlan) -> None:
+    global _forwards
+    _forwards += 1
     _current.set(ShardedForward(model, plan))
 
 

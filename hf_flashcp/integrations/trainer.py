@@ -16,31 +16,8 @@ from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import ShardPlan
 from .attach import attach
+from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
-
-
-class PlanMetrics:
-    """Means over the packs that have been trained on: KV moved against all-gather, token and pair imbalance."""
-
-    def __init__(self):
-        self._packs = 0
-        self._sums = {"kv_total": 0, "kv_all_gather": 0, "token_imbalance": 0.0, "pair_imbalance": 0.0}
-
-    def add(self, plan: ShardPlan) -> None:
-        report = plan.report()
-        self._packs += 1
-        for key in self._sums:
-            self._sums[key] += report[key]
-
-    def means(self) -> dict[str, float]:
-        """`flashcp_kv_fraction`, `flashcp_token_imbalance`, `flashcp_pair_imbalance`; empty before the first pack."""
-        if not self._packs:
-            return {}
-        return {
-            "flashcp_kv_fraction": self._sums["kv_total"] / max(self._sums["kv_all_gather"], 1),
-            "flashcp_token_imbalance": self._sums["token_imbalance"] / self._packs,
-            "flashcp_pair_imbalance": self._sums["pair_imbalance"] / self._packs,
-        }
 
 
 class FlashCPTrainerMixin:
@@ -58,9 +35,9 @@ class FlashCPTrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
-        self.flashcp = attach(self.model, self.accelerator)
         self.plan_metrics = PlanMetrics()
         self._interval_metrics = PlanMetrics()
+        self.flashcp = attach(self.model, self.accelerator, on_plan=self._add_plan)
 
     def create_accelerator_and_postprocess(self) -> None:
         config = self.args.parallelism_config
@@ -110,11 +87,11 @@ class FlashCPTrainerMixin:
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]
     ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
-        inputs = self.flashcp.shard(self._prepare_inputs(inputs))
-        if model.training:
-            self.plan_metrics.add(inputs["flashcp_plan"].plan)
-            self._interval_metrics.add(inputs["flashcp_plan"].plan)
-        return contextlib.nullcontext, inputs
+        return contextlib.nullcontext, self.flashcp.shard(self._prepare_inputs(inputs))
+
+    def _add_plan(self, plan: ShardPlan) -> None:
+        self.plan_metrics.add(plan)
+        self._interval_metrics.add(plan)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -62,12 +62,16 @@ class ShardPlan:
             any order and may touch; they are stored with documents ascending, a document's slices ascending and
             maximal (never touching). Whether they partition the documents is what [`~ShardPlan.validate`] checks.
 
+    Attributes:
+        planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
+
     Raises:
         PlanError: lengths or cp_size that no plan can have, or slices that are not triples of integers.
     """
 
     def __init__(self, lengths: Sequence[int], cp_size: int, slices: Sequence[Sequence[Slice]]):
         self.lengths, self.cp_size = check_lengths(lengths, cp_size)
+        self.planning_seconds: float | None = None
         try:
             self.slices = tuple(_maximal_slices(rank_slices) for rank_slices in slices)
         except (TypeError, ValueError):

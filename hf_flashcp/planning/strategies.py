@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 
 from ..errors import PlanError
@@ -55,6 +56,7 @@ def plan_documents(
     Raises:
         PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1.
     """
+    begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
         if not isinstance(cap, (int, float)) or math.isnan(cap) or cap < 1:
@@ -72,4 +74,6 @@ def plan_documents(
             slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
         case _:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
-    return ShardPlan(lengths, cp_size, slices).validate()
+    plan = ShardPlan(lengths, cp_size, slices).validate()
+    plan.planning_seconds = time.perf_counter() - begin
+    return plan

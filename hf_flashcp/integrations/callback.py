@@ -1,0 +1,77 @@
+"""`FlashCPCallback`: context parallelism for a stock Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ConfigurationError
+from .attach import ContextParallelHandle, attach
+from .plan_metrics import PlanMetrics
+from .plugin import FlashCPPlugin
+
+
+class FlashCPCallback(TrainerCallback):
+    """Attaches the model of a Trainer that is left as it is: `Trainer(..., callbacks=[FlashCPCallback()])`.
+
+    The arguments need `parallelism_config=FlashCPPlugin(cp_size=...)`. Losses and gradients are exact. What a callback
+    cannot reach is better with [`FlashCPTrainer`] or [`FlashCPTrainerMixin`]: `num_input_tokens_seen` and `total_flos`
+    count a shared batch cp_size times, plan metrics land in `trainer.state.log_history` but in trackers only if these
+    come after it in the list of callbacks, and evaluation is refused, because Trainer averages it as if every process
+    had a batch of its own.
+
+    Attributes:
+        handle (`ContextParallelHandle`, *optional*): see [`attach`].
+        plan_metrics (`PlanMetrics`): means over the run so far.
+    """
+
+    def __init__(self):
+        self.handle: ContextParallelHandle | None = None
+        self.plan_metrics = PlanMetrics()
+        self._interval_metrics = PlanMetrics()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs: Any
+    ) -> None:
+        config = args.parallelism_config
+        if not isinstance(config, FlashCPPlugin):
+            raise ConfigurationError(
+                f"parallelism_config is {config!r}: FlashCPCallback needs "
+                "TrainingArguments(parallelism_config=FlashCPPlugin(cp_size=...))."
+            )
+        if config.cp_size > 1 and args.label_smoothing_factor:
+            raise ConfigurationError(
+                "label_smoothing_factor needs whole documents, but under context parallelism each rank has the logits "
+                "of its own tokens only. Set it to 0."
+            )
+        if config.cp_size > 1 and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+            self._refuse_evaluation()
+        mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
+        self.handle = attach(model, mesh, strategy=config.strategy, on_plan=self._add)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if getattr(args.parallelism_config, "cp_size", 1) > 1:
+            self._refuse_evaluation()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            for where in (logs, state.log_history[-1]):
+                where.update(self._interval_metrics.means())
+            self._interval_metrics = PlanMetrics()
+
+    def _add(self, plan) -> None:
+        self.plan_metrics.add(plan)
+        self._interval_metrics.add(plan)
+
+    @staticmethod
+    def _refuse_evaluation() -> None:
+        raise ConfigurationError(
+            "A stock Trainer cannot evaluate under context parallelism: it averages and truncates losses as if every "
+            "process had a batch of its own. Use FlashCPTrainer (or FlashCPTrainerMixin), or eval_strategy='no'."
+        )

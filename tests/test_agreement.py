@@ -1,0 +1,66 @@
+"""Ranks that differ: the same error on all of them, naming ranks and difference, well before any timeout."""
+
+import pytest
+
+from tests import agreement_cases
+
+
+SECONDS = 30  # the promise: nobody waits longer for the error
+
+
+def check(results, kind, *fragments):
+    for name, message, seconds in results:
+        assert name == kind, message
+        assert seconds < SECONDS
+        for fragment in fragments:
+            assert fragment in message
+
+
+def test_different_batches(pool):
+    results = pool.run(3, agreement_cases.different_batches)
+    check(results, "BatchError", "Ranks disagree on the batch", "tokens is 21 on ranks 0, 2 and 22 on rank 1")
+
+
+def test_different_strategies(pool):
+    results = pool.run(2, agreement_cases.different_strategies)
+    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use one strategy")
+    assert all("documents is" not in message for _, message, _ in results)
+
+
+def test_different_models(pool):
+    results = pool.run(2, agreement_cases.different_models)
+    check(
+        results,
+        "ConfigurationError",
+        'dtype is "torch.float64" on rank 0 and "torch.float32" on rank 1',
+        "heads is [4, 2] on rank 0 and [2, 2] on rank 1",
+    )
+
+
+def test_different_cp_sizes(pool):
+    results = pool.run(4, agreement_cases.different_cp_sizes)
+    check(results, "ConfigurationError", "cp_size is 2 on ranks 0, 1 and 4 on ranks 2, 3")
+
+
+def test_a_rank_that_does_not_come_is_named(pool):
+    first, _, third = pool.run(3, agreement_cases.a_rank_that_does_not_come)
+    check([first, third], "ConfigurationError", "for ranks [1] to compare a test", "Do this.")
+
+
+def test_agreement_leaves_no_trail_in_the_store(pool):
+    assert all(milliseconds > 0 for milliseconds in pool.run(4, agreement_cases.agree_many_times, 200))
+    before = pool.num_store_keys()
+    pool.run(4, agreement_cases.agree_many_times, 200)
+    assert pool.num_store_keys() <= before + 8
+
+
+def test_debug_mode_checks_every_exchange(pool):
+    results = pool.run(2, agreement_cases.exchange_that_does_not_fit)
+    check(results, "ConfigurationError", "An exchange of KV does not fit", "which expects")
+    assert pool.run(2, agreement_cases.exchange_that_fits)[0][0] is None
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_failed_agreement_does_not_spoil_the_next(pool, world_size):
+    pool.run(world_size, agreement_cases.different_batches if world_size > 2 else agreement_cases.different_strategies)
+    assert all(milliseconds > 0 for milliseconds in pool.run(world_size, agreement_cases.agree_many_times, 3))

@@ -1,0 +1,77 @@
+"""TRL's SFTTrainer and stock Trainer: the gradient that reaches the optimizer against per-document runs."""
+
+import pytest
+
+from hf_flashcp.errors import BatchError, ConfigurationError
+from tests import trl_cases
+
+
+GRADIENT = 1e-6  # relative Frobenius norm of each parameter, fp64 parameters through the models' own fp32 loss
+
+
+def check(results):
+    for result in results:
+        assert result["gradient_error"] < GRADIENT
+        assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)
+
+
+@pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
+@pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
+def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
+    """TRL's own packing with and without document boundaries, and our collator; counters count a batch once."""
+    results = pool.run(world_size, trl_cases.sft_step, {"way": way, "cp_size": cp_size})
+    check(results)
+    for result in results:
+        assert result["num_tokens"] == result["tokens_seen"] == result["expected_tokens"]
+        assert {"flashcp_kv_fraction", "flashcp_pair_imbalance", "flashcp_plan_ms"} <= result["log"].keys()
+
+
+@pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
+def test_stock_sft_trainer_with_the_callback(pool, way):
+    check(pool.run(2, trl_cases.sft_step, {"way": way, "callback": True}))
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        (2, {}),
+        (3, {"gradient_accumulation_steps": 2}),
+        (2, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        (2, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        (2, {"ddp_find_unused_parameters": True}),
+        (2, {"ddp_find_unused_parameters": False}),
+        (4, {"cp_size": 2}),
+        (4, {"cp_size": 2, "gradient_accumulation_steps": 2}),
+    ],
+    ids=str,
+)
+def test_stock_trainer_with_the_callback(pool, world_size, options):
+    results = pool.run(world_size, trl_cases.stock_trainer_step, options)
+    check(results)
+    for result in results:
+        assert result["documents"] == 3
+        assert {"flashcp_kv_fraction", "flashcp_token_imbalance", "flashcp_plan_ms"} <= result["log"].keys()
+
+
+def check_errors(errors, kind, message):
+    for error in errors:
+        assert type(error) is kind and message in str(error), error
+
+
+@pytest.mark.parametrize("after_training", [True, False])
+def test_stock_evaluation_is_refused(pool, after_training):
+    errors = pool.errors(2, trl_cases.stock_evaluation, after_training)
+    check_errors(errors, ConfigurationError, "cannot evaluate under context parallelism")
+
+
+def test_a_plugin_without_an_attached_model_is_noticed(pool):
+    """Stock Trainer would multiply the gradient by cp_size."""
+    errors = pool.errors(2, trl_cases.stock_trainer_without_the_callback, "sdpa")
+    check_errors(errors, ConfigurationError, "no model is attached")
+    errors = pool.errors(2, trl_cases.stock_trainer_without_the_callback, "flashcp")
+    check_errors(errors, BatchError, "the batch has not been sharded")
+
+
+@pytest.mark.parametrize("name", ["GRPOConfig", "RLOOConfig", "DistillationConfig"])
+def test_online_trainers_are_refused(pool, name):
+    check_errors(pool.errors(2, trl_cases.online_config, name), ConfigurationError, name.replace("Config", "Trainer"))

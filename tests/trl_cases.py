@@ -1,0 +1,171 @@
+"""What workers run for the tests with TRL's SFTTrainer and with stock Trainer plus the callback."""
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
+from tests.accelerate_state import fresh_accelerate
+from tests.models import SMALL, build_model, largest_error, make_documents, per_document_gradients
+from tests.trainer_cases import _KeepGradient, training_arguments
+
+
+LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20, 8, 11, 45, 16]
+WINDOW = 48
+
+
+def _tokenizer():
+    vocabulary = {f"<{i}>": i for i in range(SMALL["vocab_size"])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<0>"
+    )
+
+
+class _InOrder:
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class _MixedSFTTrainer(_InOrder, FlashCPTrainerMixin, SFTTrainer):
+    pass
+
+
+class _StockSFTTrainer(_InOrder, SFTTrainer):
+    pass
+
+
+class _StockTrainer(_InOrder, Trainer):
+    pass
+
+
+def _documents_of_first_batch(trainer, rows):
+    """The documents in the first `rows` rows of the trainer's dataset, with each start's label masked."""
+    features = []
+    for row in trainer.train_dataset.select(range(rows)):
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            ids = row["input_ids"][start : start + length]
+            features.append({"input_ids": ids, "labels": ids})
+            start += length
+    return features
+
+
+def sft_step(options):
+    """Gradient error of the first step, logged and expected loss, num_tokens and the first batch's tokens."""
+    fresh_accelerate()
+    way, callback, cp_size = (
+        options["way"],
+        options.get("callback", False),
+        options.get("cp_size", dist.get_world_size()),
+    )
+    keep = _KeepGradient()
+    config = dict(
+        max_length=WINDOW,
+        per_device_train_batch_size=2,
+        max_steps=1,
+        parallelism_config=FlashCPPlugin(cp_size=cp_size),
+        include_num_input_tokens_seen="all",
+        dataset_num_proc=None,
+        shuffle_dataset=False,
+    )
+    config |= {"packing": False} if way == "collator" else {"packing": True, "packing_strategy": way}
+    arguments = training_arguments().to_dict()
+    config = {key: arguments[key] for key in ("output_dir", "use_cpu", "report_to", "save_strategy")} | config
+    trainer = (_StockSFTTrainer if callback else _MixedSFTTrainer)(
+        model=build_model("llama"),
+        args=SFTConfig(
+            **config,
+            logging_steps=1,
+            max_grad_norm=0,
+            disable_tqdm=True,
+            learning_rate=0.0,
+            optim="sgd",
+            gradient_checkpointing=False,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": feature["input_ids"]} for feature in make_documents(LENGTHS)]),
+        processing_class=_tokenizer(),
+        data_collator=FlashCPCollator(cp_size) if way == "collator" else None,
+        callbacks=[keep, *([FlashCPCallback()] if callback else [])],
+    )
+    trainer.train()
+    features = _documents_of_first_batch(trainer, 2 * dist.get_world_size() // cp_size)
+    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+    log = trainer.state.log_history[0]
+    return {
+        "gradient_error": largest_error(keep.steps[0], expected),
+        "loss": log["loss"],
+        "expected_loss": expected_loss,
+        "num_tokens": log["num_tokens"],
+        "expected_tokens": sum(len(feature["input_ids"]) for feature in features),
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "log": log,
+    }
+
+
+def stock_trainer_step(options):
+    """A stock Trainer with the callback: gradient error of the first step, its log and the handle's plan."""
+    fresh_accelerate()
+    cp_size = options.pop("cp_size", dist.get_world_size())
+    features, keep, callback = make_documents(LENGTHS, prompt=0.3), _KeepGradient(), FlashCPCallback()
+    trainer = _StockTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=3,
+            max_steps=1,
+            **options,
+        ),
+        train_dataset=features,
+        eval_dataset=features,
+        data_collator=FlashCPCollator(cp_size),
+        callbacks=[keep, callback],
+    )
+    trainer.train()
+    window = features[: 3 * options.get("gradient_accumulation_steps", 1) * dist.get_world_size() // cp_size]
+    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), window, own_loss=True)
+    return {
+        "gradient_error": largest_error(keep.steps[0], expected),
+        "loss": trainer.state.log_history[0]["loss"],
+        "expected_loss": expected_loss,
+        "log": trainer.state.log_history[0],
+        "documents": len(callback.handle.plan.plan.lengths),
+    }
+
+
+def stock_trainer_without_the_callback(attn_implementation):
+    fresh_accelerate()
+    Trainer(
+        model=build_model("llama", attn_implementation),
+        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()), max_steps=1),
+        train_dataset=make_documents(LENGTHS),
+        data_collator=FlashCPCollator(dist.get_world_size()),
+    ).train()
+
+
+def stock_evaluation(after_training):
+    fresh_accelerate()
+    cp_size = dist.get_world_size()
+    trainer = Trainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            eval_strategy="no" if after_training else "steps",
+            max_steps=1,
+        ),
+        train_dataset=make_documents(LENGTHS),
+        eval_dataset=make_documents(LENGTHS),
+        data_collator=FlashCPCollator(cp_size),
+        callbacks=[FlashCPCallback()],
+    )
+    trainer.train()
+    trainer.evaluate()
+
+
+def online_config(name):
+    import trl
+
+    getattr(trl, name)(output_dir="unused", use_cpu=True, bf16=False, parallelism_config=FlashCPPlugin(cp_size=2))
