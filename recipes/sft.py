@@ -206,7 +206,7 @@ def summary_table(metrics, cp_size):
 def main():
     model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
-    training_args.parallelism_config = FlashCPPlugin(cp_size=cp_args.cp_size, strategy=cp_args.strategy)
+    plugin = training_args.parallelism_config = FlashCPPlugin(cp_size=cp_args.cp_size, strategy=cp_args.strategy)
 
     use_default_corpus(model_args, data_args, training_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
@@ -215,7 +215,7 @@ def main():
         model=make_model(model_args, tokenizer),
         args=training_args,
         train_dataset=rows,
-        data_collator=FlashCPCollator(training_args.parallelism_config.cp_size, strategy=cp_args.strategy),
+        data_collator=FlashCPCollator(plugin.cp_size, strategy=plugin.strategy),
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )

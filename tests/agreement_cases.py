@@ -40,6 +40,16 @@ def different_strategies():
     return timed(lambda: model(**batch))
 
 
+def same_lengths_other_tokens():
+    """What a loader that shuffles rows of one length differently on each rank would feed, with and without a plan."""
+    model = build_model("llama")
+    attach(model, cp_mesh())
+    features = make_documents([12, 9], seed=int(dist.get_rank() == 1))
+    batch = FlashCPCollator(dist.get_world_size())(features)
+    bare = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
+    return timed(lambda: model(**batch)), timed(lambda: model(**bare))
+
+
 def different_models():
     dtype = torch.float64 if dist.get_rank() == 0 else torch.float32
     heads = 4 if dist.get_rank() == 0 else 2

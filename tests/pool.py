@@ -45,8 +45,8 @@ class WorkerPool:
             raise WorkerFailure(text, [None if ok else value for ok, value, *_ in outcomes])
         return [value for _, value, *_ in outcomes]
 
-    def errors(self, world_size, function, *args, timeout=TIMEOUT):
-        """The exception that each rank raised (None where it returned)."""
+    def errors(self, world_size, function, *args, timeout=30):
+        """The exception that each rank raised (None where it returned), none later than `timeout` seconds."""
         return [None if ok else value for ok, value, *_ in self.outcomes(world_size, function, *args, timeout=timeout)]
 
     def outcomes(self, world_size, function, *args, timeout=TIMEOUT):

@@ -27,6 +27,11 @@ def test_different_strategies(pool):
     assert all("documents is" not in message for _, message, _ in results)
 
 
+def test_the_same_lengths_with_other_tokens(pool):
+    for results in zip(*pool.run(3, agreement_cases.same_lengths_other_tokens)):
+        check(results, "BatchError", "Ranks disagree on the batch: content is", "on ranks 0, 2 and")
+
+
 def test_different_models(pool):
     results = pool.run(2, agreement_cases.different_models)
     check(

@@ -7,10 +7,10 @@ import zlib
 import pytest
 from hypothesis import given
 
+from hf_flashcp.bench.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data import sample_pack
-from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
-from hf_flashcp.planning.strategies import DEFAULT_STRATEGY
+from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
 from hf_flashcp.planning.volume import kv_traffic
 from tests.packs import arbitrary_plans
 
@@ -242,3 +242,46 @@ def test_exit_code_of_the_module():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.startswith("error: Document 0 has 0 tokens.")
+
+
+def test_caps_reach_the_planner(capsys):
+    tight = run_json(capsys, "--lengths", "8,4,4", "--cp-size", "2", "--strategy", "flashcp")
+    loose = run_json(capsys, "--lengths", "8,4,4", "--cp-size", "2", "--strategy", "flashcp", "--max-imbalance", "1.3")
+    assert tight["report"]["kv_total"] == 6 and loose["report"]["kv_total"] == 0
+
+
+def run_json(capsys, *arguments):
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_table2_counts_what_the_plans_say(capsys):
+    assert main(["bench", "table2", "--window", "8192", "--packs", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["strategies"]) == set(STRATEGIES)
+    per_doc = found["strategies"]["per_doc"]
+    assert per_doc["saved_exact"] == pytest.approx(0.25, abs=0.02)
+    assert main(["bench", "table2", "--window", "8192", "--packs", "3"]) == 0
+    assert "paper: flashcp" in capsys.readouterr().out
+
+
+def test_eq5_leaves_out_the_last_shard_of_each_document():
+    # Rank 0 holds [0,4) and the last shard [12,16), rank 1 holds [4,12): 8 of 8 tokens a rank must be gathered.
+    assert padded_all_gather_fraction(plan_documents([16], 2, strategy="per_doc")) == 1.0
+    # Whole documents are their own last shards.
+    assert padded_all_gather_fraction(plan_documents([8, 8], 2, strategy="whole_doc")) == 0.0
+    # One head of one token of twelve on two ranks: the largest contribution is 1 of 6.
+    assert padded_all_gather_fraction(plan_documents([5, 4, 3], 2, strategy="flashcp")) == 1 / 6
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = (
+        f"{sys.executable} -m hf_flashcp plan --lengths-from pile --window 400000 --cp-size 64 --json | head -c 10"
+    )
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == "" and result.stdout.startswith("{")
+
+
+def test_bench_agreement_measures(capsys):
+    assert main(["bench", "agreement", "--processes", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["milliseconds"]["2"] > 0

@@ -72,6 +72,11 @@ def test_a_plugin_without_an_attached_model_is_noticed(pool):
     check_errors(errors, BatchError, "the batch has not been sharded")
 
 
+def test_a_dispatched_iterable_dataset_is_refused(pool):
+    errors = pool.errors(2, trl_cases.iterable_dataset_with_the_callback)
+    check_errors(errors, ConfigurationError, "dispatch_batches")
+
+
 @pytest.mark.parametrize("name", ["GRPOConfig", "RLOOConfig", "DistillationConfig"])
 def test_online_trainers_are_refused(pool, name):
     check_errors(pool.errors(2, trl_cases.online_config, name), ConfigurationError, name.replace("Config", "Trainer"))

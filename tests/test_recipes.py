@@ -45,7 +45,7 @@ def test_quickstart_trains_and_reports(quickstart):
     assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
     assert metrics["flashcp_gradient_error"] < 1e-5
     assert 0 < metrics["flashcp_kv_fraction"] < 1
-    assert metrics["flashcp_token_imbalance"] < 1.01 and metrics["flashcp_pair_imbalance"] < 1.01
+    assert metrics["flashcp_token_imbalance"] < 1.01 and metrics["flashcp_pair_imbalance"] <= 1.05
     assert "6/6" in result.stderr  # the progress bar
     for line in ("loss, first step", "KV moved against all-gather", "first gradient against a single process"):
         assert line in result.stdout

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -163,6 +163,18 @@ def stock_evaluation(after_training):
     )
     trainer.train()
     trainer.evaluate()
+
+
+def iterable_dataset_with_the_callback():
+    fresh_accelerate()
+    features = make_documents(LENGTHS)
+    Trainer(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()), max_steps=1),
+        train_dataset=IterableDataset.from_generator(lambda: iter(features)),
+        data_collator=FlashCPCollator(dist.get_world_size()),
+        callbacks=[FlashCPCallback()],
+    ).train()
 
 
 def online_config(name):

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
-from ..planning import STRATEGIES, ShardPlan, plan_documents
-from ..planning.strategies import DEFAULT_STRATEGY
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
 
 
 MAX_LISTED_SLICES = 12
@@ -41,6 +40,12 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--cp-size", type=int, required=True, metavar="N", help="context-parallel ranks")
     parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
+    parser.add_argument(
+        "--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean (default 1.05)"
+    )
+    parser.add_argument(
+        "--max-token-imbalance", type=float, default=1.0, metavar="R", help="tokens, max / mean (default 1.0)"
+    )
     parser.add_argument("--json", action="store_true", help="print plan, report and digest as JSON and nothing else")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the plan to a file (.png, .svg, .pdf); needs the extra 'plot'"
@@ -60,7 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lengths is not None and arguments.window is not None:
         raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
     lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
-    plan = plan_documents(lengths, arguments.cp_size, strategy=arguments.strategy)
+    plan = plan_documents(
+        lengths,
+        arguments.cp_size,
+        strategy=arguments.strategy,
+        max_imbalance=arguments.max_imbalance,
+        max_token_imbalance=arguments.max_token_imbalance,
+    )
     if arguments.plot:
         from .plan_plot import plot_plan
 

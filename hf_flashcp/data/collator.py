@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
 from ..errors import BatchError, PlanError
-from ..planning import STRATEGIES, plan_documents
+from ..layout.batch import content_digest
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
 
 
 class FlashCPCollator(DataCollatorWithFlattening):
@@ -22,7 +23,9 @@ class FlashCPCollator(DataCollatorWithFlattening):
 
     Args:
         cp_size (`int`): context-parallel ranks that share a batch.
-        strategy (`str`, *optional*): see [`plan_documents`].
+        strategy (`str`, *optional*): see [`plan_documents`], like the two caps.
+        max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
+        max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
             `return_flash_attn_kwargs`, `return_seq_idx`, ...).
 
@@ -37,14 +40,24 @@ class FlashCPCollator(DataCollatorWithFlattening):
         PlanError: fewer tokens than ranks, an unknown strategy.
     """
 
-    def __init__(self, cp_size: int, *, strategy: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        cp_size: int,
+        *,
+        strategy: str = DEFAULT_STRATEGY,
+        max_imbalance: float = 1.05,
+        max_token_imbalance: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
-        if strategy is not None and strategy not in STRATEGIES:
+        if strategy not in STRATEGIES:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
         if not isinstance(cp_size, int) or cp_size < 1:
             raise PlanError(f"cp_size must be a positive integer, got {cp_size!r}.")
         self.cp_size = cp_size
         self.strategy = strategy
+        self.max_imbalance = max_imbalance
+        self.max_token_imbalance = max_token_imbalance
 
     def __call__(
         self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None, **kwargs: Any
@@ -57,10 +70,13 @@ class FlashCPCollator(DataCollatorWithFlattening):
         plan = plan_documents(
             [len(document["input_ids"]) for document in documents],
             self.cp_size,
-            **({"strategy": self.strategy} if self.strategy else {}),
+            strategy=self.strategy,
+            max_imbalance=self.max_imbalance,
+            max_token_imbalance=self.max_token_imbalance,
         )
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        plan.content_digest = content_digest(batch)
         batch["flashcp_plan"] = plan
         return batch
 

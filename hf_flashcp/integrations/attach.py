@@ -18,7 +18,7 @@ from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import context_parallel_group
-from ..planning import ShardPlan
+from ..planning import DEFAULT_STRATEGY, ShardPlan
 from .model_support import check_model
 from .plugin import FlashCPPlugin
 from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
@@ -46,7 +46,8 @@ def attach(
             (DDP, FSDP2, PEFT, torch.compile).
         accelerator_or_mesh (`Accelerator` or `DeviceMesh`, *optional*): an Accelerator with a [`FlashCPPlugin`], or a
             mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
-        strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`].
+        strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`]; defaults to the
+            plugin's.
         on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
 
     Returns:
@@ -66,7 +67,7 @@ def attach(
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     if earlier := _attached.get(inner):
         earlier.remove()
-    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy, on_plan)
+    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan)
     return handle
 
 
@@ -81,7 +82,7 @@ class ContextParallelHandle:
         self,
         model: PreTrainedModel,
         mesh: DeviceMesh | None,
-        strategy: str | None,
+        strategy: str,
         on_plan: Callable[[ShardPlan], None] | None,
     ):
         self.plan: RankPlan | None = None
@@ -148,7 +149,8 @@ class ContextParallelHandle:
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
-    "knows FlashCPPlugin's cp_size), or seed and shuffle alike on every rank, and use one strategy."
+    "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
+    "rank, and use one strategy."
 )
 _attached: WeakKeyDictionary[PreTrainedModel, ContextParallelHandle] = WeakKeyDictionary()
 
@@ -182,7 +184,12 @@ def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
 
 
 def _description_of_batch(plan: ShardPlan) -> dict[str, Any]:
-    return {"documents": len(plan.lengths), "tokens": plan.num_tokens, "plan": plan.digest[:16]}
+    return {
+        "documents": len(plan.lengths),
+        "tokens": plan.num_tokens,
+        "plan": plan.digest[:16],
+        "content": plan.content_digest,
+    }
 
 
 def _accelerator_mesh(accelerator: Accelerator, strategy: str | None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,6 +49,11 @@ class FlashCPCallback(TrainerCallback):
             )
         if config.cp_size > 1 and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
             self._refuse_evaluation()
+        if config.cp_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
+            raise ConfigurationError(
+                "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
+                'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+            )
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
         self.handle = attach(model, mesh, strategy=config.strategy, on_plan=self._add)
 

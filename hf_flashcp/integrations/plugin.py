@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from ..errors import ConfigurationError
 from ..exchange import require_agreement
-from ..planning import STRATEGIES
+from ..planning import DEFAULT_STRATEGY, STRATEGIES
 from .sharded_forward import sharded_forward_count
 
 
@@ -32,7 +32,8 @@ class FlashCPPlugin(ParallelismConfig):
             `accelerate launch` exports from a config file with `parallelism_config_cp_backend: flashcp`, else 1.
         dp_replicate_size (`int`, *optional*), dp_shard_size (`int`, *optional*): data parallelism. With neither
             given, the processes that cp_size leaves shard the model under FSDP2 and replicate it under DDP.
-        strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`.
+        strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`,
+            else to that of [`plan_documents`].
 
     Raises:
         ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
@@ -49,8 +50,8 @@ class FlashCPPlugin(ParallelismConfig):
         if self.cp_handler is not None:
             raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism: leave it out.")
         if self.strategy is None:
-            self.strategy = os.environ.get("FLASHCP_STRATEGY")
-        if self.strategy is not None and self.strategy not in STRATEGIES:
+            self.strategy = os.environ.get("FLASHCP_STRATEGY", DEFAULT_STRATEGY)
+        if self.strategy not in STRATEGIES:
             raise ConfigurationError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
         cp_size = self.cp_size
         if cp_size is None:

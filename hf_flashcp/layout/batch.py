@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BatchError, ConfigurationError
-from ..planning import ShardPlan, plan_documents
+from ..planning import DEFAULT_STRATEGY, ShardPlan, plan_documents
 from .rank_plan import RankPlan
 
 
@@ -41,7 +42,9 @@ def context_parallel_group(mesh: DeviceMesh | None) -> tuple[ProcessGroup | None
     return group, group.rank(), group.size()
 
 
-def shard_inputs(batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy: str | None = None) -> dict[str, Any]:
+def shard_inputs(
+    batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy: str = DEFAULT_STRATEGY
+) -> dict[str, Any]:
     """Cuts a full batch down to the tokens of this rank.
 
     Args:
@@ -73,7 +76,8 @@ def shard_inputs(batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy:
     group, rank, cp_size = context_parallel_group(mesh)
     if plan is None:
         lengths = _document_lengths(batch, shape)
-        plan = plan_documents(lengths, cp_size, **({"strategy": strategy} if strategy else {}))
+        plan = plan_documents(lengths, cp_size, strategy=strategy)
+        plan.content_digest = content_digest(batch)
     elif plan.num_tokens != shape.numel():
         raise BatchError(
             f"flashcp_plan covers {plan.num_tokens} tokens, but the batch has {shape[0]} x {shape[1]}. "
@@ -96,6 +100,15 @@ def shard_inputs(batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy:
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound
     return sharded
+
+
+def content_digest(batch: Mapping[str, Any]) -> str:
+    """Hash of a batch's tokens and labels, for ranks to see that they read the same data."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key in ("input_ids", "labels"):
+        if isinstance(batch.get(key), torch.Tensor):
+            digest.update(batch[key].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _token_tensor(batch: dict[str, Any]) -> torch.Tensor:
@@ -131,7 +144,9 @@ def _check_mask(mask: Any) -> None:
     if masked:
         raise BatchError(
             f"attention_mask masks {masked} of {mask.numel()} tokens. A sharded batch has no padding: collate "
-            "documents with FlashCPCollator (or another padding-free collator) instead of padding them."
+            "documents with FlashCPCollator (or another padding-free collator) instead of padding them. (TRL's "
+            "'wrapped' packing pads its last, shorter row where a batch has several: pack with 'bfd', or one row a "
+            "batch.)"
         )
 
 

@@ -64,6 +64,8 @@ class ShardPlan:
 
     Attributes:
         planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
+        content_digest (`str`, *optional*): hash of the batch that the plan is for, set by whoever made the batch and
+            compared between ranks; no part of the plan's identity.
 
     Raises:
         PlanError: lengths or cp_size that no plan can have, or slices that are not triples of integers.
@@ -72,6 +74,7 @@ class ShardPlan:
     def __init__(self, lengths: Sequence[int], cp_size: int, slices: Sequence[Sequence[Slice]]):
         self.lengths, self.cp_size = check_lengths(lengths, cp_size)
         self.planning_seconds: float | None = None
+        self.content_digest: str | None = None
         try:
             self.slices = tuple(_maximal_slices(rank_slices) for rank_slices in slices)
         except (TypeError, ValueError):
