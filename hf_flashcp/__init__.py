@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ._when_imported import when_imported
+from .integrations.trl_guards import GUARDED_CONFIGS, guard_config
 
 
 __version__ = "0.1.0.dev0"
@@ -57,10 +58,6 @@ def _register():
     importlib.import_module(".integrations.registration", __name__).register()
 
 
-def _guard(module_name):
-    importlib.import_module(".integrations.trl_guards", __name__).guard_config(module_name)
-
-
 when_imported("transformers.modeling_utils", _register)
-for _module_name in ("trl.trainer.grpo_config", "trl.trainer.rloo_config", "trl.trainer.distillation_config"):
-    when_imported(_module_name, functools.partial(_guard, _module_name))
+for _module_name in GUARDED_CONFIGS:
+    when_imported(_module_name, functools.partial(guard_config, _module_name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -38,8 +37,8 @@ def attach(
     """Makes `model(**batch)` run on this rank's part of a full packed batch.
 
     From here on a forward in training mode, or with labels or a plan, shards its batch ([`shard_inputs`]), so a plain
-    training loop stays as it is. Forwards without them, `generate()` among them, run as they would without us. The
-    first sharded forward checks that every attention layer called us with the plan.
+    training loop stays as it is. Forwards without them, `generate()` among them, run as they would without us, as do
+    padded batches at cp_size 1. The first sharded forward checks that every attention layer called us with the plan.
 
     Args:
         model (`torch.nn.Module`): a transformers model loaded with `attn_implementation="flashcp"`, bare or wrapped
@@ -65,10 +64,10 @@ def attach(
     group, _, cp_size = context_parallel_group(mesh)
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
-    if earlier := _attached.get(inner):
-        earlier.remove()
-    handle = _attached[inner] = ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan)
-    return handle
+    for hook in list(inner._forward_pre_hooks.values()):
+        if isinstance(earlier := getattr(hook, "__self__", None), ContextParallelHandle):
+            earlier.remove()
+    return ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan)
 
 
 class ContextParallelHandle:
@@ -105,15 +104,22 @@ class ContextParallelHandle:
         return self  # process groups cannot be copied; a copied model stays attached through the same handle
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """[`shard_inputs`] with this handle's mesh and strategy."""
-        return shard_inputs(batch, self.mesh, strategy=self._strategy)
+        """[`shard_inputs`] with this handle's mesh and strategy, for batches that the hooks would shard."""
+        return shard_inputs(batch, self.mesh, strategy=self._strategy) if self._can_shard(batch) else batch
+
+    def _can_shard(self, batch: dict[str, Any]) -> bool:
+        if batch.get("flashcp_plan") is not None:
+            return True
+        padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
+        return batch.get("past_key_values") is None and not padded_on_one_rank
 
     def _before_forward(self, model, args, kwargs):
         batch = {**dict(zip(self._parameters, args)), **kwargs}
-        if batch.get("flashcp_plan") is None:
-            with_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
-            if batch.get("past_key_values") is not None or not (model.training or with_labels):
-                return None
+        wanted = model.training or any(
+            batch.get(key) is not None for key in ("flashcp_plan", "labels", "shift_labels")
+        )
+        if not (wanted and self._can_shard(batch)):
+            return None
         batch = self.shard(batch)
         self.plan = batch["flashcp_plan"]
         if self.plan.group is not None:
@@ -152,7 +158,6 @@ _SAME_BATCH = (
     "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
     "rank, and use one strategy."
 )
-_attached: WeakKeyDictionary[PreTrainedModel, ContextParallelHandle] = WeakKeyDictionary()
 
 
 def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -115,7 +115,8 @@ class FlashCPTrainerMixin:
         dist.all_reduce(loss, group=group)
         loss /= cp_size
         targets = inputs["num_items_in_batch"] * cp_size
-        self._evaluated += torch.stack((loss.double() * targets, targets.double())).to(self._evaluated)
+        loss_sum = torch.where(targets > 0, loss.double() * targets, 0.0)  # nothing but prompts: 0 / 0
+        self._evaluated += torch.stack((loss_sum, targets.double())).to(self._evaluated)
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -1,0 +1,64 @@
+"""What attaching changes about a model on one rank, and what it leaves alone."""
+
+import copy
+import gc
+import weakref
+
+import torch
+
+from hf_flashcp import FlashCPCollator, attach
+from tests.models import build_model, make_documents
+
+
+def padded_batch():
+    ids = torch.randint(1, 67, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def test_padded_batches_on_one_rank_train_as_with_sdpa():
+    model, reference = build_model("llama").train(), build_model("llama", "sdpa").train()
+    attach(model, None)
+    assert torch.equal(model(**padded_batch()).loss, reference(**padded_batch()).loss)
+
+
+def test_positional_inputs_are_sharded_too():
+    model = build_model("llama").train()
+    handle = attach(model, None)
+    batch = FlashCPCollator(1)(make_documents([12, 9]))
+    ids = batch.pop("input_ids")
+    assert torch.isfinite(model(ids, **batch).loss)
+    assert handle.plan.plan.lengths == (12, 9)
+
+
+def test_attaching_again_replaces_the_handle():
+    model = build_model("llama").train()
+    plans = []
+    first = attach(model, None, on_plan=plans.append)
+    second = attach(model, None)
+    model(**FlashCPCollator(1)(make_documents([12, 9])))
+    assert first.plan is None and second.plan is not None and not plans
+    second.remove()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_an_attached_model_can_be_copied_and_collected():
+    model = build_model("llama").train()
+    attach(model, None, on_plan=lambda plan, kept=model: None)
+    copied = copy.deepcopy(model)
+    batch = FlashCPCollator(1)(make_documents([12, 9]))
+    assert torch.equal(copied(**batch).loss, model(**batch).loss)
+    alive = weakref.ref(model)
+    del model, copied
+    gc.collect()
+    assert alive() is None
+
+
+def test_generate_on_an_attached_model():
+    model, reference = build_model("llama"), build_model("llama", "sdpa")
+    attach(model.train(), None)
+    model(**FlashCPCollator(1)(make_documents([12, 9]))).loss.backward()
+    ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.eval().generate(ids, **options), reference.eval().generate(ids, **options))
