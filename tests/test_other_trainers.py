@@ -27,8 +27,9 @@ def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
 
 
 @pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
-def test_stock_sft_trainer_with_the_callback(pool, way):
-    check(pool.run(2, trl_cases.sft_step, {"way": way, "callback": True}))
+@pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
+def test_stock_sft_trainer_with_the_callback(pool, way, world_size, cp_size):
+    check(pool.run(world_size, trl_cases.sft_step, {"way": way, "callback": True, "cp_size": cp_size}))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,24 @@ def test_stock_sft_trainer_with_the_callback(pool, way):
         (2, {"ddp_find_unused_parameters": True}),
         (2, {"ddp_find_unused_parameters": False}),
         (4, {"cp_size": 2}),
+        (
+            4,
+            {
+                "cp_size": 2,
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "ddp_find_unused_parameters": False,
+            },
+        ),
+        (
+            4,
+            {
+                "cp_size": 2,
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "ddp_find_unused_parameters": True,
+            },
+        ),
         (4, {"cp_size": 2, "gradient_accumulation_steps": 2}),
     ],
     ids=str,

@@ -58,8 +58,9 @@ def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
         assert measured == pytest.approx(expected, rel=GRADIENT)
 
 
-def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool):
-    for ours, single in pool.run(2, trainer_cases.autocast_errors, LENGTHS):
+@pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
+def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool, world_size, cp_size):
+    for ours, single in pool.run(world_size, trainer_cases.autocast_errors, LENGTHS, cp_size):
         assert 0 < ours <= 2 * single
 
 

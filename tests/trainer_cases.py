@@ -78,15 +78,15 @@ def trainer_step(
     }
 
 
-def autocast_errors(lengths):
+def autocast_errors(lengths, cp_size):
     """Gradient error against fp64 of a Trainer step under bf16 autocast, and of a single process under it."""
     fresh_accelerate()
     features, keep = make_documents(lengths), _KeepGradient()
     trainer = _InOrder(
         model=build_model("llama", dtype=torch.float32),
         args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()),
-            per_device_train_batch_size=len(features),
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=len(features) * cp_size // dist.get_world_size(),
             max_steps=1,
             bf16=True,
         ),
