@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("FLASHCP_TEST_DEVICES", ""))
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
