@@ -53,7 +53,7 @@ def test_a_rank_that_does_not_come_is_named(pool):
 
 
 def test_agreement_leaves_no_trail_in_the_store(pool):
-    assert all(milliseconds > 0 for milliseconds in pool.run(4, agreement_cases.agree_many_times, 200))
+    pool.run(4, agreement_cases.agree_many_times, 200)
     before = pool.num_store_keys()
     pool.run(4, agreement_cases.agree_many_times, 200)
     assert pool.num_store_keys() <= before + 8
@@ -68,4 +68,4 @@ def test_debug_mode_checks_every_exchange(pool):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_failed_agreement_does_not_spoil_the_next(pool, world_size):
     pool.run(world_size, agreement_cases.different_batches if world_size > 2 else agreement_cases.different_strategies)
-    assert all(milliseconds > 0 for milliseconds in pool.run(world_size, agreement_cases.agree_many_times, 3))
+    assert pool.errors(world_size, agreement_cases.agree_many_times, 3) == [None] * world_size

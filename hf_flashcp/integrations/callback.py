@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import ConfigurationError
 from .attach import ContextParallelHandle, attach
@@ -31,7 +32,6 @@ class FlashCPCallback(TrainerCallback):
     def __init__(self):
         self.handle: ContextParallelHandle | None = None
         self.plan_metrics = PlanMetrics()
-        self._interval_metrics = PlanMetrics()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs: Any
@@ -47,7 +47,7 @@ class FlashCPCallback(TrainerCallback):
                 "label_smoothing_factor needs whole documents, but under context parallelism each rank has the logits "
                 "of its own tokens only. Set it to 0."
             )
-        if config.cp_size > 1 and str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        if config.cp_size > 1 and args.eval_strategy != IntervalStrategy.NO:
             self._refuse_evaluation()
         if config.cp_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
             raise ConfigurationError(
@@ -55,7 +55,7 @@ class FlashCPCallback(TrainerCallback):
                 'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
             )
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
-        self.handle = attach(model, mesh, strategy=config.strategy, on_plan=self._add)
+        self.handle = attach(model, mesh, strategy=config.strategy, on_plan=self.plan_metrics.add)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,13 +67,9 @@ class FlashCPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any
     ) -> None:
         if logs is not None and "loss" in logs:
+            means = self.plan_metrics.take_interval_means()
             for where in (logs, state.log_history[-1]):
-                where.update(self._interval_metrics.means())
-            self._interval_metrics = PlanMetrics()
-
-    def _add(self, plan) -> None:
-        self.plan_metrics.add(plan)
-        self._interval_metrics.add(plan)
+                where.update(means)
 
     @staticmethod
     def _refuse_evaluation() -> None:

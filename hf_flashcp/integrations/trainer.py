@@ -14,7 +14,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data import FlashCPCollator
 from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
-from ..planning import ShardPlan
 from .attach import attach
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
@@ -36,8 +35,7 @@ class FlashCPTrainerMixin:
         super().__init__(*args, **kwargs)
         self._refuse_options()
         self.plan_metrics = PlanMetrics()
-        self._interval_metrics = PlanMetrics()
-        self.flashcp = attach(self.model, self.accelerator, on_plan=self._add_plan)
+        self.flashcp = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
 
     def create_accelerator_and_postprocess(self) -> None:
         config = self.args.parallelism_config
@@ -89,14 +87,9 @@ class FlashCPTrainerMixin:
     ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
         return contextlib.nullcontext, self.flashcp.shard(self._prepare_inputs(inputs))
 
-    def _add_plan(self, plan: ShardPlan) -> None:
-        self.plan_metrics.add(plan)
-        self._interval_metrics.add(plan)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs.update(self._interval_metrics.means())
-            self._interval_metrics = PlanMetrics()
+            logs.update(self.plan_metrics.take_interval_means())
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -77,7 +77,8 @@ def shard_inputs(
     if plan is None:
         lengths = _document_lengths(batch, shape)
         plan = plan_documents(lengths, cp_size, strategy=strategy)
-        plan.content_digest = content_digest(batch)
+        if group is not None:
+            plan.content_digest = content_digest(batch)
     elif plan.num_tokens != shape.numel():
         raise BatchError(
             f"flashcp_plan covers {plan.num_tokens} tokens, but the batch has {shape[0]} x {shape[1]}. "
