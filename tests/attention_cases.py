@@ -2,6 +2,9 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from hf_flashcp.attention import document_attention
 from hf_flashcp.attention.kernels import CPUFlashKernel, EagerKernel
@@ -20,6 +23,10 @@ def relative_error(ours, reference):
     return float(difference / norm if norm > 0 else difference)
 
 
+def make_sinks(heads, dtype=torch.float64):
+    return torch.linspace(-2, 3, heads, dtype=torch.float64).to(dtype)
+
+
 def make_inputs(lengths, heads, kv_heads, head_dim, value_dim, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
@@ -29,18 +36,26 @@ def make_inputs(lengths, heads, kv_heads, head_dim, value_dim, dtype, seed):
     ]
 
 
-def reference_attention(lengths, query, key, value, grad_out):
-    """Every document alone, by the textbook formula with autograd: out, dq, dk, dv in the packed order."""
+def reference_attention(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
+    """Every document alone, by the textbook formula with autograd: out, dq, dk, dv (and d_sinks) in packed order."""
     query, key, value = (tensor.detach().clone().requires_grad_() for tensor in (query, key, value))
-    groups = query.shape[0] // key.shape[0]
+    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
+    sink = make_sinks(heads).requires_grad_()
     outs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=1) for tensor in (query, key, value))):
         scores = q @ k.repeat_interleave(groups, 0).mT * query.shape[-1] ** -0.5
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-        outs.append(scores.softmax(-1) @ v.repeat_interleave(groups, 0))
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        if window:
+            visible = visible.triu(1 - window)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks:
+            scores = torch.cat([scores, sink[:, None, None].expand(heads, q.shape[1], 1)], dim=-1)
+        outs.append(scores.softmax(-1)[..., : q.shape[1]] @ v.repeat_interleave(groups, 0))
     out = torch.cat(outs, dim=1)
     out.backward(grad_out)
-    return out.detach(), query.grad, key.grad, value.grad
+    return out.detach(), query.grad, key.grad, value.grad, *([sink.grad] if sinks else [])
 
 
 def bind(plan, offset_groups=None):
@@ -51,24 +66,32 @@ def bind(plan, offset_groups=None):
     return bound
 
 
-def sharded_attention(plan, inputs, kernel, offset_groups=None):
-    """This rank's out, dq, dk, dv and its token index."""
+def sharded_attention(plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False):
+    """This rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
     index = bound.layout.token_index
     query, key, value, grad_out = (tensor.index_select(1, index) for tensor in inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    out = document_attention(*leaves, bound, kernel=kernel)
+    if sinks:
+        leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
+    options = {"window": window, "softcap": softcap, "sinks": leaves[3] if sinks else None}
+    out = document_attention(*leaves[:3], bound, kernel=kernel, **options)
     out.backward(grad_out)
     return [out.detach(), *(leaf.grad for leaf in leaves)], index
 
 
-def attention_error(plan, shape, dtype="float64", kernel="cpu_flash", offset_groups=None, seed=0):
-    """Largest relative error of out, dq, dk, dv of this rank against the reference in fp64 on the same inputs."""
+def attention_error(plan, shape, dtype="float64", kernel="cpu_flash", offset_groups=None, seed=0, options=None):
+    """Largest relative error of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
+    options = options or {}
     inputs = make_inputs(plan.lengths, *shape, getattr(torch, dtype), seed)
-    reference = reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs))
-    ours, index = sharded_attention(plan, inputs, KERNELS[kernel], offset_groups)
-    full = [sum_over_ranks(tensor, part, index) for tensor, part in zip(reference, ours)]
-    return [relative_error(a, b) for a, b in zip(full, reference)]
+    reference = reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
+    ours, index = sharded_attention(plan, inputs, KERNELS[kernel], offset_groups, **options)
+    return [relative_error(a, b) for a, b in zip(gathered(ours, index, reference), reference)]
+
+
+def gathered(ours, index, reference):
+    full = [sum_over_ranks(tensor, part, index) for tensor, part in zip(reference[:4], ours)]
+    return full + [_sum(part.double()) for part in ours[4:]]
 
 
 def attention_errors(cases):
@@ -77,29 +100,46 @@ def attention_errors(cases):
 
 
 def sum_over_ranks(like, part, index):
-    full = torch.zeros(like.shape, dtype=torch.float64).index_copy_(1, index, part.double())
+    return _sum(torch.zeros(like.shape, dtype=torch.float64).index_copy_(1, index, part.double()))
+
+
+def _sum(tensor):
     if dist.get_world_size() > 1:
-        dist.all_reduce(full)
-    return full
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def bf16_errors(plan, shape, kernel):
-    """[ours, single-device bf16] error of out, dq, dk, dv against fp64 on the same bf16 inputs."""
+def bf16_errors(plan, shape, kernel, options=None):
+    """[ours, single-device bf16] error of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16 inputs."""
+    options = options or {}
     inputs = make_inputs(plan.lengths, *shape, torch.bfloat16, 0)
-    reference = reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs))
-    ours, index = sharded_attention(plan, inputs, KERNELS[kernel])
-    full = [sum_over_ranks(tensor, part, index) for tensor, part in zip(reference, ours)]
-    single = single_device_sdpa(list(plan.lengths), *inputs)
+    reference = reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
+    ours, index = sharded_attention(plan, inputs, KERNELS[kernel], **options)
+    single = single_device(list(plan.lengths), *inputs, **options)
+    full = gathered(ours, index, reference)
     return [(relative_error(a, b), relative_error(c, b)) for a, b, c in zip(full, reference, single)]
 
 
-def single_device_sdpa(lengths, query, key, value, grad_out):
-    """What a single device runs: PyTorch's sdpa on every document alone."""
+def single_device(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
+    """What a single device runs on every document alone: PyTorch's sdpa, or transformers' eager functions where that
+    cannot do it."""
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    outs = [
-        torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-        for q, k, v in zip(*(leaf.split(lengths, dim=1) for leaf in leaves))
-    ]
+    if sinks:
+        leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
+    outs = []
+    for q, k, v in zip(*(leaf[None].split(lengths, dim=2) for leaf in leaves[:3])):
+        visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        visible = visible.triu(1 - window) if window else visible
+        if softcap or sinks:
+            mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, torch.finfo(q.dtype).min)
+            module = torch.nn.Module()
+            module.num_key_value_groups, module.sinks = q.shape[1] // k.shape[1], leaves[-1]
+            eager = modeling_gpt_oss if sinks else modeling_gemma2
+            kwargs = {"softcap": softcap} if softcap else {}
+            out = eager.eager_attention_forward(module, q, k, v, mask, scaling=q.shape[-1] ** -0.5, **kwargs)[0]
+            outs.append(out[0].transpose(0, 1))
+        else:
+            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0])
     out = torch.cat(outs, dim=1)
     out.backward(grad_out)
     return out.detach(), *(leaf.grad for leaf in leaves)
@@ -119,7 +159,7 @@ def leak_probe(plan, document):
     return [bool(part.any()) for part in changed.split(lengths)]
 
 
-def counted_traffic(plan, shape, offset_groups=None):
+def counted_traffic(plan, shape, offset_groups=None, options=None):
     """Rows and bytes of every collective of one layer, forward then backward, as this rank hands them over."""
     calls = []
     original = dist.all_to_all_single
@@ -137,7 +177,10 @@ def counted_traffic(plan, shape, offset_groups=None):
     dist.all_to_all_single = counting
     try:
         sharded_attention(
-            plan, make_inputs(plan.lengths, *shape, torch.float32, 0), KERNELS["cpu_flash"], offset_groups
+            plan,
+            make_inputs(plan.lengths, *shape, torch.float32, 0),
+            offset_groups=offset_groups,
+            **(options or {}),
         )
     finally:
         dist.all_to_all_single = original
@@ -213,3 +256,29 @@ def awkward_layouts(plan):
 
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (query, key, value)]
     return max(float((a - b).abs().max()) for a, b in zip(run((query, key, value)), run(strided)))
+
+
+def error_of_another_window(plan, window, ours):
+    """Smallest of the errors when the reference has `window` and we have `ours`."""
+    inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
+    reference = reference_attention(list(plan.lengths), *inputs, window=window)
+    parts, index = sharded_attention(plan, inputs, window=ours)
+    return [relative_error(a, b) for a, b in zip(gathered(parts, index, reference), reference)]
+
+
+def errors_of_different_layers(plan):
+    """Several layers under one bound plan, as a model has them."""
+    bound, errors = bind(plan), []
+    layers = [((4, 2, 8, 8), 5), ((4, 4, 16, 16), None), ((8, 1, 12, 4), 5), ((2, 2, 24, 8), 9)]
+    for shape, window in layers:
+        inputs = make_inputs(plan.lengths, *shape, torch.float64, 0)
+        reference = reference_attention(list(plan.lengths), *inputs, window=window)
+        query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+        leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+        out = document_attention(*leaves, bound, window=window)
+        out.backward(grad_out)
+        ours = [out.detach(), *(leaf.grad for leaf in leaves)]
+        full = gathered(ours, bound.layout.token_index, reference)
+        errors += [relative_error(a, b) for a, b in zip(full, reference)]
+    assert bound.layout_for(5) is bound.layout_for(5) and bound.layout_for(None) is bound.layout_for(1000)
+    return errors

@@ -8,12 +8,10 @@ from accelerate import Accelerator, ParallelismConfig
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    Gemma2Config,
-    GptOssConfig,
     LlamaConfig,
     MambaConfig,
-    MistralConfig,
-    Phi3Config,
+    PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
     StableLmConfig,
     T5Config,
@@ -27,8 +25,6 @@ from tests.models import SMALL, build_model, make_documents
 from tests.trainer_cases import training_arguments
 
 
-_ROPE = {"rope_theta": 10000.0}
-_FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
 CONFIGS = {
     "bloom": lambda: BloomConfig(vocab_size=67, hidden_size=32, n_layer=2, n_head=4),
     "stablelm": lambda: StableLmConfig(**SMALL),
@@ -36,17 +32,20 @@ CONFIGS = {
     "qwen3_next": lambda: Qwen3NextConfig(
         **SMALL, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_value_heads=4
     ),
-    "window": lambda: MistralConfig(**SMALL, sliding_window=8),
-    "softcap": lambda: Gemma2Config(**SMALL, attn_logit_softcapping=30.0, sliding_window=4096),
-    "sinks": lambda: GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096),
-    "dropout": lambda: LlamaConfig(**SMALL, attention_dropout=0.1),
-    "dynamic_rope": lambda: LlamaConfig(
+    "window in the mask alone": lambda: Qwen2MoeConfig(
         **SMALL,
-        rope_parameters={**_ROPE, "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16},
+        num_experts=2,
+        num_experts_per_tok=1,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
     ),
-    "longrope": lambda: Phi3Config(
-        **SMALL, pad_token_id=0, rope_parameters={**_ROPE, "rope_type": "longrope", **_FACTORS}
+    "window in the mask alone, no layer types": lambda: PhimoeConfig(
+        **SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
     ),
+    "dropout": lambda: LlamaConfig(**SMALL, attention_dropout=0.1),
     "bidirectional": lambda: LlamaConfig(**SMALL, is_causal=False),
 }
 

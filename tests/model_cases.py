@@ -6,6 +6,7 @@ from accelerate.state import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
+from hf_flashcp.doctor.float64 import float64_throughout
 from tests.accelerate_state import fresh_accelerate
 from tests.models import (
     build_model,
@@ -35,6 +36,13 @@ def model_errors_with(family, lengths, strategy, options):
     return model_errors(family, lengths, strategy, **options)
 
 
+def family_errors(family, lengths, strategies):
+    """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
+    with float64_throughout():
+        errors = [model_errors(family, lengths, strategy, reference="eager") for strategy in strategies]
+    return max(max(error) for error in errors)
+
+
 def model_errors(
     family,
     lengths,
@@ -47,10 +55,11 @@ def model_errors(
     checkpointing=None,
     lora=None,
     features=None,
+    reference="sdpa",
 ):
     """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
     features = features or make_documents(lengths, prompt=prompt)
-    reference = build_model(family, "sdpa", **(overrides or {}))
+    reference = build_model(family, reference, **(overrides or {}))
     model = build_model(family, "flashcp", **(overrides or {}))
     if lora:
         reference, model = (_with_lora(each, lora) for each in (reference, model))

@@ -4,10 +4,25 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    DeepseekV3Config,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 
@@ -22,21 +37,95 @@ SMALL = dict(
     max_position_embeddings=4096,
     tie_word_embeddings=False,
 )
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_ROPE = {"rope_theta": 10000.0}
+_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+
+# Families whose attention is plain: full, without anything more.
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
 }
+# The families that we promise, with windows shorter than the documents of the tests, and RoPE on both sides of its
+# threshold.
+FAMILIES = {
+    **CONFIGS,
+    "cohere2": Cohere2Config(**SMALL, **_MIXED),
+    "deepseek_v3": DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+    ),
+    "exaone4": Exaone4Config(**SMALL, **_MIXED),
+    "gemma2": Gemma2Config(
+        **SMALL, **_MIXED, query_pre_attn_scalar=8, attn_logit_softcapping=0.5, final_logit_softcapping=3.0
+    ),
+    "gemma3": Gemma3TextConfig(**SMALL, **_MIXED, query_pre_attn_scalar=8),
+    "glm4": Glm4Config(**SMALL, pad_token_id=0),
+    "gpt_oss": GptOssConfig(**SMALL, **_EXPERTS, sliding_window=8),
+    "granite": GraniteConfig(**SMALL),
+    "mistral, window": MistralConfig(**SMALL, sliding_window=8),
+    "mixtral": MixtralConfig(**SMALL, **_EXPERTS, sliding_window=8),
+    "olmo2": Olmo2Config(**SMALL),
+    "olmo3": Olmo3Config(**SMALL, **_MIXED),
+    "phi3": Phi3Config(**SMALL, pad_token_id=0, sliding_window=8),
+    "phi3, longrope": Phi3Config(
+        **SMALL,
+        pad_token_id=0,
+        rope_parameters={**_ROPE, **_FACTORS, "rope_type": "longrope", "original_max_position_embeddings": 16},
+    ),
+    "qwen2, window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "smollm3": SmolLM3Config(**SMALL, pad_token_id=0, no_rope_layers=[1, 0]),
+    "starcoder2": Starcoder2Config(**SMALL, sliding_window=8),
+    "llama, dynamic": LlamaConfig(
+        **{**SMALL, "max_position_embeddings": 16},
+        rope_parameters={**_ROPE, "rope_type": "dynamic", "factor": 2.0},
+    ),
+    "llama, llama3": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama, linear": LlamaConfig(**SMALL, rope_parameters={**_ROPE, "rope_type": "linear", "factor": 2.0}),
+    "llama, yarn": LlamaConfig(
+        **SMALL,
+        rope_parameters={**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+}
 
 
 def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **overrides):
     """The same weights on every rank and for every attention implementation."""
     torch.manual_seed(0)
-    config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **overrides})
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float64).to(
-        dtype
+    config = type(FAMILIES[family])(**{**FAMILIES[family].to_dict(), **overrides})
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attn_implementation, experts_implementation="eager", dtype=torch.float64
     )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms, biases and sinks begin as ones and zeros
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype)
 
 
 def make_documents(lengths, seed=0, prompt=0.0):

@@ -115,6 +115,91 @@ def test_bf16_error_is_within_twice_that_of_a_single_device(pool, cp_size, kerne
                     assert ours <= 2 * single, (name, strategy, pairs)
 
 
+VARIANTS = {
+    "window 1": {"window": 1},
+    "window 2": {"window": 2},
+    "window 5": {"window": 5},
+    "window 9": {"window": 9},
+    "window 100": {"window": 100},
+    "window 100000": {"window": 100000},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "window, sinks": {"window": 6, "sinks": True},
+    "window, softcap": {"window": 7, "softcap": 2.0},
+    "all": {"window": 12, "softcap": 0.7, "sinks": True},
+}
+
+
+def kernels_for(options):
+    return ["eager"] if options.get("softcap") else sorted(cases.KERNELS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_variants_are_exact(pool, cp_size, variant):
+    """Windows shorter and longer than slices and documents, softcap, sinks, and what models combine."""
+    options = VARIANTS[variant]
+    todo = [
+        (
+            (plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape),
+            {"kernel": kernel, "options": options},
+        )
+        for name in ("ids", "odd", "uneven", "three", "small_3", "giant_and_tiny")
+        for strategy in STRATEGIES
+        for kernel in kernels_for(options)
+        for shape in ((4, 2, 8, 8), (4, 4, 12, 8))
+    ]
+    for errors in pool.run(cp_size, cases.attention_errors, todo):
+        for case, error in zip(todo, errors):
+            assert max(error) < FP64, (case, error)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+@settings(max_examples=80)
+@given(data=st.data())
+def test_variants_of_arbitrary_plans_are_exact(pool, cp_size, data):
+    plan = data.draw(arbitrary_plans(cp_size))
+    options = {
+        "window": data.draw(st.none() | st.integers(1, 45)),
+        "softcap": data.draw(st.sampled_from([None, 1.0])),
+        "sinks": data.draw(st.booleans()),
+    }
+    kernel = data.draw(st.sampled_from(kernels_for(options)))
+    for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel, None, 0, options):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("kernel", cases.KERNELS)
+def test_windows_longer_than_a_block_of_queries_are_exact(pool, kernel):
+    options = {"window": 300}
+    plan = plan_documents([1500, 700, 90], 3, strategy="per_doc")
+    for errors in pool.run(3, cases.attention_error, plan, (2, 1, 8, 8), "float64", kernel, None, 0, options):
+        assert max(errors) < FP64
+
+
+@pytest.mark.parametrize("window", [4, 6])
+def test_a_window_one_too_long_or_too_short_fails(pool, window):
+    """The comparison notices a window that is off by one: 5 is what the reference has."""
+    plan = plan_documents([40, 17], 2, strategy="per_doc")
+    for errors in pool.run(2, cases.error_of_another_window, plan, 5, window):
+        assert min(errors) > 1e-3
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("variant", ["window 9", "softcap", "sinks", "all"])
+def test_variants_in_fp32_and_bf16(pool, cp_size, variant):
+    options = VARIANTS[variant]
+    for name in ("mixed", "giant_and_tiny"):
+        for kernel in kernels_for(options):
+            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc")
+            args = (plan, (8, 2, 16, 16), "float32", kernel, None, 0, options)
+            for errors in pool.run(cp_size, cases.attention_error, *args):
+                assert max(errors) < FP32
+            for pairs in pool.run(cp_size, cases.bf16_errors, plan, (8, 2, 16, 16), kernel, options):
+                for ours, single in pairs:
+                    assert ours <= 2 * single, (name, pairs)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("document", [0, 1, 3])
 def test_changing_a_document_changes_no_other(pool, strategy, document):
@@ -147,6 +232,40 @@ def test_tokens_on_the_wire_are_those_of_the_report(pool, plan, received, sent):
         assert backward["received"] == report["grad_received"][rank]
         assert backward["sent"] == report["grad_sent"][rank]
         assert backward["bytes_received"] == report["grad_received"][rank] * row
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 9, 30])
+@pytest.mark.parametrize(
+    "plan", [ODD_PLAN, plan_documents([24, 24, 3], 3, strategy="per_doc")], ids=["odd", "per_doc"]
+)
+def test_only_the_missing_part_of_windows_travels(pool, plan, window):
+    report = plan.report(window=window)
+    assert report["kv_received"] == tokens_seen_but_not_held(plan, window)
+    results = pool.run(plan.cp_size, cases.counted_traffic, plan, (4, 2, 8, 12), None, {"window": window})
+    for rank, calls in enumerate(results):
+        if window == 1:
+            assert calls == [] and report["kv_total"] == 0
+            continue
+        forward, backward = calls
+        assert forward["received"] == backward["sent"] == report["kv_received"][rank]
+        assert forward["sent"] == backward["received"] == report["kv_sent"][rank]
+        assert forward["bytes_received"] == forward["received"] * kv_bytes(1, 2, 8, 12, 4)
+
+
+def tokens_seen_but_not_held(plan, window):
+    """Counted one token at a time."""
+    counts = []
+    for slices in plan.slices:
+        held = {(document, token) for document, start, stop in slices for token in range(start, stop)}
+        seen = {(document, key) for document, token in held for key in range(max(0, token - window + 1), token + 1)}
+        counts.append(len(seen - held))
+    return counts
+
+
+def test_layers_of_different_heads_share_a_plan(pool):
+    """Heads, head dimensions and windows that change from layer to layer: one batch, one plan, two layouts."""
+    for errors in pool.run(3, cases.errors_of_different_layers, plan_documents([40, 17, 8], 3, strategy="per_doc")):
+        assert max(errors) < FP64
 
 
 def test_stages_carry_each_token_once(pool):

@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening
 
 from hf_flashcp import FlashCPCollator, RankPlan, ShardPlan, plan_documents, shard_inputs
 from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
-from hf_flashcp.layout import RankLayout
+from hf_flashcp.layout import RankLayout, WindowLayout
 from tests.packs import arbitrary_plans
 
 
@@ -215,7 +215,7 @@ def test_layout_of_a_named_plan():
     assert stage.rectangles == ((0, 2, 0, 2), (2, 5, 0, 5))
     assert stage.send_rows.tolist() == [0, 1, 2, 3, 4]
     assert (stage.send_splits, stage.recv_splits) == ([0, 5], [0, 5])
-    assert stage.recv_order is None and stage.rows is None
+    assert stage.key_order is None and stage.rows is None
 
 
 def test_layout_joins_slices_that_need_the_same_prefix_and_orders_what_it_receives():
@@ -223,7 +223,7 @@ def test_layout_joins_slices_that_need_the_same_prefix_and_orders_what_it_receiv
     (stage,) = RankLayout(plan, 0).stages(torch.device("cpu"))
     # From rank 1 come tokens 2..5, from rank 2 tokens 0, 1 and 7: document order is 0, 1, 2..5, 7.
     assert stage.recv_splits == [0, 4, 3]
-    assert stage.recv_order.tolist() == [4, 5, 0, 1, 2, 3, 6]
+    assert stage.key_order.tolist() == [4, 5, 0, 1, 2, 3, 6]
     assert stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
     joined = ShardPlan([6], 2, [[(0, 2, 3), (0, 4, 5)], [(0, 0, 2), (0, 3, 4), (0, 5, 6)]])
     (stage,) = RankLayout(joined, 0, [[1]]).stages(torch.device("cpu"))
@@ -232,3 +232,23 @@ def test_layout_joins_slices_that_need_the_same_prefix_and_orders_what_it_receiv
     (stage,) = RankLayout(two_documents, 0).stages(torch.device("cpu"))
     assert stage.rectangles == ((0, 2, 0, 2), (3, 4, 2, 3))
     assert stage.rows.tolist() == [0, 1, 3]
+
+
+def test_window_layout_of_a_named_plan():
+    """The picture of window_layout.py: this rank holds [6,13) of thirteen tokens, the window is 4."""
+    layout = WindowLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
+    cpu = torch.device("cpu")
+    (stage,) = layout.stages(cpu)
+    assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(cpu).tolist() == [3, 4, 5, 6]
+    assert stage.recv_splits == [0, 3] and stage.send_splits == [0, 0]
+    assert stage.local_rows.tolist() == [0, 1, 2] and stage.key_order.tolist() == [0, 1, 2, 3, 4, 5]
+    assert stage.causal and stage.rectangles == ((0, 3, 0, 6),) and stage.rows.tolist() == [0, 1, 2]
+
+
+def test_overlapping_bands_share_what_travels():
+    """Slices [4,5) and [7,8), window 5: keys 3 and 4 of [0,8) lie in both bands, and 3 travels once."""
+    layout = WindowLayout(ShardPlan([8], 2, [[(0, 4, 5), (0, 7, 8)], [(0, 0, 4), (0, 5, 7)]]), 0, 5)
+    (stage,) = layout.stages(torch.device("cpu"))
+    assert stage.recv_splits == [0, 6] and stage.local_rows.tolist() == [0, 1]
+    assert stage.key_order.tolist() == [0, 1, 2, 3, 6, 3, 6, 4, 5, 7]
+    assert stage.rectangles == ((0, 1, 0, 5), (1, 2, 5, 10)) and layout.local == ()

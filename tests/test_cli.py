@@ -97,6 +97,17 @@ def test_slices_are_listed_only_while_a_person_can_read_them(capsys):
     assert sum(int(line.split()[2].replace(",", "")) for line in table[1:9]) == 131_072
 
 
+def test_layers_with_a_window_are_counted_beside(capsys):
+    line = ["plan", "--lengths", "16,3", "--cp-size", "2", "--strategy", "per_seq", "--sliding-window", "4"]
+    assert main(line) == 0
+    assert "with a window of 4" in capsys.readouterr().out
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # rank 0 holds [0,5) and [14,16) of the first document and all of the second, rank 1 the rest
+    assert [found["report"]["kv_received"], found["sliding_window_report"]["kv_received"]] == [[9, 5], [3, 3]]
+    assert sum(found["sliding_window_report"]["pairs"]) == 16 * 4 - 6 + 6
+
+
 def test_singular(capsys):
     assert run(capsys, "plan --lengths 1 --cp-size 1")[1].startswith("1 document, 1 token, 1 rank, strategy ")
 
@@ -133,6 +144,7 @@ def test_the_default_strategy_and_seed_are_the_library_s(capsys):
         ("--lengths-from pile --cp-size 2", "error: --lengths-from needs --window"),
         ("--lengths 8 --window 8 --cp-size 2", "error: --window goes with --lengths-from"),
         ("--lengths-from pile --window 0 --cp-size 2", "error: window must be at least 1, got 0"),
+        ("--lengths 8 --cp-size 2 --sliding-window 0", "error: A sliding window holds at least 1 key"),
         ("--lengths-from pile --window 9 --seed -1 --cp-size 2", "error: seed must be at least 0, got -1"),
     ],
 )

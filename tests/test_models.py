@@ -4,7 +4,7 @@ import pytest
 
 from hf_flashcp.planning import STRATEGIES
 from tests import model_cases
-from tests.models import CONFIGS
+from tests.models import CONFIGS, FAMILIES
 from tests.packs import KNOWN_PACKS
 
 
@@ -27,6 +27,14 @@ def check(results, gradient, own_loss=OWN_LOSS):
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family, strategy):
     check(pool.run(cp_size, model_cases.model_errors, family, LENGTHS, strategy), FP64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_families(pool, cp_size, family):
+    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss with every strategy."""
+    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, STRATEGIES):
+        assert error < FP64
 
 
 @pytest.mark.parametrize("name", ["ids", "odd", "three", "aligned", "small_3", "giant_and_tiny"])

@@ -195,13 +195,8 @@ def test_the_function_alone_without_a_plan():
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, BatchError, "attention_mask of shape"),
         ({"dropout": 0.1}, UnsupportedModelError, "attention dropout"),
         ({"is_causal": False}, UnsupportedModelError, "is_causal=False"),
-        ({"softcap": 30.0}, UnsupportedModelError, "softcapping"),
-        ({"s_aux": torch.zeros(4)}, UnsupportedModelError, "sinks"),
-        (
-            {"sliding_window": 11},
-            UnsupportedModelError,
-            r"window of 11 tokens, shorter than the longest document \(12\)",
-        ),
+        ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score a head"),
+        ({"sliding_window": 0}, UnsupportedModelError, "a sliding window of 0 tokens"),
         ({"position_bias": torch.zeros(1)}, UnsupportedModelError, "position bias"),
     ],
 )

@@ -46,6 +46,9 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--max-token-imbalance", type=float, default=1.0, metavar="R", help="tokens, max / mean (default 1.0)"
     )
+    parser.add_argument(
+        "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
+    )
     parser.add_argument("--json", action="store_true", help="print plan, report and digest as JSON and nothing else")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the plan to a file (.png, .svg, .pdf); needs the extra 'plot'"
@@ -84,12 +87,15 @@ def run(arguments: argparse.Namespace) -> None:
             "plan": plan.to_dict(),
             "report": plan.report(),
         }
+        if arguments.sliding_window is not None:
+            found["sliding_window"] = arguments.sliding_window
+            found["sliding_window_report"] = plan.report(window=arguments.sliding_window)
         print(json.dumps(found))
     else:
-        print(plan_text(plan, strategy=arguments.strategy))
+        print(plan_text(plan, strategy=arguments.strategy, sliding_window=arguments.sliding_window))
 
 
-def plan_text(plan: ShardPlan, *, strategy: str) -> str:
+def plan_text(plan: ShardPlan, *, strategy: str, sliding_window: int | None = None) -> str:
     """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic."""
     report = plan.report()
     columns = [
@@ -109,11 +115,21 @@ def plan_text(plan: ShardPlan, *, strategy: str) -> str:
         f"attention pairs {report['pair_imbalance']:.3f}",
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
+        *([] if sliding_window is None else _window_lines(plan, sliding_window)),
         f"digest                  {plan.digest}",
     ]
     if max(columns[0]) <= MAX_LISTED_SLICES:
         lines += ["", *_listed_slices(plan)]
     return "\n".join(lines)
+
+
+def _window_lines(plan: ShardPlan, window: int) -> list[str]:
+    report = plan.report(window=window)
+    return [
+        f"with a window of {window:,}",
+        f"  attention pairs       {sum(report['pairs']):,}, imbalance {report['pair_imbalance']:.3f}",
+        f"  KV moved              {report['kv_total']:,} tokens ({report['kv_fraction']:.1%})",
+    ]
 
 
 def _listed_slices(plan: ShardPlan) -> list[str]:

@@ -73,8 +73,12 @@ def send_kv(key: torch.Tensor, value: torch.Tensor, stage: Stage, group: Process
     Returns:
         `Transfer`: of rows (n, H_kv, D_k + D_v).
     """
-    rows = torch.cat((key.index_select(1, stage.send_rows), value.index_select(1, stage.send_rows)), dim=-1)
-    return Transfer(rows.transpose(0, 1).contiguous(), stage.send_splits, stage.recv_splits, group)
+    return Transfer(kv_rows(key, value, stage.send_rows), stage.send_splits, stage.recv_splits, group)
+
+
+def kv_rows(key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(n, H_kv, D_k + D_v), contiguous: some rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) side by side."""
+    return torch.cat((key.index_select(1, rows), value.index_select(1, rows)), dim=-1).transpose(0, 1).contiguous()
 
 
 def send_grads_home(grad: torch.Tensor, stage: Stage, group: ProcessGroup) -> Transfer:

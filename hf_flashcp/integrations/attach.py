@@ -19,6 +19,7 @@ from ..layout import RankPlan, shard_inputs
 from ..layout.batch import context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
 from .model_support import check_model
+from .per_document_rope import hook_length_dependent_rope
 from .plugin import FlashCPPlugin
 from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
 
@@ -93,6 +94,7 @@ class ContextParallelHandle:
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
+            *hook_length_dependent_rope(model),
         ]
 
     def remove(self) -> None:
@@ -141,13 +143,21 @@ class ContextParallelHandle:
             return
         leave_sharded_forward()
         if output is not None and not self._checked:  # None: the forward raised
-            expected = model.config.get_text_config().num_hidden_layers
+            config = model.config.get_text_config()
+            expected = config.num_hidden_layers
             if len(forward.attention_modules) != expected:
                 raise UnsupportedModelError(
                     f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with "
                     f"the batch's plan, but its config has {expected} layers. The others attended to this rank's "
                     "tokens only, or did not attend at all: the gradients would be wrong. This model cannot be "
                     "trained with context parallelism."
+                )
+            dropped = forward.mask_windows - forward.attention_windows
+            if dropped and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} builds masks for a sliding window of {max(dropped)} tokens, "
+                    "but none of its attention layers asks for that window: it would be dropped. This model cannot "
+                    "be trained with context parallelism, unless its config turns the window off."
                 )
             self._checked = True
 

@@ -3,7 +3,6 @@ that asks for something we do not compute, or attention layers that never call u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,8 +12,6 @@ from .registration import INTERNAL_NAME, NAME
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# They read the largest position of the batch they see, which differs from rank to rank (modeling_rope_utils.py).
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -46,17 +43,4 @@ def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
         return f"has layers of type {', '.join(others)}, whose state is not exchanged between ranks"
     if getattr(model, "_is_stateful", False):
         return "has recurrent layers, whose state is not exchanged between ranks"
-    rope_types = set(_rope_types(getattr(config, "rope_parameters", None))) & LENGTH_DEPENDENT_ROPE
-    if rope_types:
-        return f"uses {', '.join(sorted(rope_types))} RoPE, which depends on the longest position that a rank sees"
     return None
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    """Every `rope_type` of a `rope_parameters` dict, which some configs nest by layer type."""
-    if isinstance(parameters, Mapping):
-        for key, value in parameters.items():
-            if key == "rope_type":
-                yield value
-            else:
-                yield from _rope_types(value)

@@ -38,6 +38,9 @@ def flashcp_attention(
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     flashcp_plan: RankPlan | ShardPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -51,6 +54,10 @@ def flashcp_attention(
         attention_mask (`torch.Tensor`, *optional*): refused together with a plan.
         scaling (`float`, *optional*): of the scores, defaults to D_k ** -0.5.
         dropout (`float`, *optional*, defaults to 0.0): refused together with a plan.
+        sliding_window (`int`, *optional*): keys that a query sees, itself included.
+        softcap (`float`, *optional*): scores become softcap * tanh(scores / softcap).
+        s_aux (`torch.Tensor`, *optional*): (H_q,) attention sinks: a score a head that takes its share of every
+            softmax and has no value.
         flashcp_plan (`RankPlan`, *optional*): from [`shard_inputs`]. An unbound [`ShardPlan`] is taken if its cp_size
             is 1. Without a plan the call is transformers' sdpa attention, or the model's own eager one where sdpa
             cannot do what it asks for (softcap, sinks).
@@ -64,9 +71,11 @@ def flashcp_attention(
         UnsupportedModelError: something the layer asks for that would not be exact.
     """
     if flashcp_plan is None:
+        options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        kwargs.update({name: value for name, value in options.items() if value is not None})
         return _attention_without_plan(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     plan = _bound(flashcp_plan)
-    _refuse_what_is_not_exact(module, plan, dropout, kwargs)
+    _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout, kwargs)
     if attention_mask is not None:
         raise BatchError(
             f"{_name(module)} got an attention_mask of shape {tuple(attention_mask.shape)} together with a plan, "
@@ -82,8 +91,18 @@ def flashcp_attention(
         )
     if forward := current_sharded_forward():
         forward.attention_modules.add(id(module))
+        forward.attention_windows.add(sliding_window)
     query, key, value = _same_dtype(query, key, value)
-    out = document_attention(query[0], key[0], value[0], plan, scale=scaling)
+    out = document_attention(
+        query[0],
+        key[0],
+        value[0],
+        plan,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux if s_aux is None else s_aux.flatten(),
+    )
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
 
@@ -98,25 +117,33 @@ def _bound(plan: RankPlan | ShardPlan) -> RankPlan:
     )
 
 
-def _refuse_what_is_not_exact(module, plan: RankPlan, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: float, kwargs: dict[str, Any]) -> None:
     reasons = {
         "attention dropout": dropout,
         "is_causal=False": not _is_causal(module, kwargs),
-        "logit softcapping": kwargs.get("softcap") is not None,
-        "attention sinks": kwargs.get("s_aux") is not None,
         "a position bias": kwargs.get("position_bias") is not None,
+        f"a sliding window of {sliding_window} tokens": sliding_window is not None and sliding_window < 1,
+        "attention sinks that are not one score a head": s_aux is not None and s_aux.numel() != query.shape[1],
     }
-    window = kwargs.get("sliding_window")
-    longest = plan.layout.longest_document
-    if window is not None and window < longest:
-        reasons[f"a sliding window of {window} tokens, shorter than the longest document ({longest})"] = True
+    layer_type = _layer_type(module)
+    if layer_type == "sliding_attention" and sliding_window is None:
+        reasons["a sliding window in its mask alone (the attention call does not carry it)"] = True
+    if layer_type == "full_attention" and sliding_window is not None:
+        reasons[f"a sliding window of {sliding_window} tokens in a layer of type full_attention"] = True
     for what, asked in reasons.items():
         if asked:
             raise UnsupportedModelError(
                 f"{_name(module)} asks for {what}, which context parallelism with flashcp does not compute. Train "
                 'this model with attn_implementation="sdpa" or "eager" and cp_size 1'
-                + (", or set attention_dropout to 0 in its config." if what == "attention dropout" else ".")
+                + (", or set the attention dropout in its config to 0." if what == "attention dropout" else ".")
             )
+
+
+def _layer_type(module) -> str | None:
+    """`config.layer_types` of the layer that calls, where model and config say."""
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    return layer_types[layer] if layer_types and layer is not None and layer < len(layer_types) else None
 
 
 def _is_causal(module, kwargs: dict[str, Any]) -> bool:
@@ -147,7 +174,7 @@ def _attention_without_plan(module, query, key, value, attention_mask, scaling, 
             "keyword arguments of its forward on to its attention layers, so they would attend to this rank's "
             "tokens only. It cannot be trained with context parallelism."
         )
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    if "softcap" in kwargs or "s_aux" in kwargs:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = _additive_mask(attention_mask, query, key, _is_causal(module, kwargs))
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -173,12 +200,24 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
 
 
 def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise."""
+    """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
+
+    Raises:
+        UnsupportedModelError: inside a sharded forward, the model asks for more than a causal mask or a sliding window
+            (transformers marks it with `use_vmap`, masking_utils.py), which the plan would drop.
+    """
     forward = current_sharded_forward()
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
-    if forward is not None and q_length == forward.plan.layout.num_tokens:
-        return None
-    return sdpa_mask(*args, **kwargs)
+    if forward is None or q_length != forward.plan.layout.num_tokens:
+        return sdpa_mask(*args, **kwargs)
+    if kwargs.get("use_vmap"):
+        raise UnsupportedModelError(
+            f"{type(forward.model).__name__} builds a mask of its own over the causal one, which context parallelism "
+            'with flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
+        )
+    if kwargs.get("local_size") is not None:
+        forward.mask_windows.add(kwargs["local_size"])
+    return None
 
 
 def _internal_name(implementation: Any) -> Any:

@@ -14,12 +14,15 @@ from ..layout import RankPlan
 
 
 class ShardedForward:
-    """One forward of an attached model: its plan and the attention modules that called us with it."""
+    """One forward of an attached model: its plan, the attention modules that called us with it, the sliding windows
+    that they asked for (`None` among them for full attention), and those that the model's masks asked for."""
 
     def __init__(self, model: torch.nn.Module, plan: RankPlan):
         self.model = model
         self.plan = plan
         self.attention_modules: set[int] = set()
+        self.attention_windows: set[int | None] = set()
+        self.mask_windows: set[int] = set()
 
 
 _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forward", default=None)

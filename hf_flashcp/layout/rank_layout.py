@@ -25,45 +25,30 @@ import numpy as np
 import torch
 
 from ..planning import ShardPlan
-from ..planning.volume import document_holders
+from ..planning.volume import needed_keys, overlaps
+from .stage import Rectangle, Stage
 
 
-class Rectangle(NamedTuple):
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), as rows of a query and a key buffer; never empty."""
+class LocalSlice(NamedTuple):
+    """Tokens [start, stop) of a document, from local row `row` on."""
 
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
+    document: int
+    start: int
+    stop: int
+    row: int
 
 
-class Stage(NamedTuple):
-    """One uneven all-to-all of KV and the attention that waits for it.
+class Piece(NamedTuple):
+    """`count` tokens of a document from `start` on, at row `offset` of a buffer of keys."""
 
-    Attributes:
-        send_rows (`torch.Tensor`): (n_sent,) int64 local rows, destination after destination, in document order.
-        send_splits (`list[int]`): rows for each rank of the group.
-        recv_splits (`list[int]`): rows from each rank of the group.
-        recv_order (`torch.Tensor`, *optional*): (n_received,) int64, brings the source-major buffer into document
-            order; `None` where it already is.
-        rectangles (`tuple[Rectangle, ...]`): local rows against rows of the ordered buffer, without a mask. Query
-            ranges are disjoint and ascending.
-        rows (`torch.Tensor`, *optional*): (R,) int64 local rows covered by the rectangles; `None` for all of them.
-    """
-
-    send_rows: torch.Tensor
-    send_splits: list[int]
-    recv_splits: list[int]
-    recv_order: torch.Tensor | None
-    rectangles: tuple[Rectangle, ...]
-    rows: torch.Tensor | None
-
-    def to(self, device: torch.device) -> Stage:
-        return Stage(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
+    document: int
+    start: int
+    count: int
+    offset: int
 
 
 class RankLayout:
-    """Index maps of one rank under one plan.
+    """Index maps of one rank under one plan, for full-attention layers.
 
     Args:
         plan (`ShardPlan`): a valid plan.
@@ -74,93 +59,110 @@ class RankLayout:
 
     Attributes:
         token_index (`torch.Tensor`): (T_r,) int64 positions of this rank's tokens in the packed row.
-        local (`tuple[Rectangle, ...]`): one causal square per local document, in rows of the local sequence.
+        local (`tuple[Rectangle, ...]`): what needs no exchange, in rows of the local sequence: causal, aligned
+            bottom-right.
         stages (`tuple[Stage, ...]`): as many on every rank of the group, or none at all.
     """
 
+    window: int | None = None
+
     def __init__(self, plan: ShardPlan, rank: int, offset_groups: Sequence[Sequence[int]] | None = None):
-        self.num_tokens = sum(stop - start for _, start, stop in plan.slices[rank])
         self.longest_document = max(plan.lengths)
-        self._rows = self._local_rows(plan, rank)
-        self._holders = document_holders(plan.slices)
+        self.slices = tuple(_with_rows(plan.slices[rank]))
+        self.num_tokens = sum(stop - start for _, start, stop, _ in self.slices)
+        self._document_starts = np.concatenate(([0], np.cumsum(plan.lengths)))
+        self._plan, self._rank = plan, rank
+        self._needed = needed_keys(plan.slices, self.window)
         if offset_groups is None:
             offset_groups = [range(1, plan.cp_size)]
         self.local = self._local_rectangles()
-        self._stages = tuple(
-            self._stage(plan, rank, offsets) for offsets in offset_groups if self._is_needed(plan, offsets)
-        )
-        self._on_device: dict[torch.device, tuple[Stage, ...]] = {}
-        self._document_starts = np.concatenate(([0], np.cumsum(plan.lengths)))
+        self._stages = tuple(self._stage(offsets) for offsets in offset_groups if self._is_needed(offsets))
+        self._stages_on: dict[torch.device, tuple[Stage, ...]] = {}
+        self._local_rows_on: dict[torch.device, torch.Tensor | None] = {}
 
     @cached_property
     def token_index(self) -> torch.Tensor:
-        pieces = [np.arange(start, stop) + self._document_starts[document] for document, start, stop, _ in self._rows]
-        return torch.from_numpy(np.concatenate(pieces))
+        return to_tensor(
+            [np.arange(start, stop) + self._document_starts[document] for document, start, stop, _ in self.slices]
+        )
 
     def stages(self, device: torch.device) -> tuple[Stage, ...]:
         """The stages with their index tensors on `device`, copied there once."""
-        if device not in self._on_device:
-            self._on_device[device] = tuple(stage.to(device) for stage in self._stages)
-        return self._on_device[device]
+        if device not in self._stages_on:
+            self._stages_on[device] = tuple(stage.to(device) for stage in self._stages)
+        return self._stages_on[device]
 
-    @staticmethod
-    def _local_rows(plan: ShardPlan, rank: int) -> list[tuple[int, int, int, int]]:
-        """`(document, start, stop, first local row)` of every slice."""
-        rows, row = [], 0
-        for document, start, stop in plan.slices[rank]:
-            rows.append((document, start, stop, row))
-            row += stop - start
-        return rows
+    def local_rows(self, device: torch.device) -> torch.Tensor | None:
+        """(R,) int64 the rows covered by `local`, copied to `device` once; `None` if they are all there are."""
+        if device not in self._local_rows_on:
+            rows = self.covered_rows(self.local)
+            self._local_rows_on[device] = rows if rows is None else rows.to(device, non_blocking=True)
+        return self._local_rows_on[device]
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
+        """One causal square per local document."""
         squares: dict[int, tuple[int, int]] = {}
-        for document, start, stop, row in self._rows:
+        for document, start, stop, row in self.slices:
             first, _ = squares.get(document, (row, row))
             squares[document] = (first, row + stop - start)
         return tuple(Rectangle(first, last, first, last) for first, last in squares.values())
 
-    def _is_needed(self, plan: ShardPlan, offsets: Sequence[int]) -> bool:
+    def _is_needed(self, offsets: Sequence[int]) -> bool:
+        cp_size = self._plan.cp_size
         return any(
-            (other - rank) % plan.cp_size in offsets and end > start
-            for rank, slices in enumerate(plan.slices)
-            for document, start, _ in slices
-            for other, end in self._holders[document].items()
-            if other != rank
+            other != rank and (other - rank) % cp_size in offsets and overlaps(start, stop, intervals)
+            for rank, slices in enumerate(self._plan.slices)
+            for document, start, stop in slices
+            for other, intervals in self._needed.get(document, {}).items()
         )
 
-    def _stage(self, plan: ShardPlan, rank: int, offsets: Sequence[int]) -> Stage:
-        cp_size = plan.cp_size
-        send_pieces, send_splits = [], [0] * cp_size
-        received, recv_splits = [], [0] * cp_size
-        for other in range(cp_size):
-            if (other - rank) % cp_size in offsets:
-                for document, start, stop, row in self._rows:
-                    needed = min(stop, self._holders[document].get(other, 0)) - start
-                    if needed > 0:
-                        send_pieces.append(np.arange(row, row + needed))
-                        send_splits[other] += needed
-            if (rank - other) % cp_size in offsets:
-                for document, start, stop in plan.slices[other]:
-                    needed = min(stop, self._holders[document].get(rank, 0)) - start
-                    if needed > 0:
-                        received.append((document, start, needed, sum(recv_splits)))
-                        recv_splits[other] += needed
-        rectangles = self._remote_rectangles(sorted(received))
-        covered = sum(rectangle.q_stop - rectangle.q_start for rectangle in rectangles)
+    def _stage(self, offsets: Sequence[int]) -> Stage:
+        send_rows, send_splits = self._sent(offsets)
+        received, recv_splits = self._received(offsets)
+        ordered = sorted(received)
+        rectangles = self._remote_rectangles(ordered)
         return Stage(
-            send_rows=_to_tensor(send_pieces),
+            send_rows=send_rows,
             send_splits=send_splits,
             recv_splits=recv_splits,
-            recv_order=None
-            if received == sorted(received)
-            else _to_tensor([np.arange(offset, offset + count) for _, _, count, offset in sorted(received)]),
+            local_rows=None,
+            key_order=None
+            if received == ordered
+            else to_tensor([np.arange(piece.offset, piece.offset + piece.count) for piece in ordered]),
             rectangles=rectangles,
-            rows=None
-            if covered == self.num_tokens
-            else _to_tensor([np.arange(rectangle.q_start, rectangle.q_stop) for rectangle in rectangles]),
+            causal=False,
+            rows=self.covered_rows(rectangles),
         )
 
-    def _remote_rectangles(self, received: list[tuple[int, int, int, int]]) -> tuple[Rectangle, ...]:
+    def _sent(self, offsets: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Local rows for every destination, and how many each gets."""
+        cp_size = self._plan.cp_size
+        pieces, splits = [], [0] * cp_size
+        for other in range(cp_size):
+            if other == self._rank or (other - self._rank) % cp_size not in offsets:
+                continue
+            for document, start, stop, row in self.slices:
+                for first, last in overlaps(start, stop, self._needed.get(document, {}).get(other, ())):
+                    pieces.append(np.arange(row + first - start, row + last - start))
+                    splits[other] += last - first
+        return to_tensor(pieces), splits
+
+    def _received(self, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
+        """What arrives, source after source, and how much from each."""
+        cp_size = self._plan.cp_size
+        received, splits = [], [0] * cp_size
+        offset = 0
+        for other in range(cp_size):
+            if other == self._rank or (self._rank - other) % cp_size not in offsets:
+                continue
+            for document, start, stop in self._plan.slices[other]:
+                for first, last in overlaps(start, stop, self._needed.get(document, {}).get(self._rank, ())):
+                    received.append(Piece(document, first, last - first, offset))
+                    offset += last - first
+                    splits[other] += last - first
+        return received, splits
+
+    def _remote_rectangles(self, received: list[Piece]) -> tuple[Rectangle, ...]:
         """Each local slice against the prefix of its document's received tokens; equal prefixes joined.
 
         `received` is in document order; a received piece never straddles a local slice, so it lies wholly before
@@ -174,7 +176,7 @@ class RankLayout:
             pieces.setdefault(document, []).append((start, count))
             offset += count
         rectangles: list[Rectangle] = []
-        for document, start, stop, row in self._rows:
+        for document, start, stop, row in self.slices:
             prefix = sum(count for piece_start, count in pieces.get(document, ()) if piece_start < start)
             if not prefix:
                 continue
@@ -185,6 +187,19 @@ class RankLayout:
             rectangles.append(rectangle)
         return tuple(rectangles)
 
+    def covered_rows(self, rectangles: Sequence[Rectangle]) -> torch.Tensor | None:
+        """The local rows of all rectangles; `None` if they are all there are."""
+        if sum(rectangle.q_stop - rectangle.q_start for rectangle in rectangles) == self.num_tokens:
+            return None
+        return to_tensor([np.arange(rectangle.q_start, rectangle.q_stop) for rectangle in rectangles])
 
-def _to_tensor(pieces: list[np.ndarray]) -> torch.Tensor:
+
+def _with_rows(slices: Sequence[tuple[int, int, int]]):
+    row = 0
+    for document, start, stop in slices:
+        yield LocalSlice(document, start, stop, row)
+        row += stop - start
+
+
+def to_tensor(pieces: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64))

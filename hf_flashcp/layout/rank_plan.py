@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigurationError
 from ..planning import ShardPlan
 from .rank_layout import RankLayout
+from .window_layout import WindowLayout
 
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RankPlan:
-    """What attention layers get as `flashcp_plan`: plan, rank, process group, and the layout built from them.
+    """What attention layers get as `flashcp_plan`: plan, rank, process group, and the layouts built from them.
 
     A plain class, like [`ShardPlan`], so that wrappers which rebuild containers leave it alone.
 
@@ -38,6 +39,15 @@ class RankPlan:
         self.rank = rank
         self.group = group
         self.layout = RankLayout(plan, rank)
+        self._window_layouts: dict[int, WindowLayout] = {}
+
+    def layout_for(self, window: int | None) -> RankLayout:
+        """The layout of layers whose queries see `window` keys, built once: the full one if no document is longer."""
+        if window is None or window >= self.layout.longest_document:
+            return self.layout
+        if window not in self._window_layouts:
+            self._window_layouts[window] = WindowLayout(self.plan, self.rank, window)
+        return self._window_layouts[window]
 
     def __repr__(self) -> str:
         return f"RankPlan(rank={self.rank}, {self.plan})"

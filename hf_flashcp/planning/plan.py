@@ -149,18 +149,28 @@ class ShardPlan:
             raise PlanError(f"Document {min(missing)} is on no rank.")
         return self
 
-    def report(self) -> dict[str, Any]:
-        """What the plan costs, counted exactly from its slices (PAPER: eq. 2 to 5 with point-to-point exchange).
+    def report(self, window: int | None = None) -> dict[str, Any]:
+        """What the plan costs in one layer, counted exactly from its slices (FlashCP eq. 2 to 5, with point-to-point
+        exchange).
+
+        Args:
+            window (`int`, *optional*): of a sliding-window layer, in tokens, as transformers counts it: keys that a
+                query sees, itself included. Full attention if `None`.
 
         Returns:
             `dict`: per rank `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and
-            `kv_sent` (tokens whose K and V travel in the forward of one full-attention layer); `kv_total`,
+            `kv_sent` (tokens whose K and V travel in the forward of the layer); `kv_total`,
             `kv_all_gather` (what an all-gather of every KV receives), `kv_fraction` (their ratio),
             `token_imbalance` and `pair_imbalance` (max / mean over ranks). The backward of the layer sends the
             gradients of the received tokens home: `grad_received` and `grad_sent`, also in tokens.
             [`kv_bytes`] turns tokens into bytes.
+
+        Raises:
+            PlanError: a window below 1.
         """
-        return plan_report(self.lengths, self.cp_size, self.slices)
+        if window is not None and window < 1:
+            raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
+        return plan_report(self.lengths, self.cp_size, self.slices, window)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable form, read back by [`~ShardPlan.from_dict`]."""

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def attention_pairs(start: int, stop: int) -> int:
-    """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i)."""
+Interval = tuple[int, int]
+
+
+def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
+    """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i), of at most
+    `window` keys a query."""
+    if window is not None and stop > window:
+        inside = max(start, window)
+        return (stop - inside) * window + (attention_pairs(start, inside) if start < inside else 0)
     return (stop - start) * (stop + start + 1) // 2
 
 
@@ -17,33 +24,51 @@ def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, items
     return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
 
 
-def document_holders(slices: Sequence[Sequence[tuple[int, int, int]]]) -> dict[int, dict[int, int]]:
-    """`{document: {rank: end of the rank's last slice}}`. A rank needs every token before that end."""
-    holders: dict[int, dict[int, int]] = defaultdict(dict)
+def needed_keys(
+    slices: Sequence[Sequence[tuple[int, int, int]]], window: int | None = None
+) -> dict[int, dict[int, list[Interval]]]:
+    """Which tokens before its own slices each rank attends to.
+
+    Args:
+        slices: of each rank, as in [`ShardPlan`].
+        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
+
+    Returns:
+        `{document: {rank: intervals}}`: disjoint and ascending. Some of their tokens may be the rank's own.
+    """
+    needed: dict[int, dict[int, list[Interval]]] = defaultdict(dict)
     for rank, rank_slices in enumerate(slices):
-        for document, _, stop in rank_slices:
-            holders[document][rank] = stop
-    return holders
+        for document, start, _ in rank_slices:
+            first = 0 if window is None else max(0, start - window + 1)
+            if first == start:
+                continue
+            intervals = needed[document].setdefault(rank, [])
+            if intervals and first <= intervals[-1][1]:
+                first, _ = intervals.pop()
+            intervals.append((first, start))
+    return needed
+
+
+def overlaps(start: int, stop: int, intervals: Sequence[Interval]) -> list[Interval]:
+    """The parts of [start, stop) that lie in `intervals`."""
+    return [(max(start, first), min(stop, last)) for first, last in intervals if first < stop and start < last]
 
 
 def plan_report(
-    lengths: Sequence[int], cp_size: int, slices: Sequence[Sequence[tuple[int, int, int]]]
+    lengths: Sequence[int],
+    cp_size: int,
+    slices: Sequence[Sequence[tuple[int, int, int]]],
+    window: int | None = None,
 ) -> dict[str, Any]:
-    """See [`ShardPlan.report`]. received_r = sum_i (end of r's last slice of i - r's own tokens of i); a token is
-    sent once to every other rank whose last slice of the document ends after it (DESIGN: eq. of exact traffic)."""
-    tokens, pairs, received, sent = ([0] * cp_size for _ in range(4))
-    holders = document_holders(slices)
-    for ends in holders.values():
-        for rank, end in ends.items():
-            received[rank] += end
+    """See [`ShardPlan.report`]. A token is sent once to every other rank that needs it."""
+    tokens, pairs = [0] * cp_size, [0] * cp_size
     for rank, rank_slices in enumerate(slices):
-        for document, start, stop in rank_slices:
+        for _, start, stop in rank_slices:
             tokens[rank] += stop - start
-            pairs[rank] += attention_pairs(start, stop)
-            for other, end in holders[document].items():
-                if other != rank and end > start:
-                    sent[rank] += min(stop, end) - start
-        received[rank] -= tokens[rank]
+            pairs[rank] += attention_pairs(start, stop, window)
+    traffic = _traffic(cp_size, slices, window)
+    sent = [sum(row) for row in traffic]
+    received = [sum(column) for column in zip(*traffic)]
     kv_total = sum(received)
     kv_all_gather = (cp_size - 1) * sum(lengths)
     return {
@@ -61,21 +86,27 @@ def plan_report(
     }
 
 
-def kv_traffic(plan) -> list[list[int]]:
-    """Tokens whose K and V travel from rank to rank in the forward of one full-attention layer.
+def kv_traffic(plan, window: int | None = None) -> list[list[int]]:
+    """Tokens whose K and V travel from rank to rank in the forward of one layer.
 
     Args:
         plan ([`ShardPlan`]): a valid plan.
+        window (`int`, *optional*): of a sliding-window layer, in tokens; full attention if `None`.
 
     Returns:
         `list[list[int]]`: `[sender][receiver]`, zero on the diagonal. Rows add up to the report's `kv_sent`, columns
         to its `kv_received`. The backward sends gradients along the transpose.
     """
-    traffic = [[0] * plan.cp_size for _ in range(plan.cp_size)]
-    holders = document_holders(plan.slices)
-    for sender, rank_slices in enumerate(plan.slices):
+    return _traffic(plan.cp_size, plan.slices, window)
+
+
+def _traffic(cp_size, slices, window) -> list[list[int]]:
+    traffic = [[0] * cp_size for _ in range(cp_size)]
+    needed = needed_keys(slices, window)
+    for sender, rank_slices in enumerate(slices):
+        row = traffic[sender]
         for document, start, stop in rank_slices:
-            for receiver, end in holders[document].items():
-                if receiver != sender and end > start:
-                    traffic[sender][receiver] += min(stop, end) - start
+            for receiver, intervals in needed.get(document, {}).items():
+                if receiver != sender:
+                    row[receiver] += sum(last - first for first, last in overlaps(start, stop, intervals))
     return traffic
