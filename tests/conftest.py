@@ -14,7 +14,7 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def pool():
-    from tests.pool import WorkerPool
+    from hf_flashcp.doctor.workers import WorkerPool
 
     workers = WorkerPool()
     yield workers

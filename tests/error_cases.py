@@ -10,9 +10,11 @@ from transformers import (
     BloomConfig,
     LlamaConfig,
     MambaConfig,
+    OPTConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3NextConfig,
+    RobertaConfig,
     StableLmConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -44,6 +46,12 @@ CONFIGS = {
     ),
     "window in the mask alone, no layer types": lambda: PhimoeConfig(
         **SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
+    ),
+    "layerdrop": lambda: OPTConfig(
+        vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, layerdrop=0.1
+    ),
+    "positions from padding": lambda: RobertaConfig(
+        vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
     ),
     "dropout": lambda: LlamaConfig(**SMALL, attention_dropout=0.1),
     "bidirectional": lambda: LlamaConfig(**SMALL, is_causal=False),

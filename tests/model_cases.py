@@ -36,11 +36,27 @@ def model_errors_with(family, lengths, strategy, options):
     return model_errors(family, lengths, strategy, **options)
 
 
-def family_errors(family, lengths, strategies):
+def family_errors(family, lengths, strategies, **options):
     """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
     with float64_throughout():
-        errors = [model_errors(family, lengths, strategy, reference="eager") for strategy in strategies]
+        errors = [model_errors(family, lengths, strategy, reference="eager", **options) for strategy in strategies]
     return max(max(error) for error in errors)
+
+
+def checkpointed_errors(family, lengths, checkpointing):
+    """What a model computes in fp32 stays fp32: `float64_throughout` does not reach recomputation."""
+    return max(model_errors(family, lengths, "whole_doc", reference="eager", checkpointing=checkpointing))
+
+
+def family_errors_without_rope_hooks(family, lengths):
+    from hf_flashcp.integrations import attach as module
+
+    original = module.hook_length_dependent_rope
+    module.hook_length_dependent_rope = lambda model: []
+    try:
+        return family_errors(family, lengths, ["per_doc"])
+    finally:
+        module.hook_length_dependent_rope = original
 
 
 def model_errors(

@@ -25,6 +25,8 @@ from transformers import (
     Starcoder2Config,
 )
 
+from hf_flashcp.doctor.tiny import default_config, tiny_copy
+
 
 SMALL = dict(
     vocab_size=67,
@@ -85,6 +87,7 @@ FAMILIES = {
     "phi3, longrope": Phi3Config(
         **SMALL,
         pad_token_id=0,
+        original_max_position_embeddings=16,
         rope_parameters={**_ROPE, **_FACTORS, "rope_type": "longrope", "original_max_position_embeddings": 16},
     ),
     "qwen2, window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
@@ -113,11 +116,15 @@ FAMILIES = {
     ),
 }
 
+# Recurrent, convolutional and attention layers in one model, for plans that keep documents whole.
+HYBRIDS = {name: tiny_copy(default_config(name)) for name in ("granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next")}
+
 
 def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **overrides):
     """The same weights on every rank and for every attention implementation."""
     torch.manual_seed(0)
-    config = type(FAMILIES[family])(**{**FAMILIES[family].to_dict(), **overrides})
+    config = {**FAMILIES, **HYBRIDS}[family]
+    config = type(config)(**{**config.to_dict(), **overrides})
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attn_implementation, experts_implementation="eager", dtype=torch.float64
     )
@@ -156,9 +163,12 @@ def per_document_gradients(model, features, own_loss=False):
         ids = torch.tensor([feature["input_ids"]])
         labels = torch.tensor([feature["labels"]])
         if own_loss:
-            loss = model(input_ids=ids, labels=labels, num_items_in_batch=count).loss
+            loss = model(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
         else:
-            loss = exact_loss_sum(model(input_ids=ids).logits, F.pad(labels, (0, 1), value=-100)[:, 1:]) / count
+            loss = (
+                exact_loss_sum(model(input_ids=ids, use_cache=False).logits, F.pad(labels, (0, 1), value=-100)[:, 1:])
+                / count
+            )
         loss.backward()
         total += loss.item()
     return total, gradients(model)

@@ -34,11 +34,12 @@ def source_texts():
 
 
 def raised_messages():
-    """What `raise SomeError(message)` says, apart from module `__getattr__`s, whose message is Python's own."""
+    """What `raise SomeError(message)` says, apart from module `__getattr__`s, whose message is Python's own, and the
+    tracebacks that the doctor's workers pass on."""
     for tree in source_trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                if ast.unparse(node.exc.func) != "AttributeError":
+                if ast.unparse(node.exc.func) not in ("AttributeError", "WorkerFailure"):
                     yield text_of(node.exc.args[0])
 
 

@@ -26,9 +26,10 @@ def check(results, error, message):
         ("bloom", "attention interface"),
         ("stablelm", "attention interface"),
         ("mamba", "attention interface"),
-        ("qwen3_next", "attention interface"),
         ("window in the mask alone", "a sliding window in its mask alone"),
         ("window in the mask alone, no layer types", "masks for a sliding window of 8 tokens"),
+        ("layerdrop", "drops layers at random"),
+        ("positions from padding", "counts positions from pad_token_id + 1"),
         ("dropout", "set the attention dropout in its config to 0"),
         ("bidirectional", "is_causal=False"),
     ],
@@ -74,6 +75,10 @@ def test_a_layer_that_never_calls_us(pool):
 )
 def test_bad_batches(pool, changes, error, message):
     check(pool.errors(2, error_cases.forward_with, changes), error, message)
+
+
+def test_a_cut_document_in_a_model_with_recurrent_layers(pool):
+    check(pool.errors(2, error_cases.train_step, "qwen3_next"), BatchError, "which need whole documents, but the plan")
 
 
 def test_an_error_leaves_nothing_behind(pool):

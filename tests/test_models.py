@@ -4,7 +4,7 @@ import pytest
 
 from hf_flashcp.planning import STRATEGIES
 from tests import model_cases
-from tests.models import CONFIGS, FAMILIES
+from tests.models import CONFIGS, FAMILIES, HYBRIDS
 from tests.packs import KNOWN_PACKS
 
 
@@ -32,9 +32,32 @@ def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family, str
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_families(pool, cp_size, family):
-    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss with every strategy."""
-    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, STRATEGIES):
+    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss."""
+    strategies = list(STRATEGIES) if cp_size in (2, 3) else ["per_doc"]
+    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, strategies):
         assert error < FP64
+
+
+@pytest.mark.parametrize("family", ["phi3, longrope", "llama, dynamic"])
+def test_rope_that_looks_at_what_a_rank_holds_fails(pool, family):
+    for error in pool.run(2, model_cases.family_errors_without_rope_hooks, family, LENGTHS):
+        assert error > 1e-3
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_hybrids_on_whole_documents(pool, cp_size, family):
+    """Recurrent, convolutional and attention layers."""
+    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, ["whole_doc"]):
+        assert error < FP64
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_checkpointed_hybrids(pool, family, checkpointing):
+    """A recurrent layer that runs again in backward still runs once a document (without that: 0.2 and more)."""
+    for error in pool.run(2, model_cases.checkpointed_errors, family, LENGTHS, checkpointing):
+        assert error < 1e-4  # these layers compute in fp32
 
 
 @pytest.mark.parametrize("name", ["ids", "odd", "three", "aligned", "small_3", "giant_and_tiny"])

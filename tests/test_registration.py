@@ -33,25 +33,6 @@ def test_importing_is_all_it_takes_in_either_order():
         subprocess.run([sys.executable, "-c", f"{imports}; {code}"], check=True)
 
 
-def test_canary_transformers_still_takes_the_name_for_a_flash_kernel():
-    """The reason for the internal name. When this fails, transformers no longer tests names for "flash"
-    (utils/generic.py, is_flash_attention_requested): register "flashcp" under its own name and drop the renaming."""
-    from transformers.utils.generic import is_flash_attention_requested
-
-    assert is_flash_attention_requested(requested_attention_implementation="flashcp")
-    assert not is_flash_attention_requested(requested_attention_implementation=INTERNAL_NAME)
-
-
-def test_canary_a_choice_of_attention_enters_through_two_doors():
-    """`from_config`, `from_pretrained` and configs set a property; `set_attn_implementation` takes an argument. When
-    this fails, transformers has another way in: rename there too (integrations/registration.py, register)."""
-    assert isinstance(type(CONFIGS["llama"])._attn_implementation, property)
-    config = type(CONFIGS["llama"])(**SMALL, attn_implementation="flashcp")
-    assert config._attn_implementation == INTERNAL_NAME
-    model = AutoModelForCausalLM.from_config(config)
-    assert model.config._attn_implementation == INTERNAL_NAME
-
-
 def test_every_way_to_choose_it(tmp_path):
     model = build_model("llama")
     assert model.config._attn_implementation == INTERNAL_NAME
@@ -198,6 +179,8 @@ def test_the_function_alone_without_a_plan():
         ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score a head"),
         ({"sliding_window": 0}, UnsupportedModelError, "a sliding window of 0 tokens"),
         ({"position_bias": torch.zeros(1)}, UnsupportedModelError, "position bias"),
+        ({"indices": torch.zeros(1)}, UnsupportedModelError, "a choice of keys"),
+        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a choice of blocks of keys"),
     ],
 )
 def test_what_is_not_exact_is_refused(kwargs, error, message):

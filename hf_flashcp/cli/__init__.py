@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FlashCPError
-from . import bench, plan
+from . import bench, doctor, plan
 
 
-_COMMANDS = (plan, bench)
+_COMMANDS = (plan, doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for whatever the user can put right."""
+    """Runs one command and returns its exit code: the command's own, or 2 for whatever the user can put right."""
     parser = argparse.ArgumentParser(prog="flashcp", description="Context parallelism for packed documents.")
     parser.add_argument("--version", action="version", version=f"hf_flashcp {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments) or 0
         sys.stdout.flush()
     except FlashCPError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `flashcp plan ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return code

@@ -13,8 +13,8 @@ class float64_throughout(TorchFunctionMode):  # noqa: N801 (used as a context ma
     call to PyTorch works in fp64.
 
     Many models compute norms, RoPE, router logits or eager attention's softmax in fp32 whatever their dtype is. Two
-    fp64 runs that differ by rounding then differ by 1e-7, which would hide an error of that size. Backward passes need
-    not run inside it: they follow the forward's dtypes.
+    fp64 runs that differ by rounding then differ by 1e-7, which would hide an error of that size. It does not reach
+    what a checkpointed layer computes again in backward.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

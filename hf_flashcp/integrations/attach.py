@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,13 @@ from ..exchange import require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
-from .model_support import check_model
+from .model_support import check_model, config_value
+from .per_document_mixers import (
+    count_attention_modules,
+    hook_mixers,
+    needs_whole_documents,
+    require_whole_documents,
+)
 from .per_document_rope import hook_length_dependent_rope
 from .plugin import FlashCPPlugin
 from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
@@ -87,7 +95,8 @@ class ContextParallelHandle:
     ):
         self.plan: RankPlan | None = None
         self.mesh = mesh
-        self._strategy = strategy
+        self._whole_documents = needs_whole_documents(model)
+        self._strategy = "whole_doc" if self._whole_documents else strategy
         self._on_plan = on_plan
         self._checked = False
         self._parameters = list(inspect.signature(model.forward).parameters)
@@ -95,6 +104,7 @@ class ContextParallelHandle:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
             *hook_length_dependent_rope(model),
+            *hook_mixers(model),
         ]
 
     def remove(self) -> None:
@@ -122,8 +132,17 @@ class ContextParallelHandle:
         )
         if not (wanted and self._can_shard(batch)):
             return None
+        if media := sorted(key for key, value in batch.items() if value is not None and _MEDIA.search(key)):
+            raise BatchError(
+                f"The batch has {', '.join(media)}. flashcp shards text: what images, video and audio need of a "
+                "vision or audio tower, and the masks around them, would be lost. Train on text-only batches."
+            )
         batch = self.shard(batch)
         self.plan = batch["flashcp_plan"]
+        if self._whole_documents:
+            require_whole_documents(self.plan.plan, model)
+            batch["use_cache"] = False  # a cache would carry a document's state into the next one
+            batch.pop("seq_idx", None)
         if self.plan.group is not None:
             require_agreement(
                 "the batch",
@@ -134,7 +153,7 @@ class ContextParallelHandle:
             )
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
-        enter_sharded_forward(model, self.plan)
+        enter_sharded_forward(model, self.plan, is_first=not self._checked)
         return (), batch
 
     def _after_forward(self, model, args, output):
@@ -144,11 +163,11 @@ class ContextParallelHandle:
         leave_sharded_forward()
         if output is not None and not self._checked:  # None: the forward raised
             config = model.config.get_text_config()
-            expected = config.num_hidden_layers
+            expected = count_attention_modules(model) if self._whole_documents else config.num_hidden_layers
             if len(forward.attention_modules) != expected:
                 raise UnsupportedModelError(
                     f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with "
-                    f"the batch's plan, but its config has {expected} layers. The others attended to this rank's "
+                    f"the batch's plan, but the model has {expected}. The others attended to this rank's "
                     "tokens only, or did not attend at all: the gradients would be wrong. This model cannot be "
                     "trained with context parallelism."
                 )
@@ -162,6 +181,11 @@ class ContextParallelHandle:
             self._checked = True
 
 
+# How models call what comes from images, video and audio; mm_token_type_ids and token_type_ids come with text too.
+_MEDIA = re.compile(
+    "pixel|image|video|audio|patch|input_features|input_values|spatial_shapes|bbox|qformer|perceiver|protein|"
+    "aspect_ratio|per_grid|feature_attention_mask|cross_attention_states|mm_encoder_outputs"
+)
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
@@ -184,6 +208,7 @@ def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
     config = model.config.get_text_config()
+    shapes = str([(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()])
     return {
         "cp_size": cp_size,
         "hf_flashcp": hf_flashcp_version,
@@ -192,9 +217,9 @@ def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
         "model class": type(model).__name__,
         "dtype": str(model.dtype),
         "layers": config.num_hidden_layers,
-        "heads": [config.num_attention_heads, getattr(config, "num_key_value_heads", None)],
-        "head_dim": getattr(config, "head_dim", None),
-        "hidden_size": config.hidden_size,
+        "heads": [config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "shapes": hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest(),
     }
 
 

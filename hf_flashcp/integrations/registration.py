@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..attention import document_attention
 from ..errors import BatchError, UnsupportedModelError
 from ..layout import RankPlan
 from ..planning import ShardPlan
-from .sharded_forward import current_sharded_forward
+from .sharded_forward import ShardedForward, current_sharded_forward
 
 
 NAME = "flashcp"
@@ -117,11 +118,20 @@ def _bound(plan: RankPlan | ShardPlan) -> RankPlan:
     )
 
 
+# Keywords by which models ask for attention of another kind.
+_OTHER_OPTIONS = {
+    "position_bias": "a position bias",
+    "indices": "a choice of keys (indices)",
+    "block_indices": "a choice of blocks of keys (block_indices)",
+    "sinks": "sinks under another name than s_aux",
+}
+
+
 def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: float, kwargs: dict[str, Any]) -> None:
     reasons = {
         "attention dropout": dropout,
         "is_causal=False": not _is_causal(module, kwargs),
-        "a position bias": kwargs.get("position_bias") is not None,
+        **{what: kwargs.get(name) is not None for name, what in _OTHER_OPTIONS.items()},
         f"a sliding window of {sliding_window} tokens": sliding_window is not None and sliding_window < 1,
         "attention sinks that are not one score a head": s_aux is not None and s_aux.numel() != query.shape[1],
     }
@@ -203,21 +213,41 @@ def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
 
     Raises:
-        UnsupportedModelError: inside a sharded forward, the model asks for more than a causal mask or a sliding window
-            (transformers marks it with `use_vmap`, masking_utils.py), which the plan would drop.
+        UnsupportedModelError: inside a sharded forward, the model asks for more than a causal mask or a sliding
+            window, which the plan would drop.
     """
     forward = current_sharded_forward()
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
     if forward is None or q_length != forward.plan.layout.num_tokens:
         return sdpa_mask(*args, **kwargs)
-    if kwargs.get("use_vmap"):
+    if kwargs.get("local_size") == 0:
+        return None  # a window that is off; no layer may ask for it
+    if kwargs.get("local_size") is not None:
+        forward.mask_windows.add(kwargs["local_size"])
+    if forward.is_first and "mask_function" in kwargs:
+        _check_mask_function(forward, kwargs["mask_function"])
+    return None
+
+
+def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> None:
+    """Probes a mask function of masking_utils.py in O(T_r): no token may see the next one, and the last token of the
+    longest local slice must see the slice, or the end of it."""
+    tokens = torch.arange(forward.plan.layout.num_tokens)
+    _, start, stop, row = max(forward.plan.layout.slices, key=lambda piece: piece.stop - piece.start)
+    last = row + stop - start - 1
+    try:
+        ahead = bool(mask_function(0, 0, tokens[:-1], tokens[1:]).any())
+        seen = mask_function(0, 0, tokens[last], tokens[row : last + 1]).flatten()
+    except IndexError:  # it looks tokens up by their position, which in a shard is not their place
+        ahead, seen = True, tokens
+    count = int(seen.sum())
+    if ahead or count == 0 or not bool(seen[-count:].all()):
         raise UnsupportedModelError(
             f"{type(forward.model).__name__} builds a mask of its own over the causal one, which context parallelism "
             'with flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
         )
-    if kwargs.get("local_size") is not None:
-        forward.mask_windows.add(kwargs["local_size"])
-    return None
+    if count < len(seen):
+        forward.mask_windows.add(count)
 
 
 def _internal_name(implementation: Any) -> Any:

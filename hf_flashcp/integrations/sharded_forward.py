@@ -15,11 +15,13 @@ from ..layout import RankPlan
 
 class ShardedForward:
     """One forward of an attached model: its plan, the attention modules that called us with it, the sliding windows
-    that they asked for (`None` among them for full attention), and those that the model's masks asked for."""
+    that they asked for (`None` among them for full attention), and those that the model's masks asked for.
+    `is_first` asks for checks that cost something."""
 
-    def __init__(self, model: torch.nn.Module, plan: RankPlan):
+    def __init__(self, model: torch.nn.Module, plan: RankPlan, is_first: bool):
         self.model = model
         self.plan = plan
+        self.is_first = is_first
         self.attention_modules: set[int] = set()
         self.attention_windows: set[int | None] = set()
         self.mask_windows: set[int] = set()
@@ -40,10 +42,10 @@ def current_sharded_forward() -> ShardedForward | None:
     return _current.get()
 
 
-def enter_sharded_forward(model: torch.nn.Module, plan: RankPlan) -> None:
+def enter_sharded_forward(model: torch.nn.Module, plan: RankPlan, is_first: bool) -> None:
     global _forwards
     _forwards += 1
-    _current.set(ShardedForward(model, plan))
+    _current.set(ShardedForward(model, plan, is_first))
 
 
 def leave_sharded_forward() -> None:

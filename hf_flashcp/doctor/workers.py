@@ -4,6 +4,8 @@
 The function must be importable (module level). A dead or stuck worker fails the call with the tail of its stderr.
 """
 
+from __future__ import annotations
+
 import datetime
 import faulthandler
 import itertools
@@ -14,7 +16,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 TIMEOUT = 120
@@ -29,6 +33,8 @@ class WorkerFailure(AssertionError):
 
 
 class WorkerPool:
+    """Processes on this machine's CPU, started when they are first needed; `close` ends them."""
+
     def __init__(self):
         self._directory = Path(tempfile.mkdtemp(prefix="flashcp-pool-"))
         self._worlds = itertools.count()
@@ -36,7 +42,13 @@ class WorkerPool:
         self._world = None
         self._workers = []
 
-    def run(self, world_size, function, *args, timeout=TIMEOUT):
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def run(self, world_size: int, function: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """Results by rank; raises `WorkerFailure` if any rank fails."""
         outcomes = self.outcomes(world_size, function, *args, timeout=timeout)
         failed = [rank for rank, (ok, *_) in enumerate(outcomes) if not ok]
@@ -45,11 +57,14 @@ class WorkerPool:
             raise WorkerFailure(text, [None if ok else value for ok, value, *_ in outcomes])
         return [value for _, value, *_ in outcomes]
 
-    def errors(self, world_size, function, *args, timeout=30):
+    def errors(
+        self, world_size: int, function: Callable, *args: Any, timeout: float = 30
+    ) -> list[BaseException | None]:
         """The exception that each rank raised (None where it returned), none later than `timeout` seconds."""
         return [None if ok else value for ok, value, *_ in self.outcomes(world_size, function, *args, timeout=timeout)]
 
-    def outcomes(self, world_size, function, *args, timeout=TIMEOUT):
+    def outcomes(self, world_size: int, function: Callable, *args: Any, timeout: float = TIMEOUT) -> list[tuple]:
+        """`(True, result, None)` or `(False, exception, traceback)` by rank."""
         while len(self._workers) < world_size:
             self._start_worker(len(self._workers))
         if self._world is None or self._world[0] != world_size:

@@ -1,0 +1,158 @@
+"""From a config or a class to a verdict with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from ..integrations.per_document_mixers import MIXERS
+from .gradients import LIMIT, run_check
+from .tiny import causal_language_models, default_config, tiny_copy
+from .workers import WorkerPool
+
+
+SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = (
+    "supported",
+    "whole-document plans only",
+    "refused",
+    "not checked",
+)
+
+_NO_INTERFACE = "does not call its attention through transformers' attention interface"
+_ATTENTION_DROPOUT = (
+    "attention_dropout",
+    "attn_dropout",
+    "attn_pdrop",
+    "attention_probs_dropout_prob",
+    "attention_dropout_prob",
+    "attention_dropout_rate",
+)
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor found about a model.
+
+    Attributes:
+        model_type (`str`), model_class (`str`): as transformers names them.
+        verdict (`str`): "supported", "whole-document plans only", "refused" or "not checked".
+        reason (`str`): of a refusal, or why nothing could be checked.
+        gradient_error (`float`, *optional*), loss_error (`float`, *optional*): of the tiny copy, in fp64.
+        layers (`list`): what each attention layer of the tiny copy asked for.
+        advice (`list[str]`): what has to change in the config before training.
+    """
+
+    model_type: str
+    model_class: str
+    verdict: str
+    reason: str = ""
+    gradient_error: float | None = None
+    loss_error: float | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose(
+    config: PreTrainedConfig, pool: WorkerPool, *, cp_size: int = 2, strategy: str = "per_doc", timeout: float = 120.0
+) -> Diagnosis:
+    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed.
+
+    Args:
+        config (`PreTrainedConfig`): of a causal language model.
+        pool (`WorkerPool`): to run it in.
+        cp_size (`int`, *optional*, defaults to 2): processes.
+        strategy (`str`, *optional*, defaults to `"per_doc"`): see [`plan_documents`]; the default splits every one.
+        timeout (`float`, *optional*, defaults to 120.0): seconds after which the check is given up.
+    """
+    try:
+        text_config = config.get_text_config()
+    except ValueError as error:
+        return Diagnosis(config.model_type, type(config).__name__, NOT_CHECKED, _one_line(error))
+    classes = causal_language_models()
+    model_type = text_config.model_type if text_config.model_type in classes else config.model_type
+    model_class = classes.get(model_type)
+    diagnosis = Diagnosis(model_type, model_class or type(config).__name__, NOT_CHECKED, advice=_advice(text_config))
+    if model_class is None:
+        diagnosis.reason = "no causal language model of transformers has this config"
+        return diagnosis
+    if not _may_be_supported(model_class, model_type):
+        diagnosis.verdict, diagnosis.reason = REFUSED, _NO_INTERFACE
+        return diagnosis
+    try:
+        tiny = tiny_copy(text_config)
+    except Exception as error:  # configs validate themselves in many ways
+        diagnosis.reason = f"no tiny copy could be made ({_one_line(error)})"
+        return diagnosis
+    whole = tiny.model_type in MIXERS
+    found = run_check(pool, tiny, cp_size, "whole_doc" if whole else strategy, timeout)
+    diagnosis.layers = found.get("layers", [])
+    diagnosis.gradient_error, diagnosis.loss_error = found.get("gradient_error"), found.get("loss_error")
+    diagnosis.verdict, diagnosis.reason = _verdict(found)
+    if whole and diagnosis.verdict == SUPPORTED:
+        diagnosis.verdict = WHOLE_DOCUMENTS
+    return diagnosis
+
+
+def _may_be_supported(model_class: str, model_type: str) -> bool:
+    supports_backend = getattr(getattr(transformers, model_class), "_supports_attention_backend", False)
+    return supports_backend or model_type in MIXERS
+
+
+def _verdict(found: dict[str, Any]) -> tuple[str, str]:
+    if found["refused"]:
+        return REFUSED, _first_sentence(found["error"])
+    if found["stage"] == "done":
+        worst = max(found["gradient_error"], found["loss_error"])
+        if worst <= LIMIT:
+            return SUPPORTED, ""
+        return REFUSED, f"gradients differ by {worst:.0e} from those of the documents alone"
+    if found["stage"] == "build" and "attn_implementation" in found["error"]:
+        return REFUSED, f"does not build with flashcp ({_one_line(found['error'])})"
+    if found["stage"] == "run":
+        return REFUSED, f"fails with documents split over ranks ({_one_line(found['error'])})"
+    what = {
+        "build": "a tiny copy does not build",
+        "attach": "a tiny copy cannot be attached to",
+        "reference": "a tiny copy does not run alone",
+        "lost": "the check was given up",
+    }
+    return NOT_CHECKED, f"{what[found['stage']]} ({_one_line(found['error'])})"
+
+
+def _advice(config: PreTrainedConfig) -> list[str]:
+    return [
+        f"set {name} to 0 (it is {getattr(config, name)}): attention dropout is refused in training"
+        for name in _ATTENTION_DROPOUT
+        if getattr(config, name, None)
+    ]
+
+
+def _one_line(error: Any, limit: int = 160) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _first_sentence(message: str) -> str:
+    return _one_line(message.split(". ")[0].rstrip("."), limit=300)
+
+
+def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Diagnosis:
+    """[`diagnose`] with the default config of a model type."""
+    model_class = causal_language_models()[model_type]
+    try:
+        config = default_config(model_type)
+    except Exception as error:  # some defaults do not even pass their own validation
+        if not _may_be_supported(model_class, model_type):
+            return Diagnosis(model_type, model_class, REFUSED, _NO_INTERFACE)
+        return Diagnosis(
+            model_type, model_class, NOT_CHECKED, f"its default config does not build ({_one_line(error)})"
+        )
+    diagnosis = diagnose(config, pool, **options)
+    diagnosis.model_type, diagnosis.model_class = model_type, model_class
+    return diagnosis

@@ -1,0 +1,160 @@
+"""The check itself: one step of a tiny copy, its documents split over ranks, against each document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..data import FlashCPCollator
+from ..errors import FlashCPError
+from ..integrations.attach import attach
+from ..integrations.registration import INTERNAL_NAME, NAME
+from ..layout import shard_inputs
+from ..layout.batch import IGNORE_INDEX
+from .float64 import float64_throughout
+from .tiny import build
+
+
+LENGTHS = (40, 3, 17, 1, 25)
+"""Documents of the check: longer and shorter than a tiny copy's window and RoPE threshold, and one without targets."""
+
+LIMIT = 1e-12
+"""Largest relative difference of an exact model's gradients, in fp64."""
+
+
+def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
+    """Run by every rank of a gloo group, on CPU, with the config of a tiny copy.
+
+    Returns:
+        `dict`: `stage` ("build", "attach", "reference", "run" or "done"), `error` (the message that ended it there, or
+        `None`) and `refused` (whether it is one of this library's own); when done, `gradient_error` (see
+        [`gradient_error`]), `loss_error` (relative) and `layers`: what each attention layer asked for.
+    """
+    found: dict[str, Any] = {"stage": "build", "error": None, "refused": False}
+    try:
+        with float64_throughout():
+            _run_stages(config, strategy, found)
+    except Exception as error:  # whatever a model raises is a finding
+        found["error"] = f"{error}" if isinstance(error, FlashCPError) else f"{type(error).__name__}: {error}"
+        found["refused"] = isinstance(error, FlashCPError)
+    return found
+
+
+def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) -> None:
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",)) if size > 1 else None
+    model = build(config, NAME).eval()
+    found["stage"] = "attach"
+    attach(model, mesh)
+    documents = _documents(config.get_text_config().vocab_size)
+    found["stage"] = "reference"
+    reference = build(config, "eager").eval()
+    expected_loss = sum(_loss(reference(input_ids=ids, use_cache=False).logits, targets) for ids, targets in documents)
+    expected_loss.backward()
+    found["stage"] = "run"
+    batch = FlashCPCollator(size, strategy=strategy)([{"input_ids": ids[0].tolist()} for ids, _ in documents])
+    shard = shard_inputs(batch, mesh)
+    targets = shard["shift_labels"]
+    with _recorded_layers() as layers:
+        inputs = {name: value for name, value in shard.items() if "labels" not in name}
+        loss = _loss(model(**inputs, use_cache=False).logits, targets)
+        loss.backward()
+    total = _sum_over_ranks(loss.detach())
+    found["gradient_error"] = gradient_error(_gradients(model, summed=True), _gradients(reference))
+    found["loss_error"] = float((total - expected_loss.detach()).abs() / expected_loss.detach().abs())
+    found["layers"] = layers
+    found["stage"] = "done"
+
+
+def gradient_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """max over parameters of |ours - reference| / max(|reference|, 1e-3 x the norm of all gradients together).
+
+    The floor is for parameters whose true gradient is zero, such as the biases of keys.
+    """
+    whole = torch.stack([grad.norm() for grad in reference.values()]).norm()
+    return max(
+        float((ours[name] - grad).norm() / torch.maximum(grad.norm(), 1e-3 * whole))
+        for name, grad in reference.items()
+    )
+
+
+def _documents(vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(1, n) token ids and (1, n) targets of each document."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, vocab_size, (1, length), generator=generator) for length in LENGTHS]
+    return [(row, F.pad(row[:, 1:], (0, 1), value=IGNORE_INDEX)) for row in ids]
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed negative log likelihood over the number of targets of all documents."""
+    count = sum(LENGTHS) - len(LENGTHS)
+    flat = logits.double().flatten(0, -2)
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
+
+
+def _gradients(model: PreTrainedModel, summed: bool = False) -> dict[str, torch.Tensor]:
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grads[name] = _sum_over_ranks(grad.double()) if summed else grad.double()
+    return grads
+
+
+def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def _recorded_layers():
+    """What the attention layers that run inside ask for, one entry a layer."""
+    attention = ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME]
+    layers: dict[int, dict[str, Any]] = {}
+
+    def record(module, query, key, value, *args, **kwargs):
+        layers[id(module)] = {
+            "layer": getattr(module, "layer_idx", None),
+            "heads": query.shape[1],
+            "kv_heads": key.shape[1],
+            "key_dim": key.shape[-1],
+            "value_dim": value.shape[-1],
+            "window": kwargs.get("sliding_window"),
+            "softcap": kwargs.get("softcap") is not None,
+            "sinks": kwargs.get("s_aux") is not None,
+        }
+        return attention(module, query, key, value, *args, **kwargs)
+
+    found: list[dict[str, Any]] = []
+    ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME] = record
+    try:
+        yield found
+    finally:
+        ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME] = attention
+        found += layers.values()
+
+
+def run_check(pool, config: PreTrainedConfig, cp_size: int, strategy: str, timeout: float) -> dict[str, Any]:
+    """[`check_gradients`] on `cp_size` workers of a pool: the largest errors of all ranks, or the first rank's finding
+    if one did not finish. A worker that dies or does not answer is a finding too."""
+    outcomes = pool.outcomes(cp_size, check_gradients, config, strategy, timeout=timeout)
+    for completed, result, _ in outcomes:
+        if not completed:
+            return {"stage": "lost", "error": str(result).splitlines()[0], "refused": False}
+    results: Sequence[dict[str, Any]] = [result for _, result, _ in outcomes]
+    unfinished = [result for result in results if result["stage"] != "done"]
+    if unfinished:
+        return max(unfinished, key=lambda result: result["refused"])
+    return {
+        **results[0],
+        "gradient_error": max(result["gradient_error"] for result in results),
+        "loss_error": max(result["loss_error"] for result in results),
+    }
