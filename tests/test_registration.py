@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_flashcp import RankPlan, ShardPlan, flashcp_attention, plan_documents
 from hf_flashcp.errors import BatchError, UnsupportedModelError
 from hf_flashcp.integrations.registration import INTERNAL_NAME
-from tests.attention_cases import make_inputs, reference_attention
+from tests.attention_cases import make_inputs, make_sinks, reference_attention
 from tests.models import CONFIGS, SMALL, build_model
 
 
@@ -164,6 +164,26 @@ def test_the_function_alone_without_a_plan():
     query, key, value, grad_out = local_inputs([9])
     expected, *_ = reference_attention([9], query[0], key[0], value[0], grad_out[0])
     out, _ = flashcp_attention(None, query, key, value, None)
+    assert torch.allclose(out[0].transpose(0, 1), expected, rtol=0, atol=1e-12)
+
+
+def test_the_function_alone_without_a_plan_says_what_it_cannot_do():
+    query, key, value, _ = local_inputs([9])
+    with pytest.raises(BatchError, match="without a module"):
+        flashcp_attention(None, query, key, value, softcap=2.0)
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 5}, {"softcap": 1.5}, {"s_aux": make_sinks(4)}], ids=str)
+def test_the_function_alone_with_options(options):
+    lengths = [7, 12, 1]
+    query, key, value, grad_out = local_inputs(lengths)
+    reference = {
+        "window": options.get("sliding_window"),
+        "softcap": options.get("softcap"),
+        "sinks": "s_aux" in options,
+    }
+    expected, *_ = reference_attention(lengths, query[0], key[0], value[0], grad_out[0], **reference)
+    out, _ = flashcp_attention(None, query, key, value, None, flashcp_plan=plan_documents(lengths, 1), **options)
     assert torch.allclose(out[0].transpose(0, 1), expected, rtol=0, atol=1e-12)
 
 

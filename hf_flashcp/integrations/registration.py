@@ -185,6 +185,11 @@ def _attention_without_plan(module, query, key, value, attention_mask, scaling, 
             "tokens only. It cannot be trained with context parallelism."
         )
     if "softcap" in kwargs or "s_aux" in kwargs:
+        if module is None:
+            raise BatchError(
+                "flashcp_attention got softcap or s_aux without flashcp_plan and without a module, whose own eager "
+                "function would compute them. Pass the plan, or the module."
+            )
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = _additive_mask(attention_mask, query, key, _is_causal(module, kwargs))
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
