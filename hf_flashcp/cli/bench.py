@@ -24,6 +24,22 @@ def add_parser(commands) -> None:
     table2.add_argument("--json", action="store_true")
     table2.set_defaults(run=run_table2)
 
+    plan = benches.add_parser("plan", help="KV and planning time of every strategy, beside the lower bound")
+    plan.add_argument(
+        "--lengths-from",
+        choices=LENGTH_DISTRIBUTIONS,
+        nargs="+",
+        default=list(LENGTH_DISTRIBUTIONS),
+        metavar="CORPUS",
+        help="default: all of them",
+    )
+    plan.add_argument("--window", type=int, nargs="+", default=[65536, 131072, 262144, 524288], metavar="N")
+    plan.add_argument("--cp-size", type=int, nargs="+", default=[4, 8, 16, 32], metavar="N")
+    plan.add_argument("--packs", type=int, default=1, metavar="N", help="packs drawn in each cell (default 1)")
+    plan.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run=run_plan)
+
     agreement = benches.add_parser("agreement", help="cost of comparing plans between ranks at each step")
     agreement.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="N")
     agreement.add_argument("--json", action="store_true")
@@ -50,6 +66,20 @@ def run_table2(arguments: argparse.Namespace) -> None:
         )
     for name, row in PAPER.items():
         print(f"{'paper: ' + name:18}{row['saved_eq5']:13.0%}{'':13}{row['pair_imbalance']:15.2f}")
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from ..bench.plan_quality import measure, text
+
+    found = measure(
+        arguments.lengths_from,
+        arguments.window,
+        arguments.cp_size,
+        arguments.packs,
+        max_imbalance=arguments.max_imbalance,
+        progress=True,
+    )
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
 
 
 def run_agreement(arguments: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imba
         for document, rank in assign_whole(lengths, whole, pairs, tokens):
             pieces[rank].append((document, 0, lengths[document]))
             tokens[rank] += lengths[document]
-        _equalize_tokens(pieces, tokens, _token_shares(tokens, max_token_imbalance))
+        equalize_tokens(pieces, tokens, token_shares(tokens, max_token_imbalance))
         for rank_pieces, rank_slices in zip(pieces, slices):
             rank_slices += rank_pieces
         give_empty_ranks_a_token(slices)
@@ -42,7 +42,7 @@ def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imba
     return per_doc(lengths, cp_size)
 
 
-def _token_shares(tokens: list[int], max_token_imbalance: float) -> list[int]:
+def token_shares(tokens: list[int], max_token_imbalance: float) -> list[int]:
     """The most tokens each rank may hold. Where they cannot be equal, the fullest ranks keep one more."""
     total, cp_size = sum(tokens), len(tokens)
     cap = math.floor(min(max_token_imbalance * total / cp_size, total))
@@ -53,7 +53,7 @@ def _token_shares(tokens: list[int], max_token_imbalance: float) -> list[int]:
     return [total // cp_size + (rank in with_one_more) for rank in range(cp_size)]
 
 
-def _equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:
+def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:
     """Moves pieces and heads of pieces until no rank has more than its share, in place.
 
     Only whole documents and what is left of them can move; a rank above its share always has enough of them, since the

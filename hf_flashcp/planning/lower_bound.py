@@ -1,0 +1,175 @@
+"""The least KV that any plan within the caps must move, without planning: what strategies are measured against.
+
+**Derivation** (from FlashCP eq. 2 and 3 and exact exchange). Let a document of d tokens be held by several ranks, and
+sort these by the end of their last slice of it, descending: d = e_0 > e_1 > e_2 > ... A rank needs every token before
+its own last one, so the document moves the sum over holders of (end - own tokens) = e_0 + e_1 + ... - d, which is
+
+    e_1 + e_2 + ...                                                                                              (1)
+
+(0 from the number of holders on). Now take the first j of the holders. Nobody else holds a token from e_j on, so these
+j ranks hold the whole tail [e_j, d). But j ranks hold
+
+- at most T_j tokens, and at most j A attention pairs, A being `max_imbalance` times the mean over ranks,
+- at least F_j tokens: the others cannot hold the rest of the batch. Beside the tail they hold other tokens, each with
+  the pairs of its position, and the cheapest choice of these are the tokens at the lowest positions of all documents
+  (those of the tail left out).
+
+So e_j is no less than the smallest e for which
+
+    d - e <= T_j   and   pairs of [e, d) + least pairs of F_j - (d - e) other tokens <= j A,                     (2)
+
+and the sum of these over all documents and j = 1 ... N-1 is a lower bound of the total.
+
+**Why it is fast.** The left side of (2) falls with e, so that e is found by bisection. A longer document in place of a
+shorter one never helps, so that the first document, longest first, that fits on one rank ends the sum. And where the
+level up to which the other tokens are taken reaches e, the document is held whole: then (2) is the same for all
+smaller e, and only e = 0 has to be looked at with the document's own tokens left out.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+
+from .plan import check_lengths
+from .volume import attention_pairs
+
+
+ROUNDING = 1e-12
+"""Relative. Caps are raised by it, so that no plan which meets them in floating point is beyond the bound."""
+
+
+class Caps:
+    """What ranks may hold.
+
+    Args:
+        lengths: tokens of each document.
+        cp_size: number of ranks N.
+        max_imbalance: the most attention pairs of a rank, as a multiple of the mean.
+        max_token_imbalance: the most tokens of a rank, likewise; where that leaves no room, equal within one.
+
+    Attributes:
+        most_pairs (`int`): attention pairs a rank may hold (A).
+        most_tokens (`int`): tokens a rank may hold.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], cp_size: int, max_imbalance: float, max_token_imbalance: float):
+        self.cp_size, self.total_tokens = cp_size, sum(lengths)
+        total_pairs = sum(attention_pairs(0, length) for length in lengths)
+        self.most_pairs = _floor_of_share(total_pairs, cp_size, max_imbalance)
+        self.share, self.left_over = divmod(self.total_tokens, cp_size)
+        cap = _floor_of_share(self.total_tokens, cp_size, max_token_imbalance)
+        self.equal = cap <= self.share
+        self.most_tokens = self.share + (self.left_over > 0) if self.equal else cap
+
+    def most(self, ranks: int) -> int:
+        """The most tokens that so many ranks may hold together (T_j)."""
+        if self.equal:
+            return ranks * self.share + min(ranks, self.left_over)
+        return min(ranks * self.most_tokens, self.total_tokens - (self.cp_size - ranks))
+
+    def least(self, ranks: int) -> int:
+        """The fewest tokens that so many ranks may hold together (F_j): what the others cannot, and one each."""
+        return max(self.total_tokens - self.most(self.cp_size - ranks), ranks)
+
+
+def _floor_of_share(total: int, cp_size: int, cap: float) -> int:
+    return total if cap >= cp_size else math.floor(cap * total / cp_size * (1 + ROUNDING))
+
+
+class LowPositions:
+    """The tokens of all documents in the order of their positions, which is the order of their attention pairs."""
+
+    def __init__(self, lengths: tuple[int, ...]):
+        self.lengths = sorted(lengths)
+        self.tokens = list(accumulate(self.lengths, initial=0))
+        self.pairs = list(accumulate((attention_pairs(0, length) for length in self.lengths), initial=0))
+        # Tokens at positions below a length, of all documents.
+        count = len(lengths)
+        self.below = [self.tokens[index] + (count - index) * length for index, length in enumerate(self.lengths)]
+
+    def cheapest(self, tokens: int) -> tuple[int, int]:
+        """`(level, pairs)` of the so many cheapest tokens: all positions below `level`, and some at it."""
+        shorter = bisect_right(self.below, tokens)
+        documents = len(self.lengths) - shorter
+        if not documents:
+            return self.lengths[-1], self.pairs[-1]
+        level, more = divmod(tokens - self.tokens[shorter], documents)
+        return level, self.pairs[shorter] + documents * attention_pairs(0, level) + more * (level + 1)
+
+    def cheapest_without(self, document: int, tokens: int) -> int:
+        """Pairs of the so many cheapest tokens of all documents but one of length `document`."""
+        own = bisect_right(self.lengths, document) - 1
+        low, high = 0, len(self.lengths)
+        while low < high:
+            middle = (low + high) // 2
+            if self.below[middle] - min(self.lengths[middle], document) <= tokens:
+                low = middle + 1
+            else:
+                high = middle
+        documents = len(self.lengths) - low - (own >= low)
+        tokens_below = self.tokens[low] - (document if own < low else 0)
+        pairs_below = self.pairs[low] - (attention_pairs(0, document) if own < low else 0)
+        if not documents:
+            return pairs_below
+        level, more = divmod(tokens - tokens_below, documents)
+        return pairs_below + documents * attention_pairs(0, level) + more * (level + 1)
+
+
+def kv_lower_bound(
+    lengths: Iterable[int], cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0
+) -> int:
+    """KV that every plan within the caps moves in the forward of one full-attention layer (derived in the module's
+    docstring; the FlashCP paper has none).
+
+    Args:
+        lengths (`Iterable[int]`): tokens of each document.
+        cp_size (`int`): number of context-parallel ranks.
+        max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs of a rank, as a multiple of the
+            mean over ranks.
+        max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens of a rank, as a multiple of the
+            mean; 1.0 means equal within one token.
+
+    Returns:
+        `int`: tokens whose K and V travel, summed over ranks: at most a plan's `report()["kv_total"]`. It says nothing
+        about plans outside the caps, nor where none is within them.
+
+    Raises:
+        PlanError: lengths or cp_size that no plan can have.
+    """
+    lengths, cp_size = check_lengths(lengths, cp_size)
+    caps, low = Caps(lengths, cp_size, max_imbalance, max_token_imbalance), LowPositions(lengths)
+    total, previous, of_document = 0, 0, 0
+    for length in reversed(low.lengths):
+        if length != previous:
+            previous, of_document = length, sum(_least_ends(length, caps, low))
+        if not of_document:
+            break
+        total += of_document
+    return total
+
+
+def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
+    """The least ends e_1, e_2, ... by (2) of a document, up to the last above 0."""
+    ends = []
+    for ranks in range(1, caps.cp_size):
+        most_pairs, needed = ranks * caps.most_pairs, caps.least(ranks)
+        whole = attention_pairs(0, length)
+        if length <= caps.most(ranks):
+            if whole + low.cheapest_without(length, max(needed - length, 0)) <= most_pairs:
+                break
+        # At least one token of the document on each of the ranks, at most what they may hold.
+        least, most = max(length - caps.most(ranks), 1), length - ranks
+        while least < most:
+            end = (least + most) // 2
+            level, pairs = low.cheapest(max(needed - (length - end), 0))
+            if level <= end and attention_pairs(end, length) + pairs <= most_pairs:
+                most = end
+            else:
+                least = end + 1
+        if most <= 0:
+            break
+        ends.append(most)
+    return ends

@@ -1,0 +1,49 @@
+"""Checks of a plan that share no code with the library: partition, tokens, attention pairs and exact KV volumes.
+
+Counts by NumPy arrays over single tokens, so keep batches to some hundred thousand tokens.
+"""
+
+import numpy as np
+
+
+def check_plan(lengths, cp_size, slices):
+    """Counts per rank `tokens`, `pairs`, `received` and `sent` (exact exchange: a token once to every rank that needs
+    it), after asserting that the slices are an exact partition and no rank is empty."""
+    assert len(slices) == cp_size
+    owner = [np.full(length, -1, dtype=np.int64) for length in lengths]
+    for rank, pieces in enumerate(slices):
+        assert len(pieces) > 0, f"rank {rank} is empty"
+        for document, start, stop in pieces:
+            assert 0 <= document < len(lengths) and 0 <= start < stop <= lengths[document], (
+                rank,
+                document,
+                start,
+                stop,
+            )
+            assert (owner[document][start:stop] == -1).all(), f"document {document} [{start}, {stop}) is held twice"
+            owner[document][start:stop] = rank
+    tokens, pairs, received, sent = (np.zeros(cp_size, dtype=np.int64) for _ in range(4))
+    for document, ranks in enumerate(owner):
+        assert (ranks >= 0).all(), f"document {document} has tokens on no rank"
+        tokens += np.bincount(ranks, minlength=cp_size)
+        np.add.at(pairs, ranks, np.arange(1, len(ranks) + 1))
+        for holder in np.unique(ranks):
+            # The last query of this holder sees every key before it.
+            needed = ranks[: np.flatnonzero(ranks == holder)[-1]]
+            foreign = needed[needed != holder]
+            received[holder] += len(foreign)
+            sent += np.bincount(foreign, minlength=cp_size)
+    assert received.sum() == sent.sum()
+    return {"tokens": tokens, "pairs": pairs, "received": received, "sent": sent}
+
+
+def costs(counts):
+    """`(total KV, bottleneck)`: all that travels, and the largest max(received, sent) of a rank."""
+    return int(counts["received"].sum()), int(max(counts["received"].max(), counts["sent"].max()))
+
+
+def assert_caps(counts, max_token_imbalance):
+    """Tokens equal within one, or at most `max_token_imbalance` times the mean."""
+    tokens = counts["tokens"]
+    cap = max_token_imbalance * tokens.sum() / len(tokens)
+    assert tokens.max() - tokens.min() <= 1 or tokens.max() <= np.ceil(cap), tokens

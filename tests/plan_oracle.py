@@ -1,0 +1,193 @@
+"""The best plans there are for small batches, by integer programming (HiGHS through scipy): what strategies and the
+lower bound are tested against. Shares no planning code with the library.
+
+Variables, for block b of document i (`block` tokens; of a longer document a few hundred are a lot) and rank r:
+
+- x_ibr, binary: r holds the block,
+- u_ibr, continuous: r needs or holds it, u_ibr >= x_ibr and u_ibr >= u_i,b+1,r,
+- s_ibr, continuous, only where sending counts: ranks that r sends it to,
+  s_ibr >= sum over the others of u - (N - 1) (1 - x).
+
+A rank receives sum t (u - x) tokens and sends sum t s, t being a block's tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from hf_flashcp.planning import ShardPlan
+
+
+OBJECTIVES = ("total", "received", "sent", "bottleneck")
+"""Least total KV, least largest receive of a rank, least largest send, least largest max(received, sent)."""
+
+
+@dataclass
+class Optimum:
+    """Attributes:
+    value (`int`): tokens of KV, counted from the plan.
+    plan (`ShardPlan`): validated, within the caps.
+    proven (`bool`): whether the solver proved that no plan cut at multiples of `block` is below.
+    least (`float`): what the solver proved of every such plan; the value, if `proven`.
+    """
+
+    value: int
+    plan: ShardPlan
+    proven: bool
+    least: float
+
+
+def best_plan(
+    lengths,
+    cp_size: int,
+    objective: str = "total",
+    *,
+    block: int = 1,
+    max_imbalance: float = 1.05,
+    max_token_imbalance: float = 1.0,
+    seconds: float = 60.0,
+) -> Optimum | None:
+    """The least `objective` of all plans whose cuts are multiples of `block` tokens.
+
+    Args:
+        lengths: tokens of each document, multiples of `block`.
+        max_imbalance: the most attention pairs of a rank, as a multiple of the mean.
+        max_token_imbalance: the most tokens of a rank, likewise; where that leaves no room, equal within one block.
+        seconds: time limit of the solver; its best plan so far is returned after that.
+
+    Returns:
+        `Optimum`, or `None` if no plan was found (none exists, or the time was too short).
+    """
+    if objective not in OBJECTIVES or any(length % block for length in lengths):
+        raise ValueError(f"objective {objective!r}, lengths {lengths}, block {block}")
+    model = _Model(lengths, cp_size, block)
+    model.partition()
+    model.caps(max_imbalance, max_token_imbalance)
+    result = milp(
+        model.objective(objective),
+        integrality=model.integrality,
+        bounds=Bounds(0, model.upper),
+        constraints=model.constraint(),
+        options={"time_limit": seconds, "mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        return None
+    plan = model.plan(result.x)
+    return Optimum(objective_of(plan, objective), plan, result.status == 0, result.mip_dual_bound)
+
+
+def objective_of(plan: ShardPlan, objective: str) -> int:
+    """What `best_plan` minimises, of any plan."""
+    report = plan.report()
+    return {
+        "total": report["kv_total"],
+        "received": max(report["kv_received"]),
+        "sent": max(report["kv_sent"]),
+        "bottleneck": max(report["kv_received"] + report["kv_sent"]),
+    }[objective]
+
+
+class _Model:
+    """Rows of the program, collected as `(coefficients by column, lower, upper)`."""
+
+    def __init__(self, lengths, cp_size: int, block: int):
+        self.lengths, self.cp_size, self.block = list(lengths), cp_size, block
+        self.blocks = [
+            (document, start) for document, length in enumerate(lengths) for start in range(0, length, block)
+        ]
+        self.index = {key: number for number, key in enumerate(self.blocks)}
+        count = len(self.blocks) * cp_size
+        self.x = np.arange(count).reshape(-1, cp_size)
+        self.u = self.x + count
+        self.upper = [1.0] * (2 * count)
+        self.integrality = [1] * count + [0] * count
+        self.rows: list[tuple[dict[int, float], float, float]] = []
+        # Ranks are alike: the k-th block of an order in which the longest document's end comes first is on rank <= k.
+        order = sorted(range(len(self.blocks)), key=lambda number: (-lengths[self.blocks[number][0]], -number))
+        for place, number in enumerate(order[:cp_size]):
+            for rank in range(place + 1, cp_size):
+                self.upper[self.x[number, rank]] = 0.0
+
+    def column(self, upper: float = math.inf) -> int:
+        self.upper.append(upper)
+        self.integrality.append(0)
+        return len(self.upper) - 1
+
+    def at_least(self, coefficients: dict[int, float], lower: float, upper: float = math.inf) -> None:
+        self.rows.append((coefficients, lower, upper))
+
+    def partition(self) -> None:
+        for number, (document, start) in enumerate(self.blocks):
+            self.at_least({column: 1.0 for column in self.x[number]}, 1, 1)
+            following = self.index.get((document, start + self.block))
+            for rank in range(self.cp_size):
+                self.at_least({self.u[number, rank]: 1.0, self.x[number, rank]: -1.0}, 0)
+                if following is not None:
+                    self.at_least({self.u[number, rank]: 1.0, self.u[following, rank]: -1.0}, 0)
+
+    def caps(self, max_imbalance: float, max_token_imbalance: float) -> None:
+        """In units of blocks and of the mean's pairs, so that the solver's tolerances do not matter."""
+        count, cp_size = len(self.blocks), self.cp_size
+        most = min(math.floor(max_token_imbalance * count / cp_size + 1e-9), count)
+        least = 1
+        if most <= count // cp_size:
+            least, most = count // cp_size, -(-count // cp_size)
+        pairs = [sum(range(start + 1, start + self.block + 1)) for _, start in self.blocks]
+        mean = sum(pairs) / cp_size
+        for rank in range(cp_size):
+            column = self.x[:, rank]
+            self.at_least(dict.fromkeys(column, 1.0), least, most)
+            if max_imbalance < cp_size:
+                held = {place: value / mean for place, value in zip(column, pairs)}
+                self.at_least(held, 0, max_imbalance)
+
+    def objective(self, name: str) -> np.ndarray:
+        """Costs of all columns, in blocks."""
+        if name == "total":
+            largest = None
+        else:
+            largest = self.column()
+        if name in ("received", "bottleneck"):
+            for rank in range(self.cp_size):
+                held = {largest: 1.0}
+                held |= dict.fromkeys(self.u[:, rank], -1.0)
+                held |= dict.fromkeys(self.x[:, rank], 1.0)
+                self.at_least(held, 0)
+        if name in ("sent", "bottleneck"):
+            for rank in range(self.cp_size):
+                self.at_least({largest: 1.0} | dict.fromkeys(self._sent(rank), -1.0), 0)
+        costs = np.zeros(len(self.upper))
+        if largest is None:
+            costs[self.u.ravel()], costs[self.x.ravel()] = 1.0, -1.0
+        else:
+            costs[largest] = 1.0
+        return costs
+
+    def _sent(self, rank: int) -> list[int]:
+        others = self.cp_size - 1
+        columns = []
+        for number in range(len(self.blocks)):
+            columns.append(self.column(others))
+            row = {columns[-1]: 1.0, self.x[number, rank]: -float(others)}
+            row |= {self.u[number, other]: -1.0 for other in range(self.cp_size) if other != rank}
+            self.at_least(row, -others)
+        return columns
+
+    def constraint(self) -> LinearConstraint:
+        numbers = [number for number, (row, *_) in enumerate(self.rows) for _ in row]
+        columns = [column for row, *_ in self.rows for column in row]
+        values = [value for row, *_ in self.rows for value in row.values()]
+        matrix = sparse.csr_array((values, (numbers, columns)), shape=(len(self.rows), len(self.upper)))
+        return LinearConstraint(matrix, [row[1] for row in self.rows], [row[2] for row in self.rows])
+
+    def plan(self, solution: np.ndarray) -> ShardPlan:
+        slices: list[list[tuple[int, int, int]]] = [[] for _ in range(self.cp_size)]
+        for number, rank in enumerate(solution[self.x].argmax(axis=1)):
+            document, start = self.blocks[number]
+            slices[rank].append((document, start, start + self.block))
+        return ShardPlan(self.lengths, self.cp_size, slices).validate()
