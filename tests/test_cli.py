@@ -297,3 +297,11 @@ def test_a_reader_that_stops_early_is_no_error():
 def test_bench_agreement_measures(capsys):
     assert main(["bench", "agreement", "--processes", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["milliseconds"]["2"] > 0
+
+
+def test_bench_plan_prints_every_strategy(capsys):
+    code, out, _ = run(capsys, "bench plan --lengths-from pile --window 9000 --cp-size 2")
+    assert code == 0 and all(strategy in out for strategy in STRATEGIES)
+    found = json.loads(run(capsys, "bench plan --lengths-from pile --window 9000 --cp-size 2 --json")[1])
+    assert found["max_imbalance"] == 1.05
+    assert run(capsys, "bench plan --packs 0")[0] == 2

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS
+from ..errors import PlanError
 
 
 def add_parser(commands) -> None:
@@ -71,6 +72,8 @@ def run_table2(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from ..bench.plan_quality import measure, text
 
+    if arguments.packs < 1:
+        raise PlanError(f"--packs must be at least 1, got {arguments.packs}.")
     found = measure(
         arguments.lengths_from,
         arguments.window,
