@@ -19,9 +19,10 @@ from transformers import (
 from hf_flashcp.cli import main
 from hf_flashcp.doctor import diagnosis as doctor
 from hf_flashcp.doctor.float64 import float64_throughout
-from hf_flashcp.doctor.gradients import gradient_error, run_check
+from hf_flashcp.doctor.gradients import GRADIENT_FLOOR, run_check
 from hf_flashcp.doctor.models_page import diagnose_all, page
 from hf_flashcp.doctor.tiny import build, causal_language_models, default_config, tiny_copy
+from hf_flashcp.integrations.gradient_check import gradient_error
 
 
 def run(capsys, line):
@@ -81,8 +82,11 @@ def test_everything_in_fp64():
 
 def test_the_error_of_a_gradient_that_should_be_zero_is_measured_against_the_others():
     reference = {"weight": torch.tensor([3.0, 4.0]), "key bias": torch.tensor([1e-17])}
-    assert gradient_error({**reference, "key bias": torch.tensor([3e-17])}, reference) < 1e-14
-    assert gradient_error({**reference, "weight": torch.tensor([3.0, 4.5])}, reference) == pytest.approx(0.1)
+    zero = {**reference, "key bias": torch.tensor([3e-17])}
+    assert gradient_error(zero, reference, floor=GRADIENT_FLOOR) < 1e-14
+    assert gradient_error(zero, reference) == pytest.approx(2)
+    wrong = {**reference, "weight": torch.tensor([3.0, 4.5])}
+    assert gradient_error(wrong, reference, floor=GRADIENT_FLOOR) == pytest.approx(0.1)
 
 
 def test_a_supported_model(capsys, tmp_path):

@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GptOssConfig,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +18,7 @@ from hf_flashcp.errors import BatchError, UnsupportedModelError
 from hf_flashcp.integrations.registration import INTERNAL_NAME
 from tests.attention_cases import make_inputs, make_sinks, reference_attention
 from tests.models import CONFIGS, SMALL, build_model
+from tests.vision_language_cases import qwen2_5_vl
 
 
 def test_importing_is_all_it_takes_in_either_order():
@@ -50,15 +50,9 @@ def test_every_way_to_choose_it(tmp_path):
     assert plain.config._attn_implementation == "sdpa"
 
 
-def vision_language_config():
-    text = {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-
-
 def test_a_vision_language_model_can_use_it_for_its_text_only():
     model = Qwen2_5_VLForConditionalGeneration._from_config(
-        vision_language_config(), attn_implementation={"text_config": "flashcp", "vision_config": "sdpa"}
+        qwen2_5_vl()[1], attn_implementation={"text_config": "flashcp", "vision_config": "sdpa"}
     )
     assert model.config.text_config._attn_implementation == INTERNAL_NAME
     assert model.config.vision_config._attn_implementation == "sdpa"
@@ -70,9 +64,7 @@ def test_a_vision_language_model_can_use_it_for_its_text_only():
 
 def test_a_vision_tower_under_the_name_computes_what_sdpa_does():
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        vision_language_config(), attn_implementation="flashcp"
-    ).eval()
+    model = Qwen2_5_VLForConditionalGeneration._from_config(qwen2_5_vl()[1], attn_implementation="flashcp").eval()
     patches, grid = torch.randn(32, 3 * 2 * 14 * 14), torch.tensor([[1, 4, 8]])
     ours = model.model.visual(patches, grid_thw=grid)
     model.set_attn_implementation("sdpa")

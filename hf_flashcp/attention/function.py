@@ -7,7 +7,7 @@ while the local pass runs, and are added in rank order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -52,10 +52,8 @@ def document_attention(
         plan,
         plan.layout_for(window),
         kernel or select_kernel(query.device, softcap),
-        {
-            "scale": query.shape[-1] ** -0.5 if scale is None else scale,
-            "softcap": softcap,
-        },
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
     )
     return _DocumentAttention.apply(query, key, value, sinks, run)
 
@@ -66,10 +64,12 @@ class _Run(NamedTuple):
     plan: RankPlan
     layout: RankLayout
     kernel: AttentionKernel
-    options: dict
+    scale: float
+    softcap: float | None
 
-    def stage_options(self, causal: bool) -> dict:
-        return {**self.options, "causal": causal, "window": self.layout.window if causal else None}
+    def stage_options(self, causal: bool) -> dict[str, Any]:
+        window = self.layout.window if causal else None
+        return {"causal": causal, "scale": self.scale, "window": window, "softcap": self.softcap}
 
 
 class _DocumentAttention(torch.autograd.Function):

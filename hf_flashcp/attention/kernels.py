@@ -30,6 +30,11 @@ class AttentionKernel(Protocol):
 
     name: str
 
+    def reason_against(self, device_type: str, softcap: float | None) -> str | None:
+        """Why it cannot run a layer with these on such a device, as the rest of a sentence that begins with its name;
+        `None` if it can."""
+        ...
+
     def forward(
         self,
         query: torch.Tensor,
@@ -151,6 +156,9 @@ class EagerKernel(_LoopedKernel):
     name = "eager"
     _MAX_SCORES = 2**25
 
+    def reason_against(self, device_type, softcap):
+        return None
+
     def _blocks(self, query, rectangles, causal, window):
         for rectangle in rectangles:
             rows = max(1, self._MAX_SCORES // (query.shape[0] * (rectangle.k_stop - rectangle.k_start)))
@@ -196,6 +204,11 @@ class CPUFlashKernel(_LoopedKernel):
 
     name = "cpu_flash"
     _WINDOW_ROWS = 128  # measured: smaller blocks compute fewer hidden scores, larger ones make fewer calls
+
+    def reason_against(self, device_type, softcap):
+        if device_type != "cpu":
+            return "runs on CPU only"
+        return "has no softcap" if softcap is not None else None
 
     def _blocks(self, query, rectangles, causal, window):
         for rectangle in rectangles:
@@ -246,23 +259,14 @@ def _pad_heads(width: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in tensors)
 
 
-_CPU_FLASH = CPUFlashKernel()
-_EAGER = EagerKernel()
+_KERNELS: tuple[AttentionKernel, ...] = (CPUFlashKernel(), EagerKernel())
 
 
 def explain_kernels(device_type: str, softcap: float | None = None) -> list[tuple[str, str | None]]:
     """`(name, reason)` of every kernel, best first: why it cannot run such a layer, or `None` for those that can."""
-    return [(kernel.name, _reason_against(kernel, device_type, softcap)) for kernel in (_CPU_FLASH, _EAGER)]
-
-
-def _reason_against(kernel: AttentionKernel, device_type: str, softcap: float | None) -> str | None:
-    if kernel is not _CPU_FLASH:
-        return None
-    if device_type != "cpu":
-        return "runs on CPU only"
-    return "has no softcap" if softcap is not None else None
+    return [(kernel.name, kernel.reason_against(device_type, softcap)) for kernel in _KERNELS]
 
 
 def select_kernel(device: torch.device, softcap: float | None = None) -> AttentionKernel:
     """The best kernel for tensors on `device`: see [`explain_kernels`]."""
-    return _EAGER if _reason_against(_CPU_FLASH, device.type, softcap) else _CPU_FLASH
+    return next(kernel for kernel in _KERNELS if kernel.reason_against(device.type, softcap) is None)

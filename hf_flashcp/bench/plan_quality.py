@@ -12,7 +12,6 @@ from typing import Any
 from ..data.lengths import sample_pack
 from ..planning import STRATEGIES, ShardPlan, plan_documents
 from ..planning.lower_bound import kv_lower_bound
-from ..planning.volume import attention_pairs
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
@@ -20,36 +19,17 @@ Planner = Callable[[Sequence[int], int], ShardPlan]
 
 
 def plan_quality(plan: ShardPlan) -> dict[str, Any]:
-    """What is compared of a plan: the figures of [`ShardPlan.report`] for full attention, in a time linear in slices.
-
-    A document moves, to each rank, the end of the rank's last slice of it less its own tokens; a slice is sent to
-    every other rank that holds a later one.
+    """What is compared of a plan, from its [`ShardPlan.report`] for full attention.
 
     Returns:
         `dict`: `kv_total` and `bottleneck` (the largest received or sent of a rank), in tokens; `pair_imbalance` and
-        `token_imbalance` (max / mean over ranks); `slices` of all ranks.
+        `token_imbalance` (max / mean over ranks); `tokens_equal` (within one); `slices` of all ranks.
     """
-    tokens, pairs, received, sent = ([0] * plan.cp_size for _ in range(4))
-    pieces: list[list[tuple[int, int, int]]] = [[] for _ in plan.lengths]
-    for rank, rank_slices in enumerate(plan.slices):
-        for document, start, stop in rank_slices:
-            tokens[rank] += stop - start
-            pairs[rank] += attention_pairs(start, stop)
-            pieces[document].append((stop, start, rank))
-    for of_document in pieces:
-        holders: set[int] = set()
-        for stop, start, rank in sorted(of_document, reverse=True):
-            if rank not in holders:
-                holders.add(rank)
-                received[rank] += stop
-            received[rank] -= stop - start
-            sent[rank] += (len(holders) - 1) * (stop - start)
+    report = plan.report()
     return {
-        "kv_total": sum(received),
-        "bottleneck": max(received + sent),
-        "pair_imbalance": max(pairs) * plan.cp_size / sum(pairs),
-        "token_imbalance": max(tokens) * plan.cp_size / sum(tokens),
-        "tokens_equal": max(tokens) - min(tokens) <= 1,
+        **{key: report[key] for key in ("kv_total", "pair_imbalance", "token_imbalance")},
+        "bottleneck": max(report["kv_received"] + report["kv_sent"]),
+        "tokens_equal": max(report["tokens"]) - min(report["tokens"]) <= 1,
         "slices": sum(map(len, plan.slices)),
     }
 

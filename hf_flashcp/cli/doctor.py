@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
@@ -60,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _one_model(arguments: argparse.Namespace) -> int:
     from ..doctor.diagnosis import SUPPORTED, WHOLE_DOCUMENTS, diagnose
+    from ..doctor.layer_groups import layer_groups
     from ..doctor.workers import WorkerPool
 
     config = load_config(arguments.model)
@@ -67,22 +67,23 @@ def _one_model(arguments: argparse.Namespace) -> int:
     with WorkerPool() as pool:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
     healthy = diagnosis.verdict in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
+    groups = layer_groups(config, diagnosis.layers)
     if arguments.json:
         found = {**diagnosis.to_dict(), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
-        found["layers"] = layer_groups(config, diagnosis.layers)
+        found["layers"] = groups
         print(json.dumps(found, indent=2))
     else:
-        print("\n".join(_report(config, diagnosis, arguments, processes)))
+        print("\n".join(_report(diagnosis, groups, arguments.cp_size, processes)))
     return 0 if healthy else 1
 
 
-def _report(config, diagnosis, arguments, processes) -> list[str]:
+def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
     from ..doctor.gradients import LIMIT
 
-    lines = [f"{diagnosis.model_class} ({diagnosis.model_type}), cp_size {arguments.cp_size}", ""]
-    if diagnosis.layers:
+    lines = [f"{diagnosis.model_class} ({diagnosis.model_type}), cp_size {cp_size}", ""]
+    if groups:
         rows = [("layers", "attention", "heads", "KV", "key", "value", "window", "on CPU", "on CUDA")]
-        for group in layer_groups(config, diagnosis.layers):
+        for group in groups:
             kernels = [group["kernels"][device]["kernel"] for device in ("cpu", "cuda")]
             sizes = [group[name] for name in ("heads", "kv_heads", "key_dim", "value_dim", "window")]
             rows.append((*(str("" if x is None else x) for x in (group["layers"], group["kind"], *sizes)), *kernels))
@@ -90,7 +91,7 @@ def _report(config, diagnosis, arguments, processes) -> list[str]:
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         reasons = {
             f"{device.upper()}: not {name}, which {reason}"
-            for group in layer_groups(config, diagnosis.layers)
+            for group in groups
             for device in ("cpu", "cuda")
             for name, reason in group["kernels"][device]["not"].items()
         }
@@ -98,67 +99,11 @@ def _report(config, diagnosis, arguments, processes) -> list[str]:
     if diagnosis.gradient_error is not None:
         lines += [
             "",
-            f"gradients of a tiny copy on {processes} processes, strategy {arguments.strategy}: relative difference "
+            f"gradients of a tiny copy on {processes} processes, strategy {diagnosis.strategy}: relative difference "
             f"{diagnosis.gradient_error:.1e} (limit {LIMIT:.0e}), of the loss {diagnosis.loss_error:.1e}",
         ]
     lines += [f"to change: {advice}" for advice in diagnosis.advice]
     return [*lines, "", f"{diagnosis.verdict}{': ' + diagnosis.reason if diagnosis.reason else ''}"]
-
-
-def layer_groups(config, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers that ask for the same, with the sizes of the real config where its names say them.
-
-    The tiny copy has one layer of each kind (two of the only one); the config's `layer_types` say how many there are.
-    """
-    from ..attention.kernels import explain_kernels
-    from ..integrations.model_support import config_value
-
-    config = config.get_text_config()
-    types = list(getattr(config, "layer_types", None) or [])
-    kinds = sorted(set(types), key=types.index)
-    groups: dict[str, dict[str, Any]] = {}
-    for position, layer in enumerate(layers):
-        index = layer["layer"] if layer["layer"] is not None else position
-        kind = kinds[index] if 1 < len(kinds) and index < len(kinds) else (kinds[0] if kinds else "full_attention")
-        extras = [name for name in ("softcap", "sinks") if layer[name]]
-        label = ", ".join([kind.removesuffix("_attention"), *extras])
-        kernels = {}
-        for device in ("cpu", "cuda"):
-            explained = explain_kernels(device, softcap=1.0 if layer["softcap"] else None)
-            kernels[device] = {
-                "kernel": next(name for name, reason in explained if reason is None),
-                "not": {name: reason for name, reason in explained if reason is not None},
-            }
-        groups[label] = {
-            "kind": label,
-            "layers": types.count(kind) if types else config.num_hidden_layers,
-            "heads": config_value(config, "num_attention_heads"),
-            "kv_heads": _kv_heads(config),
-            "key_dim": _key_dim(config),
-            "value_dim": config_value(config, "v_head_dim") or _key_dim(config),
-            "window": config_value(config, "sliding_window") if layer["window"] is not None else None,
-            "softcap": layer["softcap"],
-            "sinks": layer["sinks"],
-            "kernels": kernels,
-        }
-    return list(groups.values())
-
-
-def _kv_heads(config) -> int | None:
-    from ..integrations.model_support import config_value
-
-    if config_value(config, "kv_lora_rank"):
-        return config_value(config, "num_attention_heads")  # MLA hands expanded keys to attention
-    return config_value(config, "num_key_value_heads") or config_value(config, "num_attention_heads")
-
-
-def _key_dim(config) -> int | None:
-    from ..integrations.model_support import config_value
-
-    if config_value(config, "qk_nope_head_dim"):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim
-    heads, hidden_size = config_value(config, "num_attention_heads"), config_value(config, "hidden_size")
-    return config_value(config, "head_dim") or (hidden_size // heads if heads and hidden_size else None)
 
 
 def load_config(name: str):

@@ -41,6 +41,7 @@ class Diagnosis:
         verdict (`str`): "supported", "whole-document plans only", "refused" or "not checked".
         reason (`str`): of a refusal, or why nothing could be checked.
         gradient_error (`float`, *optional*), loss_error (`float`, *optional*): of the tiny copy, in fp64.
+        strategy (`str`, *optional*): of the check's plan; `"whole_doc"` where a model needs it.
         layers (`list`): what each attention layer of the tiny copy asked for.
         advice (`list[str]`): what has to change in the config before training.
     """
@@ -51,6 +52,7 @@ class Diagnosis:
     reason: str = ""
     gradient_error: float | None = None
     loss_error: float | None = None
+    strategy: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
@@ -90,7 +92,8 @@ def diagnose(
         diagnosis.reason = f"no tiny copy could be made ({_one_line(error)})"
         return diagnosis
     whole = tiny.model_type in MIXERS
-    found = run_check(pool, tiny, cp_size, "whole_doc" if whole else strategy, timeout)
+    diagnosis.strategy = "whole_doc" if whole else strategy
+    found = run_check(pool, tiny, cp_size, diagnosis.strategy, timeout)
     diagnosis.layers = found.get("layers", [])
     diagnosis.gradient_error, diagnosis.loss_error = found.get("gradient_error"), found.get("loss_error")
     diagnosis.verdict, diagnosis.reason = _verdict(found)

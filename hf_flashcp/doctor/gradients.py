@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..data import FlashCPCollator
 from ..errors import FlashCPError
 from ..integrations.attach import attach
-from ..integrations.registration import INTERNAL_NAME, NAME
+from ..integrations.gradient_check import gradient_error
+from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
 from ..layout import shard_inputs
 from ..layout.batch import IGNORE_INDEX
 from .float64 import float64_throughout
@@ -28,6 +29,9 @@ LENGTHS = (40, 3, 17, 1, 25)
 
 LIMIT = 1e-12
 """Largest relative difference of an exact model's gradients, in fp64."""
+
+GRADIENT_FLOOR = 1e-3
+"""Of the norm of all gradients together, for the denominator of a parameter's difference."""
 
 
 def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
@@ -68,22 +72,12 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
         loss = _loss(model(**inputs, use_cache=False).logits, targets)
         loss.backward()
     total = _sum_over_ranks(loss.detach())
-    found["gradient_error"] = gradient_error(_gradients(model, summed=True), _gradients(reference))
+    found["gradient_error"] = gradient_error(
+        _gradients(model, summed=True), _gradients(reference), floor=GRADIENT_FLOOR
+    )
     found["loss_error"] = float((total - expected_loss.detach()).abs() / expected_loss.detach().abs())
     found["layers"] = layers
     found["stage"] = "done"
-
-
-def gradient_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """max over parameters of |ours - reference| / max(|reference|, 1e-3 x the norm of all gradients together).
-
-    The floor is for parameters whose true gradient is zero, such as the biases of keys.
-    """
-    whole = torch.stack([grad.norm() for grad in reference.values()]).norm()
-    return max(
-        float((ours[name] - grad).norm() / torch.maximum(grad.norm(), 1e-3 * whole))
-        for name, grad in reference.items()
-    )
 
 
 def _documents(vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -123,6 +117,7 @@ def _recorded_layers():
     def record(module, query, key, value, *args, **kwargs):
         layers[id(module)] = {
             "layer": getattr(module, "layer_idx", None),
+            "type": layer_type(module),
             "heads": query.shape[1],
             "kv_heads": key.shape[1],
             "key_dim": key.shape[-1],

@@ -10,7 +10,8 @@ import transformers
 
 from .diagnosis import NOT_CHECKED, REFUSED, SUPPORTED, WHOLE_DOCUMENTS, Diagnosis, diagnose_model_type
 from .gradients import LENGTHS, LIMIT
-from .tiny import WINDOW, causal_language_models
+from .tiny import causal_language_models
+from .tiny_sizes import WINDOW
 from .workers import WorkerPool
 
 
@@ -42,8 +43,8 @@ def page(diagnoses: Sequence[Diagnosis]) -> str:
         "the documents run one at a time with transformers' eager attention, all in fp64. "
         f"Windows are {WINDOW} tokens. "
         f"A model is supported if no parameter's gradient differs by more than {LIMIT:.0e} (relative Frobenius norm; "
-        "see `hf_flashcp.doctor.gradients.gradient_error`). Your own config: [`python -m hf_flashcp doctor`]"
-        "(doctor_command.md).",
+        "see `hf_flashcp.integrations.gradient_check.gradient_error`). Configs are transformers' "
+        "defaults. Your own: [`python -m hf_flashcp doctor`](doctor_command.md).",
         "",
         "| | models |",
         "|---|---|",

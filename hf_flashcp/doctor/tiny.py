@@ -9,12 +9,7 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .tiny_sizes import FAMILIES, SIZES
-
-
-WINDOW = 8
-"""Tokens of a sliding window, and `LENGTH` of RoPE's thresholds: documents of the check are longer and shorter."""
-LENGTH = 16
+from .tiny_sizes import FAMILIES, LENGTH, SIZES
 
 
 def causal_language_models() -> dict[str, str]:

@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 
+WINDOW = 8
+"""Tokens of a sliding window, and `LENGTH` of RoPE's thresholds: documents of the check are longer and shorter."""
+LENGTH = 16
+
+
 def _kv_heads(value: int, values: dict[str, Any]) -> int:
     heads = values.get("num_attention_heads") or values.get("n_head") or value
     return 4 if value >= heads else min(value, 2)
@@ -45,8 +50,8 @@ SIZES: dict[str, Any] = {
     "topk_group": 1,
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 256),
-    **dict.fromkeys(("sliding_window", "sliding_window_size"), 8),
-    "original_max_position_embeddings": 16,
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), WINDOW),
+    "original_max_position_embeddings": LENGTH,
     # Where scores begin to grow with the position, and how many keys a sparse layer chooses.
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), 16),
     **dict.fromkeys(("index_topk", "index_block_size"), 4),

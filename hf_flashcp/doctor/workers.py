@@ -36,7 +36,7 @@ class WorkerPool:
     """Processes on this machine's CPU, started when they are first needed; `close` ends them."""
 
     def __init__(self):
-        self._directory = Path(tempfile.mkdtemp(prefix="flashcp-pool-"))
+        self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
         self._store = None
         self._world = None
@@ -100,7 +100,7 @@ class WorkerPool:
     def _start_worker(self, rank):
         context = multiprocessing.get_context("spawn")
         connection, child = context.Pipe()
-        log = self._directory / f"worker-{rank}.log"
+        log = Path(self._directory.name) / f"worker-{rank}.log"
         process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=False)
         process.start()
         child.close()

@@ -51,10 +51,18 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     return sums
 
 
-def gradient_error(ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> float:
-    """Largest relative difference over parameters: max_p |ours_p - reference_p| / |reference_p|, Frobenius norms."""
+def gradient_error(
+    ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], floor: float = 0.0
+) -> float:
+    """Largest relative difference over parameters: max_p |ours_p - reference_p| / |reference_p|, Frobenius norms.
+
+    With `floor` the denominator is at least that share of the norm of all reference gradients together: for parameters
+    whose true gradient is zero, such as the biases of keys.
+    """
+    norms = {name: expected.double().norm() for name, expected in reference.items()}
+    least = floor * torch.stack(list(norms.values())).norm()
     errors = []
     for name, expected in reference.items():
-        difference, norm = (ours[name] - expected).double().norm(), expected.double().norm()
-        errors.append(float(difference / norm) if norm > 0 else float(difference))
+        difference, norm = (ours[name] - expected).double().norm(), torch.maximum(norms[name], least)
+        errors.append(float(difference / norm if norm > 0 else difference))
     return max(errors)

@@ -135,10 +135,10 @@ def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: flo
         f"a sliding window of {sliding_window} tokens": sliding_window is not None and sliding_window < 1,
         "attention sinks that are not one score a head": s_aux is not None and s_aux.numel() != query.shape[1],
     }
-    layer_type = _layer_type(module)
-    if layer_type == "sliding_attention" and sliding_window is None:
+    kind = layer_type(module)
+    if kind == "sliding_attention" and sliding_window is None:
         reasons["a sliding window in its mask alone (the attention call does not carry it)"] = True
-    if layer_type == "full_attention" and sliding_window is not None:
+    if kind == "full_attention" and sliding_window is not None:
         reasons[f"a sliding window of {sliding_window} tokens in a layer of type full_attention"] = True
     for what, asked in reasons.items():
         if asked:
@@ -149,7 +149,7 @@ def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: flo
             )
 
 
-def _layer_type(module) -> str | None:
+def layer_type(module) -> str | None:
     """`config.layer_types` of the layer that calls, where model and config say."""
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     layer = getattr(module, "layer_idx", None)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from .search_build import Budget, Construction
 from .search_reference import better_algorithm1
 from .sharding import Slices, give_empty_ranks_a_token, per_doc
+from .volume import full_attention_traffic
 
 
 WITHIN = 1.1
@@ -30,32 +31,12 @@ class Candidate:
 
     def __init__(self, slices: Slices, construction: Construction | None = None):
         self.slices, self.construction = slices, construction
-        cp_size = len(slices)
-        holders: dict[int, list[tuple[int, int, int]]] = {}
-        self.most_pairs = self.most_tokens = self.count = 0
-        for rank, pieces in enumerate(slices):
-            pairs = tokens = 0
-            for document, start, stop in pieces:
-                pairs += (stop - start) * (stop + start + 1) // 2
-                tokens += stop - start
-                if document in holders:
-                    holders[document].append((stop, start, rank))
-                else:
-                    holders[document] = [(stop, start, rank)]
-            self.most_pairs, self.most_tokens = max(self.most_pairs, pairs), max(self.most_tokens, tokens)
-            self.count += len(pieces)
-        received, sent = [0] * cp_size, [0] * cp_size
-        for pieces in holders.values():
-            if len(pieces) == 1:
-                continue
-            pieces.sort(reverse=True)
-            seen: set[int] = set()
-            for stop, start, rank in pieces:
-                if rank not in seen:
-                    seen.add(rank)
-                    received[rank] += stop
-                received[rank] -= stop - start
-                sent[rank] += (len(seen) - 1) * (stop - start)
+        self.most_pairs = max(
+            sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in slices
+        )
+        self.most_tokens = max(sum(stop - start for _, start, stop in held) for held in slices)
+        self.count = sum(map(len, slices))
+        received, sent = full_attention_traffic(len(slices), slices)
         self.total, self.bottleneck = sum(received), max(max(received), max(sent))
 
 

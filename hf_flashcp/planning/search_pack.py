@@ -72,6 +72,19 @@ def _exchange(pieces, pairs, tokens, donor: int, given: Item, receiver: int, tak
     tokens[receiver] += moved_tokens
 
 
+def _move_head(pieces, pairs, tokens, donor: int, item: Item, head: int, receiver: int) -> None:
+    """Cuts the first `head` tokens off an item of the donor and gives them to the receiver."""
+    item_pairs, document, start, stop = item
+    moved_pairs = attention_pairs(start, start + head)
+    pieces[donor].remove(item)
+    pieces[donor].append((item_pairs - moved_pairs, document, start + head, stop))
+    pieces[receiver].append((moved_pairs, document, start, start + head))
+    pairs[donor] -= moved_pairs
+    pairs[receiver] += moved_pairs
+    tokens[donor] -= head
+    tokens[receiver] += head
+
+
 def _lower_pairs(pieces, pairs, tokens, share: int, most_pairs: int, cuts: bool) -> None:
     """Swaps items of the rank with the most pairs against smaller ones elsewhere until all are under `most_pairs`, or
     nothing helps."""
@@ -105,7 +118,7 @@ def _cut_for_pairs(pieces, pairs, tokens, share: int, most_pairs: int, donor: in
     receiver = min(range(len(pairs)), key=pairs.__getitem__)
     room = most_pairs - pairs[receiver]
     item = max(pieces[donor], key=lambda item: (-item[2], item[3]))
-    item_pairs, document, start, stop = item
+    item_pairs, _, start, stop = item
     head = 0
     for _ in range(3):
         lacking = max(share - tokens[donor] + head, 0)
@@ -120,14 +133,7 @@ def _cut_for_pairs(pieces, pairs, tokens, share: int, most_pairs: int, donor: in
         head -= 1
     if head <= 0:
         return False
-    moved_pairs = attention_pairs(start, start + head)
-    pieces[donor].remove(item)
-    pieces[donor].append((item_pairs - moved_pairs, document, start + head, stop))
-    pieces[receiver].append((moved_pairs, document, start, start + head))
-    pairs[donor] -= moved_pairs
-    pairs[receiver] += moved_pairs
-    tokens[donor] -= head
-    tokens[receiver] += head
+    _move_head(pieces, pairs, tokens, donor, item, head, receiver)
     return True
 
 
@@ -179,16 +185,9 @@ def _give(pieces, pairs, tokens, donor: int, receiver: int, owed: int, most_pair
     if best < owed / 2:
         cuts = [item for length, item in mine if length > owed]
         if cuts:
-            _, document, start, stop = item = min(cuts, key=lambda cut: (cut[2], cut[3]))
-            moved = attention_pairs(start, start + owed)
-            if moved <= room:
-                pieces[donor].remove(item)
-                pieces[donor].append((item[0] - moved, document, start + owed, stop))
-                pieces[receiver].append((moved, document, start, start + owed))
-                pairs[donor] -= moved
-                pairs[receiver] += moved
-                tokens[donor] -= owed
-                tokens[receiver] += owed
+            item = min(cuts, key=lambda cut: (cut[2], cut[3]))
+            if attention_pairs(item[2], item[2] + owed) <= room:
+                _move_head(pieces, pairs, tokens, donor, item, owed, receiver)
                 return True
     if given is None:
         return _give_several(pieces, pairs, tokens, donor, receiver, owed, room)

@@ -66,9 +66,12 @@ def plan_report(
         for _, start, stop in rank_slices:
             tokens[rank] += stop - start
             pairs[rank] += attention_pairs(start, stop, window)
-    traffic = _traffic(cp_size, slices, window)
-    sent = [sum(row) for row in traffic]
-    received = [sum(column) for column in zip(*traffic)]
+    if window is None:
+        received, sent = full_attention_traffic(cp_size, slices)
+    else:
+        traffic = _traffic(cp_size, slices, window)
+        sent = [sum(row) for row in traffic]
+        received = [sum(column) for column in zip(*traffic)]
     kv_total = sum(received)
     kv_all_gather = (cp_size - 1) * sum(lengths)
     return {
@@ -84,6 +87,34 @@ def plan_report(
         "token_imbalance": max(tokens) * cp_size / sum(tokens),
         "pair_imbalance": max(pairs) * cp_size / sum(pairs),
     }
+
+
+def full_attention_traffic(
+    cp_size: int, slices: Sequence[Sequence[tuple[int, int, int]]]
+) -> tuple[list[int], list[int]]:
+    """KV that each rank receives and sends in the forward of one full-attention layer, in tokens.
+
+    In a time that grows with the number of slices alone: a rank receives, of each document, the tokens before its last
+    slice's end that are not its own, and a slice goes to every other rank with a later one (FlashCP eq. 2, exchanged
+    exactly).
+    """
+    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, rank_slices in enumerate(slices):
+        for document, start, stop in rank_slices:
+            pieces[document].append((stop, start, rank))
+    received, sent = [0] * cp_size, [0] * cp_size
+    for of_document in pieces.values():
+        if len(of_document) == 1:
+            continue
+        of_document.sort(reverse=True)
+        holders: set[int] = set()
+        for stop, start, rank in of_document:
+            if rank not in holders:
+                holders.add(rank)
+                received[rank] += stop
+            received[rank] -= stop - start
+            sent[rank] += (len(holders) - 1) * (stop - start)
+    return received, sent
 
 
 def kv_traffic(plan, window: int | None = None) -> list[list[int]]:

@@ -1,0 +1,59 @@
+"""What the attention layers of a model ask for, in the sizes of its own config, and which kernels run them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..attention.kernels import explain_kernels
+from ..integrations.model_support import config_value
+
+
+def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers that ask for the same, with the sizes of the real config where its names say them.
+
+    Args:
+        config (`PreTrainedConfig`): the real one; its `layer_types` say how many layers of a kind there are.
+        layers (`list[dict]`): what each attention layer of its tiny copy asked for, see [`Diagnosis`].
+    """
+    config = config.get_text_config()
+    types = list(getattr(config, "layer_types", None) or [])
+    groups: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        kind = layer["type"] or "full_attention"
+        extras = [name for name in ("softcap", "sinks") if layer[name]]
+        label = ", ".join([kind.removesuffix("_attention"), *extras])
+        kernels = {}
+        for device in ("cpu", "cuda"):
+            explained = explain_kernels(device, softcap=1.0 if layer["softcap"] else None)
+            kernels[device] = {
+                "kernel": next(name for name, reason in explained if reason is None),
+                "not": {name: reason for name, reason in explained if reason is not None},
+            }
+        groups[label] = {
+            "kind": label,
+            "layers": types.count(kind) if types else config.num_hidden_layers,
+            "heads": config_value(config, "num_attention_heads"),
+            "kv_heads": _kv_heads(config),
+            "key_dim": _key_dim(config),
+            "value_dim": config_value(config, "v_head_dim") or _key_dim(config),
+            "window": config_value(config, "sliding_window") if layer["window"] is not None else None,
+            "softcap": layer["softcap"],
+            "sinks": layer["sinks"],
+            "kernels": kernels,
+        }
+    return list(groups.values())
+
+
+def _kv_heads(config: PreTrainedConfig) -> int | None:
+    if config_value(config, "kv_lora_rank"):
+        return config_value(config, "num_attention_heads")  # MLA hands expanded keys to attention
+    return config_value(config, "num_key_value_heads") or config_value(config, "num_attention_heads")
+
+
+def _key_dim(config: PreTrainedConfig) -> int | None:
+    if config_value(config, "qk_nope_head_dim"):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim
+    heads, hidden_size = config_value(config, "num_attention_heads"), config_value(config, "hidden_size")
+    return config_value(config, "head_dim") or (hidden_size // heads if heads and hidden_size else None)
