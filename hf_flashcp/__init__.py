@@ -15,6 +15,7 @@ from .integrations.trl_guards import GUARDED_CONFIGS, guard_config
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "CostModel": ".planning",
     "FlashCPCallback": ".integrations.callback",
     "FlashCPCollator": ".data",
     "FlashCPPlugin": ".integrations.plugin",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .integrations.registration import flashcp_attention
     from .integrations.trainer import FlashCPTrainer, FlashCPTrainerMixin
     from .layout import RankPlan, shard_inputs
-    from .planning import ShardPlan, plan_documents
+    from .planning import CostModel, ShardPlan, plan_documents
 
 
 def __getattr__(name):

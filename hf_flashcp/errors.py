@@ -22,3 +22,8 @@ class ConfigurationError(FlashCPError):
 
 class UnsupportedModelError(FlashCPError):
     """A model, or a feature of one, whose training under context parallelism would not be exact."""
+
+
+class UnmetCapWarning(UserWarning):
+    """A plan exceeds a cap that was asked for, because no plan within it was found. Make it an error with
+    `warnings.simplefilter("error", UnmetCapWarning)`."""

@@ -19,7 +19,7 @@ from stdlib_corpus import train_tokenizer, write_corpus
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from trl import pack_dataset
 
-from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
+from hf_flashcp import CostModel, FlashCPCollator, FlashCPPlugin, FlashCPTrainer
 from hf_flashcp.integrations.gradient_check import gradient_error, per_document_gradients
 
 
@@ -60,6 +60,10 @@ class ContextParallelArguments:
         default=None, metadata={"help": "Processes that share a batch; defaults to accelerate's configuration."}
     )
     strategy: str | None = field(default=None, metadata={"help": "How documents are sharded, see plan_documents."})
+    hardware: str | None = field(
+        default=None,
+        metadata={"help": "Plan for the least predicted step time on it: a profile's name (h100) or JSON file."},
+    )
     check_gradient: bool = field(
         default=False,
         metadata={"help": "Compare the first step's gradient with a single-process run of the same documents."},
@@ -211,11 +215,13 @@ def main():
     use_default_corpus(model_args, data_args, training_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
     rows = make_packed_rows(tokenizer, data_args, training_args)
+    model = make_model(model_args, tokenizer)
+    cost_model = CostModel.from_config(model.config, cp_args.hardware) if cp_args.hardware else None
     trainer = CheckedTrainer(
-        model=make_model(model_args, tokenizer),
+        model=model,
         args=training_args,
         train_dataset=rows,
-        data_collator=FlashCPCollator(plugin.cp_size, strategy=plugin.strategy),
+        data_collator=FlashCPCollator(plugin.cp_size, strategy=plugin.strategy, cost_model=cost_model),
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )

@@ -7,6 +7,7 @@ import json
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS
 from ..errors import PlanError
+from .model_config import read_config
 
 
 def add_parser(commands) -> None:
@@ -40,6 +41,29 @@ def add_parser(commands) -> None:
     plan.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=run_plan)
+
+    predicted = benches.add_parser("predicted", help="predicted attention time of every strategy, over the ideal")
+    predicted.add_argument(
+        "--lengths-from",
+        choices=LENGTH_DISTRIBUTIONS,
+        nargs="+",
+        default=list(LENGTH_DISTRIBUTIONS),
+        metavar="CORPUS",
+        help="default: all of them",
+    )
+    predicted.add_argument("--window", type=int, default=131072, metavar="N")
+    predicted.add_argument("--cp-size", type=int, nargs="+", default=[8, 16], metavar="N")
+    predicted.add_argument("--packs", type=int, default=3, metavar="N", help="packs drawn in each cell (default 3)")
+    predicted.add_argument(
+        "--model",
+        metavar="CONFIG",
+        help="a model's config.json, or a folder or hub name that has one (default: Llama 3 8B's sizes)",
+    )
+    predicted.add_argument(
+        "--hardware", default="h100", metavar="NAME", help="a hardware profile's name or file (default h100)"
+    )
+    predicted.add_argument("--json", action="store_true")
+    predicted.set_defaults(run=run_predicted)
 
     agreement = benches.add_parser("agreement", help="cost of comparing plans between ranks at each step")
     agreement.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="N")
@@ -80,6 +104,23 @@ def run_plan(arguments: argparse.Namespace) -> None:
         arguments.cp_size,
         arguments.packs,
         max_imbalance=arguments.max_imbalance,
+        progress=True,
+    )
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
+
+
+def run_predicted(arguments: argparse.Namespace) -> None:
+    from ..bench.predicted import LLAMA_3_8B, measure, text
+
+    if arguments.packs < 1:
+        raise PlanError(f"--packs must be at least 1, got {arguments.packs}.")
+    found = measure(
+        arguments.lengths_from,
+        arguments.window,
+        arguments.cp_size,
+        arguments.packs,
+        config=read_config(arguments.model) if arguments.model else LLAMA_3_8B,
+        hardware=arguments.hardware,
         progress=True,
     )
     print(json.dumps(found, indent=2) if arguments.json else text(found))

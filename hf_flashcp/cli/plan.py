@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
+from ..planning import DEFAULT_STRATEGY, HARDWARE, STRATEGIES, CostModel, ShardPlan, StepTime, plan_documents
+from .model_config import read_config
 
 
 MAX_LISTED_SLICES = 12
@@ -49,6 +50,16 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
     )
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help=f"predict step times, and plan for them with the strategy search: {', '.join(HARDWARE)}, or a JSON file",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="CONFIG",
+        help="with --hardware: a model's config.json, or a folder or hub name that has one",
+    )
     parser.add_argument("--json", action="store_true", help="print plan, report and digest as JSON and nothing else")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the plan to a file (.png, .svg, .pdf); needs the extra 'plot'"
@@ -68,13 +79,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lengths is not None and arguments.window is not None:
         raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
     lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
+    if (arguments.hardware is None) != (arguments.model is None):
+        raise PlanError("--hardware and --model go together: times depend on both.")
+    cost_model = None
+    if arguments.hardware is not None:
+        cost_model = CostModel.from_config(read_config(arguments.model), arguments.hardware)
     plan = plan_documents(
         lengths,
         arguments.cp_size,
         strategy=arguments.strategy,
+        cost_model=cost_model if arguments.strategy == "search" else None,
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
     )
+    step_time = cost_model.step_time(plan) if cost_model else None
     if arguments.plot:
         from .plan_plot import plot_plan
 
@@ -87,15 +105,20 @@ def run(arguments: argparse.Namespace) -> None:
             "plan": plan.to_dict(),
             "report": plan.report(),
         }
+        if step_time is not None:
+            found["step_time"] = step_time.to_dict()
         if arguments.sliding_window is not None:
             found["sliding_window"] = arguments.sliding_window
             found["sliding_window_report"] = plan.report(window=arguments.sliding_window)
         print(json.dumps(found))
     else:
-        print(plan_text(plan, strategy=arguments.strategy, sliding_window=arguments.sliding_window))
+        options = {"sliding_window": arguments.sliding_window, "step_time": step_time}
+        print(plan_text(plan, strategy=arguments.strategy, **options))
 
 
-def plan_text(plan: ShardPlan, *, strategy: str, sliding_window: int | None = None) -> str:
+def plan_text(
+    plan: ShardPlan, *, strategy: str, sliding_window: int | None = None, step_time: StepTime | None = None
+) -> str:
     """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic."""
     report = plan.report()
     columns = [
@@ -116,6 +139,7 @@ def plan_text(plan: ShardPlan, *, strategy: str, sliding_window: int | None = No
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
         *([] if sliding_window is None else _window_lines(plan, sliding_window)),
+        *([] if step_time is None else _time_lines(step_time)),
         f"digest                  {plan.digest}",
     ]
     if max(columns[0]) <= MAX_LISTED_SLICES:
@@ -129,6 +153,17 @@ def _window_lines(plan: ShardPlan, window: int) -> list[str]:
         f"with a window of {window:,}",
         f"  attention pairs       {sum(report['pairs']):,}, imbalance {report['pair_imbalance']:.3f}",
         f"  KV moved              {report['kv_total']:,} tokens ({report['kv_fraction']:.1%})",
+    ]
+
+
+def _time_lines(time: StepTime) -> list[str]:
+    mean = time.attention.mean()
+    return [
+        f"predicted step          {1000 * time.seconds:,.1f} ms on the slowest rank",
+        f"  attention             {1000 * time.attention_seconds:,.1f} ms with what it waits for, "
+        f"{time.attention_seconds / mean:.3f} x the mean of its kernels",
+        f"  transfer              {1000 * time.transfer.max():,.1f} ms on the wire, "
+        f"{1000 * time.exposed.max():,.1f} ms of it not hidden by attention",
     ]
 
 

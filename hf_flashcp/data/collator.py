@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from ..errors import BatchError, PlanError
 from ..layout.batch import content_digest
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, plan_documents
 
 
 class FlashCPCollator(DataCollatorWithFlattening):
@@ -23,7 +23,8 @@ class FlashCPCollator(DataCollatorWithFlattening):
 
     Args:
         cp_size (`int`): context-parallel ranks that share a batch.
-        strategy (`str`, *optional*): see [`plan_documents`], like the two caps.
+        strategy (`str`, *optional*): see [`plan_documents`], like the next three.
+        cost_model (`CostModel`, *optional*): with the strategy "search", plan for the least predicted step time.
         max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
         max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
@@ -45,6 +46,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         cp_size: int,
         *,
         strategy: str = DEFAULT_STRATEGY,
+        cost_model: CostModel | None = None,
         max_imbalance: float = 1.05,
         max_token_imbalance: float = 1.0,
         **kwargs: Any,
@@ -56,6 +58,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
             raise PlanError(f"cp_size must be a positive integer, got {cp_size!r}.")
         self.cp_size = cp_size
         self.strategy = strategy
+        self.cost_model = cost_model
         self.max_imbalance = max_imbalance
         self.max_token_imbalance = max_token_imbalance
 
@@ -71,6 +74,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
             [len(document["input_ids"]) for document in documents],
             self.cp_size,
             strategy=self.strategy,
+            cost_model=self.cost_model,
             max_imbalance=self.max_imbalance,
             max_token_imbalance=self.max_token_imbalance,
         )

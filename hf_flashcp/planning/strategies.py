@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from ..errors import PlanError
+from ..errors import PlanError, UnmetCapWarning
 from .algorithm1 import flashcp
 from .plan import ShardPlan, Slice, check_lengths
 from .search import search
 from .sharding import per_doc, per_seq, whole_doc
 
+
+if TYPE_CHECKING:
+    from .cost import CostModel
 
 STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
 """Names that `plan_documents` takes as `strategy`."""
@@ -25,8 +30,10 @@ def plan_documents(
     cp_size: int,
     *,
     strategy: str = DEFAULT_STRATEGY,
+    cost_model: CostModel | None = None,
     max_imbalance: float = 1.05,
     max_token_imbalance: float = 1.0,
+    minimize_total: bool = False,
     rotate_ranks: bool = False,
 ) -> ShardPlan:
     """Assigns the tokens of packed documents to context-parallel ranks.
@@ -47,11 +54,15 @@ def plan_documents(
             - `"search"`: documents split over any number of ranks, unequally, as little as the caps allow: among plans
               within 10% of the least KV found, the one whose busiest rank receives and sends least. Never more KV than
               "flashcp", in total or on the busiest rank.
+        cost_model (`CostModel`, *optional*): with `"search"`, look for the least predicted step time within the caps
+            instead: balance where compute decides, little KV where the link does. Takes several times longer.
         max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs a rank may hold, as a multiple
-            of the mean. Binds "flashcp" and "search", except where even "per_doc" exceeds it; the others report
-            theirs.
+            of the mean. Binds "flashcp" and "search"; the others report theirs. Where no plan within it is found, the
+            best balanced one known comes with an [`~hf_flashcp.errors.UnmetCapWarning`].
         max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens a rank may hold, as a multiple of
             the mean; 1.0 means equal within one token. Binds "flashcp" and "search".
+        minimize_total (`bool`, *optional*, defaults to `False`):
+            With `"search"`, the least KV in total instead of little on the busiest rank.
         rotate_ranks (`bool`, *optional*, defaults to `False`):
             With `"per_doc"`, shift the rank labels by one from document to document. The total traffic stays, the
             largest rank's share of it falls.
@@ -60,15 +71,24 @@ def plan_documents(
         `ShardPlan`: a validated partition.
 
     Raises:
-        PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1.
+        PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1, an
+            option that the strategy does not have.
     """
     begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
         if not isinstance(cap, (int, float)) or math.isnan(cap) or cap < 1:
             raise PlanError(f"{name} is {cap!r}: it is max / mean over ranks, a number not below 1.")
-    if rotate_ranks and strategy != "per_doc":
-        raise PlanError(f"rotate_ranks is an option of the strategy 'per_doc', not of {strategy!r}: leave it out.")
+    options = {
+        "rotate_ranks": (rotate_ranks, "per_doc"),
+        "minimize_total": (minimize_total, "search"),
+        "cost_model": (cost_model is not None, "search"),
+    }
+    for name, (given, owner) in options.items():
+        if given and strategy != owner:
+            raise PlanError(f"{name} is an option of the strategy {owner!r}, not of {strategy!r}: leave it out.")
+    if minimize_total and cost_model is not None:
+        raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
     match strategy:
         case "whole_doc":
             slices = whole_doc(lengths, cp_size)
@@ -79,18 +99,47 @@ def plan_documents(
         case "flashcp":
             slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
         case "search":
-            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance)
+            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total, cost_model)
         case _:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
     plan = ShardPlan(lengths, cp_size, slices).validate()
+    if strategy in ("flashcp", "search"):
+        _warn_of_unmet_cap(plan, max_imbalance)
     plan.planning_seconds = time.perf_counter() - begin
     return plan
 
 
 @functools.lru_cache(maxsize=128)
 def _searched(
-    lengths: tuple[int, ...], cp_size: int, max_imbalance: float, max_token_imbalance: float
+    lengths: tuple[int, ...],
+    cp_size: int,
+    max_imbalance: float,
+    max_token_imbalance: float,
+    minimize_total: bool,
+    cost_model: CostModel | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
-    slices = search(lengths, cp_size, max_imbalance=max_imbalance, max_token_imbalance=max_token_imbalance)
+    if cost_model is None:
+        caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+        slices = search(lengths, cp_size, **caps, minimize_total=minimize_total)
+    else:
+        from .fastest import fastest
+
+        slices = fastest(lengths, cp_size, cost_model, max_imbalance, max_token_imbalance)
     return tuple(map(tuple, slices))
+
+
+def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
+    """Tokens can always be equal within one; pairs cannot, where documents are short or there is only one cut to
+    make."""
+    pairs = [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in plan.slices]
+    imbalance = max(pairs) * plan.cp_size / sum(pairs)
+    if imbalance > max_imbalance:
+        warnings.warn(
+            f"max_imbalance={max_imbalance} is not met: no plan within it was found for {len(plan.lengths)} documents "
+            f"of {plan.num_tokens:,} tokens on {plan.cp_size} ranks, so this one has {imbalance:.3f} times the mean "
+            "of attention pairs on a rank. Pack more tokens, lower cp_size, raise the cap, or turn this into an "
+            'error: warnings.simplefilter("error", hf_flashcp.errors.UnmetCapWarning).',
+            UnmetCapWarning,
+            stacklevel=3,
+        )

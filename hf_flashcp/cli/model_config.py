@@ -1,0 +1,33 @@
+"""A model's config for commands that predict times. A config.json is read as it is; only hub names need
+transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+def read_config(name: str) -> Any:
+    """The config in a file, a folder, or on the hub.
+
+    Raises:
+        ConfigurationError: nothing there, or nothing that can be read.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"--model {name}: no config could be read ({reason}). Give a config.json, a folder with one, or a name on "
+            "the hub."
+        ) from None

@@ -1,0 +1,142 @@
+"""Hardware profiles: how fast kernels and links are, as data files beside this module (`hardware/*.json`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+_FOLDER = Path(__file__).with_name("hardware")
+
+HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+"""Names of the profiles that come with the library."""
+
+_MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction of the attention kernel.
+
+    Args:
+        flops_per_second (`float`): of long rectangles without a mask.
+        tile_overhead_keys (`float`): what starting and ending a tile of queries costs, in keys that it could have
+            attended to meanwhile.
+    """
+
+    flops_per_second: float
+    tile_overhead_keys: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A flash-attention kernel: tiles of queries, each against the keys it sees, spread over the device's units.
+
+    Args:
+        tile (`int`): queries of a tile; fewer cost as much, and under a causal mask a tile takes keys in blocks of as
+            many.
+        units (`int`): tiles (of one head) that run at the same time.
+        call_seconds (`float`): what a call costs besides.
+        causal_efficiency (`float`): speed under a causal mask, over that without one, on the same tiles.
+        forward, backward (`Pass`): speeds.
+    """
+
+    tile: int
+    units: int
+    call_seconds: float
+    causal_efficiency: float
+    forward: Pass
+    backward: Pass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a rank can send, and receive at the same time, in bytes a second, and seconds until the first byte."""
+
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A kind of device and how it is connected.
+
+    Args:
+        linear_flops_per_second (`float`): reached by large matrix products in the training dtype.
+        kernel (`Kernel`): of attention.
+        intra_node (`Link`): between ranks of a node.
+        inter_node (`Link`): between ranks of different nodes, for each rank.
+        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
+        description (`str`): what it is.
+    """
+
+    linear_flops_per_second: float
+    kernel: Kernel
+    intra_node: Link
+    inter_node: Link
+    ranks_per_node: int
+    description: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:
+        """Reads the form of the data files.
+
+        Raises:
+            ConfigurationError: a key is missing, unknown, or has no positive number.
+        """
+        try:
+            kernel = dict(data["kernel"])
+            passes = {name: Pass(**kernel.pop(name)) for name in ("forward", "backward")}
+            links = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
+            profile = cls(
+                linear_flops_per_second=data["linear_flops_per_second"],
+                kernel=Kernel(**kernel, **passes),
+                **links,
+                ranks_per_node=data["ranks_per_node"],
+                description=data.get("description", ""),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"The hardware profile cannot be read: {error}. hf_flashcp/planning/hardware/h100.json shows the form."
+            ) from None
+        for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
+            for name, value in vars(part).items():
+                if isinstance(value, str) or hasattr(value, "__dict__"):
+                    continue
+                is_number = isinstance(value, (int, float)) and math.isfinite(value)
+                if not is_number or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                    raise ConfigurationError(
+                        f"The hardware profile has {name} = {value!r}: a positive number is needed."
+                    )
+        return profile
+
+    @classmethod
+    def load(cls, hardware: str | Path | HardwareProfile) -> HardwareProfile:
+        """A profile by the name of one in `HARDWARE`, or by the path of a JSON file; a profile is returned as it is.
+
+        Raises:
+            ConfigurationError: no such name or file, or a file that is no profile.
+        """
+        return hardware if isinstance(hardware, HardwareProfile) else _loaded(str(hardware))
+
+
+@cache
+def _loaded(hardware: str) -> HardwareProfile:
+    path = _FOLDER / f"{hardware}.json" if hardware in HARDWARE else Path(hardware)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"There is no hardware profile {hardware!r} ({error.strerror}): choose one of {', '.join(HARDWARE)}, or "
+            "give the path of a JSON file of that form."
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(f"The hardware profile {hardware!r} is not JSON: {error}.") from None
+    return HardwareProfile.from_dict(data)

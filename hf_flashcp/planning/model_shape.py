@@ -1,0 +1,133 @@
+"""The sizes of a causal language model that decide how long it computes, read from its transformers config."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """Layers with the same attention.
+
+    Args:
+        count (`int`): how many there are.
+        query_heads (`int`): H_q.
+        kv_heads (`int`): H_kv.
+        key_dim (`int`): D_k of a head.
+        value_dim (`int`): D_v of a head.
+        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
+    """
+
+    count: int
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def forward_flops_per_pair(self) -> int:
+        """Of one head and query-key pair: the products Q K and P V."""
+        return 2 * (self.key_dim + self.value_dim)
+
+    @property
+    def backward_flops_per_pair(self) -> int:
+        """Q K again, dO V, and the products for dQ, dK and dV: 2.5 times the forward where D_k = D_v."""
+        return 2 * (3 * self.key_dim + 2 * self.value_dim)
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """H_kv (D_k + D_v)."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Linear work and attention of a model.
+
+    Args:
+        linear_flops_per_token (`float`): of a forward through everything but attention's Q K and P V: two for each
+            parameter that a token meets (of experts only those it is sent to), the language model's head included.
+        layers (`tuple[AttentionLayers, ...]`): grouped by window.
+    """
+
+    linear_flops_per_token: float
+    layers: tuple[AttentionLayers, ...]
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """Reads a transformers config, or the dict in a config.json: dense and mixture-of-experts decoders with
+        grouped-query or multi-head latent attention, full and sliding layers. Layers of other types (recurrent ones)
+        count as full attention's projections without attention.
+
+        Raises:
+            ConfigurationError: sizes that are needed are missing.
+        """
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        read = config.get if isinstance(config, Mapping) else lambda name, default=None: getattr(config, name, default)
+        if isinstance(config, Mapping) and isinstance(config.get("text_config"), Mapping):
+            read = config["text_config"].get
+        missing = [name for name in _NEEDED if not read(name)]
+        if missing:
+            raise ConfigurationError(
+                f"The model's config has no {', '.join(missing)}, from which its times are predicted. Pass the config "
+                "of a causal language model with transformers' usual names."
+            )
+        hidden, count, heads = (read(name) for name in _NEEDED)
+        kv_heads = read("num_key_value_heads") or heads
+        if read("kv_lora_rank"):
+            key_dim = read("qk_nope_head_dim") + read("qk_rope_head_dim")
+            value_dim, kv_heads = read("v_head_dim"), heads
+            projections = _latent_projections(read, hidden, heads)
+        else:
+            key_dim = value_dim = read("head_dim") or hidden // heads
+            projections = hidden * key_dim * (2 * heads + 2 * kv_heads)
+        parameters = count * projections + _feed_forward(read, hidden, count) + hidden * (read("vocab_size") or 0)
+        windows = Counter(_windows(read, count))
+        layers = tuple(
+            AttentionLayers(number, heads, kv_heads, key_dim, value_dim, window)
+            for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
+        )
+        return cls(2.0 * parameters, layers)
+
+
+def _latent_projections(read, hidden: int, heads: int) -> int:
+    """Parameters of multi-head latent attention's projections (DeepSeek-V2, arXiv 2405.04434)."""
+    rank, rope, nope, value = (
+        read(name) for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    )
+    query = heads * (nope + rope)
+    queries = hidden * read("q_lora_rank") + read("q_lora_rank") * query if read("q_lora_rank") else hidden * query
+    return queries + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+
+
+def _feed_forward(read, hidden: int, layers: int) -> int:
+    """Parameters of all feed-forward blocks that a token meets; gated ones, three matrices each."""
+    dense = 3 * hidden * (read("intermediate_size") or 4 * hidden)
+    chosen = read("num_experts_per_tok") or 0
+    if not chosen:
+        return layers * dense
+    expert = 3 * hidden * (read("moe_intermediate_size") or read("intermediate_size") or 4 * hidden)
+    shared = expert * (read("n_shared_experts") or 0) + 3 * hidden * (read("shared_expert_intermediate_size") or 0)
+    first_dense = read("first_k_dense_replace") or 0
+    return first_dense * dense + (layers - first_dense) * (chosen * expert + shared)
+
+
+def _windows(read, count: int) -> list[int | None]:
+    """The window of each layer with attention."""
+    window, types = read("sliding_window"), read("layer_types")
+    if types:
+        kinds = [kind for kind in types if kind in ("full_attention", "sliding_attention")]
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    if window and read("use_sliding_window") is not False:
+        return [window] * count
+    return [None] * count
