@@ -9,7 +9,6 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from hf_flashcp.attention import document_attention
 from hf_flashcp.attention.kernels import CPUFlashKernel, EagerKernel
 from hf_flashcp.layout import RankPlan
-from hf_flashcp.layout.rank_layout import RankLayout
 
 
 KERNELS = {"cpu_flash": CPUFlashKernel(), "eager": EagerKernel()}
@@ -59,11 +58,10 @@ def reference_attention(lengths, query, key, value, grad_out, window=None, softc
 
 
 def bind(plan, offset_groups=None):
-    group = dist.group.WORLD if plan.cp_size > 1 else None
-    bound = RankPlan(plan, dist.get_rank() if group else 0, group)
     if offset_groups is not None:
-        bound.layout = RankLayout(plan, bound.rank, offset_groups)
-    return bound
+        plan = plan.with_offset_groups(offset_groups)
+    group = dist.group.WORLD if plan.cp_size > 1 else None
+    return RankPlan(plan, dist.get_rank() if group else 0, group)
 
 
 def sharded_attention(plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False):

@@ -174,6 +174,7 @@ def test_one_rank_and_no_mesh():
 
 
 IDS = torch.arange(9)[None]
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -209,46 +210,58 @@ def test_bad_batches_are_named_on_every_rank(batch, error, message):
 def test_layout_of_a_named_plan():
     """The picture of rank_layout.py: this rank holds [2,4) and [7,10) of twelve tokens."""
     layout = RankLayout(ShardPlan([12], 2, [[(0, 2, 4), (0, 7, 10)], [(0, 0, 2), (0, 4, 7), (0, 10, 12)]]), 0)
-    (stage,) = layout.stages(torch.device("cpu"))
+    (stage,) = layout.stages(CPU)
     assert layout.token_index.tolist() == [2, 3, 7, 8, 9]
     assert layout.local == ((0, 5, 0, 5),)
     assert stage.rectangles == ((0, 2, 0, 2), (2, 5, 0, 5))
-    assert stage.send_rows.tolist() == [0, 1, 2, 3, 4]
+    assert layout.send_rows(CPU).ranges == ((0, 5),)
     assert (stage.send_splits, stage.recv_splits) == ([0, 5], [0, 5])
-    assert stage.key_order is None and stage.rows is None
+    assert stage.key_order is None and stage.rows.ranges == ((0, 5),)
 
 
-def test_layout_joins_slices_that_need_the_same_prefix_and_orders_what_it_receives():
-    plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 2, 6), (0, 9, 12)], [(0, 0, 2), (0, 7, 8)]])
-    (stage,) = RankLayout(plan, 0).stages(torch.device("cpu"))
-    # From rank 1 come tokens 2..5, from rank 2 tokens 0, 1 and 7: document order is 0, 1, 2..5, 7.
-    assert stage.recv_splits == [0, 4, 3]
-    assert stage.key_order.tolist() == [4, 5, 0, 1, 2, 3, 6]
-    assert stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
+def test_layout_joins_slices_that_need_the_same_prefix():
     joined = ShardPlan([6], 2, [[(0, 2, 3), (0, 4, 5)], [(0, 0, 2), (0, 3, 4), (0, 5, 6)]])
-    (stage,) = RankLayout(joined, 0, [[1]]).stages(torch.device("cpu"))
+    (stage,) = RankLayout(joined, 0).stages(CPU)
     assert stage.rectangles == ((0, 1, 0, 2), (1, 2, 0, 3))
     two_documents = ShardPlan([4, 4], 2, [[(0, 2, 4), (1, 0, 1), (1, 2, 3)], [(0, 0, 2), (1, 1, 2), (1, 3, 4)]])
-    (stage,) = RankLayout(two_documents, 0).stages(torch.device("cpu"))
+    (stage,) = RankLayout(two_documents, 0).stages(CPU)
     assert stage.rectangles == ((0, 2, 0, 2), (3, 4, 2, 3))
-    assert stage.rows.tolist() == [0, 1, 3]
+    assert stage.rows.ranges == ((0, 2), (3, 4))
+
+
+def test_layout_orders_keys_only_where_a_slice_does_not_find_them_in_one_range():
+    """From rank 1 come tokens 2..5, from rank 2 tokens 0, 1 and 7. The slice [8,9) needs them all, [6,7) all but 7."""
+    plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 2, 6), (0, 9, 12)], [(0, 0, 2), (0, 7, 8)]])
+    (stage,) = RankLayout(plan, 0).stages(CPU)
+    assert stage.recv_splits == [0, 4, 3]
+    assert stage.key_order is None and stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
+    # The same with ranks 1 and 2 exchanged: between 0, 1 and 2..5 lies 7, which [6,7) must not see.
+    plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 0, 2), (0, 7, 8)], [(0, 2, 6), (0, 9, 12)]])
+    (stage,) = RankLayout(plan, 0).stages(CPU)
+    assert stage.recv_splits == [0, 3, 4]
+    assert stage.key_order.ranges == ((0, 2), (3, 7), (2, 3))
+    assert stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
+    staged = RankLayout(plan.with_offset_groups([[1], [2]]), 0).stages(CPU)
+    assert [stage.recv_splits for stage in staged] == [[0, 0, 4], [0, 3, 0]]
+    assert [stage.key_order for stage in staged] == [None, None]
+    assert [stage.rectangles for stage in staged] == [((0, 2, 0, 4),), ((0, 1, 0, 2), (1, 2, 0, 3))]
 
 
 def test_window_layout_of_a_named_plan():
     """The picture of window_layout.py: this rank holds [6,13) of thirteen tokens, the window is 4."""
     layout = WindowLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
-    cpu = torch.device("cpu")
-    (stage,) = layout.stages(cpu)
-    assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(cpu).tolist() == [3, 4, 5, 6]
+    (stage,) = layout.stages(CPU)
+    assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(CPU).ranges == ((3, 7),)
     assert stage.recv_splits == [0, 3] and stage.send_splits == [0, 0]
-    assert stage.local_rows.tolist() == [0, 1, 2] and stage.key_order.tolist() == [0, 1, 2, 3, 4, 5]
-    assert stage.causal and stage.rectangles == ((0, 3, 0, 6),) and stage.rows.tolist() == [0, 1, 2]
+    assert stage.local_rows.ranges == ((0, 3),) and stage.key_order.ranges == ((0, 6),)
+    assert stage.causal and stage.rectangles == ((0, 3, 0, 6),) and stage.rows.ranges == ((0, 3),)
 
 
 def test_overlapping_bands_share_what_travels():
     """Slices [4,5) and [7,8), window 5: keys 3 and 4 of [0,8) lie in both bands, and 3 travels once."""
     layout = WindowLayout(ShardPlan([8], 2, [[(0, 4, 5), (0, 7, 8)], [(0, 0, 4), (0, 5, 7)]]), 0, 5)
-    (stage,) = layout.stages(torch.device("cpu"))
-    assert stage.recv_splits == [0, 6] and stage.local_rows.tolist() == [0, 1]
-    assert stage.key_order.tolist() == [0, 1, 2, 3, 6, 3, 6, 4, 5, 7]
+    (stage,) = layout.stages(CPU)
+    assert stage.recv_splits == [0, 6] and stage.local_rows.ranges == ((0, 2),)
+    assert stage.key_order.index.tolist() == [0, 1, 2, 3, 6, 3, 6, 4, 5, 7]
+    assert [part for part, _ in stage.order_groups] == [slice(0, 5), slice(5, 10)]
     assert stage.rectangles == ((0, 1, 0, 5), (1, 2, 5, 10)) and layout.local == ()

@@ -3,8 +3,9 @@
 from .batch import shard_inputs
 from .rank_layout import RankLayout
 from .rank_plan import RankPlan
+from .rows import Rows
 from .stage import Rectangle, Stage
 from .window_layout import WindowLayout
 
 
-__all__ = ["RankLayout", "RankPlan", "Rectangle", "Stage", "WindowLayout", "shard_inputs"]
+__all__ = ["RankLayout", "RankPlan", "Rectangle", "Rows", "Stage", "WindowLayout", "shard_inputs"]

@@ -12,7 +12,20 @@ or before it, whatever lies between them. What is missing lies strictly before a
         8           R R L L R R R L L .
         9           R R L L R R R L L L
 
-Received KV of a document is kept in document order, so each local slice needs one contiguous prefix of it.
+KV comes rank after rank, each rank's part in document order. Without a mask the order of keys means nothing, so a
+slice can use what came as it lies if the keys that it needs are in one range: always when a stage brings a document's
+tokens from one rank only, and often when one long document is spread over all of them:
+
+    two ranks hold 0 1 and 7 8 9, or 4 5; b = [10,12) needs all, a = [6,7) needs 0 1 4 5:
+
+    came as         0 1 7 8 9 | 4 5        b finds its keys in one range, a does not: one gather into document order
+    in two stages   0 1 7 8 9              both do, each time; a row merges once a stage
+                    4 5
+
+The gather moves each received row of K and V once forward and once backward. The other way out, a rectangle a source,
+would merge every query row once more each time, which with four query heads a KV head and fp32 accumulators moves
+several times the bytes: so where one slice of a stage does not find its keys in one range, the stage's keys are
+gathered.
 """
 
 from __future__ import annotations
@@ -25,8 +38,9 @@ import numpy as np
 import torch
 
 from ..planning import ShardPlan
-from ..planning.volume import needed_keys, overlaps
-from .stage import Rectangle, Stage
+from ..planning.volume import key_ranges, needed_keys, overlaps
+from .rows import Rows, distinct_groups
+from .stage import Rectangle, Stage, groups_to
 
 
 class LocalSlice(NamedTuple):
@@ -51,53 +65,76 @@ class RankLayout:
     """Index maps of one rank under one plan, for full-attention layers.
 
     Args:
-        plan (`ShardPlan`): a valid plan.
+        plan (`ShardPlan`): a valid plan. Its `offset_groups` are the stages; a group in which no rank needs anything
+            makes none.
         rank (`int`): rank within the context-parallel group.
-        offset_groups (`Sequence[Sequence[int]]`, *optional*): how the ring offsets 1 .. N-1 are grouped into stages;
-            in a stage with offset o a rank sends to rank + o and receives from rank - o (mod N). Defaults to one
-            stage of all offsets. A group in which no rank needs anything makes no stage.
 
     Attributes:
         token_index (`torch.Tensor`): (T_r,) int64 positions of this rank's tokens in the packed row.
         local (`tuple[Rectangle, ...]`): what needs no exchange, in rows of the local sequence: causal, aligned
             bottom-right.
-        stages (`tuple[Stage, ...]`): as many on every rank of the group, or none at all.
+        merges_again (`bool`): whether some row is covered by several stages.
     """
 
     window: int | None = None
 
-    def __init__(self, plan: ShardPlan, rank: int, offset_groups: Sequence[Sequence[int]] | None = None):
+    def __init__(self, plan: ShardPlan, rank: int):
         self.longest_document = max(plan.lengths)
         self.slices = tuple(_with_rows(plan.slices[rank]))
         self.num_tokens = sum(stop - start for _, start, stop, _ in self.slices)
         self._document_starts = np.concatenate(([0], np.cumsum(plan.lengths)))
         self._plan, self._rank = plan, rank
         self._needed = needed_keys(plan.slices, self.window)
-        if offset_groups is None:
-            offset_groups = [range(1, plan.cp_size)]
         self.local = self._local_rectangles()
-        self._stages = tuple(self._stage(offsets) for offsets in offset_groups if self._is_needed(offsets))
-        self._stages_on: dict[torch.device, tuple[Stage, ...]] = {}
-        self._local_rows_on: dict[torch.device, torch.Tensor | None] = {}
+        self._sent: list[np.ndarray] = []
+        self._stages = tuple(self._stage(offsets) for offsets in self._offset_groups(plan) if self._is_needed(offsets))
+        times = np.zeros(self.num_tokens, dtype=np.int64)
+        for rectangle in (rectangle for stage in self._stages for rectangle in stage.rectangles):
+            times[rectangle.q_start : rectangle.q_stop] += 1
+        self.merges_again = bool((times > 1).any())
+        self._maps_on: dict[torch.device, _Maps] = {}
+
+    @staticmethod
+    def _offset_groups(plan: ShardPlan) -> Sequence[Sequence[int]]:
+        return [range(1, plan.cp_size)] if plan.offset_groups is None else plan.offset_groups
 
     @cached_property
     def token_index(self) -> torch.Tensor:
-        return to_tensor(
-            [np.arange(start, stop) + self._document_starts[document] for document, start, stop, _ in self.slices]
+        return torch.from_numpy(
+            concatenated(
+                [np.arange(start, stop) + self._document_starts[document] for document, start, stop, _ in self.slices]
+            )
         )
 
     def stages(self, device: torch.device) -> tuple[Stage, ...]:
-        """The stages with their index tensors on `device`, copied there once."""
-        if device not in self._stages_on:
-            self._stages_on[device] = tuple(stage.to(device) for stage in self._stages)
-        return self._stages_on[device]
+        """As many on every rank of the group, or none at all, with their index tensors on `device`."""
+        return self._on(device).stages
 
-    def local_rows(self, device: torch.device) -> torch.Tensor | None:
-        """(R,) int64 the rows covered by `local`, copied to `device` once; `None` if they are all there are."""
-        if device not in self._local_rows_on:
-            rows = self.covered_rows(self.local)
-            self._local_rows_on[device] = rows if rows is None else rows.to(device, non_blocking=True)
-        return self._local_rows_on[device]
+    def send_rows(self, device: torch.device) -> Rows:
+        """(n_sent,) the local rows that other ranks need, stage after stage; a row may be named several times."""
+        return self._on(device).send_rows
+
+    def home_groups(self, device: torch.device) -> tuple[tuple[slice, Rows], ...]:
+        """`send_rows` in groups in which no row comes twice: gradients added group by group are summed in one order on
+        every device."""
+        return self._on(device).home_groups
+
+    def local_rows(self, device: torch.device) -> Rows | None:
+        """The rows that `local` covers; `None` if they are all there are."""
+        return self._on(device).local_rows
+
+    def _on(self, device: torch.device) -> _Maps:
+        """Copied to `device` once."""
+        if device not in self._maps_on:
+            numbers = concatenated(self._sent)
+            local = rows_of(self.local)
+            self._maps_on[device] = _Maps(
+                tuple(stage.to(device) for stage in self._stages),
+                Rows(numbers).to(device),
+                groups_to(grouped(numbers), device),
+                None if len(local) == self.num_tokens else Rows(local).to(device),
+            )
+        return self._maps_on[device]
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
         """One causal square per local document."""
@@ -117,35 +154,48 @@ class RankLayout:
         )
 
     def _stage(self, offsets: Sequence[int]) -> Stage:
-        send_rows, send_splits = self._sent(offsets)
+        sent, send_splits = self._outgoing(offsets)
         received, recv_splits = self._received(offsets)
-        ordered = sorted(received)
-        rectangles = self._remote_rectangles(ordered)
+        local = [piece[:3] for piece in self.slices]
+        order = None
+        ranges = key_ranges([piece[:3] for piece in received], local)
+        if ranges is None:
+            received = sorted(received)
+            order = concatenated([np.arange(piece.offset, piece.offset + piece.count) for piece in received])
+            ranges = key_ranges([piece[:3] for piece in received], local)
+        rectangles: list[Rectangle] = []
+        for (_, start, stop, row), (k_start, k_stop) in zip(self.slices, ranges):
+            if k_start == k_stop:
+                continue
+            rectangle = Rectangle(row, row + stop - start, k_start, k_stop)
+            if rectangles and rectangles[-1].q_stop == row and rectangles[-1][2:] == rectangle[2:]:
+                rectangle = rectangle._replace(q_start=rectangles.pop().q_start)
+            rectangles.append(rectangle)
         return Stage(
-            send_rows=send_rows,
+            sent=sent,
             send_splits=send_splits,
             recv_splits=recv_splits,
             local_rows=None,
-            key_order=None
-            if received == ordered
-            else to_tensor([np.arange(piece.offset, piece.offset + piece.count) for piece in ordered]),
-            rectangles=rectangles,
+            key_order=None if order is None else Rows(order),
+            order_groups=() if order is None else grouped(order),
+            rectangles=tuple(rectangles),
             causal=False,
-            rows=self.covered_rows(rectangles),
+            rows=Rows(rows_of(rectangles)),
         )
 
-    def _sent(self, offsets: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """Local rows for every destination, and how many each gets."""
+    def _outgoing(self, offsets: Sequence[int]) -> tuple[slice, list[int]]:
+        """Notes the local rows for every destination, and says where they stand among all, and how many each gets."""
         cp_size = self._plan.cp_size
-        pieces, splits = [], [0] * cp_size
+        before = sum(map(len, self._sent))
+        splits = [0] * cp_size
         for other in range(cp_size):
             if other == self._rank or (other - self._rank) % cp_size not in offsets:
                 continue
             for document, start, stop, row in self.slices:
                 for first, last in overlaps(start, stop, self._needed.get(document, {}).get(other, ())):
-                    pieces.append(np.arange(row + first - start, row + last - start))
+                    self._sent.append(np.arange(row + first - start, row + last - start))
                     splits[other] += last - first
-        return to_tensor(pieces), splits
+        return slice(before, before + sum(splits)), splits
 
     def _received(self, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
         """What arrives, source after source, and how much from each."""
@@ -162,36 +212,14 @@ class RankLayout:
                     splits[other] += last - first
         return received, splits
 
-    def _remote_rectangles(self, received: list[Piece]) -> tuple[Rectangle, ...]:
-        """Each local slice against the prefix of its document's received tokens; equal prefixes joined.
 
-        `received` is in document order; a received piece never straddles a local slice, so it lies wholly before
-        or wholly after each.
-        """
-        pieces: dict[int, list[tuple[int, int]]] = {}
-        first_key: dict[int, int] = {}
-        offset = 0
-        for document, start, count, _ in received:
-            first_key.setdefault(document, offset)
-            pieces.setdefault(document, []).append((start, count))
-            offset += count
-        rectangles: list[Rectangle] = []
-        for document, start, stop, row in self.slices:
-            prefix = sum(count for piece_start, count in pieces.get(document, ()) if piece_start < start)
-            if not prefix:
-                continue
-            k_start = first_key[document]
-            rectangle = Rectangle(row, row + stop - start, k_start, k_start + prefix)
-            if rectangles and rectangles[-1].q_stop == row and rectangles[-1][2:] == rectangle[2:]:
-                rectangle = rectangle._replace(q_start=rectangles.pop().q_start)
-            rectangles.append(rectangle)
-        return tuple(rectangles)
+class _Maps(NamedTuple):
+    """What [`RankLayout`] keeps on a device."""
 
-    def covered_rows(self, rectangles: Sequence[Rectangle]) -> torch.Tensor | None:
-        """The local rows of all rectangles; `None` if they are all there are."""
-        if sum(rectangle.q_stop - rectangle.q_start for rectangle in rectangles) == self.num_tokens:
-            return None
-        return to_tensor([np.arange(rectangle.q_start, rectangle.q_stop) for rectangle in rectangles])
+    stages: tuple[Stage, ...]
+    send_rows: Rows
+    home_groups: tuple[tuple[slice, Rows], ...]
+    local_rows: Rows | None
 
 
 def _with_rows(slices: Sequence[tuple[int, int, int]]):
@@ -201,5 +229,15 @@ def _with_rows(slices: Sequence[tuple[int, int, int]]):
         row += stop - start
 
 
-def to_tensor(pieces: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64))
+def rows_of(rectangles: Sequence[Rectangle]) -> np.ndarray:
+    """The local rows of all rectangles."""
+    return concatenated([np.arange(rectangle.q_start, rectangle.q_stop) for rectangle in rectangles])
+
+
+def grouped(numbers: np.ndarray) -> tuple[tuple[slice, Rows], ...]:
+    """(n,) row numbers in groups, one behind the other, in which none comes twice."""
+    return tuple((slice(start, stop), Rows(numbers[start:stop])) for start, stop in distinct_groups(numbers))
+
+
+def concatenated(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .rows import Rows
+
 
 class Rectangle(NamedTuple):
     """Queries [q_start, q_stop) against keys [k_start, k_stop), as rows of a query and a key buffer; never empty."""
@@ -20,26 +22,44 @@ class Stage(NamedTuple):
     """One uneven all-to-all of KV and the attention that waits for it.
 
     Attributes:
-        send_rows (`torch.Tensor`): (n_sent,) int64 local rows, destination after destination, in document order.
+        sent (`slice`): its rows in what the rank packs for all stages together, destination after destination, in
+            document order.
         send_splits (`list[int]`): rows for each rank of the group.
         recv_splits (`list[int]`): rows from each rank of the group.
-        local_rows (`torch.Tensor`, *optional*): (n_local,) int64 rows of the rank's own KV that join the received.
-        key_order (`torch.Tensor`, *optional*): (n_keys,) int64 into the received rows followed by the local ones, in
-            which the rectangles find their keys; a row may be named twice. `None` where they lie right already.
+        local_rows (`Rows`, *optional*): of the rank's own KV, which join the received behind them.
+        key_order (`Rows`, *optional*): the received rows followed by the local ones in the order in which the
+            rectangles find their keys; a row may be named twice where there are local ones, else each comes once.
+            `None` where the rectangles find them as they arrive.
+        order_groups (`tuple[tuple[slice, Rows], ...]`): `key_order` in groups in which no row comes twice.
         rectangles (`tuple[Rectangle, ...]`): local rows against rows of the ordered keys. Query ranges are disjoint
             and ascending.
         causal (`bool`): whether the rectangles are causal, aligned bottom-right; without a mask if not.
-        rows (`torch.Tensor`, *optional*): (R,) int64 local rows covered by the rectangles; `None` for all of them.
+        rows (`Rows`): the local rows that the rectangles cover.
     """
 
-    send_rows: torch.Tensor
+    sent: slice
     send_splits: list[int]
     recv_splits: list[int]
-    local_rows: torch.Tensor | None
-    key_order: torch.Tensor | None
+    local_rows: Rows | None
+    key_order: Rows | None
+    order_groups: tuple[tuple[slice, Rows], ...]
     rectangles: tuple[Rectangle, ...]
     causal: bool
-    rows: torch.Tensor | None
+    rows: Rows
+
+    @property
+    def received(self) -> int:
+        """Rows that arrive."""
+        return sum(self.recv_splits)
 
     def to(self, device: torch.device) -> Stage:
-        return Stage(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
+        return self._replace(
+            local_rows=self.local_rows and self.local_rows.to(device),
+            key_order=self.key_order and self.key_order.to(device),
+            order_groups=groups_to(self.order_groups, device),
+            rows=self.rows.to(device),
+        )
+
+
+def groups_to(groups: tuple[tuple[slice, Rows], ...], device: torch.device) -> tuple[tuple[slice, Rows], ...]:
+    return tuple((part, rows.to(device)) for part, rows in groups)

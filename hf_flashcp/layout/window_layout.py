@@ -23,11 +23,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..planning import ShardPlan
 from ..planning.volume import overlaps
-from .rank_layout import Piece, RankLayout, to_tensor
+from .rank_layout import Piece, RankLayout, concatenated, grouped, rows_of
+from .rows import Rows
 from .stage import Rectangle, Stage
 
 
@@ -56,6 +56,10 @@ class WindowLayout(RankLayout):
         self.window = window
         super().__init__(plan, rank)
 
+    @staticmethod
+    def _offset_groups(plan: ShardPlan) -> Sequence[Sequence[int]]:
+        return [range(1, plan.cp_size)]
+
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
         rectangles = []
         for _, start, stop, row in self.slices:
@@ -76,7 +80,7 @@ class WindowLayout(RankLayout):
         return bands
 
     def _stage(self, offsets: Sequence[int]) -> Stage:
-        send_rows, send_splits = self._sent(offsets)
+        sent, send_splits = self._outgoing(offsets)
         received, recv_splits = self._received(offsets)
         bands = self._bands()
         local_rows, local = self._local_keys(bands, offset=sum(recv_splits))
@@ -90,18 +94,20 @@ class WindowLayout(RankLayout):
                     key_order.append(np.arange(offset + first - piece_start, offset + last - piece_start))
             rectangles.append(Rectangle(q_start, q_stop, key, key + stop - start))
             key += stop - start
+        order = concatenated(key_order)
         return Stage(
-            send_rows=send_rows,
+            sent=sent,
             send_splits=send_splits,
             recv_splits=recv_splits,
             local_rows=local_rows,
-            key_order=to_tensor(key_order),
+            key_order=Rows(order),
+            order_groups=grouped(order),
             rectangles=tuple(rectangles),
             causal=True,
-            rows=self.covered_rows(rectangles),
+            rows=Rows(rows_of(rectangles)),
         )
 
-    def _local_keys(self, bands: list[Band], offset: int) -> tuple[torch.Tensor, list[Piece]]:
+    def _local_keys(self, bands: list[Band], offset: int) -> tuple[Rows, list[Piece]]:
         """The rank's own rows that lie in bands, each once, and where they stand behind `offset` received ones."""
         covered: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for document, start, stop, _, _ in bands:
@@ -115,4 +121,4 @@ class WindowLayout(RankLayout):
                 rows.append(np.arange(row + first - start, row + last - start))
                 pieces.append(Piece(document, first, last - first, offset))
                 offset += last - first
-        return to_tensor(rows), pieces
+        return Rows(concatenated(rows)), pieces

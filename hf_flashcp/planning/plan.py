@@ -61,6 +61,10 @@ class ShardPlan:
         slices (`Sequence[Sequence[Slice]]`): for each rank its `(document, start, stop)` slices. They may come in
             any order and may touch; they are stored with documents ascending, a document's slices ascending and
             maximal (never touching). Whether they partition the documents is what [`~ShardPlan.validate`] checks.
+        offset_groups (`Sequence[Sequence[int]]`, *optional*): the stages in which full-attention layers exchange KV:
+            each ring offset 1 .. cp_size - 1 in one group. In a stage with offset o a rank sends to rank + o and
+            receives from rank - o (mod cp_size); while one stage is computed the next ones travel. One stage of all
+            offsets if `None`.
 
     Attributes:
         planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
@@ -68,11 +72,18 @@ class ShardPlan:
             compared between ranks; no part of the plan's identity.
 
     Raises:
-        PlanError: lengths or cp_size that no plan can have, or slices that are not triples of integers.
+        PlanError: lengths, cp_size or offset groups that no plan can have, or slices that are not triples of integers.
     """
 
-    def __init__(self, lengths: Sequence[int], cp_size: int, slices: Sequence[Sequence[Slice]]):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        cp_size: int,
+        slices: Sequence[Sequence[Slice]],
+        offset_groups: Sequence[Sequence[int]] | None = None,
+    ):
         self.lengths, self.cp_size = check_lengths(lengths, cp_size)
+        self.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
         self.planning_seconds: float | None = None
         self.content_digest: str | None = None
         try:
@@ -83,7 +94,8 @@ class ShardPlan:
     def __repr__(self) -> str:
         cuts = sum(map(len, self.slices)) - len(self.lengths)
         sizes = f"documents={len(self.lengths)}, tokens={self.num_tokens}, cp_size={self.cp_size}, cuts={cuts}"
-        return f"ShardPlan({sizes})"
+        stages = "" if self.offset_groups is None else f", offset_groups={self.offset_groups}"
+        return f"ShardPlan({sizes}{stages})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardPlan) and self._key() == other._key()
@@ -92,7 +104,7 @@ class ShardPlan:
         return hash(self._key())
 
     def _key(self):
-        return self.lengths, self.cp_size, self.slices
+        return self.lengths, self.cp_size, self.slices, self.offset_groups
 
     @cached_property
     def num_tokens(self) -> int:
@@ -101,9 +113,19 @@ class ShardPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of lengths, cp_size and slices; equal on every machine and Python version for equal plans."""
-        canonical = json.dumps([self.lengths, self.cp_size, self.slices], separators=(",", ":"))
+        """Hash of lengths, cp_size, slices and, where they are set, offset groups; equal on every machine and Python
+        version for equal plans."""
+        parts = [self.lengths, self.cp_size, self.slices]
+        if self.offset_groups is not None:
+            parts.append(self.offset_groups)
+        canonical = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def with_offset_groups(self, offset_groups: Sequence[Sequence[int]] | None) -> ShardPlan:
+        """The same partition, exchanged in other stages."""
+        plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups)
+        plan.planning_seconds, plan.content_digest = self.planning_seconds, self.content_digest
+        return plan
 
     def validate(self) -> ShardPlan:
         """Returns the plan itself if its slices partition the documents and no rank is empty.
@@ -165,32 +187,58 @@ class ShardPlan:
             gradients of the received tokens home: `grad_received` and `grad_sent`, also in tokens.
             [`kv_bytes`] turns tokens into bytes.
 
+            Also per rank, of forward and backward together: `collectives` (two a stage, the same on every rank, none
+            if no KV moves), `kernel_calls` (of a kernel that takes any number of sequences: one for what is local and
+            one for each stage that brings something, both ways) and `copies` of rows from buffer to buffer (see
+            [`~volume.engine_calls`]).
+
         Raises:
             PlanError: a window below 1.
         """
         if window is not None and window < 1:
             raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
-        return plan_report(self.lengths, self.cp_size, self.slices, window)
+        return plan_report(self.lengths, self.cp_size, self.slices, window, self.offset_groups)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable form, read back by [`~ShardPlan.from_dict`]."""
-        return {
+        data = {
             "lengths": list(self.lengths),
             "cp_size": self.cp_size,
             "slices": [[list(piece) for piece in rank_slices] for rank_slices in self.slices],
         }
+        if self.offset_groups is not None:
+            data["offset_groups"] = [list(group) for group in self.offset_groups]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShardPlan:
         """Reads [`~ShardPlan.to_dict`]'s form and validates it.
 
         Raises:
-            PlanError: a missing key, or slices that do not partition the documents.
+            PlanError: a missing key, or slices or offset groups that are no partition.
         """
         missing = [key for key in ("lengths", "cp_size", "slices") if key not in data]
         if missing:
             raise PlanError(f"A plan needs the keys lengths, cp_size and slices; {', '.join(missing)} is missing.")
-        return cls(data["lengths"], data["cp_size"], data["slices"]).validate()
+        return cls(data["lengths"], data["cp_size"], data["slices"], data.get("offset_groups")).validate()
+
+
+def _check_offset_groups(
+    offset_groups: Sequence[Sequence[int]] | None, cp_size: int
+) -> tuple[tuple[int, ...], ...] | None:
+    if offset_groups is None:
+        return None
+    try:
+        groups = tuple(tuple(sorted(map(operator.index, group))) for group in offset_groups)
+    except TypeError:
+        raise PlanError(f"offset_groups are groups of whole numbers, got {offset_groups!r}.") from None
+    found = sorted(offset for group in groups for offset in group)
+    if found != list(range(1, cp_size)) or not all(groups):
+        raise PlanError(
+            f"offset_groups are {[list(group) for group in groups]}, but for cp_size {cp_size} they hold each ring "
+            f"offset from 1 to {cp_size - 1} once, and no group is empty. Leave them out for one stage."
+        )
+    return groups
 
 
 def _maximal_slices(slices: Iterable[Slice]) -> tuple[Slice, ...]:

@@ -59,6 +59,7 @@ def plan_report(
     cp_size: int,
     slices: Sequence[Sequence[tuple[int, int, int]]],
     window: int | None = None,
+    offset_groups: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """See [`ShardPlan.report`]. A token is sent once to every other rank that needs it."""
     tokens, pairs = [0] * cp_size, [0] * cp_size
@@ -72,6 +73,10 @@ def plan_report(
         traffic = _traffic(cp_size, slices, window)
         sent = [sum(row) for row in traffic]
         received = [sum(column) for column in zip(*traffic)]
+    if window is None or window >= max(lengths):
+        collectives, kernel_calls, copies = engine_calls(cp_size, slices, offset_groups)
+    else:
+        collectives, kernel_calls, copies = _window_calls(slices, window, sent)
     kv_total = sum(received)
     kv_all_gather = (cp_size - 1) * sum(lengths)
     return {
@@ -84,6 +89,9 @@ def plan_report(
         "kv_total": kv_total,
         "kv_all_gather": kv_all_gather,
         "kv_fraction": kv_total / kv_all_gather if kv_all_gather else 0.0,
+        "collectives": collectives,
+        "kernel_calls": kernel_calls,
+        "copies": copies,
         "token_imbalance": max(tokens) * cp_size / sum(tokens),
         "pair_imbalance": max(pairs) * cp_size / sum(pairs),
     }
@@ -115,6 +123,123 @@ def full_attention_traffic(
             received[rank] -= stop - start
             sent[rank] += (len(holders) - 1) * (stop - start)
     return received, sent
+
+
+def key_ranges(
+    arrived: Sequence[tuple[int, int, int]], slices: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, int]] | None:
+    """Where each slice finds the keys before it among what has arrived.
+
+    Args:
+        arrived: `(document, start, count)` pieces, one behind the other in a buffer, none straddling a slice.
+        slices: `(document, start, stop)` of the rank that they came to.
+
+    Returns:
+        `list[tuple[int, int]]`: rows of the buffer for each slice, `(0, 0)` for a slice that needs none; `None` if a
+        slice's keys are not in one range.
+    """
+    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    offset = 0
+    for document, start, count in arrived:
+        pieces[document].append((start, offset, count))
+        offset += count
+    found = []
+    for document, start, _ in slices:
+        first, last, total = offset, 0, 0
+        for piece_start, piece_offset, count in pieces.get(document, ()):
+            if piece_start < start:
+                first = min(first, piece_offset)
+                last = piece_offset + count
+                total += count
+        if total and last - first != total:
+            return None
+        found.append((first, last) if total else (0, 0))
+    return found
+
+
+def engine_calls(
+    cp_size: int,
+    slices: Sequence[Sequence[tuple[int, int, int]]],
+    offset_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[int], list[int], list[int]]:
+    """`(collectives, kernel_calls, copies)` of each rank in one full-attention layer, forward and backward.
+
+    A copy is one pass over rows, K and V together: packing what is sent and adding the gradients that come home, for
+    all stages at once, where the rank sends anything; for each stage that brings something, merging its result, and,
+    where the keys of a slice do not arrive in one range ([`key_ranges`]), putting them in document order and their
+    gradients back.
+    """
+    # Of each document its pieces; and which documents travel from rank to rank, in the order in which they arrive.
+    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, rank_slices in enumerate(slices):
+        for document, start, stop in rank_slices:
+            pieces[document].append((start, stop, rank))
+    travels: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(cp_size)]
+    for document in sorted(pieces):
+        if len(pieces[document]) == 1:
+            continue
+        receivers, holders = dict.fromkeys(range(cp_size), 0), 0
+        for _, _, rank in sorted(pieces[document], reverse=True):
+            receivers[rank] |= holders
+            holders |= 1 << rank
+        for sender, mask in receivers.items():
+            for receiver in range(cp_size):
+                if receiver != sender and mask >> receiver & 1:
+                    travels[receiver][sender].append(document)
+    groups = [range(1, cp_size)] if offset_groups is None else offset_groups
+    senders = {sender for senders in travels for sender in senders}
+    copies = [2 if rank in senders else 0 for rank in range(cp_size)]
+    collectives, kernel_calls = 0, [2] * cp_size
+    for group in groups:
+        exists = False
+        for receiver in range(cp_size):
+            sources = [sender for sender in sorted(travels[receiver]) if (receiver - sender) % cp_size in group]
+            if sources:
+                exists = True
+                kernel_calls[receiver] += 2
+                copies[receiver] += 1 if _arrive_right(receiver, sources, travels, pieces) else 3
+        collectives += 2 * exists
+    return [collectives] * cp_size, kernel_calls, copies
+
+
+def _arrive_right(receiver, sources, travels, pieces) -> bool:
+    """Whether [`key_ranges`] finds a range for each of the receiver's slices. Only documents from several sources can
+    fail: the last slice of a document needs all of its pieces, so these must touch; then the other slices count."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, source in enumerate(sources):
+        for document in travels[receiver][source]:
+            places[document].append(place)
+    arrivals = [travels[receiver][source] for source in sources]
+    for document, where in places.items():
+        for place, following in zip(where, where[1:]):
+            if following != place + 1 or arrivals[place][-1] != document or arrivals[following][0] != document:
+                return False
+        if len(where) > 1:
+            ordered = sorted(pieces[document])
+            own = [(document, start, stop) for start, stop, rank in ordered if rank == receiver]
+            arrived = [
+                (document, start, stop - start)
+                for source in sources
+                for start, stop, rank in ordered
+                if rank == source and start < own[-1][1]
+            ]
+            if key_ranges(arrived, own) is None:
+                return False
+    return True
+
+
+def _window_calls(slices, window: int, sent: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """As [`engine_calls`] for a layer whose window is shorter than some document: there is one stage, and its keys are
+    put together from what arrives and what is local, forward and back in two passes each; results are not merged but
+    put in their places."""
+    collectives = 2 if any(sent) else 0
+    kernel_calls, copies = [], []
+    for rank_slices, rows in zip(slices, sent):
+        waits = window > 1 and any(start > 0 for _, start, _ in rank_slices)
+        local = any(start == 0 or stop - start >= window for _, start, stop in rank_slices)
+        kernel_calls.append(2 * (waits + local))
+        copies.append((2 if rows else 0) + 5 * waits)
+    return [collectives] * len(slices), kernel_calls, copies
 
 
 def kv_traffic(plan, window: int | None = None) -> list[list[int]]:
