@@ -1,17 +1,22 @@
 """Strategy "search": little KV on the wire, spread over the ranks, under the caps.
 
-A few plans are built whole (`search_build`): first the ones of little total, then, from what they say on how many
-ranks hold each giant, ones that keep every rank's receiving and sending under a target (own heads instead of short
-documents beside the tails). All are measured exactly, beside Algorithm 1's (`search_reference`); the best is returned.
+Plans are built whole (`search_build`), a few of little total, more where these stay far above the lower bound. Then,
+from what the best of them says on how many ranks hold each giant, ones that keep every rank's receiving and sending
+under a target (own heads instead of short documents beside the tails); or, for the least total, pairs of ranks are
+planned anew (`search_repair`). All are measured exactly, beside Algorithm 1's (`search_reference`); the best is
+returned.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
-from .search_build import Budget, Construction
+from .lower_bound import kv_lower_bound
+from .search_build import Budget, Construction, Settings
 from .search_reference import better_algorithm1
+from .search_repair import repair
 from .sharding import Slices, give_empty_ranks_a_token, per_doc
 from .volume import full_attention_traffic
 
@@ -19,8 +24,26 @@ from .volume import full_attention_traffic
 WITHIN = 1.1
 """A plan may need this much more KV than the least found if its largest rank needs less."""
 
-TRIES = ((400, 6), (1000, 4), (4000, 2), (math.inf, 1))
-"""Up to which size of a batch, documents + 4 x ranks, how many plans with a target for the bottleneck are tried."""
+NEAR = 1.03
+"""Plans of at most this multiple of the lower bound are not improved any further."""
+
+SETTINGS = (
+    Settings(),
+    Settings("largest", whole_first=True, token_weight=0.7, reserve=0.05),
+    Settings("smallest"),
+    Settings("same", whole_first=True, token_weight=0.7, reserve=0.5),
+    Settings("largest", whole_first=True, reserve=0.3),
+    Settings("smallest", token_weight=0.7, reserve=0.1),
+    Settings("largest", whole_first=True, token_weight=0.7),
+    Settings("same", whole_first=True, reserve=0.15),
+    Settings("largest", whole_first=True, filling=0.7),
+    Settings("largest", whole_first=True, filling=0.4),
+)
+"""In the order of what each adds to those before it, on drawn packs."""
+
+TRIES = ((400, 2, 6, 8, 12), (1000, 2, 4, 8, 12), (4000, 2, 2, 4, 8), (math.inf, 1, 1, 1, 0))
+"""Up to which size of a batch, documents + 4 x ranks: how many of the settings are tried, how many plans with a target
+for the bottleneck, how many more settings for the least total, and how many pairs of ranks planned anew."""
 
 TOTALS_TRIED = ((1.0, 1.0), (1.0, 0.5), (1.0, 1.6), (0.93, 1.0), (0.93, 0.5), (0.93, 1.6))
 """`(target, spreading)` for the least total below Algorithm 1's bottleneck, the target as a multiple of that."""
@@ -44,16 +67,15 @@ class Search:
     """Plans of one batch, collected setting by setting."""
 
     def __init__(self, lengths: tuple[int, ...], cp_size: int, max_imbalance: float, max_token_imbalance: float):
-        self.lengths, self.cp_size, self.max_token_imbalance = lengths, cp_size, max_token_imbalance
+        self.lengths, self.cp_size = lengths, cp_size
+        self.max_imbalance, self.max_token_imbalance = max_imbalance, max_token_imbalance
         self.budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
         self.found: list[Candidate] = []
+        self.settings = list(SETTINGS)
+        self.near: float | None = None
 
-    def attempt(self, **settings) -> Candidate | None:
-        """Builds a plan and keeps it if it is within the caps."""
-        construction = Construction(self.budget, **settings)
-        slices = construction.run()
-        if slices is None:
-            return None
+    def keep(self, slices: Slices, construction: Construction | None = None) -> Candidate | None:
+        """Measures a plan and keeps it if it is within the caps."""
         give_empty_ranks_a_token(slices)
         candidate = Candidate(slices, construction)
         if candidate.most_pairs > self.budget.most_pairs or candidate.most_tokens > self.budget.most_tokens:
@@ -61,13 +83,46 @@ class Search:
         self.found.append(candidate)
         return candidate
 
-    def first_plans(self, tries: int) -> None:
-        """Plans of little total, more of them for small batches or where it is hard to find one."""
-        if self.attempt() is None or tries > 3:
-            self.attempt(whole_first=False)
-        for filling in (0.7, 0.4):
-            if not self.found:
-                self.attempt(filling=filling)
+    def attempt(self, *options) -> Candidate | None:
+        construction = Construction(self.budget, *options)
+        slices = construction.run()
+        return None if slices is None else self.keep(slices, construction)
+
+    def least(self) -> Candidate:
+        return _best(self.found, minimize_total=True)
+
+    def is_near(self) -> bool:
+        """Whether the least total is next to the lower bound."""
+        if not self.found:
+            return False
+        total = self.least().total
+        if total and self.near is None:
+            caps = self.max_imbalance, self.max_token_imbalance
+            self.near = NEAR * kv_lower_bound(self.lengths, self.cp_size, *caps)
+        return not total or total <= self.near
+
+    def first_plans(self, count: int) -> None:
+        """Plans of little total by the next `count` settings, more where none is found, fewer where that is near the
+        bound."""
+        while self.settings and (count > 0 or not self.found) and not self.is_near():
+            self.attempt(self.settings.pop(0))
+            count -= 1
+
+    def repaired(self, slices: Slices, solves: int) -> Candidate | None:
+        return self.keep(repair(slices, self.budget, solves))
+
+    def forced(self, solves: int) -> None:
+        """Where no construction meets the cap on pairs: one that exceeds it, repaired."""
+        for excess in (1.03, 1.1, 1.3):
+            budget = copy.copy(self.budget)
+            budget.most_pairs = int(excess * budget.most_pairs)
+            for settings in SETTINGS[:2]:
+                slices = Construction(budget, settings).run()
+                if slices is not None:
+                    give_empty_ranks_a_token(slices)
+                    self.repaired(slices, solves)
+            if self.found:
+                return
 
     def reference(self, total: float = math.inf, bottleneck: float = math.inf) -> Candidate | None:
         """Algorithm 1's plan, if it is within the caps and may be below one of these."""
@@ -81,24 +136,17 @@ class Search:
         known = [Candidate(per_doc(self.lengths, self.cp_size, rotate)) for rotate in (False, True)]
         return min(known, key=lambda plan: (plan.most_pairs, plan.total, plan.bottleneck, plan.count))
 
-    def spread(self, base: Candidate, target: float, spreading: float) -> Candidate | None:
+    def spread(self, base: Construction, target: float, spreading: float) -> Candidate | None:
         """A plan like the base's, in which ranks should not receive or send more than `target`."""
-        settings = base.construction
-        return self.attempt(
-            token_weight=settings.token_weight,
-            load_weight=1.0,
-            whole_first=settings.whole_first,
-            target=target,
-            before=settings.peeled,
-            spreading=spreading,
-        )
+        settings = base.settings._replace(load_weight=1.0)
+        return self.attempt(settings, target, base.peeled, spreading)
 
     def lower_bottleneck(self, base: Candidate, target: float, most_total: float, tries: int) -> None:
         """Looks for plans of at most `most_total` whose largest rank receives and sends little, with targets that
         follow what has been reached."""
         met, missed, spreading = base.bottleneck, 0.0, 1.0
         for _ in range(tries):
-            plan = self.spread(base, target, spreading)
+            plan = self.spread(base.construction, target, spreading)
             if plan is None or plan.total > most_total:
                 if spreading > 0.5:
                     spreading = 0.5
@@ -130,39 +178,53 @@ def search(
         cp_size (`int`): number of ranks, at most as many as there are tokens.
         max_imbalance (`float`): the most attention pairs of a rank over the mean. Where it cannot be met, Per-Doc.
         max_token_imbalance (`float`): the most tokens of a rank over the mean; 1.0 is equal within one token.
-        minimize_total (`bool`): whether the total counts first. Else, of the plans within 10% of the least total, the
-            one whose largest rank has least, then the one of the fewest slices.
+        minimize_total (`bool`): whether the total counts first; never above what is found without, and takes a few
+            times as long. Else, of the plans within 10% of the least total, the one whose largest rank has least,
+            then the one of the fewest slices.
     """
     lengths = tuple(lengths)
     if cp_size == 1:
         return per_doc(lengths, 1)
     looking = Search(lengths, cp_size, max_imbalance, max_token_imbalance)
-    tries = next(tries for size, tries in TRIES if len(lengths) + 4 * cp_size <= size)
-    looking.first_plans(tries)
+    settings, targets, more, solves = next(row[1:] for row in TRIES if len(lengths) + 4 * cp_size <= row[0])
+    looking.first_plans(settings)
+    if not looking.found:
+        looking.forced(solves)
     if looking.found:
-        base = _best(looking.found, minimize_total=True)
-        reference = looking.reference(base.total if minimize_total else WITHIN * base.total, base.bottleneck)
+        base = looking.least()
+        below = WITHIN * base.total, base.bottleneck
+        reference = looking.reference(*below)
     else:
         reference = looking.reference()
         if reference is None:
             # Nothing known meets the cap on pairs: no more than the best balanced plan has.
             reference = looking.best_balanced()
             looking.budget.most_pairs = reference.most_pairs
-            looking.first_plans(tries)
-        if not looking.found:
-            return reference.slices
-        base = _best(looking.found, minimize_total=True)
+            looking.settings = list(SETTINGS)
+            looking.first_plans(settings)
+        looking.repaired(reference.slices, solves)
     limit = reference.bottleneck if reference else math.inf
-    if not minimize_total:
-        looking.lower_bottleneck(base, min(0.85 * base.bottleneck, limit), WITHIN * base.total, tries)
-    elif base.bottleneck > limit:
-        for target, spreading in TOTALS_TRIED[: max(tries, 2)]:
-            looking.spread(base, target * limit, spreading)
-        if all(plan.bottleneck > limit for plan in looking.found):
-            looking.lower_bottleneck(base, limit, reference.total, tries)
+    constructed = [plan for plan in looking.found if plan.construction]
+    if constructed:
+        base = _best(constructed, minimize_total=True)
+        looking.lower_bottleneck(base, min(0.85 * base.bottleneck, limit), WITHIN * looking.least().total, targets)
+    if minimize_total:
+        looking.first_plans(more)
+        if not looking.is_near():
+            for plan in sorted(looking.found, key=lambda plan: plan.total)[:2]:
+                looking.repaired(plan.slices, solves)
+        if constructed and looking.least().bottleneck > limit:
+            for target, spreading in TOTALS_TRIED:
+                looking.spread(base.construction, target * limit, spreading)
     found = looking.found
+    if reference is None:
+        best = _best(found, minimize_total)
+        if best.total > below[0] or best.bottleneck > below[1]:
+            reference = looking.reference(best.total, best.bottleneck)
     if reference:
-        found = [plan for plan in found if plan.total <= reference.total and plan.bottleneck <= limit] + [reference]
+        found = [
+            plan for plan in found if plan.total <= reference.total and plan.bottleneck <= reference.bottleneck
+        ] + [reference]
     return _best(found, minimize_total).slices
 
 

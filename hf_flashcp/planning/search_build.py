@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import NamedTuple
 
 from .search_pack import longest_tail, pack
 from .search_supply import Budget, Item, Supply
@@ -31,55 +32,88 @@ def tail_beside_head(stop: int, head_start: int, tokens: int, pairs: int) -> int
     return min(spare // slope, tokens) if slope > 0 else tokens
 
 
+class Settings(NamedTuple):
+    """What one construction does differently from others.
+
+    Attributes:
+        order (`str`): which item too large for a rank is peeled next: the `"largest"`, the `"same"` document as before
+            until its rest fits, or the `"smallest"`.
+        whole_first (`bool`): where items fit but cannot be packed, fill a rank with whole ones before cutting.
+        token_weight (`float`): weight of tokens against pairs when whole items are packed.
+        load_weight (`float`): weight of what a piece of a split document makes its rank send or receive.
+        reserve (`float`): how many tokens of the shortest documents, in multiples of a rank's, are left to later ranks
+            when a rank takes short documents beside a tail.
+        filling (`float`): of what a peeling rank needs beside the tail, how much may be short documents.
+    """
+
+    order: str = "same"
+    whole_first: bool = False
+    token_weight: float = 2.0
+    load_weight: float = 0.3
+    reserve: float = 0.0
+    filling: float = 1.0
+
+
 class Construction:
     """One plan in the making.
 
     Args:
-        token_weight (`float`): weight of tokens against pairs when whole items are packed.
-        load_weight (`float`): weight of what a piece of a split document makes its rank send or receive.
-        whole_first (`bool`): where items fit but cannot be packed, fill a rank with whole ones before cutting.
         target (`float`): the most that a rank should receive or send. Met by own heads in the place of fillers.
         before (`dict`, *optional*): `peeled` of an earlier construction: for each document the ends of what was left
             of it and the tails that were cut off, from which the number of its holders is foreseen.
-        filling (`float`): of what a peeling rank needs beside the tail, how much may be short documents.
         spreading (`float`): how much of the low positions to spread as heads, against what `before` suggests.
     """
 
     def __init__(
         self,
         budget: Budget,
-        token_weight: float = 2.0,
-        load_weight: float = 0.3,
-        whole_first: bool = True,
+        settings: Settings,
         target: float = math.inf,
         before: dict[int, list[tuple[int, int]]] | None = None,
         spreading: float = 1.0,
-        filling: float = 1.0,
     ):
-        self.budget, self.supply = budget, Supply(budget)
-        self.token_weight, self.load_weight, self.whole_first = token_weight, load_weight, whole_first
+        self.budget, self.supply, self.settings = budget, Supply(budget), settings
         self.target, self.before, self.spreading = target, before or {}, spreading
-        self.filling = filling
         self.slices: Slices = []
         self.tokens_left, self.pairs_left = budget.total_tokens, budget.total_pairs
         self.peeled: dict[int, list[tuple[int, int]]] = {}
 
     def run(self) -> Slices | None:
         """Slices of every rank, or `None` where the settings lead nowhere."""
+        whole_first = self.settings.whole_first
         while True:
             ranks_left = self.budget.cp_size - len(self.slices)
             largest = self.supply.largest()
             fits = largest is None or self._fits(largest)
             if fits:
-                packed = self._pack(ranks_left, cuts=not self.whole_first)
+                packed = self._pack(ranks_left, cuts=not whole_first)
                 if packed is None and ranks_left > 1 and largest and self._fill(largest):
                     continue
-                if packed is None and self.whole_first:
+                if packed is None and whole_first:
                     packed = self._pack(ranks_left, cuts=True)
                 if packed is not None:
                     return self.slices + packed
-            if ranks_left <= 1 or largest is None or not self._peel(largest):
+            if ranks_left <= 1 or largest is None:
                 return None
+            if not self._peel(largest if fits else self._next(largest)):
+                return None
+
+    def _next(self, largest: Item) -> Item:
+        """Which of the items that no rank can hold to peel."""
+        supply = self.supply
+        match self.settings.order:
+            case "largest":
+                return largest
+            case "same":
+                going_on = (item for item in supply.loose if item[1] in self.peeled and not self._fits(item))
+                return max(going_on, default=largest)
+        smallest = largest
+        for index in range(supply.last - 1, supply.first - 1, -1):
+            whole = supply.whole(index)
+            if self._fits(whole):
+                break
+            smallest = whole
+        return min((item for item in supply.loose if item < smallest and not self._fits(item)), default=smallest)
 
     def _tokens(self) -> tuple[int, int]:
         """The most and the least tokens of the next rank."""
@@ -108,8 +142,8 @@ class Construction:
             for _, document, start, stop in self.supply.loose
         }
         scale = min(self.target, max(loads.values(), default=0)) or 1
-        loads = {document: load * self.load_weight / scale for document, load in loads.items()}
-        return pack(self.supply.items(), shares, budget.most_pairs, self.token_weight, loads, cuts)
+        loads = {document: load * self.settings.load_weight / scale for document, load in loads.items()}
+        return pack(self.supply.items(), shares, budget.most_pairs, self.settings.token_weight, loads, cuts)
 
     def _closed(self, held: list[tuple[int, int, int]]) -> bool:
         self.slices.append(held)
@@ -173,9 +207,21 @@ class Construction:
         most_tail = max(int(self.target / peels), 1) if peels and self.target < math.inf else tokens
         tail = min(longest_tail(start, stop, pairs), tokens, most_tail)
         if tail < needed:
-            filled, filled_pairs = self._fillers(held, document, start, stop, needed, pairs, most_tail)
+            fillers = self._fillers(document, start, stop, needed, pairs, most_tail)
+            filled, filled_pairs = supply.held(*fillers)
+            tail = min(longest_tail(start, stop, pairs - filled_pairs), tokens - filled, most_tail)
+            unused = pairs - filled_pairs - attention_pairs(stop - tail, stop)
+            if self.target == math.inf and unused > budget.most_pairs // 64:
+                swapped = self._swapped(fillers, start, stop - tail, unused)
+                if swapped:
+                    head, head_pairs = supply.held(fillers[0], fillers[0] + swapped)
+                    held.append((document, start, start + head))
+                    filled_pairs += attention_pairs(start, start + head) - head_pairs
+                    start += head
+                    fillers = fillers[0] + swapped, fillers[1]
+            held += [(filler, 0, budget.lengths[filler]) for filler in supply.documents[fillers[0] : fillers[1]]]
+            supply.take_range(*fillers)
             tokens, needed, pairs = tokens - filled, needed - filled, pairs - filled_pairs
-            tail = min(longest_tail(start, stop, pairs), tokens, most_tail)
         while tail < needed:
             # What is left of documents that gave a head costs nothing more.
             leftover = supply.leftover(document, needed - tail, pairs)
@@ -206,24 +252,38 @@ class Construction:
         supply.add(document, start, stop - tail)
         return self._closed(held)
 
-    def _fillers(self, held, document, start, stop, needed: int, pairs: int, most_tail: int) -> tuple[int, int]:
-        """Adds to `held` as many of the shortest documents as leave too few tokens for the tail to fill. Returns their
-        tokens and pairs."""
+    def _fillers(self, document, start, stop, needed: int, pairs: int, most_tail: int) -> tuple[int, int]:
+        """Which of the untouched documents, from one to another, leave too few tokens for the tail to fill."""
         supply = self.supply
+        end = self._fillers_end(document)
         first, tokens_up_to, pairs_up_to = supply.first, supply.tokens_up_to, supply.pairs_up_to
-        up_to, too_many = first, self._fillers_end(document) + 1
+        if self.settings.reserve:
+            reserved = tokens_up_to[first] + self.settings.reserve * self.budget.most_tokens
+            first = min(bisect_right(tokens_up_to, reserved, first, end + 1), end)
+        up_to, too_many = first, end + 1
         while too_many - up_to > 1:
             middle = (up_to + too_many) // 2
             left = pairs - pairs_up_to[middle] + pairs_up_to[first]
             filled = tokens_up_to[middle] - tokens_up_to[first]
             tail = min(longest_tail(start, stop, left), most_tail) if left >= 0 else needed
-            if filled <= self.filling * (needed - tail):
+            if filled <= self.settings.filling * (needed - tail):
                 up_to = middle
             else:
                 too_many = middle
-        held += [(filler, 0, self.budget.lengths[filler]) for filler in supply.documents[first:up_to]]
-        supply.first = up_to
-        return tokens_up_to[up_to] - tokens_up_to[first], pairs_up_to[up_to] - pairs_up_to[first]
+        return first, up_to
+
+    def _swapped(self, fillers: tuple[int, int], start: int, stop: int, pairs: int) -> int:
+        """How many of the shortest fillers an own head from [start, stop) can replace for at most `pairs` more: the
+        tail grows by whole tokens, and what pairs it leaves unused would be missing later."""
+        supply, count, too_many = self.supply, 0, fillers[1] - fillers[0] + 1
+        while too_many - count > 1:
+            middle = (count + too_many) // 2
+            head, head_pairs = supply.held(fillers[0], fillers[0] + middle)
+            if start + head < stop and attention_pairs(start, start + head) - head_pairs <= pairs:
+                count = middle
+            else:
+                too_many = middle
+        return count
 
     def _tail_and_head(self, document, start, stop, needed, pairs, most_tail, own, others):
         """`(tail, other)`: tail and head of exactly `needed` tokens, the head from the document itself (`None`) or one

@@ -77,15 +77,25 @@ class Supply:
             self.first += 1
         else:
             index = self.documents.index(item[1], self.first, self.last)
-            self.documents = self.documents[:index] + self.documents[index + 1 :]
-            length = item[3]
-            self.tokens_up_to = self.tokens_up_to[: index + 1] + [
-                tokens - length for tokens in self.tokens_up_to[index + 2 :]
-            ]
-            self.pairs_up_to = self.pairs_up_to[: index + 1] + [
-                pairs - item[0] for pairs in self.pairs_up_to[index + 2 :]
-            ]
-            self.last -= 1
+            self.take_range(index, index + 1)
+
+    def held(self, start: int, stop: int) -> tuple[int, int]:
+        """Tokens and pairs of the untouched documents `start` to `stop` of the ascending list."""
+        return (
+            self.tokens_up_to[stop] - self.tokens_up_to[start],
+            self.pairs_up_to[stop] - self.pairs_up_to[start],
+        )
+
+    def take_range(self, start: int, stop: int) -> None:
+        """Takes the untouched documents `start` to `stop` of the ascending list."""
+        if start == self.first:
+            self.first = stop
+            return
+        tokens, pairs = self.held(start, stop)
+        self.documents = self.documents[:start] + self.documents[stop:]
+        self.tokens_up_to = self.tokens_up_to[:start] + [held - tokens for held in self.tokens_up_to[stop:]]
+        self.pairs_up_to = self.pairs_up_to[:start] + [held - pairs for held in self.pairs_up_to[stop:]]
+        self.last -= stop - start
 
     def add(self, document: int, start: int, stop: int) -> None:
         if start < stop:
