@@ -17,15 +17,18 @@ def step_times(plan, model):
             layers = dataclasses.replace(layers, window=None)
         for rank in range(plan.cp_size):
             attention[rank] += layers.count * sum(
-                layer_seconds(owner, rank, layers, model, backward) for backward in (False, True)
+                layer_seconds(owner, rank, layers, model, backward, plan.offset_groups) for backward in (False, True)
             )
     tokens = np.array([sum((ranks == rank).sum() for ranks in owner) for rank in range(plan.cp_size)])
     linear = tokens * 3 * model.linear_flops_per_token / model.hardware.linear_flops_per_second
     return attention, attention + linear
 
 
-def layer_seconds(owner, rank, layers, model, backward):
-    local, remote = [], []
+def layer_seconds(owner, rank, layers, model, backward, groups):
+    cp_size = max(int(ranks.max()) for ranks in owner) + 1
+    if layers.window is not None or groups is None:
+        groups = [range(1, cp_size)]
+    local, remote, rows = [], [[] for _ in groups], [0 for _ in groups]
     for ranks in owner:
         mine = np.flatnonzero(ranks == rank)
         if not len(mine):
@@ -34,20 +37,41 @@ def layer_seconds(owner, rank, layers, model, backward):
         if layers.window is None:
             local.append(tiles_of(len(mine), model))
             for run in runs:
-                missing = run[0] - (mine < run[0]).sum()
-                if missing:
-                    remote.append([missing for _ in tiles_of(len(run), model)])
+                for stage, group in enumerate(groups):
+                    sources = [(rank - offset) % cp_size for offset in group]
+                    missing = int(np.isin(ranks[: run[0]], sources).sum())
+                    if missing:
+                        remote[stage].append([missing for _ in tiles_of(len(run), model)])
+                        rows[stage] += len(run)
             continue
         most = layers.window + model.hardware.kernel.tile
         for run in runs:
             waiting = min(len(run), layers.window - 1) if run[0] else 0
             before = min(run[0], layers.window - 1)
-            for rows, keys, where in ((waiting, before, remote), (len(run) - waiting, waiting, local)):
-                if rows:
-                    where.append([min(keys + size, most) for size in tiles_of(rows, model)])
+            for count, keys, where in ((waiting, before, remote[0]), (len(run) - waiting, waiting, local)):
+                if count:
+                    where.append([min(keys + size, most) for size in tiles_of(count, model)])
+    memory = model.hardware.memory_bytes_per_second
+    elements = layers.kv_heads * (layers.key_dim + layers.value_dim)
+    sent = sum(
+        seen_from(ranks, other, rank, layers.window) for ranks in owner for other in range(cp_size) if other != rank
+    )
+    edge = sent * elements * (8 + model.grad_itemsize if backward else 2 * model.itemsize) / memory
     local = call_seconds(local, layers, model, True, backward)
-    remote = call_seconds(remote, layers, model, layers.window is not None, backward)
-    return remote + max(local, wire_seconds(owner, rank, layers, model, backward))
+    passes = [call_seconds(stage, layers, model, layers.window is not None, backward) for stage in remote]
+    wires = [wire_seconds(owner, rank, layers, model, backward, group) for group in groups]
+    clock, link = 0.0, 0.0
+    if backward:
+        for work, wire in zip(passes, wires):
+            clock += work
+            link = max(link, clock) + wire
+        return max(clock + local, link) + edge
+    clock = local
+    for work, wire, merged in zip(passes, wires, rows):
+        link += wire
+        clock = max(clock, link) + work
+        clock += merged * layers.query_heads * layers.value_dim * (8 + model.itemsize) / memory
+    return clock + edge
 
 
 def tiles_of(rows, model):
@@ -69,14 +93,15 @@ def call_seconds(rectangles, layers, model, causal, backward):
     return kernel.call_seconds + max(together, alone)
 
 
-def wire_seconds(owner, rank, layers, model, backward):
+def wire_seconds(owner, rank, layers, model, backward, group):
     """Tokens that others hold and this rank sees, and the other way round, node by node."""
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     arriving, leaving = np.zeros(cp_size), np.zeros(cp_size)
     for ranks in owner:
         for other in range(cp_size):
-            if other != rank:
+            if (rank - other) % cp_size in group:
                 arriving[other] += seen_from(ranks, rank, other, layers.window)
+            if (other - rank) % cp_size in group:
                 leaving[other] += seen_from(ranks, other, rank, layers.window)
     profile = model.hardware
     node = np.arange(cp_size) // profile.ranks_per_node

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..data.lengths import LENGTH_DISTRIBUTIONS
+from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
+from ..planning import STRATEGIES
 from .model_config import read_config
+from .plan import comma_separated
 
 
 def add_parser(commands) -> None:
@@ -65,10 +67,58 @@ def add_parser(commands) -> None:
     predicted.add_argument("--json", action="store_true")
     predicted.set_defaults(run=run_predicted)
 
+    attention = benches.add_parser("attention", help="time of one attention layer under each strategy, over the ideal")
+    attention.add_argument(
+        "--lengths",
+        type=comma_separated,
+        default=[4096, 1024, 1024, 512, 512, 512, 256, 256],
+        metavar="N,N,...",
+        help="tokens of each document (default 4096,1024,1024,512,512,512,256,256)",
+    )
+    attention.add_argument("--cp-size", type=int, default=2, metavar="N", help="processes (default 2)")
+    _add_layer(attention)
+    attention.add_argument(
+        "--exchange", choices=("needed", "all"), nargs="+", default=["needed", "all"], help="default: both"
+    )
+    attention.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="default 1.05")
+    attention.add_argument("--rounds", type=int, default=10, metavar="N", help="turns of every case (default 10)")
+    attention.add_argument("--json", action="store_true")
+    attention.set_defaults(run=run_attention)
+
+    kernels = benches.add_parser("kernels", help="each rank's kernels and copies under a plan, against one call")
+    kernels.add_argument(
+        "--lengths-from", choices=LENGTH_DISTRIBUTIONS, default="pile", metavar="CORPUS", help="default: pile"
+    )
+    kernels.add_argument("--window", type=int, default=131072, metavar="N", help="tokens of the pack (default 131072)")
+    kernels.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default 0)")
+    kernels.add_argument("--cp-size", type=int, default=8, metavar="N", help="ranks (default 8)")
+    kernels.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    _add_layer(kernels)
+    kernels.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every run (default 5)")
+    kernels.add_argument("--json", action="store_true")
+    kernels.set_defaults(run=run_kernels)
+
     agreement = benches.add_parser("agreement", help="cost of comparing plans between ranks at each step")
     agreement.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="N")
     agreement.add_argument("--json", action="store_true")
     agreement.set_defaults(run=run_agreement)
+
+
+def _add_layer(parser: argparse.ArgumentParser) -> None:
+    """The layer that is measured, and the plans it runs under."""
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="default 8")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), default="bf16", help="default bf16")
+    parser.add_argument(
+        "--strategies",
+        choices=STRATEGIES,
+        nargs="+",
+        default=["per_doc", "flashcp", "search"],
+        metavar="NAME",
+        help="default: per_doc flashcp search",
+    )
+    parser.add_argument("--stages", type=int, metavar="N", help="in which KV travels (default 1)")
 
 
 def run_table2(arguments: argparse.Namespace) -> None:
@@ -122,6 +172,45 @@ def run_predicted(arguments: argparse.Namespace) -> None:
         config=read_config(arguments.model) if arguments.model else LLAMA_3_8B,
         hardware=arguments.hardware,
         progress=True,
+    )
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
+
+
+def run_attention(arguments: argparse.Namespace) -> None:
+    from ..bench.attention import measure, text
+
+    if arguments.rounds < 1:
+        raise PlanError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    found = measure(
+        arguments.lengths,
+        arguments.cp_size,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        strategies=arguments.strategies,
+        exchanges=arguments.exchange,
+        num_stages=arguments.stages,
+        max_imbalance=arguments.max_imbalance,
+        rounds=arguments.rounds,
+    )
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
+
+
+def run_kernels(arguments: argparse.Namespace) -> None:
+    from ..bench.kernels import measure, text
+
+    found = measure(
+        sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed),
+        arguments.cp_size,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        strategies=arguments.strategies,
+        num_stages=arguments.stages,
+        rounds=arguments.rounds,
     )
     print(json.dumps(found, indent=2) if arguments.json else text(found))
 

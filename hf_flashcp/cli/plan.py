@@ -27,7 +27,7 @@ def add_parser(commands) -> None:
     )
     documents = parser.add_mutually_exclusive_group(required=True)
     documents.add_argument(
-        "--lengths", type=_comma_separated, metavar="N,N,...", help="tokens of each document, in packed order"
+        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens of each document, in packed order"
     )
     documents.add_argument(
         "--lengths-from",
@@ -189,7 +189,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _comma_separated(text: str) -> list[int]:
+def comma_separated(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -27,6 +27,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         cost_model (`CostModel`, *optional*): with the strategy "search", plan for the least predicted step time.
         max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
         max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
+        num_stages (`int`, *optional*): see [`plan_documents`].
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
             `return_flash_attn_kwargs`, `return_seq_idx`, ...).
 
@@ -49,6 +50,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         cost_model: CostModel | None = None,
         max_imbalance: float = 1.05,
         max_token_imbalance: float = 1.0,
+        num_stages: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -61,6 +63,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self.cost_model = cost_model
         self.max_imbalance = max_imbalance
         self.max_token_imbalance = max_token_imbalance
+        self.num_stages = num_stages
 
     def __call__(
         self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None, **kwargs: Any
@@ -77,6 +80,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
             cost_model=self.cost_model,
             max_imbalance=self.max_imbalance,
             max_token_imbalance=self.max_token_imbalance,
+            num_stages=self.num_stages,
         )
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]

@@ -84,7 +84,7 @@ class RankLayout:
         self.num_tokens = sum(stop - start for _, start, stop, _ in self.slices)
         self._document_starts = np.concatenate(([0], np.cumsum(plan.lengths)))
         self._plan, self._rank = plan, rank
-        self._needed = needed_keys(plan.slices, self.window)
+        self._needed = self._needed_keys()
         self.local = self._local_rectangles()
         self._sent: list[np.ndarray] = []
         self._stages = tuple(self._stage(offsets) for offsets in self._offset_groups(plan) if self._is_needed(offsets))
@@ -135,6 +135,10 @@ class RankLayout:
                 None if len(local) == self.num_tokens else Rows(local).to(device),
             )
         return self._maps_on[device]
+
+    def _needed_keys(self) -> dict[int, dict[int, list[tuple[int, int]]]]:
+        """Which tokens each rank is sent, see [`needed_keys`]."""
+        return needed_keys(self._plan.slices, self.window)
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
         """One causal square per local document."""

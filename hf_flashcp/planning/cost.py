@@ -1,23 +1,19 @@
 """`CostModel`: how long a training step would take under a plan, from a model's config and a hardware profile.
 
-What a rank does in one attention layer, and when (times of one rank, one stage):
+What a rank does in one attention layer, and when (here with two stages; R1, R2 are the rectangles of received KV):
 
-    forward    |-- local pass --------|-- received KV: full rectangles --|
-               |-- KV travels ------------|exposed
-    backward   |-- full rectangles ---|-- local pass ---------|
-                                      |-- dK, dV travel home ------|exposed
+    forward    |-- pack --|-- local pass --------|-- R1 + merge --|-- R2 + merge --|
+    link                  |-- KV 1 --|-- KV 2 ---------------------|waits|
+    backward   |-- R1 --|-- R2 --|-- local pass ---------|waits|-- add --|
+    link                |-- dKV 1 --|-- dKV 2 -----------------|
 
-so a layer costs its kernels and as much of each transfer as the local pass does not hide. A step is the sum over
+so a layer costs its kernels and copies, and as much of the transfers as they do not hide. A step is the sum over
 layers plus the linear work of the rank's tokens, and takes as long as the slowest rank.
-
-A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
-in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest
-tile, which one unit of the device works on alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .hardware_profile import HardwareProfile, Link
+from .layer_work import call_seconds, layer_work
 from .model_shape import AttentionLayers, ModelShape
-from .plan import ShardPlan, Slice
-from .volume import full_attention_traffic, kv_traffic
+from .plan import ShardPlan
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_NO_WINDOW = 1 << 40
 
 BACKWARD_OF_LINEAR = 2
 """Floating-point work of a linear layer's backward, over that of its forward: two products instead of one."""
@@ -46,24 +40,26 @@ class StepTime:
     Args:
         linear (`np.ndarray`): (cp_size,) everything that works token by token.
         attention (`np.ndarray`): (cp_size,) attention kernels of all layers.
+        copies (`np.ndarray`): (cp_size,) packing, merging and adding what travels, all layers.
         exposed (`np.ndarray`): (cp_size,) waiting for KV and for gradients of KV, all layers.
         transfer (`np.ndarray`): (cp_size,) time on the wire, all layers, whether it is waited for or not.
     """
 
     linear: np.ndarray
     attention: np.ndarray
+    copies: np.ndarray
     exposed: np.ndarray
     transfer: np.ndarray
 
     @property
     def seconds(self) -> float:
         """Of the slowest rank."""
-        return float((self.linear + self.attention + self.exposed).max())
+        return float((self.linear + self.attention + self.copies + self.exposed).max())
 
     @property
     def attention_seconds(self) -> float:
-        """Attention with what it waits for, of the slowest rank."""
-        return float((self.attention + self.exposed).max())
+        """Attention with its copies and what it waits for, of the slowest rank."""
+        return float((self.attention + self.copies + self.exposed).max())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
@@ -118,122 +114,74 @@ class CostModel:
         tokens = np.array([sum(stop - start for _, start, stop in held) for held in plan.slices])
         linear = tokens * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
         linear = linear / self.hardware.linear_flops_per_second
-        attention, exposed, transfer = (np.zeros(plan.cp_size) for _ in range(3))
+        sums = [np.zeros(plan.cp_size) for _ in range(4)]
         for layers in self.layers:
-            for found, total in zip(self._layer(plan, layers), (attention, exposed, transfer)):
+            for total, found in zip(sums, self._layer(plan, layers)):
                 total += layers.count * found
-        return StepTime(linear, attention, exposed, transfer)
+        return StepTime(linear, *sums)
 
-    def _layer(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`(attention, exposed, transfer)` of one layer, forward and backward."""
+    def _layer(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[np.ndarray, ...]:
+        """`(attention, copies, exposed, transfer)` of one layer, forward and backward, each (cp_size,)."""
+        profile, cp_size = self.hardware, plan.cp_size
         # Attention computes windows that hide nothing as full attention.
         window = None if layers.window is None or layers.window >= max(plan.lengths) else layers.window
-        local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
-        attention, exposed, on_the_wire = (np.zeros(plan.cp_size) for _ in range(3))
-        for backward, transfer in zip((False, True), self._transfers(plan, layers, window)):
-            local_pass, remote_pass = (
-                self._passes(rectangles, plan.cp_size, layers, window, causal=causal, backward=backward)
-                for rectangles, causal in ((local, True), (remote, window is not None))
-            )
-            attention += local_pass + remote_pass
-            exposed += np.maximum(transfer - local_pass, 0)
-            on_the_wire += transfer
-        return attention, exposed, on_the_wire
+        local, stages = layer_work(plan, window, profile.ranks_per_node)
+        attention, copies, exposed, transfer = (np.zeros(cp_size) for _ in range(4))
+        for backward in (False, True):
+            options = {"cp_size": cp_size, "layers": layers, "window": window, "backward": backward}
+            local_pass = call_seconds(profile.kernel, local, causal=True, **options)
+            passes, merges, wires, arriving, leaving = [], [], [], [], []
+            for stage in stages:
+                causal = window is not None
+                passes.append(call_seconds(profile.kernel, stage.rectangles, causal=causal, **options))
+                rows = np.bincount(stage.rectangles[:, 0], stage.rectangles[:, 1], cp_size)
+                merges.append(np.zeros(cp_size) if backward or causal else self._merge_seconds(rows, layers))
+                received, sent = (stage.sent, stage.received) if backward else (stage.received, stage.sent)
+                wires.append(self._wire_seconds(received, sent, layers, backward))
+                arriving.append(received.sum(0))
+                leaving.append(sent.sum(0))
+            # Of the tokens sent forward: packed before, and backward what comes back is added to the gradients.
+            moved = sum(arriving if backward else leaving, np.zeros(cp_size))
+            edge = self._pack_seconds(moved, layers, backward)
+            work = local_pass + sum(passes) + sum(merges) + edge
+            if backward:
+                free = done = np.zeros(cp_size)
+                for remote_pass, wire in zip(passes, wires):
+                    done = done + remote_pass
+                    free = np.maximum(free, done) + wire
+                end = np.maximum(done + local_pass, free) + edge
+            else:
+                end, free = local_pass, np.zeros(cp_size)
+                for remote_pass, merge, wire in zip(passes, merges, wires):
+                    free = free + wire
+                    end = np.maximum(end, free) + remote_pass + merge
+                end = end + edge
+            attention += local_pass + sum(passes)
+            copies += sum(merges) + edge
+            exposed += end - work
+            transfer += sum(wires)
+        return attention, copies, exposed, transfer
 
-    def _passes(
-        self,
-        rectangles: np.ndarray,
-        cp_size: int,
-        layers: AttentionLayers,
-        window: int | None,
-        *,
-        causal: bool,
-        backward: bool,
+    def _wire_seconds(
+        self, received: np.ndarray, sent: np.ndarray, layers: AttentionLayers, backward: bool
     ) -> np.ndarray:
-        """(cp_size,) seconds of one kernel call a rank over its rectangles (n, 3): rank, queries, keys before them."""
-        kernel = self.hardware.kernel
-        speed = kernel.backward if backward else kernel.forward
-        rank, queries, before = rectangles.T
-        tiles = -(-queries // kernel.tile)
-        if causal:
-            # Tile i = 1 ... sees before + i x tile keys, those beyond a window plus a tile cut off.
-            most = (window or _NO_WINDOW) + kernel.tile
-            growing = np.clip((most - before) // kernel.tile, 0, tiles)
-            keys = before * growing + kernel.tile * growing * (growing + 1) / 2 + (tiles - growing) * most
-            longest = np.minimum(before + tiles * kernel.tile, most)
-        else:
-            keys, longest = tiles * before, before
-        a_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
-        a_key = kernel.tile * a_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
-        total = np.bincount(rank, (keys + tiles * speed.tile_overhead_keys) * layers.query_heads * a_key, cp_size)
-        alone = np.zeros(cp_size)
-        np.maximum.at(alone, rank, (longest + speed.tile_overhead_keys) * kernel.units * a_key)
-        calls = np.bincount(rank, minlength=cp_size) > 0
-        return np.maximum(total, alone) + kernel.call_seconds * calls
-
-    def _transfers(
-        self, plan: ShardPlan, layers: AttentionLayers, window: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(cp_size,) seconds that each rank's KV is under way, and the gradients."""
-        profile = self.hardware
-        wires: list[tuple[Link, np.ndarray]]
-        if plan.cp_size <= profile.ranks_per_node and window is None:
-            received, sent = full_attention_traffic(plan.cp_size, plan.slices)
-            wires = [(profile.intra_node, np.maximum(received, sent))]
-        else:
-            traffic = np.array(kv_traffic(plan, window))
-            node = np.arange(plan.cp_size) // profile.ranks_per_node
-            inside = node[:, None] == node
-            wires = [
-                (link, np.maximum((traffic * which).sum(0), (traffic * which).sum(1)))
-                for link, which in ((profile.intra_node, inside), (profile.inter_node, ~inside))
-            ]
-        width = layers.kv_elements_per_token
-        forward, backward = (
-            np.max([_seconds(link, tokens * width * size) for link, tokens in wires], axis=0)
-            for size in (self.itemsize, self.grad_itemsize)
+        """(cp_size,) seconds of a transfer of (2, cp_size) tokens, inside nodes and between them at the same time."""
+        width = layers.kv_elements_per_token * (self.grad_itemsize if backward else self.itemsize)
+        links = (self.hardware.intra_node, self.hardware.inter_node)
+        return np.max(
+            [_seconds(link, tokens * width) for link, tokens in zip(links, np.maximum(received, sent))], axis=0
         )
-        return forward, backward
+
+    def _merge_seconds(self, rows: np.ndarray, layers: AttentionLayers) -> np.ndarray:
+        """Partial outputs in fp32 are read and written, the received part's output is read."""
+        elements = rows * layers.query_heads * layers.value_dim
+        return elements * (8 + self.itemsize) / self.hardware.memory_bytes_per_second
+
+    def _pack_seconds(self, tokens: np.ndarray, layers: AttentionLayers, backward: bool) -> np.ndarray:
+        """KV that is sent is read and written once; gradients that come home are added to fp32 ones."""
+        an_element = 8 + self.grad_itemsize if backward else 2 * self.itemsize
+        return tokens * layers.kv_elements_per_token * an_element / self.hardware.memory_bytes_per_second
 
 
 def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:
     return np.where(bytes_moved > 0, link.latency_seconds + bytes_moved / link.bytes_per_second, 0.0)
-
-
-def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:
-    """`(local, remote)`, each (n, 3): rank, queries, and keys before them (causal) or in all (remote).
-
-    A rank's slices of a document form one causal square; each of them sees, of the other ranks' tokens, those before
-    it, without a mask.
-    """
-    local, remote = [], []
-    for rank, held in enumerate(slices):
-        last, owned = None, 0
-        for document, start, stop in held:
-            if document != last:
-                if owned:
-                    local.append((rank, owned, 0))
-                last, owned = document, 0
-            if start > owned:
-                remote.append((rank, stop - start, start - owned))
-            owned += stop - start
-        if owned:
-            local.append((rank, owned, 0))
-    return _table(local), _table(remote)
-
-
-def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
-    local, remote = [], []
-    for rank, held in enumerate(slices):
-        for _, start, stop in held:
-            waiting = min(stop - start, window - 1) if start else 0
-            if waiting:
-                remote.append((rank, waiting, min(start, window - 1)))
-            if start + waiting < stop:
-                local.append((rank, stop - start - waiting, waiting))
-    return _table(local), _table(remote)
-
-
-def _table(rows: list[tuple[int, int, int]]) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)

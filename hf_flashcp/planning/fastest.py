@@ -3,7 +3,8 @@
 How much balance is worth how much traffic depends on the link: where KV is hidden behind the local pass it is free,
 and the best plan is the best balanced one; where it is not, a rank may rather compute 5% more than wait. So plans are
 made under several caps, from nearly even to the user's own, with the busiest rank's KV or all of it kept low, and
-judged by their predicted time, next to those of every other strategy that keeps within the caps.
+judged by their predicted time, next to those of every other strategy that keeps within the caps. The best of them are
+then tried with their KV travelling in more stages than one, each hidden behind the work on the stage before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .lower_bound import Caps
 from .plan import ShardPlan
 from .search import search
 from .sharding import Lengths, Slices, per_doc, per_seq, whole_doc
+from .volume import kv_traffic
 
 
 TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
@@ -25,30 +27,73 @@ expensive to plan, and ranks that differ by a thousandth wait for each other no 
 LEAST_SLACK, MOST_SLACK = 0.001, 1.0
 
 
+STAGED = 3
+"""How many plans are tried with more stages: those of the least time with one."""
+
+
 def fastest(
-    lengths: Lengths, cp_size: int, cost_model: CostModel, max_imbalance: float, max_token_imbalance: float
-) -> Slices:
-    """Slices of the plan with the least predicted step time (`CostModel.step_time`) among those within the caps; the
-    first of several. Where no plan meets the caps, of the plans with the least pairs on a rank."""
+    lengths: Lengths,
+    cp_size: int,
+    cost_model: CostModel,
+    max_imbalance: float,
+    max_token_imbalance: float,
+    num_stages: int | None = None,
+) -> ShardPlan:
+    """The plan with the least predicted step time (`CostModel.step_time`) among those within the caps, the first of
+    several; its KV travels in `num_stages` stages, or in as many as are predicted to be best. Where no plan meets the
+    caps, of the plans with the least pairs on a rank."""
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
-    best, best_key, seen = None, None, set()
+    found: dict[tuple, tuple[int, float, ShardPlan]] = {}
     for slices in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance):
         plan = ShardPlan(lengths, cp_size, slices)
-        if plan.slices in seen:
+        if plan.slices in found:
             continue
-        seen.add(plan.slices)
         tokens = [sum(stop - start for _, start, stop in held) for held in plan.slices]
         pairs = [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in plan.slices]
-        if max(tokens) > caps.most_tokens:
-            continue
-        beyond = max(max(pairs) - caps.most_pairs, 0)
-        if best_key is not None and beyond > best_key[0]:
-            continue
-        key = (beyond, cost_model.step_time(plan).seconds)
-        if best_key is None or key < best_key:
-            best, best_key = slices, key
-    assert best is not None, "search is within the cap on tokens"
-    return best
+        if max(tokens) <= caps.most_tokens:
+            beyond = max(max(pairs) - caps.most_pairs, 0)
+            found[plan.slices] = (beyond, cost_model.step_time(plan).seconds, plan)
+    best = sorted(found.values(), key=lambda entry: entry[:2])
+    # Ties go to the first, and to fewer stages.
+    staged = [
+        (beyond, cost_model.step_time(choice).seconds, choice)
+        for beyond, _, plan in best[:STAGED]
+        for choice in _stagings(plan, num_stages)
+    ]
+    return min(staged, key=lambda entry: entry[:2])[2]
+
+
+def _stagings(plan: ShardPlan, num_stages: int | None) -> Iterator[ShardPlan]:
+    most = plan.cp_size - 1
+    if num_stages is not None:
+        yield in_stages(plan, num_stages)
+        return
+    yield plan
+    for stages in sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}):
+        if stages > 1:
+            yield in_stages(plan, stages)
+
+
+def in_stages(plan: ShardPlan, num_stages: int) -> ShardPlan:
+    """The same plan with its ring offsets, the nearest first, in so many groups (at most cp_size - 1) between which
+    what the busiest ranks receive is shared as evenly as it goes."""
+    cp_size = plan.cp_size
+    if num_stages <= 1 or cp_size <= 2:
+        return plan.with_offset_groups(None)
+    traffic = kv_traffic(plan)
+    loads = [max(traffic[rank][(rank + offset) % cp_size] for rank in range(cp_size)) for offset in range(1, cp_size)]
+    groups: list[list[int]] = []
+    left, group, held = sum(loads), [], 0
+    for offset, load in enumerate(loads, start=1):
+        group.append(offset)
+        held += load
+        stages_left, offsets_left = num_stages - len(groups), cp_size - 1 - offset
+        if stages_left > 1 and (held * stages_left >= left or offsets_left < stages_left):
+            groups.append(group)
+            left, group, held = left - held, [], 0
+    if group:
+        groups.append(group)
+    return plan.with_offset_groups(groups)
 
 
 def _candidates(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float) -> Iterator[Slices]:

@@ -70,6 +70,7 @@ class HardwareProfile:
 
     Args:
         linear_flops_per_second (`float`): reached by large matrix products in the training dtype.
+        memory_bytes_per_second (`float`): read or written by operations that only copy or add.
         kernel (`Kernel`): of attention.
         intra_node (`Link`): between ranks of a node.
         inter_node (`Link`): between ranks of different nodes, for each rank.
@@ -78,6 +79,7 @@ class HardwareProfile:
     """
 
     linear_flops_per_second: float
+    memory_bytes_per_second: float
     kernel: Kernel
     intra_node: Link
     inter_node: Link
@@ -97,6 +99,7 @@ class HardwareProfile:
             links = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
             profile = cls(
                 linear_flops_per_second=data["linear_flops_per_second"],
+                memory_bytes_per_second=data["memory_bytes_per_second"],
                 kernel=Kernel(**kernel, **passes),
                 **links,
                 ranks_per_node=data["ranks_per_node"],

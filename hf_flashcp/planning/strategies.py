@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import PlanError, UnmetCapWarning
 from .algorithm1 import flashcp
+from .fastest import fastest, in_stages
 from .plan import ShardPlan, Slice, check_lengths
 from .search import search
 from .sharding import per_doc, per_seq, whole_doc
@@ -34,6 +35,7 @@ def plan_documents(
     max_imbalance: float = 1.05,
     max_token_imbalance: float = 1.0,
     minimize_total: bool = False,
+    num_stages: int | None = None,
     rotate_ranks: bool = False,
 ) -> ShardPlan:
     """Assigns the tokens of packed documents to context-parallel ranks.
@@ -63,6 +65,8 @@ def plan_documents(
             the mean; 1.0 means equal within one token. Binds "flashcp" and "search".
         minimize_total (`bool`, *optional*, defaults to `False`):
             With `"search"`, the least KV in total instead of little on the busiest rank.
+        num_stages (`int`, *optional*): in how many stages a layer's KV travels, each while the one before is
+            computed, at most cp_size - 1: what `cost_model` predicts to be best, else one.
         rotate_ranks (`bool`, *optional*, defaults to `False`):
             With `"per_doc"`, shift the rank labels by one from document to document. The total traffic stays, the
             largest rank's share of it falls.
@@ -74,7 +78,7 @@ def plan_documents(
         PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1, an
             option that the strategy does not have.
     """
-    begin = time.perf_counter()
+    begin, offset_groups = time.perf_counter(), None
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
         if not isinstance(cap, (int, float)) or math.isnan(cap) or cap < 1:
@@ -89,6 +93,8 @@ def plan_documents(
             raise PlanError(f"{name} is an option of the strategy {owner!r}, not of {strategy!r}: leave it out.")
     if minimize_total and cost_model is not None:
         raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
+    if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
+        raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
     match strategy:
         case "whole_doc":
             slices = whole_doc(lengths, cp_size)
@@ -98,11 +104,17 @@ def plan_documents(
             slices = per_seq(lengths, cp_size)
         case "flashcp":
             slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
+        case "search" if cost_model is not None:
+            slices, offset_groups = _timed(
+                lengths, cp_size, cost_model, max_imbalance, max_token_imbalance, num_stages
+            )
         case "search":
-            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total, cost_model)
+            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total)
         case _:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
-    plan = ShardPlan(lengths, cp_size, slices).validate()
+    plan = ShardPlan(lengths, cp_size, slices, offset_groups).validate()
+    if num_stages is not None and cost_model is None:
+        plan = in_stages(plan, num_stages)
     if strategy in ("flashcp", "search"):
         _warn_of_unmet_cap(plan, max_imbalance)
     plan.planning_seconds = time.perf_counter() - begin
@@ -116,17 +128,17 @@ def _searched(
     max_imbalance: float,
     max_token_imbalance: float,
     minimize_total: bool,
-    cost_model: CostModel | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
-    if cost_model is None:
-        caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
-        slices = search(lengths, cp_size, **caps, minimize_total=minimize_total)
-    else:
-        from .fastest import fastest
+    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    return tuple(map(tuple, search(lengths, cp_size, **caps, minimize_total=minimize_total)))
 
-        slices = fastest(lengths, cp_size, cost_model, max_imbalance, max_token_imbalance)
-    return tuple(map(tuple, slices))
+
+@functools.lru_cache(maxsize=128)
+def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None]:
+    """Slices and offset groups of [`fastest`]: a plan itself carries what differs from batch to batch."""
+    plan = fastest(*arguments)
+    return plan.slices, plan.offset_groups
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:

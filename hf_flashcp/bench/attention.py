@@ -1,0 +1,244 @@
+"""One attention layer under each strategy, beside an all-gather exchange and the single process, in one run.
+
+All cases take turns, round after round, on the same processes of this machine (gloo, one thread each), so that
+whatever else the machine does falls on all of them alike. The ideal is the time of one process that runs PyTorch's
+`scaled_dot_product_attention` on one document after the other, over the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..attention import AttentionKernel, document_attention, select_kernel
+from ..exchange import kv_exchange
+from ..layout import RankLayout, RankPlan
+from ..planning import ShardPlan, kv_bytes, plan_documents
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+SINGLE = "single process"
+
+
+class AllGatherLayout(RankLayout):
+    """Every rank receives every other rank's KV, needed or not, as all-gather schemes do (FlashCP eq. 4)."""
+
+    def _needed_keys(self):
+        return {
+            document: {rank: [(0, length)] for rank in range(self._plan.cp_size)}
+            for document, length in enumerate(self._plan.lengths)
+        }
+
+
+def measure(
+    lengths: Sequence[int],
+    cp_size: int,
+    *,
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    dtype: str = "bf16",
+    strategies: Sequence[str] = ("per_doc", "flashcp", "search"),
+    exchanges: Sequence[str] = ("needed", "all"),
+    num_stages: int | None = None,
+    max_imbalance: float = 1.05,
+    rounds: int = 10,
+) -> dict[str, Any]:
+    """Forward and backward of one causal full-attention layer.
+
+    Args:
+        lengths: tokens of each document.
+        cp_size: processes.
+        dtype: a key of `DTYPES`.
+        strategies: of [`plan_documents`].
+        exchanges: `"needed"`, what this library does, or `"all"`, an all-gather with the same plan and kernels.
+        num_stages: see [`plan_documents`].
+        max_imbalance: the cap of the strategies that have one.
+        rounds: timed turns of every case, after two that are not.
+
+    Returns:
+        `dict`, JSON-serializable: the arguments, the single process's median `seconds`, and `cases`, each with
+        `strategy`, `exchange`, medians over rounds of `seconds` (slowest rank, forward and backward), `forward` and
+        `waiting` (longest of a rank), `ideal_share` (the median over rounds of the single process's time of the same
+        round / cp_size / seconds), and, exactly counted, the largest rank's `bytes_received` forward and
+        `kernel_calls` and `collectives` forward and backward; from the plan's report `copies`.
+    """
+    from ..doctor.workers import WorkerPool
+
+    shape = (heads, kv_heads, head_dim)
+    cases = [
+        (
+            plan_documents(lengths, cp_size, strategy=strategy, max_imbalance=max_imbalance, num_stages=num_stages),
+            exchange,
+        )
+        for strategy in strategies
+        for exchange in exchanges
+    ]
+    with WorkerPool() as pool:
+        by_rank = pool.run(cp_size, _time_cases, list(lengths), cases, shape, dtype, rounds, timeout=3600)
+    single = by_rank[0][len(cases)]["seconds"]
+    found = []
+    names = [(strategy, exchange) for strategy in strategies for exchange in exchanges]
+    for index, ((strategy, exchange), (plan, _)) in enumerate(zip(names, cases)):
+        rows = [times[index] for times in by_rank]
+        seconds = [max(turn) for turn in zip(*(row["seconds"] for row in rows))]
+        found.append(
+            {
+                "strategy": strategy,
+                "exchange": exchange,
+                "seconds": median(seconds),
+                "forward": median(max(turn) for turn in zip(*(row["forward"] for row in rows))),
+                "waiting": max(median(row["waiting"]) for row in rows),
+                "ideal_share": median(alone / cp_size / turn for alone, turn in zip(single, seconds)),
+                "bytes_received": max(row["rows_received"] for row in rows)
+                * kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize),
+                "kernel_calls": max(row["kernel_calls"] for row in rows),
+                "collectives": max(row["collectives"] for row in rows),
+                "copies": max(plan.report()["copies"]) if exchange == "needed" else None,
+            }
+        )
+    return {
+        "lengths": list(lengths),
+        "cp_size": cp_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "rounds": rounds,
+        "seconds": median(single),
+        "cases": found,
+    }
+
+
+def _time_cases(
+    lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
+) -> dict[Any, Any]:
+    """Runs in every worker. Times by case index; behind the cases the single process, on rank 0."""
+    rank = dist.get_rank()
+    kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
+    runs: list[tuple[RankPlan | None, list[torch.Tensor] | None]] = []
+    for plan, exchange in cases:
+        bound = RankPlan(plan, rank, dist.group.WORLD)
+        if exchange == "all":
+            bound.layout = AllGatherLayout(plan, rank)
+        runs.append((bound, _inputs(bound.layout.num_tokens, shape, dtype)))
+    runs.append((None, _inputs(sum(lengths), shape, dtype) if rank == 0 else None))
+    found: dict[Any, Any] = {index: {"seconds": [], "forward": [], "waiting": []} for index in range(len(runs))}
+    with _counted_transfers() as transfers:
+        for turn in range(rounds + 2):
+            for index, (bound, tensors) in enumerate(runs):
+                kernel.calls = 0
+                transfers.update(waiting=0.0, collectives=0, rows=0)
+                dist.barrier()
+                begin = time.perf_counter()
+                if tensors is not None:
+                    if bound is None:
+                        out = _one_after_the_other(*tensors[:3], lengths)
+                    else:
+                        out = document_attention(*tensors[:3], bound, kernel=kernel)
+                    middle, rows = time.perf_counter(), transfers["rows"]
+                    out.backward(tensors[3])
+                    end = time.perf_counter()
+                    if turn >= 2:
+                        row = found[index]
+                        row["seconds"].append(end - begin)
+                        row["forward"].append(middle - begin)
+                        row["waiting"].append(transfers["waiting"])
+                        row.update(kernel_calls=kernel.calls, collectives=transfers["collectives"], rows_received=rows)
+                    for tensor in tensors[:3]:
+                        tensor.grad = None
+                dist.barrier()
+    return found
+
+
+def _one_after_the_other(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
+    parts = zip(*(tensor[None].split(lengths, dim=2) for tensor in (query, key, value)))
+    outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0] for part in parts]
+    return torch.cat(outs, dim=1)
+
+
+def _inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
+    """Query, key and value as a model's projections leave them (a token's heads side by side), and dO."""
+    heads, kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(tokens)
+    tensors = []
+    for count in (heads, kv_heads, kv_heads, heads):
+        rows = torch.randn(tokens, count, head_dim, generator=generator).to(DTYPES[dtype])
+        tensors.append(rows.transpose(0, 1))
+    return [*(tensor.requires_grad_() for tensor in tensors[:3]), tensors[3]]
+
+
+class _CountingKernel:
+    def __init__(self, kernel: AttentionKernel):
+        self._kernel, self.name, self.calls = kernel, kernel.name, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self._kernel.forward(*args, **kwargs)
+
+    def backward(self, *args, **kwargs):
+        self.calls += 1
+        return self._kernel.backward(*args, **kwargs)
+
+
+@contextmanager
+def _counted_transfers():
+    """Counts collectives, rows received and seconds of waiting, in this process."""
+    counts = {"waiting": 0.0, "collectives": 0, "rows": 0}
+    transfer = kv_exchange.Transfer
+    original_init, original_wait = transfer.__init__, transfer.wait
+
+    def init(self, sent, received, *args, **kwargs):
+        counts["collectives"] += 1
+        counts["rows"] += len(received)
+        original_init(self, sent, received, *args, **kwargs)
+
+    def wait(self):
+        begin = time.perf_counter()
+        found = original_wait(self)
+        counts["waiting"] += time.perf_counter() - begin
+        return found
+
+    transfer.__init__, transfer.wait = init, wait
+    try:
+        yield counts
+    finally:
+        transfer.__init__, transfer.wait = original_init, original_wait
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table for a terminal, the single process first."""
+    lengths = found["lengths"]
+    shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else f"{len(lengths)} documents"
+    lines = [
+        f"[{shown}], {sum(lengths):,} tokens, {found['cp_size']} processes, {found['heads']}/{found['kv_heads']} "
+        f"heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of {found['rounds']} rounds",
+        "",
+        f"{'strategy':16}{'exchange':>10}{'ms':>10}{'of ideal':>10}{'forward':>9}{'waiting':>9}{'received':>13}"
+        f"{'kernel calls':>14}{'collectives':>13}{'copies':>8}",
+        f"{SINGLE:16}{'':10}{1000 * found['seconds']:10.1f}",
+    ]
+    for case in found["cases"]:
+        copies = "-" if case["copies"] is None else case["copies"]
+        lines.append(
+            f"{case['strategy']:16}{case['exchange']:>10}{1000 * case['seconds']:10.1f}{case['ideal_share']:10.1%}"
+            f"{1000 * case['forward']:9.1f}{1000 * case['waiting']:9.1f}{_size(case['bytes_received']):>13}"
+            f"{case['kernel_calls']:14}{case['collectives']:13}{copies:>8}"
+        )
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    power = min(int(math.log(count, 1024)), 3) if count else 0
+    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -1,0 +1,163 @@
+"""What the ranks of a plan compute and send in one attention layer: rectangles, stages, and what a kernel call costs.
+
+A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
+in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest
+tile, which one unit of the device works on alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .hardware_profile import Kernel
+from .model_shape import AttentionLayers
+from .plan import ShardPlan, Slice
+from .volume import full_attention_traffic, kv_traffic
+
+
+_NO_WINDOW = 1 << 40
+
+
+class StageWork(NamedTuple):
+    """One exchange and the rectangles that wait for it.
+
+    Attributes:
+        rectangles (`np.ndarray`): (n, 3) int64: rank, queries, keys that they all see (with a window: keys before
+            them, and a causal mask).
+        received, sent (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the forward: inside its
+            node, and from and to other nodes.
+    """
+
+    rectangles: np.ndarray
+    received: np.ndarray
+    sent: np.ndarray
+
+
+def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[np.ndarray, list[StageWork]]:
+    """`(local, stages)`: the local rectangles (n, 3): rank, queries, keys before them, under a causal mask; and what
+    each stage brings. Stages in which nothing travels are left out.
+
+    Args:
+        window (`int`, *optional*): keys that a query sees. Windowed layers have one stage.
+        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
+    """
+    cp_size, groups = plan.cp_size, plan.offset_groups
+    local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
+    if window is not None or groups is None or len(groups) < 2:
+        if cp_size <= ranks_per_node and window is None:
+            received, sent = (
+                np.array([tokens, [0] * cp_size]) for tokens in full_attention_traffic(cp_size, plan.slices)
+            )
+        else:
+            received, sent = _by_link(np.array(kv_traffic(plan, window)), ranks_per_node)
+        return local, [StageWork(remote, received, sent)] if received.any() else []
+    traffic = np.array(kv_traffic(plan))
+    offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
+    staged = _staged_rectangles(plan.slices, cp_size, groups)
+    works = [
+        StageWork(rectangles, *_by_link(traffic * np.isin(offset, group), ranks_per_node))
+        for rectangles, group in zip(staged, groups)
+    ]
+    return local, [work for work in works if work.received.any()]
+
+
+def call_seconds(
+    kernel: Kernel,
+    rectangles: np.ndarray,
+    *,
+    cp_size: int,
+    layers: AttentionLayers,
+    window: int | None,
+    causal: bool,
+    backward: bool,
+) -> np.ndarray:
+    """(cp_size,) seconds of one kernel call on each rank, over its rectangles (n, 3): rank, queries, and keys before
+    them (`causal`) or in all. A rank without any makes no call."""
+    speed = kernel.backward if backward else kernel.forward
+    rank, queries, before = rectangles.T
+    tiles = -(-queries // kernel.tile)
+    if causal:
+        # Tile i = 1 ... sees before + i x tile keys, those beyond a window plus a tile cut off.
+        most = (window or _NO_WINDOW) + kernel.tile
+        growing = np.clip((most - before) // kernel.tile, 0, tiles)
+        keys = before * growing + kernel.tile * growing * (growing + 1) / 2 + (tiles - growing) * most
+        longest = np.minimum(before + tiles * kernel.tile, most)
+    else:
+        keys, longest = tiles * before, before
+    a_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
+    a_key = kernel.tile * a_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
+    total = np.bincount(rank, (keys + tiles * speed.tile_overhead_keys) * layers.query_heads * a_key, cp_size)
+    alone = np.zeros(cp_size)
+    np.maximum.at(alone, rank, (longest + speed.tile_overhead_keys) * kernel.units * a_key)
+    calls = np.bincount(rank, minlength=cp_size) > 0
+    return np.maximum(total, alone) + kernel.call_seconds * calls
+
+
+def _by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
+    node = np.arange(len(traffic)) // ranks_per_node
+    inside = node[:, None] == node
+    parts = [traffic * which for which in (inside, ~inside)]
+    return np.array([part.sum(0) for part in parts]), np.array([part.sum(1) for part in parts])
+
+
+def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:
+    """`(local, remote)`. A rank's slices of a document form one causal square; each of them sees, of the other ranks'
+    tokens, those before it, without a mask."""
+    local, remote = [], []
+    for rank, held in enumerate(slices):
+        last, owned = None, 0
+        for document, start, stop in held:
+            if document != last:
+                if owned:
+                    local.append((rank, owned, 0))
+                last, owned = document, 0
+            if start > owned:
+                remote.append((rank, stop - start, start - owned))
+            owned += stop - start
+        if owned:
+            local.append((rank, owned, 0))
+    return _table(local), _table(remote)
+
+
+def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
+    local, remote = [], []
+    for rank, held in enumerate(slices):
+        for _, start, stop in held:
+            waiting = min(stop - start, window - 1) if start else 0
+            if waiting:
+                remote.append((rank, waiting, min(start, window - 1)))
+            if start + waiting < stop:
+                local.append((rank, stop - start - waiting, waiting))
+    return _table(local), _table(remote)
+
+
+def _staged_rectangles(
+    slices: Sequence[Sequence[Slice]], cp_size: int, groups: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Each slice against the keys before it that come from the ranks of one stage, stage by stage."""
+    group_of = {offset: index for index, group in enumerate(groups) for offset in group}
+    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, held in enumerate(slices):
+        for document, start, stop in held:
+            pieces[document].append((start, stop, rank))
+    found: list[list[tuple[int, int, int]]] = [[] for _ in groups]
+    for of_document in pieces.values():
+        of_document.sort()
+        for index, (start, stop, rank) in enumerate(of_document):
+            keys = [0] * len(groups)
+            for other_start, other_stop, other in of_document[:index]:
+                if other != rank:
+                    keys[group_of[(rank - other) % cp_size]] += other_stop - other_start
+            for rectangles, count in zip(found, keys):
+                if count:
+                    rectangles.append((rank, stop - start, count))
+    return [_table(rectangles) for rectangles in found]
+
+
+def _table(rows: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)

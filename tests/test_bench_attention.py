@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from hf_flashcp.bench import attention, kernels
+from hf_flashcp.cli import main
+from hf_flashcp.data.lengths import sample_pack
+from hf_flashcp.planning import kv_bytes, plan_documents
+
+
+LENGTHS = [96, 40, 17, 9]
+LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return attention.measure(LENGTHS, 2, **LAYER, strategies=["whole_doc", "per_doc"], rounds=2)
+
+
+def test_counts_are_those_of_the_plans(found):
+    assert [(case["strategy"], case["exchange"]) for case in found["cases"]] == [
+        ("whole_doc", "needed"),
+        ("whole_doc", "all"),
+        ("per_doc", "needed"),
+        ("per_doc", "all"),
+    ]
+    a_token = kv_bytes(1, 2, 8, 8, 4)
+    for case in found["cases"]:
+        plan = plan_documents(LENGTHS, 2, strategy=case["strategy"])
+        report = plan.report()
+        if case["exchange"] == "needed":
+            assert case["bytes_received"] == max(report["kv_received"]) * a_token
+            assert case["kernel_calls"] == max(report["kernel_calls"])
+            assert case["collectives"] == max(report["collectives"])
+            assert case["copies"] == max(report["copies"])
+        else:
+            assert case["bytes_received"] == max(sum(LENGTHS) - tokens for tokens in report["tokens"]) * a_token
+            assert case["collectives"] == 2 and case["copies"] is None
+
+
+def test_times_are_there(found):
+    assert found["seconds"] > 0 and found["rounds"] == 2
+    for case in found["cases"]:
+        assert case["seconds"] >= case["forward"] > 0 and case["ideal_share"] > 0 and case["waiting"] >= 0
+    assert json.loads(json.dumps(found)) == found
+    table = attention.text(found)
+    assert "single process" in table and table.count("per_doc") == 2
+
+
+def test_an_all_gather_with_a_plan_is_exact_too(pool):
+    """Otherwise its time would be that of something else."""
+    plan = plan_documents(LENGTHS, 3, strategy="per_doc")
+    for errors in pool.run(3, all_gather_errors, plan):
+        assert max(errors) < 1e-12
+
+
+def all_gather_errors(plan):
+    from tests import attention_cases as cases
+
+    inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 8, cases.torch.float64, 0)
+    reference = cases.reference_attention(list(plan.lengths), *inputs)
+    bound = cases.bind(plan)
+    bound.layout = attention.AllGatherLayout(plan, bound.rank)
+    index = bound.layout.token_index
+    query, key, value, grad_out = (tensor.index_select(1, index) for tensor in inputs)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    out = cases.document_attention(*leaves, bound)
+    out.backward(grad_out)
+    full = cases.gathered([out.detach(), *(leaf.grad for leaf in leaves)], index, reference)
+    return [cases.relative_error(a, b) for a, b in zip(full, reference)]
+
+
+def test_kernels_of_every_rank():
+    lengths = sample_pack("wlb_llm", 512)
+    found = kernels.measure(lengths, 3, **LAYER, strategies=["per_doc", "search"], num_stages=2, rounds=1)
+    assert found["kernel"] == "cpu_flash" and found["device"] == "CPU"
+    for rows in found["strategies"].values():
+        assert all(len(rows[name]) == 3 and min(rows[name]) > 0 for name in ("one_call", "kernels", "engine"))
+    assert "per_doc" in kernels.text(found)
+
+
+def test_command_lines(capsys):
+    layer = "--heads 2 --kv-heads 1 --head-dim 8 --strategies per_doc --rounds 1 --json"
+    assert main(f"bench kernels --window 256 --cp-size 2 {layer}".split()) == 0
+    assert json.loads(capsys.readouterr().out)["cp_size"] == 2
+    assert main(f"bench attention --lengths 30,20 --exchange needed {layer}".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lengths"] == [30, 20] and [case["exchange"] for case in found["cases"]] == ["needed"]
+    assert main(["bench", "attention", "--rounds", "0"]) == 2
