@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Sequence
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
-from ..planning import STRATEGIES
+from ..planning import STRATEGIES, ShardPlan, plan_documents
 from .model_config import read_config
 from .plan import comma_separated
 
@@ -154,9 +156,14 @@ def run_plan(arguments: argparse.Namespace) -> None:
         arguments.cp_size,
         arguments.packs,
         max_imbalance=arguments.max_imbalance,
+        others={"least total": functools.partial(_least_total, max_imbalance=arguments.max_imbalance)},
         progress=True,
     )
     print(json.dumps(found, indent=2) if arguments.json else text(found))
+
+
+def _least_total(lengths: Sequence[int], cp_size: int, max_imbalance: float) -> ShardPlan:
+    return plan_documents(lengths, cp_size, max_imbalance=max_imbalance, minimize_total=True)
 
 
 def run_predicted(arguments: argparse.Namespace) -> None:
