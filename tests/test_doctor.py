@@ -16,6 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from hf_flashcp.attention.kernels import EXPERIMENTAL, TESTED
 from hf_flashcp.cli import main
 from hf_flashcp.doctor import diagnosis as doctor
 from hf_flashcp.doctor.float64 import float64_throughout
@@ -97,12 +98,14 @@ def test_a_supported_model(capsys, tmp_path):
     code, out, _ = run(capsys, f"doctor {tmp_path} --cp-size 3")
     assert code == 0 and out.rstrip().endswith("supported")
     assert "LlamaForCausalLM (llama), cp_size 3" in out and "on 3 processes" in out
+    assert f"CUDA: torch_flash is {EXPERIMENTAL}" in out
     code, out, _ = run(capsys, f"doctor {tmp_path / 'config.json'} --json")
     found = json.loads(out)
     assert code == 0 and found["verdict"] == "supported" and found["gradient_error"] < 1e-12
     (group,) = found["layers"]
     assert (group["layers"], group["heads"], group["kv_heads"], group["key_dim"]) == (32, 32, 8, 128)
-    assert group["kernels"]["cpu"]["kernel"] == "cpu_flash"
+    kernels = {device: (chosen["kernel"], chosen["status"]) for device, chosen in group["kernels"].items()}
+    assert kernels == {"cpu": ("cpu_flash", TESTED), "cuda": ("torch_flash", EXPERIMENTAL)}
 
 
 def test_a_model_of_several_kinds_of_layers(capsys):

@@ -44,11 +44,16 @@ def document_attention(
     engine = Engine(
         plan.group,
         plan.layout_for(window),
-        kernel or select_kernel(query.device, softcap),
+        kernel or _select(query, value, softcap),
         query.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
     )
     return _DocumentAttention.apply(query, key, value, sinks, engine)
+
+
+def _select(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> AttentionKernel:
+    known = {"dtype": query.dtype, "key_dim": query.shape[-1], "value_dim": value.shape[-1]}
+    return select_kernel(query.device, softcap, **known)
 
 
 class _DocumentAttention(torch.autograd.Function):

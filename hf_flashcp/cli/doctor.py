@@ -78,6 +78,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
 
 
 def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
+    from ..attention.kernels import TESTED
     from ..doctor.gradients import LIMIT
 
     lines = [f"{diagnosis.model_class} ({diagnosis.model_type}), cp_size {cp_size}", ""]
@@ -95,7 +96,13 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
             for device in ("cpu", "cuda")
             for name, reason in group["kernels"][device]["not"].items()
         }
-        lines += ["", *sorted(reasons)]
+        statuses = {
+            f"{device.upper()}: {chosen['kernel']} is {chosen['status']}"
+            for group in groups
+            for device, chosen in group["kernels"].items()
+            if chosen["status"] != TESTED
+        }
+        lines += ["", *sorted(reasons), *sorted(statuses)]
     if diagnosis.gradient_error is not None:
         lines += [
             "",

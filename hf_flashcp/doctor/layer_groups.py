@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
-from ..attention.kernels import explain_kernels
+from ..attention.kernels import CAPABILITIES, explain_kernels
 from ..integrations.model_support import config_value
 
 
@@ -24,11 +25,16 @@ def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list
         kind = layer["type"] or "full_attention"
         extras = [name for name in ("softcap", "sinks") if layer[name]]
         label = ", ".join([kind.removesuffix("_attention"), *extras])
+        key_dim = _key_dim(config)
+        value_dim = config_value(config, "v_head_dim") or key_dim
         kernels = {}
         for device in ("cpu", "cuda"):
-            explained = explain_kernels(device, softcap=1.0 if layer["softcap"] else None)
+            softcap = 1.0 if layer["softcap"] else None
+            explained = explain_kernels(device, softcap, dtype=torch.bfloat16, key_dim=key_dim, value_dim=value_dim)
+            chosen = next(name for name, reason in explained if reason is None)
             kernels[device] = {
-                "kernel": next(name for name, reason in explained if reason is None),
+                "kernel": chosen,
+                "status": CAPABILITIES[chosen].status,
                 "not": {name: reason for name, reason in explained if reason is not None},
             }
         groups[label] = {
@@ -36,8 +42,8 @@ def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list
             "layers": types.count(kind) if types else config.num_hidden_layers,
             "heads": config_value(config, "num_attention_heads"),
             "kv_heads": _kv_heads(config),
-            "key_dim": _key_dim(config),
-            "value_dim": config_value(config, "v_head_dim") or _key_dim(config),
+            "key_dim": key_dim,
+            "value_dim": value_dim,
             "window": config_value(config, "sliding_window") if layer["window"] is not None else None,
             "softcap": layer["softcap"],
             "sinks": layer["sinks"],

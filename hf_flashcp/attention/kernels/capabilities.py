@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from importlib import metadata
 
 import torch
 
@@ -13,6 +13,8 @@ from ...errors import UnsupportedModelError
 from .base import AttentionKernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
+from .flash_attn2 import FlashAttn2Kernel
+from .torch_flash import TorchFlashKernel
 
 
 TESTED = "tested"
@@ -74,18 +76,43 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _make_cpu_flash(deterministic: bool) -> AttentionKernel:
-    return CPUFlashKernel()
+def _old_gpu() -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or later"
+    return None
 
 
-def _make_eager(deterministic: bool) -> AttentionKernel:
-    return EagerKernel()
+def _no_flash_in_torch() -> str | None:
+    # On a machine without a GPU it says nothing of the machine that is asked about.
+    if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
+        return "is not part of this build of PyTorch"
+    return _old_gpu()
+
+
+def _no_flash_attn() -> str | None:
+    installed = _installed_flash_attn()
+    if installed is None:
+        return "needs the package flash-attn, which is not installed here"
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    if major != 2 or minor < 7:
+        return f"needs flash-attn 2.7 or a later 2, not {installed}"
+    return _old_gpu()
+
+
+@cache
+def _installed_flash_attn() -> str | None:
+    try:
+        return metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 # Best first.
 CAPABILITIES: dict[str, Capability] = {
-    "cpu_flash": Capability(_make_cpu_flash, ("cpu",), _ALL, None, softcap=False, status=TESTED),
-    "eager": Capability(_make_eager, (), _ALL, None, softcap=True, status=TESTED),
+    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, None, False, TESTED),
+    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, 256, True, EXPERIMENTAL, _no_flash_attn),
+    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_in_torch),
+    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, None, True, TESTED),
 }
 
 
@@ -118,13 +145,13 @@ def select_kernel(
     dtype: torch.dtype | None = None,
     key_dim: int | None = None,
     value_dim: int | None = None,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
 ) -> AttentionKernel:
     """The best kernel for such a layer on `device`: see [`explain_kernels`].
 
     Args:
-        deterministic (`bool`, *optional*, defaults to `False`): gradients bitwise equal from run to run. All kernels
-            can; on CUDA those that are fused are slower with it.
+        deterministic (`bool`, *optional*): gradients bitwise equal from run to run, which every kernel can give; the
+            fused ones of CUDA are slower with it. Defaults to `torch.are_deterministic_algorithms_enabled()`.
 
     Raises:
         UnsupportedModelError: none can.
@@ -132,7 +159,8 @@ def select_kernel(
     explained = explain_kernels(device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     for name, reason in explained:
         if reason is None:
-            return _kernel(name, deterministic)
+            wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+            return _kernel(name, wanted)
     reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
     raise UnsupportedModelError(
         f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "
@@ -140,6 +168,6 @@ def select_kernel(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(name: str, deterministic: bool) -> AttentionKernel:
     return CAPABILITIES[name].make(deterministic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -28,7 +29,7 @@ class CPUFlashKernel(BlockKernel):
 
     name = "cpu_flash"
     _ROWS = 192  # queries of a masked block; fewer with more than 4 heads a group, to stay at 768 rows
-    _FULL_ROWS = 1024  # rows of an unmasked block
+    _FULL_ROWS = 4096  # rows of an unmasked block, about
     _MASK_KEYS = 2048  # keys up to which one masked call beats one without a mask and one for each edge
     # Causal squares take the flag if they are as short as the first of these, where blocks only add overhead, or
     # longer than the second, where blocks save little: with 1 head a group, 2 or 3, more.
@@ -46,32 +47,37 @@ class CPUFlashKernel(BlockKernel):
         return self._FLAG_BY_GROUPS[max(heads for heads in self._FLAG_BY_GROUPS if heads <= groups)]
 
     def _cut_rectangles(self, query, groups, rectangles, causal, window, few, many):
-        rows = min(self._ROWS, max(64, 4 * self._ROWS // groups)) if causal else max(1, self._FULL_ROWS // groups)
-        if window:
+        rows = min(self._ROWS, max(64, 4 * self._ROWS // groups))
+        if window and window < rows:
             rows = min(rows, max(64, window // 2))
         for rectangle in rectangles:
             q_start, q_stop, k_start, k_stop = rectangle
-            if causal and q_stop - q_start == k_stop - k_start:
+            if not causal:
+                yield from self._unmasked(rectangle, groups)
+                continue
+            if q_stop - q_start == k_stop - k_start:
                 # The first rows of a square see all that is before them, whatever the window.
                 seen = min(q_stop - q_start, window or q_stop - q_start)
                 if seen <= few or (many is not None and seen > many):
                     yield Block(q_start, q_start + seen, [Piece(k_start, k_start + seen, None)], folded=False)
                     rectangle = rectangle._replace(q_start=q_start + seen)
             for q_start, q_stop, k_start, k_stop in cut(rectangle, rows, causal, window):
-                if causal:
-                    pieces = self._masked(q_stop - q_start, k_start, k_stop, rows, groups, window, query.dtype)
-                else:
-                    pieces = [Piece(k_start, k_stop, None)]
+                pieces = self._masked(q_stop - q_start, k_start, k_stop, rows, groups, window, query.dtype)
                 yield Block(q_start, q_stop, pieces)
+
+    def _unmasked(self, rectangle, groups) -> Iterator[Block]:
+        queries = rectangle.q_stop - rectangle.q_start
+        blocks = max(1, round(queries * groups / self._FULL_ROWS))
+        for q_start, q_stop, k_start, k_stop in cut(rectangle, -(-queries // blocks), causal=False, window=None):
+            yield Block(q_start, q_stop, [Piece(k_start, k_stop, None)])
 
     def _masked(self, queries, k_start, k_stop, rows, groups, window, dtype) -> list[Piece]:
         """The pieces of a causal block of `queries` queries, at most `rows`; each query sees a key of each."""
         keys = k_stop - k_start
         if keys <= self._MASK_KEYS:
             width = min(self._MASK_KEYS, window + rows) if window else self._MASK_KEYS
-            return [
-                Piece(k_start, k_stop, _causal_mask(rows, groups, width, window, dtype)[-queries * groups :, -keys:])
-            ]
+            mask = _causal_mask(rows, groups, width, window, dtype)[-queries * groups :, -keys:]
+            return [Piece(k_start, k_stop, mask)]
         edge = k_start if window is None else max(k_start, k_stop - window + 1)
         diagonal = k_stop - queries
         pieces = [
