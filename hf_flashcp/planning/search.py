@@ -10,6 +10,7 @@ returned.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -41,12 +42,19 @@ SETTINGS = (
 )
 """In the order of what each adds to those before it, on drawn packs."""
 
-TRIES = ((400, 2, 6, 8, 12), (1000, 2, 4, 8, 12), (4000, 2, 2, 4, 8), (math.inf, 1, 1, 1, 0))
+TRIES = (
+    (90, 2, 6, 8, 3, 40),
+    (400, 2, 6, 8, 1, 12),
+    (1000, 2, 4, 8, 1, 12),
+    (4000, 2, 2, 4, 1, 8),
+    (math.inf, 1, 1, 1, 0, 0),
+)
 """Up to which size of a batch, documents + 4 x ranks: how many of the settings are tried, how many plans with a target
-for the bottleneck, how many more settings for the least total, and how many pairs of ranks planned anew."""
+for the bottleneck; for the least total, how many more settings, how many plans are repaired, and how many pairs of
+ranks are planned anew in each."""
 
-TOTALS_TRIED = ((1.0, 1.0), (1.0, 0.5), (1.0, 1.6), (0.93, 1.0), (0.93, 0.5), (0.93, 1.6))
-"""`(target, spreading)` for the least total below Algorithm 1's bottleneck, the target as a multiple of that."""
+SPREADINGS = (1.0, 0.75, 0.5, 0.25, 1.3, 1.6, 2.2)
+"""Tried for the least total where Algorithm 1 has a lower bottleneck than that takes."""
 
 
 class Candidate:
@@ -159,6 +167,22 @@ class Search:
                 met, target = target, (target + missed) / 2 if missed else 0.88 * target
             spreading = 1.0
 
+    def down_to(self, limit: int, most_total: float) -> None:
+        """Looks for plans whose largest rank receives and sends just about `limit`, which costs the least KV: like the
+        best constructed in every order."""
+        constructed = sorted((plan for plan in self.found if plan.construction), key=lambda plan: plan.total)
+        bases = {plan.construction.settings.order: plan for plan in reversed(constructed)}
+        for base, spreading in itertools.product(bases.values(), SPREADINGS):
+            target = float(limit)
+            for _ in range(5):
+                plan = self.spread(base.construction, target, spreading)
+                if plan is None:
+                    target *= 0.97
+                    continue
+                if 0.985 * limit <= plan.bottleneck <= limit or plan.total > most_total:
+                    break
+                target *= min(max(0.995 * limit / plan.bottleneck, 0.85), 1.15)
+
 
 def search(
     lengths: Sequence[int],
@@ -186,7 +210,7 @@ def search(
     if cp_size == 1:
         return per_doc(lengths, 1)
     looking = Search(lengths, cp_size, max_imbalance, max_token_imbalance)
-    settings, targets, more, solves = next(row[1:] for row in TRIES if len(lengths) + 4 * cp_size <= row[0])
+    settings, targets, more, repaired, solves = next(row[1:] for row in TRIES if len(lengths) + 4 * cp_size <= row[0])
     looking.first_plans(settings)
     if not looking.found:
         looking.forced(solves)
@@ -211,11 +235,10 @@ def search(
     if minimize_total:
         looking.first_plans(more)
         if not looking.is_near():
-            for plan in sorted(looking.found, key=lambda plan: plan.total)[:2]:
+            for plan in sorted(looking.found, key=lambda plan: plan.total)[:repaired]:
                 looking.repaired(plan.slices, solves)
         if constructed and looking.least().bottleneck > limit:
-            for target, spreading in TOTALS_TRIED:
-                looking.spread(base.construction, target * limit, spreading)
+            looking.down_to(limit, reference.total)
     found = looking.found
     if reference is None:
         best = _best(found, minimize_total)

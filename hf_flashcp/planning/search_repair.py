@@ -229,6 +229,11 @@ def _excess(held: list, budget: Budget) -> int:
     return max(sum(attention_pairs(start, stop) for _, start, stop in held) - budget.most_pairs, 0)
 
 
+def shared_cost(first: list, second: list) -> int:
+    """What two ranks receive because documents are split between them."""
+    return _gains([first, second])[0, 1]
+
+
 def _gains(slices: Slices) -> dict[tuple[int, int], int]:
     """What pairs of ranks receive because documents are split between them."""
     ends: dict[int, dict[int, int]] = defaultdict(dict)
