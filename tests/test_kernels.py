@@ -15,6 +15,7 @@ from hf_flashcp.attention.kernels import (
     TorchFlashKernel,
     VarlenKernel,
     capabilities,
+    cpu_flash,
     explain_kernels,
     select_kernel,
     varlen,
@@ -43,7 +44,7 @@ class SmallBlocks(CPUFlashKernel):
     _ROWS = 8
     _FULL_ROWS = 16
     _MASK_KEYS = 60
-    _FLAG_BY_GROUPS = {1: (10, 40), 2: (4, 40), 4: (4, 60)}
+    _FLAG_BY_FOLD = {1: (10, 40), 2: (4, 40), 4: (4, 60)}
 
 
 class EmulatedVarlen(VarlenKernel):
@@ -58,14 +59,14 @@ class EmulatedVarlen(VarlenKernel):
     def _check(self, query, key, value, sequences, *more):
         assert query.shape[2] == key.shape[2] == value.shape[2] and query.shape[2] % 8 == 0
         assert all(tensor.stride(-1) == 1 for tensor in (query, key, value, *more))
-        for cumulative, longest, rows in (
-            (sequences.cu_seqlens_q, sequences.max_q, query.shape[0]),
-            (sequences.cu_seqlens_k, sequences.max_k, key.shape[0]),
+        for cumulative, longest, rows, least in (
+            (sequences.cu_seqlens_q, sequences.max_q, query.shape[0], 2),
+            (sequences.cu_seqlens_k, sequences.max_k, key.shape[0], 1),
         ):
             assert cumulative.dtype == torch.int32 and cumulative.is_contiguous()
             lengths = cumulative.diff()
             assert cumulative[0] == 0 and cumulative[-1] == rows
-            assert lengths.min() > 0 and lengths.max() == longest
+            assert lengths.min() > 0 and longest == max(least, lengths.max())
         assert len(sequences.cu_seqlens_q) == len(sequences.cu_seqlens_k)
         self.calls.append(len(sequences.cu_seqlens_q) - 1)
 
@@ -197,6 +198,23 @@ def test_full_rectangles_are_exact(kernel, rectangles):
         assert difference(run(KERNELS[kernel](), inputs, rectangles, causal=False), reference) < FP64, shape
 
 
+@pytest.mark.parametrize("threads, fold", [(1, 6), (2, 6), (3, 3), (4, 3), (5, 2), (7, 1), (40, 1)])
+def test_every_thread_has_a_head_to_itself(threads, fold):
+    """12 heads, 2 KV heads: as many of a group's six share rows as leave a head for each thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert cpu_flash._fold(12, 6) == fold
+        for rectangles, causal in ((CAUSAL["squares"], True), (FULL["prefixes of two"], False)):
+            inputs = make((12, 2, 8, 8), rectangles)
+            for window in (None, 9) if causal else (None,):
+                reference = textbook(inputs, rectangles, causal=causal, window=window)
+                ours = run(SmallBlocks(), inputs, rectangles, causal=causal, window=window)
+                assert difference(ours, reference) < FP64
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kernel", ["eager", "varlen"])
 @pytest.mark.parametrize("window", [None, 6])
 def test_softcap_is_exact(kernel, window):
@@ -293,6 +311,26 @@ def test_reduced_precision_is_no_worse_than_one_plain_call(shape, rows, keys, ca
     errors = relative_errors([out, *grads], [expected, *expected_grads])
     for error, single_error in zip(errors, relative_errors(plain, [expected, *expected_grads])):
         assert error <= (1.25 if window else 1.05) * single_error, errors
+
+
+def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
+    """Keys in 1 to 16 calls, outputs merged in fp32 and gradients summed there: relative error against fp64."""
+    keys, kernel = 1024, CPUFlashKernel()
+    query, key, value, grad_out = make((4, 1, 32, 32), [Rectangle(0, 256, 0, keys)], torch.bfloat16)
+    inputs = query[:, :256], key[:, :keys], value[:, :keys], grad_out[:, :256]
+    out, _, *grads = textbook([tensor.double() for tensor in inputs], [Rectangle(0, 256, 0, keys)], causal=False)
+    errors = {}
+    for count in (1, 2, 4, 8, 16):
+        size = keys // count
+        parts = [(Rectangle(0, 256, start, start + size),) for start in range(0, keys, size)]
+        results = [kernel.forward(*inputs[:3], part, causal=False, scale=SCALE) for part in parts]
+        lse = torch.stack([part_lse for _, part_lse in results]).logsumexp(0)
+        merged = sum(part.float() * (part_lse - lse).exp()[..., None] for part, part_lse in results)
+        whole = merged.to(torch.bfloat16), lse
+        sums = [run(kernel, inputs, part, whole, causal=False)[2:] for part in parts]
+        errors[count] = relative_errors([merged, *(sum(each) for each in zip(*sums))], [out, *grads])
+    for error in errors.values():
+        assert all(part <= 1.05 * one for part, one in zip(error, errors[1])), errors
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "eager", "varlen"])

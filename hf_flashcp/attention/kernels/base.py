@@ -91,28 +91,39 @@ class Piece(NamedTuple):
 class Block(NamedTuple):
     """Queries [q_start, q_stop) and the pieces of keys that they see, disjoint.
 
-    Folded, the heads of a group lie in the rows: row i * groups + g is query i of head g of the group, so masks have
-    (q_stop - q_start) * groups rows. Unfolded, it is a causal square without mask."""
+    `fold` heads of a group lie in the rows: row i * fold + g is query i of head g, so masks have (q_stop - q_start) *
+    fold rows. With `causal` the one piece is a square without a mask, which the kernel's own causal flag hides."""
 
     q_start: int
     q_stop: int
     pieces: Sequence[Piece]
-    folded: bool = True
+    fold: int
+    causal: bool = False
 
 
 class BlockKernel:
     """Runs attention block by block; gradients of several blocks are summed in the accumulate dtype.
 
     A subclass says how to cut rectangles into blocks, and runs a piece of one in shapes (H_kv, heads, rows, D): heads
-    is 1 if the block is folded, else those of a group, with keys and values expanded over them."""
+    is H_q / H_kv / fold, with keys and values expanded over them, and rows has `fold` heads in it."""
 
     def _blocks(
-        self, query: torch.Tensor, groups: int, rectangles: Sequence[Rectangle], causal: bool, window: int | None
+        self,
+        query: torch.Tensor,
+        groups: int,
+        rectangles: Sequence[Rectangle],
+        causal: bool,
+        window: int | None,
+        *,
+        backward: bool,
     ) -> Iterable[Block]:
         raise NotImplementedError
 
-    def _backward_blocks(self, *args) -> Iterable[Block]:
-        return self._blocks(*args)
+    def _forward_piece(self, q, k, v, mask, is_causal, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _backward_piece(self, do, q, k, v, o, lse, mask, is_causal, scale, softcap) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
 
     def forward(self, query, key, value, rectangles, *, causal, scale, window=None, softcap=None):
         groups = query.shape[0] // key.shape[0]
@@ -122,16 +133,17 @@ class BlockKernel:
         lse = query.new_empty(query.shape[0], rows, dtype=accumulate_dtype(query.dtype))
         query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
         done = 0
-        for start, stop, pieces, folded in self._blocks(query, groups, rectangles, causal, window):
-            q = _heads(query, start, stop, groups, folded)
+        for block in self._blocks(query, groups, rectangles, causal, window, backward=False):
+            split = groups // block.fold, block.fold
+            q = _rows_of(query, block.q_start, block.q_stop, split)
             parts = [
-                self._forward_piece(q, *_keys(piece, q, key, value), piece.mask, not folded, scale, softcap)
-                for piece in pieces
+                self._forward_piece(q, *_keys(piece, q, key, value), piece.mask, block.causal, scale, softcap)
+                for piece in block.pieces
             ]
             part, part_lse = parts[0] if len(parts) == 1 else _merged(parts)
-            span = slice(done, done + stop - start)
-            _per_head(out[:, span], groups, folded).copy_(_split_rows(part, groups, folded))
-            _per_head(lse[:, span], groups, folded).copy_(_split_rows(part_lse, groups, folded))
+            span = slice(done, done + block.q_stop - block.q_start)
+            _per_head(out[:, span], split).copy_(part.unflatten(2, (-1, block.fold)))
+            _per_head(lse[:, span], split).copy_(part_lse.unflatten(2, (-1, block.fold)))
             done = span.stop
         return out, lse
 
@@ -155,41 +167,29 @@ class BlockKernel:
     ):
         groups = query.shape[0] // key.shape[0]
         grad_out, query, key, value, out = (_last_contiguous(x) for x in (grad_out, query, key, value, out))
-        for start, stop, pieces, folded in self._backward_blocks(query, groups, rectangles, causal, window):
-            do, q, o, row_lse = (_heads(tensor, start, stop, groups, folded) for tensor in (grad_out, query, out, lse))
-            for piece in pieces:
+        for block in self._blocks(query, groups, rectangles, causal, window, backward=True):
+            q_start, q_stop, split = block.q_start, block.q_stop, (groups // block.fold, block.fold)
+            do, q, o, row_lse = (_rows_of(tensor, q_start, q_stop, split) for tensor in (grad_out, query, out, lse))
+            for piece in block.pieces:
                 k, v = _keys(piece, q, key, value)
-                dq, dk, dv = self._backward_piece(do, q, k, v, o, row_lse, piece.mask, not folded, scale, softcap)
-                _per_head(grad_query[:, start:stop], groups, folded).add_(_split_rows(dq, groups, folded))
+                dq, dk, dv = self._backward_piece(do, q, k, v, o, row_lse, piece.mask, block.causal, scale, softcap)
+                _per_head(grad_query[:, q_start:q_stop], split).add_(dq.unflatten(2, (-1, block.fold)))
                 grad_key[:, piece.k_start : piece.k_stop] += _sum_heads(dk, grad_key.dtype)
                 grad_value[:, piece.k_start : piece.k_stop] += _sum_heads(dv, grad_value.dtype)
-
-    def _forward_piece(self, q, k, v, mask, is_causal, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
-
-    def _backward_piece(self, do, q, k, v, o, lse, mask, is_causal, scale, softcap) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError
 
 
 def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _per_head(tensor: torch.Tensor, groups: int, folded: bool) -> torch.Tensor:
-    """(H_q, n, ...) as a view (H_kv, n, groups, ...), unfolded (H_kv, groups, n, ...)."""
-    tensor = tensor.unflatten(0, (-1, groups))
-    return tensor.transpose(1, 2) if folded else tensor
+def _per_head(tensor: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:
+    """(H_q, n, ...) as a view (H_kv, heads, n, fold, ...) for `split` = (heads, fold)."""
+    return tensor.unflatten(0, (-1, *split)).transpose(2, 3)
 
 
-def _heads(tensor: torch.Tensor, start: int, stop: int, groups: int, folded: bool) -> torch.Tensor:
-    """Rows of (H_q, T, ...) as (H_kv, 1, n * groups, ...), unfolded (H_kv, groups, n, ...)."""
-    rows = _per_head(tensor[:, start:stop], groups, folded)
-    return rows.flatten(1, 2).unsqueeze(1) if folded else rows
-
-
-def _split_rows(part: torch.Tensor, groups: int, folded: bool) -> torch.Tensor:
-    """What a piece returns, in the shape of `_per_head`."""
-    return part.squeeze(1).unflatten(1, (-1, groups)) if folded else part
+def _rows_of(tensor: torch.Tensor, start: int, stop: int, split: tuple[int, int]) -> torch.Tensor:
+    """Rows of (H_q, T, ...) as (H_kv, heads, n * fold, ...), copied unless fold is 1."""
+    return _per_head(tensor[:, start:stop], split).flatten(2, 3)
 
 
 def _keys(piece: Piece, q: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -32,60 +32,54 @@ class CPUFlashKernel(BlockKernel):
     _FULL_ROWS = 4096  # rows of an unmasked block, about
     _MASK_KEYS = 2048  # keys up to which one masked call beats one without a mask and one for each edge
     # Causal squares take the flag if they are as short as the first of these, where blocks only add overhead, or
-    # longer than the second, where blocks save little: with 1 head a group, 2 or 3, more.
-    _FLAG_BY_GROUPS = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
+    # longer than the second, where blocks save little: with 1 head in the rows, 2 or 3, more.
+    _FLAG_BY_FOLD = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
 
-    def _blocks(self, query, groups, rectangles, causal, window):
-        return self._cut_rectangles(query, groups, rectangles, causal, window, *self._flag_outside(groups))
-
-    def _backward_blocks(self, query, groups, rectangles, causal, window):
-        few, many = self._flag_outside(groups)
-        # With many heads a group blocks are as fast as the flag at any length, and their dK and dV more exact.
-        return self._cut_rectangles(query, groups, rectangles, causal, window, few, many if groups < 4 else None)
-
-    def _flag_outside(self, groups: int) -> tuple[int, int]:
-        return self._FLAG_BY_GROUPS[max(heads for heads in self._FLAG_BY_GROUPS if heads <= groups)]
-
-    def _cut_rectangles(self, query, groups, rectangles, causal, window, few, many):
-        rows = min(self._ROWS, max(64, 4 * self._ROWS // groups))
+    def _blocks(self, query, groups, rectangles, causal, window, *, backward):
+        fold = _fold(query.shape[0], groups)
+        few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
+        if backward and fold >= 4:
+            # Blocks are then as fast as the flag at any length, and their dK and dV more exact.
+            many = None
+        rows = min(self._ROWS, max(64, 4 * self._ROWS // fold))
         if window and window < rows:
             rows = min(rows, max(64, window // 2))
         for rectangle in rectangles:
             q_start, q_stop, k_start, k_stop = rectangle
             if not causal:
-                yield from self._unmasked(rectangle, groups)
+                yield from self._unmasked(rectangle, fold)
                 continue
             if q_stop - q_start == k_stop - k_start:
                 # The first rows of a square see all that is before them, whatever the window.
                 seen = min(q_stop - q_start, window or q_stop - q_start)
                 if seen <= few or (many is not None and seen > many):
-                    yield Block(q_start, q_start + seen, [Piece(k_start, k_start + seen, None)], folded=False)
+                    yield Block(q_start, q_start + seen, [Piece(k_start, k_start + seen, None)], 1, causal=True)
                     rectangle = rectangle._replace(q_start=q_start + seen)
             for q_start, q_stop, k_start, k_stop in cut(rectangle, rows, causal, window):
-                pieces = self._masked(q_stop - q_start, k_start, k_stop, rows, groups, window, query.dtype)
-                yield Block(q_start, q_stop, pieces)
+                pieces = self._masked(q_stop - q_start, k_start, k_stop, rows, fold, window, query.dtype)
+                yield Block(q_start, q_stop, pieces, fold)
 
-    def _unmasked(self, rectangle, groups) -> Iterator[Block]:
+    def _unmasked(self, rectangle, fold) -> Iterator[Block]:
         queries = rectangle.q_stop - rectangle.q_start
-        blocks = max(1, round(queries * groups / self._FULL_ROWS))
+        blocks = max(1, round(queries * fold / self._FULL_ROWS))
         for q_start, q_stop, k_start, k_stop in cut(rectangle, -(-queries // blocks), causal=False, window=None):
-            yield Block(q_start, q_stop, [Piece(k_start, k_stop, None)])
+            yield Block(q_start, q_stop, [Piece(k_start, k_stop, None)], fold)
 
-    def _masked(self, queries, k_start, k_stop, rows, groups, window, dtype) -> list[Piece]:
+    def _masked(self, queries, k_start, k_stop, rows, fold, window, dtype) -> list[Piece]:
         """The pieces of a causal block of `queries` queries, at most `rows`; each query sees a key of each."""
         keys = k_stop - k_start
         if keys <= self._MASK_KEYS:
             width = min(self._MASK_KEYS, window + rows) if window else self._MASK_KEYS
-            mask = _causal_mask(rows, groups, width, window, dtype)[-queries * groups :, -keys:]
+            mask = _causal_mask(rows, fold, width, window, dtype)[-queries * fold :, -keys:]
             return [Piece(k_start, k_stop, mask)]
         edge = k_start if window is None else max(k_start, k_stop - window + 1)
         diagonal = k_stop - queries
         pieces = [
             Piece(edge, diagonal, None),
-            Piece(diagonal, k_stop, _causal_mask(rows, groups, rows, None, dtype)[-queries * groups :, -queries:]),
+            Piece(diagonal, k_stop, _causal_mask(rows, fold, rows, None, dtype)[-queries * fold :, -queries:]),
         ]
         if edge > k_start:
-            mask = _window_edge_mask(rows, groups, dtype)[-queries * groups :, k_start - edge :]
+            mask = _window_edge_mask(rows, fold, dtype)[-queries * fold :, k_start - edge :]
             pieces.append(Piece(k_start, edge, mask))
         return pieces
 
@@ -106,18 +100,25 @@ class CPUFlashKernel(BlockKernel):
         return dq[..., :width], dk[..., :width], dv[..., :value_width]
 
 
+def _fold(heads: int, groups: int) -> int:
+    """How many heads of a group to put in the rows: all, if every thread still has a head to itself, because backward
+    runs its threads over heads."""
+    threads = torch.get_num_threads()
+    return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or heads // n >= threads))
+
+
 @lru_cache(maxsize=16)
-def _causal_mask(rows: int, groups: int, keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """(rows * groups, keys): added to the scores of a folded block, aligned bottom-right, so that the last rows and
+def _causal_mask(rows: int, fold: int, keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """(rows * fold, keys): added to the scores of a folded block, aligned bottom-right, so that the last rows and
     columns of it are the mask of a smaller block."""
-    return _additive(hidden(rows, keys, window, torch.device("cpu")), groups, dtype)
+    return _additive(hidden(rows, keys, window, torch.device("cpu")), fold, dtype)
 
 
 @lru_cache(maxsize=16)
-def _window_edge_mask(rows: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """(rows * groups, rows): the same for the first keys of a block up to the first that its last query sees."""
-    return _additive(torch.ones(rows, rows, dtype=torch.bool).tril(-1), groups, dtype)
+def _window_edge_mask(rows: int, fold: int, dtype: torch.dtype) -> torch.Tensor:
+    """(rows * fold, rows): the same for the first keys of a block up to the first that its last query sees."""
+    return _additive(torch.ones(rows, rows, dtype=torch.bool).tril(-1), fold, dtype)
 
 
-def _additive(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -torch.inf).repeat_interleave(groups, 0)
+def _additive(mask: torch.Tensor, fold: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, -torch.inf).repeat_interleave(fold, 0)

@@ -14,7 +14,7 @@ class EagerKernel(BlockKernel):
     name = "eager"
     _MAX_SCORES = 2**25
 
-    def _blocks(self, query, groups, rectangles, causal, window):
+    def _blocks(self, query, groups, rectangles, causal, window, *, backward):
         for rectangle in rectangles:
             rows = max(1, self._MAX_SCORES // (query.shape[0] * (rectangle.k_stop - rectangle.k_start)))
             # Wider than a window makes little sense: what a block sees grows with its rows.
@@ -25,7 +25,7 @@ class EagerKernel(BlockKernel):
                 if causal:
                     mask = hidden(q_stop - q_start, k_stop - k_start, window, query.device)
                     mask = mask.repeat_interleave(groups, 0)
-                yield Block(q_start, q_stop, [Piece(k_start, k_stop, mask)])
+                yield Block(q_start, q_stop, [Piece(k_start, k_stop, mask)], groups)
 
     @staticmethod
     def _scores(q, k, mask, scale, softcap):

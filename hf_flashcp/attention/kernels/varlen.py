@@ -14,7 +14,7 @@ from .base import accumulate_dtype, pad_heads
 
 class Sequences(NamedTuple):
     """What a varlen call is told: int32 (n + 1,) cumulative lengths, from 0 to the number of rows, and the longest of
-    queries and of keys. No sequence is empty on either side."""
+    queries, or 2, and of keys. No sequence is empty on either side."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -200,7 +200,9 @@ def _round(entries: list[tuple[Rectangle, int]], device: torch.device) -> Round:
     queries = [(rectangle.q_start, rectangle.q_stop) for rectangle, _ in entries]
     keys = [(rectangle.k_start, rectangle.k_stop) for rectangle, _ in entries]
     outputs = [(row, row + rectangle.q_stop - rectangle.q_start) for rectangle, row in entries]
-    sequences = Sequences(_cumulative(queries, device), _cumulative(keys, device), _longest(queries), _longest(keys))
+    # A longest of 1 query would send flash-attn down its decoding path, which trades rows for heads.
+    longest = max(2, _longest(queries)), _longest(keys)
+    sequences = Sequences(_cumulative(queries, device), _cumulative(keys, device), *longest)
     return Round(_rows(queries, device), _rows(keys, device), _rows(outputs, device), sequences)
 
 
