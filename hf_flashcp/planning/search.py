@@ -28,6 +28,9 @@ WITHIN = 1.1
 NEAR = 1.03
 """Plans of at most this multiple of the lower bound are not improved any further."""
 
+FAR = 1.2
+"""Plans above this multiple of the lower bound are worth a longer search."""
+
 SETTINGS = (
     Settings(),
     Settings("largest", whole_first=True, token_weight=0.7, reserve=0.05),
@@ -80,7 +83,7 @@ class Search:
         self.budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
         self.found: list[Candidate] = []
         self.settings = list(SETTINGS)
-        self.near: float | None = None
+        self.bound: int | None = None
 
     def keep(self, slices: Slices, construction: Construction | None = None) -> Candidate | None:
         """Measures a plan and keeps it if it is within the caps."""
@@ -99,25 +102,26 @@ class Search:
     def least(self) -> Candidate:
         return _best(self.found, minimize_total=True)
 
-    def is_near(self) -> bool:
-        """Whether the least total is next to the lower bound."""
+    def is_within(self, factor: float) -> bool:
+        """Whether the least total is at most `factor` times the lower bound."""
         if not self.found:
             return False
         total = self.least().total
-        if total and self.near is None:
+        if total and self.bound is None:
             caps = self.max_imbalance, self.max_token_imbalance
-            self.near = NEAR * kv_lower_bound(self.lengths, self.cp_size, *caps)
-        return not total or total <= self.near
+            self.bound = kv_lower_bound(self.lengths, self.cp_size, *caps)
+        return not total or total <= factor * self.bound
 
-    def first_plans(self, count: int) -> None:
-        """Plans of little total by the next `count` settings, more where none is found, fewer where that is near the
-        bound."""
-        while self.settings and (count > 0 or not self.found) and not self.is_near():
+    def first_plans(self, count: int, factor: float = NEAR) -> None:
+        """Plans of little total by the next `count` settings, more where none is found, fewer where one is within
+        `factor` of the bound."""
+        while self.settings and (count > 0 or not self.found) and not self.is_within(factor):
             self.attempt(self.settings.pop(0))
             count -= 1
 
     def repaired(self, slices: Slices, solves: int) -> Candidate | None:
-        return self.keep(repair(slices, self.budget, solves))
+        repaired = repair(slices, self.budget, solves)
+        return None if repaired is slices else self.keep(repaired)
 
     def forced(self, solves: int) -> None:
         """Where no construction meets the cap on pairs: one that exceeds it, repaired."""
@@ -212,6 +216,7 @@ def search(
     looking = Search(lengths, cp_size, max_imbalance, max_token_imbalance)
     settings, targets, more, repaired, solves = next(row[1:] for row in TRIES if len(lengths) + 4 * cp_size <= row[0])
     looking.first_plans(settings)
+    looking.first_plans(targets - settings, FAR)
     if not looking.found:
         looking.forced(solves)
     if looking.found:
@@ -234,7 +239,7 @@ def search(
         looking.lower_bottleneck(base, min(0.85 * base.bottleneck, limit), WITHIN * looking.least().total, targets)
     if minimize_total:
         looking.first_plans(more)
-        if not looking.is_near():
+        if not looking.is_within(NEAR):
             for plan in sorted(looking.found, key=lambda plan: plan.total)[:repaired]:
                 looking.repaired(plan.slices, solves)
         if constructed and looking.least().bottleneck > limit:

@@ -29,6 +29,9 @@ _CUT = 3
 
 _FAR = 2**61
 
+_MOST_WORK = 40_000
+"""Slices x ranks of plans that are repaired: thousands of documents split over all ranks take too long to look at."""
+
 
 class Unit:
     """A piece of a document, or several whole documents (`document` -1), that two ranks share out."""
@@ -192,6 +195,8 @@ def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
 
 def repair(slices: Slices, budget: Budget, solves: int) -> Slices:
     """Shares out up to `solves` pairs of ranks anew, those first that have most to gain, as long as that helps."""
+    if sum(map(len, slices)) * len(slices) > _MOST_WORK:
+        return slices
     slices = [list(held) for held in slices]
     over = [_excess(held, budget) for held in slices]
     version = [0] * len(slices)
