@@ -47,7 +47,7 @@ class Pool:
     """What two ranks hold: units to be shared out, and for each rank what stays because there is too much to try."""
 
     def __init__(self, held: tuple[list, list], budget: Budget):
-        self.held, self.cap = held, budget.most_pairs
+        self.cap = budget.most_pairs
         self.tokens = sum(stop - start for _, start, stop in held[0])
         self.pairs = sum(attention_pairs(start, stop) for rank in held for _, start, stop in rank)
         parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
