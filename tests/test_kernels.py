@@ -387,6 +387,12 @@ def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch, installed, c
         assert installed in dict(explain_kernels("cuda"))["flash_attn_2"]
 
 
+def test_flash_attention_3_and_4_go_before_where_they_are_activated(monkeypatch):
+    monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: "2.8.3")
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4", raising=False)
+    assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16).name == "torch_flash"
+
+
 def test_where_no_kernel_can_run_the_error_says_so():
     with pytest.raises(FlashCPError, match="No attention kernel of flashcp.*float8_e4m3fn.*bfloat16"):
         select_kernel(torch.device("cpu"), dtype=torch.float8_e4m3fn)

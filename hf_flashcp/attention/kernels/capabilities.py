@@ -96,6 +96,10 @@ def _no_flash_attn() -> str | None:
     major, minor = (int(part) for part in installed.split(".")[:2])
     if major != 2 or minor < 7:
         return f"needs flash-attn 2.7 or a later 2, not {installed}"
+    # FA3 and FA4 take the place of PyTorch's own kernel behind the calls of torch_flash.
+    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if activated is not None:
+        return f"gives way to {activated}, which was activated in PyTorch"
     return _old_gpu()
 
 

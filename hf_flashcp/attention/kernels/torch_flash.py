@@ -12,7 +12,10 @@ from .varlen import VarlenKernel
 
 class TorchFlashKernel(VarlenKernel):
     """`aten::_flash_attention_forward` and its backward, which `torch.nn.attention.varlen` calls too: CUDA, fp16 and
-    bf16, heads up to 256 wide, windows, grouped queries; no softcap. Needs no other package."""
+    bf16, heads up to 256 wide, windows, grouped queries; no softcap. Needs no other package.
+
+    After `torch.nn.attention.activate_flash_attention_impl("FA3")` or `("FA4")` PyTorch sends the same calls to
+    FlashAttention-3 or 4, with their limits of GPU and head width."""
 
     name = "torch_flash"
 
