@@ -41,7 +41,8 @@ ADVERSARIAL = {
 
 
 def assert_sound(lengths, cp_size, max_imbalance=1.05, max_token_imbalance=1.0, minimize_total=False):
-    """Partition, caps, determinism, and never above Algorithm 1 at the same caps. Returns the counts."""
+    """Partition, caps, determinism, and never above Algorithm 1 at the same caps: in total and, but for
+    `minimize_total`, in bottleneck. Returns the counts."""
     options = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     slices = search(lengths, cp_size, **options, minimize_total=minimize_total)
     assert slices == search(list(lengths), cp_size, **options, minimize_total=minimize_total)
@@ -54,7 +55,7 @@ def assert_sound(lengths, cp_size, max_imbalance=1.05, max_token_imbalance=1.0, 
         assert counts["pairs"].max() <= most_pairs
         total, bottleneck = costs(counts)
         their_total, their_bottleneck = costs(theirs)
-        assert total <= their_total and bottleneck <= their_bottleneck
+        assert total <= their_total and (minimize_total or bottleneck <= their_bottleneck)
     elif counts["pairs"].max() > most_pairs:
         by_document = check_plan(lengths, cp_size, per_doc(tuple(lengths), cp_size))
         assert counts["pairs"].max() <= min(theirs["pairs"].max(), by_document["pairs"].max())
@@ -222,7 +223,7 @@ OPTIMA_IN_TOKENS = [
 ]
 
 
-@pytest.mark.parametrize("optima, near", [(OPTIMA, 1.02), (OPTIMA_IN_TOKENS, 1.05)])
+@pytest.mark.parametrize("optima, near", [(OPTIMA, 1.02), (OPTIMA_IN_TOKENS, 1.03)])
 def test_near_the_oracle_on_small_cases(optima, near):
     ratios = []
     for lengths, cp_size, block, optimum in optima:

@@ -10,7 +10,6 @@ returned.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -55,9 +54,6 @@ TRIES = (
 """Up to which size of a batch, documents + 4 x ranks: how many of the settings are tried, how many plans with a target
 for the bottleneck; for the least total, how many more settings, how many plans are repaired, and how many pairs of
 ranks are planned anew in each."""
-
-SPREADINGS = (1.0, 0.75, 0.5, 0.25, 1.3, 1.6, 2.2)
-"""Tried for the least total where Algorithm 1 has a lower bottleneck than that takes."""
 
 
 class Candidate:
@@ -171,22 +167,6 @@ class Search:
                 met, target = target, (target + missed) / 2 if missed else 0.88 * target
             spreading = 1.0
 
-    def down_to(self, limit: int, most_total: float) -> None:
-        """Looks for plans whose largest rank receives and sends just about `limit`, which costs the least KV: like the
-        best constructed in every order."""
-        constructed = sorted((plan for plan in self.found if plan.construction), key=lambda plan: plan.total)
-        bases = {plan.construction.settings.order: plan for plan in reversed(constructed)}
-        for base, spreading in itertools.product(bases.values(), SPREADINGS):
-            target = float(limit)
-            for _ in range(5):
-                plan = self.spread(base.construction, target, spreading)
-                if plan is None:
-                    target *= 0.97
-                    continue
-                if 0.985 * limit <= plan.bottleneck <= limit or plan.total > most_total:
-                    break
-                target *= min(max(0.995 * limit / plan.bottleneck, 0.85), 1.15)
-
 
 def search(
     lengths: Sequence[int],
@@ -198,8 +178,8 @@ def search(
 ) -> Slices:
     """Slices of every rank: little KV in all, and little on the rank with the most of it.
 
-    Never above Algorithm 1 at the same caps, in total or in what the largest rank receives or sends, unless that
-    exceeds them: where no better plan is found, it is Algorithm 1's. Pure and deterministic.
+    Never above Algorithm 1 at the same caps in total, nor (but for `minimize_total`) in what the largest rank receives
+    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Pure and deterministic.
 
     Args:
         lengths (`Sequence[int]`): tokens of each document, at least 1.
@@ -242,17 +222,16 @@ def search(
         if not looking.is_within(NEAR):
             for plan in sorted(looking.found, key=lambda plan: plan.total)[:repaired]:
                 looking.repaired(plan.slices, solves)
-        if constructed and looking.least().bottleneck > limit:
-            looking.down_to(limit, reference.total)
     found = looking.found
     if reference is None:
         best = _best(found, minimize_total)
         if best.total > below[0] or best.bottleneck > below[1]:
             reference = looking.reference(best.total, best.bottleneck)
-    if reference:
-        found = [
-            plan for plan in found if plan.total <= reference.total and plan.bottleneck <= reference.bottleneck
-        ] + [reference]
+    if reference and minimize_total:
+        found = [*found, reference]
+    elif reference:
+        close = [plan for plan in found if plan.total <= reference.total and plan.bottleneck <= reference.bottleneck]
+        found = [*close, reference]
     return _best(found, minimize_total).slices
 
 
