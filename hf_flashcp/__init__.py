@@ -27,12 +27,14 @@ _EXPORTS = {
     "errors": None,
     "flashcp_attention": ".integrations.registration",
     "plan_documents": ".planning",
+    "save_attention_context_fn": ".attention",
     "shard_inputs": ".layout",
 }
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from . import errors
+    from .attention import save_attention_context_fn
     from .data import FlashCPCollator
     from .integrations.attach import attach
     from .integrations.callback import FlashCPCallback

@@ -1,15 +1,30 @@
 """What workers run to count and trace what the engine does in one layer, forward and backward."""
 
 import contextlib
+import re
 from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_flashcp.attention import document_attention
+from hf_flashcp import FlashCPCollator, attach, shard_inputs
+from hf_flashcp.attention import document_attention, function
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from tests import attention_cases as cases
+from tests.model_cases import cp_mesh, sum_gradients
+from tests.models import (
+    build_model,
+    exact_loss_sum,
+    gradients,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+    target_count,
+)
 
 
 class CountingKernel(CPUFlashKernel):
@@ -36,6 +51,17 @@ class CountingKernel(CPUFlashKernel):
     def backward(self, *args, **kwargs):
         with self._call():
             return super().backward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def transparent_forward():
+    """Without the operator around the engine's forward, which hides what is inside from dispatch modes."""
+    original = function.run_forward
+    function.run_forward = lambda engine, *tensors: engine.forward(*tensors)
+    try:
+        yield
+    finally:
+        function.run_forward = original
 
 
 class OperationCount(TorchDispatchMode):
@@ -85,7 +111,7 @@ def counts(plan, options=None):
 
     dist.all_to_all_single = counting
     try:
-        with OperationCount(kernel) as operations:
+        with transparent_forward(), OperationCount(kernel) as operations:
             out = document_attention(*leaves, bound, kernel=kernel, **options)
             torch.autograd.grad(out, leaves, grad_out)
     finally:
@@ -108,3 +134,133 @@ def differences_between_runs(plan, options):
     inputs = cases.make_inputs(plan.lengths, 4, 2, 16, 16, torch.bfloat16, 0)
     first, second = (cases.sharded_attention(plan, [each.clone() for each in inputs], **options)[0] for _ in range(2))
     return [int((a != b).sum()) for a, b in zip(first, second)]
+
+
+# Memory
+
+
+def saved_bytes(plan, shape, dtype, options):
+    """Bytes that one layer saves for backward."""
+    bound = cases.bind(plan)
+    query, key, value, _ = (
+        tensor.index_select(1, bound.layout.token_index)
+        for tensor in cases.make_inputs(plan.lengths, *shape, getattr(torch, dtype), 0)
+    )
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    found = []
+
+    def pack(tensor):
+        found.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        document_attention(*leaves, bound, **options)
+    return sum(found)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were alive after any operator, and the most elements that one of them returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self.largest = 0
+        self._storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return found
+
+
+def peak_memory(plan, shape, options):
+    """Peak bytes of one bf16 layer's forward and backward beyond its inputs, and the largest tensor's elements."""
+    bound = cases.bind(plan)
+    query, key, value, grad_out = (
+        tensor.index_select(1, bound.layout.token_index)
+        for tensor in cases.make_inputs(plan.lengths, *shape, torch.bfloat16, 0)
+    )
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    with transparent_forward(), LiveBytes() as live:
+        out = document_attention(*leaves, bound, **options)
+        torch.autograd.grad(out, leaves, grad_out)
+    return live.peak, live.largest
+
+
+# Whole models
+
+
+class _Calls:
+    """Counts exchanges and kernel calls of whatever runs inside."""
+
+    def __enter__(self):
+        self.exchanges = self.forwards = self.backwards = 0
+        self._originals = dist.all_to_all_single, CPUFlashKernel.forward, CPUFlashKernel.backward
+
+        def counting(name, original):
+            def call(*args, **kwargs):
+                setattr(self, name, getattr(self, name) + 1)
+                return original(*args, **kwargs)
+
+            return call
+
+        dist.all_to_all_single = counting("exchanges", self._originals[0])
+        CPUFlashKernel.forward = counting("forwards", self._originals[1])
+        CPUFlashKernel.backward = counting("backwards", self._originals[2])
+        return self
+
+    def __exit__(self, *_):
+        dist.all_to_all_single, CPUFlashKernel.forward, CPUFlashKernel.backward = self._originals
+
+
+def checkpointed(family, lengths, kwargs, keep_received_kv):
+    """Gradient error, and exchanges, kernel forwards and kernel backwards a layer."""
+    features = make_documents(lengths)
+    _, expected = per_document_gradients(build_model(family, "sdpa"), features)
+    model = build_model(family)
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(kwargs)
+    model.train()
+    attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
+    shard = shard_inputs(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features), cp_mesh())
+    inputs = {key: value for key, value in shard.items() if "labels" not in key}
+    with _Calls() as calls:
+        loss = exact_loss_sum(model(**inputs).logits, shard["shift_labels"]) / target_count(features)
+        loss.backward()
+    sum_gradients(model)
+    layers = model.config.num_hidden_layers
+    counts = calls.exchanges / layers, calls.forwards / layers, calls.backwards / layers
+    return largest_error(gradients(model), expected), counts
+
+
+def compiled(packs, backend, whole):
+    """For a model run with and without torch.compile on one pack after the other: the largest relative difference of
+    gradients, the graphs compiled after each pack, and the functions at which graphs break."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = build_model("llama"), build_model("llama")
+    run = model
+    for each in (plain, model):
+        attach(each, cp_mesh())
+        each.train()
+    if whole:
+        run = torch.compile(model, backend=backend, dynamic=True)
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend=backend, dynamic=True)
+    errors, graphs = [], []
+    for seed, lengths in enumerate(packs):
+        batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(lengths, seed=seed))
+        for each in (plain, run):
+            each.zero_grad()
+            each(**batch, use_cache=False).loss.backward()
+        errors.append(largest_error(gradients(model), gradients(plain)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    breaks = {re.search(r"function `?<function (\w+)", reason).group(1) for reason in counters["graph_break"]}
+    torch._dynamo.reset()
+    return errors, graphs, sorted(breaks)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_flashcp.attention import save_attention_context_fn
 from hf_flashcp.errors import PlanError
 from hf_flashcp.layout import RankLayout, WindowLayout
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
@@ -198,3 +199,86 @@ def test_two_runs_are_equal_to_the_last_bit(pool, stages):
         for options in ({}, {"window": 60}):
             for different in pool.run(4, engine_cases.differences_between_runs, plan, options):
                 assert different == [0, 0, 0, 0]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("window", [None, 8])
+def test_saved_bytes_are_the_documented_ones(pool, keep, window):
+    """Of function.py's formula; e = 2, E = 4."""
+    plan = plan_documents([40, 24], 3, strategy="per_doc")
+    heads, kv_heads, key_dim, value_dim = 4, 2, 8, 12
+    args = (plan, (heads, kv_heads, key_dim, value_dim), "bfloat16", {"keep_received": keep, "window": window})
+    report = plan.report(window=window)
+    for rank, found in enumerate(pool.run(3, engine_cases.saved_bytes, *args)):
+        tokens, received = report["tokens"][rank], report["kv_received"][rank]
+        own = tokens * (2 * (heads + kv_heads) * (key_dim + value_dim) + 4 * heads)
+        kept = received * 2 * kv_heads * (key_dim + value_dim) if keep else 0
+        if window and keep:
+            bands = found - own - kept  # the rank's own tokens there, those of overlapping bands twice
+            assert 0 < bands <= 2 * tokens * 2 * kv_heads * (key_dim + value_dim)
+        else:
+            assert found == own + kept
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("stages", ["one", "all"])
+def test_peak_memory_of_a_layer(pool, stages, keep):
+    """At cp N: a single process's peak over N; of each received row its KV, the gradients in fp32 and on the wire, and
+    those of a kernel's block; of each sent row one in bf16 and one in fp32; in stages, outputs in fp32. And no tensor
+    has anything near T x T elements."""
+    lengths, shape, cp_size = [4096, 1024, 512], (4, 2, 32, 32), 4
+    single, largest = pool.run(1, engine_cases.peak_memory, plan_documents(lengths, 1), shape, {})[0]
+    assert largest < lengths[0] ** 2 / 8
+    plan = plan_documents(lengths, cp_size, strategy="per_doc")
+    plan = plan.with_offset_groups(STAGES["all"](cp_size)) if stages == "all" else plan
+    report = plan.report()
+    kv, outputs = 2 * (32 + 32), 4 * 32 * sum(lengths) / cp_size
+    results = pool.run(cp_size, engine_cases.peak_memory, plan, shape, {"keep_received": keep})
+    for rank, (peak, largest) in enumerate(results):
+        received, sent = report["kv_received"][rank] * kv, report["kv_sent"][rank] * kv
+        more = received * (2 + 4 + 2 + 2) + sent * (2 + 4) + (4 * outputs if stages == "all" else 0)
+        assert single / cp_size < peak <= single / cp_size + more
+        assert largest < lengths[0] ** 2 / 8
+
+
+# Whole models
+
+
+SELECTIVE = {"use_reentrant": False, "context_fn": save_attention_context_fn}
+
+
+@pytest.mark.parametrize(
+    "kwargs, keep, exchanges, forwards",
+    [
+        (None, None, 2, 2),
+        ({"use_reentrant": False}, None, 3, 4),
+        ({"use_reentrant": True}, None, 3, 4),
+        (SELECTIVE, None, 2, 2),
+        (SELECTIVE, False, 3, 2),
+        (None, False, 3, 2),
+    ],
+    ids=["none", "plain", "reentrant", "selective", "selective, fetched again", "fetched again"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_selective_checkpointing_attends_and_exchanges_once(pool, family, kwargs, keep, exchanges, forwards):
+    """A layer's forward is a local and a remote kernel call and an exchange, its backward as much."""
+    for error, counts in pool.run(2, engine_cases.checkpointed, family, [40, 3, 17, 25], kwargs, keep):
+        assert error < FP64
+        assert counts == (exchanges, forwards, 2)
+
+
+@pytest.mark.parametrize(
+    "whole, backend, breaks",
+    [(False, "aot_eager", ["flashcp_attention"]), (True, "eager", ["flashcp_attention", "flashcp_mask"])],
+)
+def test_compiled_models(pool, whole, backend, breaks):
+    """Same gradients, breaks at the attention call (and at the mask, before the layers); a new pack makes no new
+    graph."""
+    packs = [[40, 3, 17, 1, 25], [30, 9], [64, 5, 7], [33, 20, 20]]
+    for errors, graphs, found in pool.run(2, engine_cases.compiled, packs, backend, whole):
+        assert max(errors) < FP64
+        assert graphs == graphs[:1] * len(packs)
+        assert found == breaks

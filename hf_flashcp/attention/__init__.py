@@ -2,6 +2,7 @@
 
 from .function import document_attention
 from .kernels import AttentionKernel, select_kernel
+from .operator import save_attention_context_fn
 
 
-__all__ = ["AttentionKernel", "document_attention", "select_kernel"]
+__all__ = ["AttentionKernel", "document_attention", "save_attention_context_fn", "select_kernel"]

@@ -19,6 +19,7 @@ one order on every run and device. Nothing here waits for a device: sizes and re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,11 +45,12 @@ class Engine(NamedTuple):
     kernel: AttentionKernel
     scale: float
     softcap: float | None
+    keep_received: bool
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Returns out, lse and the keys of each stage."""
+        """Returns out, lse and the keys of each stage, none if they are not kept."""
         stages = self.layout.stages(query.device)
         transfers = send_kv(key, value, self.layout, self.group)
         out, lse = self._local_forward(query, key, value)
@@ -57,7 +59,8 @@ class Engine(NamedTuple):
         received = []
         for stage, transfer in zip(stages, transfers):
             keys = _ordered(transfer.wait(), stage)
-            received.append(keys)
+            if self.keep_received:
+                received.append(keys)
             if stage.rectangles:
                 split = split_rows(keys, key, value)
                 part = self.kernel.forward(query, *split, stage.rectangles, **self._options(stage.causal))
@@ -80,14 +83,14 @@ class Engine(NamedTuple):
         value: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        received: list[torch.Tensor] | None,
+        received: Sequence[torch.Tensor],
         keys_need_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns dQ, and dK and dV of this rank's tokens, as the queries of all ranks give them, in the accumulate
         dtype.
 
         Args:
-            received: the keys of each stage; `None` to fetch them again.
+            received: the keys of each stage, as forward returned them; fetched again if they were not kept.
             keys_need_grad: the same on every rank; without it no gradient travels, and dK and dV mean nothing.
         """
         stages = self.layout.stages(query.device)
@@ -95,42 +98,22 @@ class Engine(NamedTuple):
         grad_query = torch.zeros_like(query, dtype=dtype)
         grad_keys = key.new_zeros(key.shape[1], kv_width(key, value), dtype=dtype)
         grad_key, grad_value = split_rows(grad_keys, key, value)
-        grads = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
-
-        def local_pass() -> None:
-            if self.layout.local:
-                options = self._options(causal=True)
-                self.kernel.backward(grad_out, query, key, value, out, lse, self.layout.local, **options, **grads)
-
-        fetched = send_kv(key, value, self.layout, self.group) if received is None else []
+        tensors = grad_out, query, key, value, out, lse
+        fetched = [] if self.keep_received else send_kv(key, value, self.layout, self.group)
         if fetched:
-            local_pass()
+            self._local_backward(*tensors, grad_query, grad_key, grad_value)
         home = key.new_empty(self.layout.send_rows(key.device).count if stages else 0, grad_keys.shape[1])
         transfers = []
         for index, stage in enumerate(stages):
-            keys = received[index] if received is not None else _ordered(fetched[index].wait(), stage)
-            grad_stage = torch.zeros_like(keys, dtype=dtype)
-            if stage.rectangles:
-                stage_key, stage_value = split_rows(grad_stage, key, value)
-                self.kernel.backward(
-                    grad_out,
-                    query,
-                    *split_rows(keys, key, value),
-                    out,
-                    lse,
-                    stage.rectangles,
-                    **self._options(stage.causal),
-                    grad_query=grad_query,
-                    grad_key=stage_key,
-                    grad_value=stage_value,
-                )
+            keys = received[index] if self.keep_received else _ordered(fetched[index].wait(), stage)
+            wire, grad_local = self._stage_backward(stage, keys, *tensors, grad_query)
             if keys_need_grad:
-                wire, grad_local = _as_received(grad_stage, stage, key.dtype)
                 transfers.append(send_grads_home(wire, home[stage.sent], stage, self.group))
                 if grad_local is not None:
                     stage.local_rows.add(grad_keys, grad_local)
+            del keys, wire, grad_local
         if not fetched:
-            local_pass()
+            self._local_backward(*tensors, grad_query, grad_key, grad_value)
         for transfer in transfers:
             transfer.wait()
         if transfers:
@@ -154,6 +137,43 @@ class Engine(NamedTuple):
             rows.put(out, part[0], dim=1)
             rows.put(lse, part[1], dim=1)
         return out, lse
+
+    def _local_backward(self, grad_out, query, key, value, out, lse, grad_query, grad_key, grad_value) -> None:
+        if self.layout.local:
+            self.kernel.backward(
+                grad_out,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                self.layout.local,
+                **self._options(causal=True),
+                grad_query=grad_query,
+                grad_key=grad_key,
+                grad_value=grad_value,
+            )
+
+    def _stage_backward(
+        self, stage, keys, grad_out, query, key, value, out, lse, grad_query
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds to dQ; returns what [`_as_received`] makes of the gradients of the stage's keys."""
+        grad = torch.zeros_like(keys, dtype=grad_query.dtype)
+        if stage.rectangles:
+            grad_key, grad_value = split_rows(grad, key, value)
+            self.kernel.backward(
+                grad_out,
+                query,
+                *split_rows(keys, key, value),
+                out,
+                lse,
+                stage.rectangles,
+                **self._options(stage.causal),
+                grad_query=grad_query,
+                grad_key=grad_key,
+                grad_value=grad_value,
+            )
+        return _as_received(grad, stage, key.dtype)
 
 
 def _ordered(keys: torch.Tensor, stage: Stage) -> torch.Tensor:

@@ -1,4 +1,10 @@
-"""`document_attention`: the attention of one layer on one rank, as a function that autograd knows."""
+"""`document_attention`: the attention of one layer on one rank, as a function that autograd knows.
+
+Saved for backward, in bytes a token of the rank, e being the size of an element and E that of the accumulate dtype
+(4, or 8 in fp64): query, key, value and output, e * (H_q * (D_k + D_v) + H_kv * (D_k + D_v)), and the logsumexp,
+E * H_q. Where it is kept, KV received: e * H_kv * (D_k + D_v) a token received, and in layers with a sliding window as
+much for each of the rank's own tokens that lie in the bands of keys. Nothing grows with the square of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..layout import RankPlan
 from .engine import Engine
 from .kernels import AttentionKernel, select_kernel
+from .operator import run_forward
 
 
 def document_attention(
@@ -20,6 +27,7 @@ def document_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    keep_received: bool | None = None,
     kernel: AttentionKernel | None = None,
 ) -> torch.Tensor:
     """Causal attention inside each document for this rank's tokens, with KV fetched from the ranks that hold it.
@@ -36,6 +44,8 @@ def document_attention(
         softcap (`float`, *optional*): scores become softcap * tanh(scores / softcap).
         sinks (`torch.Tensor`, *optional*): (H_q,) a score per head that takes its share of every softmax and has no
             value. Its gradient is that of this rank's tokens alone.
+        keep_received (`bool`, *optional*): whether backward finds the KV that forward received, or fetches it again;
+            the same on every rank. Defaults to the plan's, see [`RankPlan`].
         kernel (`AttentionKernel`, *optional*): defaults to the best for the device and the options.
 
     Returns:
@@ -47,6 +57,7 @@ def document_attention(
         kernel or _select(query, value, softcap),
         query.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
+        plan.keep_received if keep_received is None else keep_received,
     )
     return _DocumentAttention.apply(query, key, value, sinks, engine)
 
@@ -59,7 +70,7 @@ def _select(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> 
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, engine):
-        out, lse, received = engine.forward(query, key, value, sinks)
+        out, lse, received = run_forward(engine, query, key, value, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse, *received)
         ctx.engine = engine
         return out

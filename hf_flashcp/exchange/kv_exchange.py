@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Transfer:
-    """An all-to-all under way. Holds both buffers, which must live until the transfer is over.
+    """An all-to-all under way, to be awaited once. Until then it holds both buffers, which must live that long.
 
     `result` is the buffer that `received` begins, if it has more rows.
     """
@@ -43,8 +43,9 @@ class Transfer:
     def wait(self) -> torch.Tensor:
         """(n, ...) rows: those received, source rank after source rank, and what `result` has behind them."""
         self._work.wait()
-        self._sent = None
-        return self._result
+        result = self._result
+        self._work = self._sent = self._result = None
+        return result
 
 
 def _check_sizes(sent: torch.Tensor, send_splits: list[int], recv_splits: list[int], group: ProcessGroup) -> None:

@@ -42,6 +42,7 @@ def attach(
     *,
     strategy: str | None = None,
     on_plan: Callable[[ShardPlan], None] | None = None,
+    keep_received_kv: bool | None = None,
 ) -> ContextParallelHandle:
     """Makes `model(**batch)` run on this rank's part of a full packed batch.
 
@@ -57,6 +58,16 @@ def attach(
         strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`]; defaults to the
             plugin's.
         on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
+        keep_received_kv (`bool`, *optional*): whether a layer keeps the KV that it received in forward until its
+            backward (`True`: more memory), or fetches it again (`False`: more traffic); the same on every rank.
+            Defaults to the plugin's; if that is `None` too, kept under gradient checkpointing, where it is held for
+            one layer at a time, and otherwise as the plan says (see [`RankPlan`]).
+
+    With torch.compile, compile the layers: `for layer in model.model.layers: layer.compile(dynamic=True)` (accelerate:
+    `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)`). The only graph breaks are then the attention
+    calls. Without `dynamic=True` the second pack recompiles once, after that or with it no pack does. A whole model
+    compiles too (`torch.compile(model, dynamic=True)`), with further breaks before its layers, where the batch is
+    sharded and where the mask is left out.
 
     Returns:
         `ContextParallelHandle`: with `.remove()` and the latest `.plan`. Attaching again replaces the earlier handle.
@@ -69,14 +80,17 @@ def attach(
     check_model(inner)
     mesh = accelerator_or_mesh
     if isinstance(accelerator_or_mesh, Accelerator):
-        mesh, strategy = _accelerator_mesh(accelerator_or_mesh, strategy)
+        mesh, plugin = _accelerator_mesh(accelerator_or_mesh)
+        strategy = strategy or getattr(plugin, "strategy", None)
+        if keep_received_kv is None:
+            keep_received_kv = getattr(plugin, "keep_received_kv", None)
     group, _, cp_size = context_parallel_group(mesh)
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     for hook in list(inner._forward_pre_hooks.values()):
         if isinstance(earlier := getattr(hook, "__self__", None), ContextParallelHandle):
             earlier.remove()
-    return ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan)
+    return ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv)
 
 
 class ContextParallelHandle:
@@ -92,12 +106,14 @@ class ContextParallelHandle:
         mesh: DeviceMesh | None,
         strategy: str,
         on_plan: Callable[[ShardPlan], None] | None,
+        keep_received_kv: bool | None,
     ):
         self.plan: RankPlan | None = None
         self.mesh = mesh
         self._whole_documents = needs_whole_documents(model)
         self._strategy = "whole_doc" if self._whole_documents else strategy
         self._on_plan = on_plan
+        self._keep_received_kv = keep_received_kv
         self._checked = False
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
@@ -125,6 +141,7 @@ class ContextParallelHandle:
         padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
         return batch.get("past_key_values") is None and not padded_on_one_rank
 
+    @torch.compiler.disable
     def _before_forward(self, model, args, kwargs):
         batch = {**dict(zip(self._parameters, args)), **kwargs}
         wanted = model.training or any(
@@ -143,10 +160,14 @@ class ContextParallelHandle:
             require_whole_documents(self.plan.plan, model)
             batch["use_cache"] = False  # a cache would carry a document's state into the next one
             batch.pop("seq_idx", None)
+        if self._keep_received_kv is not None:
+            self.plan.keep_received = self._keep_received_kv
+        elif model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            self.plan.keep_received = True
         if self.plan.group is not None:
             require_agreement(
                 "the batch",
-                _description_of_batch(self.plan.plan),
+                _description_of_batch(self.plan),
                 self.plan.group,
                 advice=_SAME_BATCH,
                 error=BatchError,
@@ -156,6 +177,7 @@ class ContextParallelHandle:
         enter_sharded_forward(model, self.plan, is_first=not self._checked)
         return (), batch
 
+    @torch.compiler.disable
     def _after_forward(self, model, args, output):
         forward = current_sharded_forward()
         if forward is None or forward.model is not model:
@@ -223,16 +245,17 @@ def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
     }
 
 
-def _description_of_batch(plan: ShardPlan) -> dict[str, Any]:
+def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
     return {
-        "documents": len(plan.lengths),
-        "tokens": plan.num_tokens,
-        "plan": plan.digest[:16],
-        "content": plan.content_digest,
+        "documents": len(bound.plan.lengths),
+        "tokens": bound.plan.num_tokens,
+        "plan": bound.plan.digest[:16],
+        "content": bound.plan.content_digest,
+        "keep_received_kv": bound.keep_received,
     }
 
 
-def _accelerator_mesh(accelerator: Accelerator, strategy: str | None):
+def _accelerator_mesh(accelerator: Accelerator) -> tuple[DeviceMesh | None, FlashCPPlugin | None]:
     config = accelerator.parallelism_config
     if config is not None and not isinstance(config, FlashCPPlugin):
         raise ConfigurationError(
@@ -243,4 +266,4 @@ def _accelerator_mesh(accelerator: Accelerator, strategy: str | None):
         mesh = None
     else:
         mesh = accelerator.torch_device_mesh
-    return mesh, strategy or getattr(config, "strategy", None)
+    return mesh, config

@@ -55,7 +55,13 @@ class FlashCPCallback(TrainerCallback):
                 'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
             )
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
-        self.handle = attach(model, mesh, strategy=config.strategy, on_plan=self.plan_metrics.add)
+        self.handle = attach(
+            model,
+            mesh,
+            strategy=config.strategy,
+            on_plan=self.plan_metrics.add,
+            keep_received_kv=config.keep_received_kv,
+        )
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -34,6 +34,7 @@ class FlashCPPlugin(ParallelismConfig):
             given, the processes that cp_size leaves shard the model under FSDP2 and replicate it under DDP.
         strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`,
             else to that of [`plan_documents`].
+        keep_received_kv (`bool`, *optional*): see [`attach`].
 
     Raises:
         ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
@@ -41,6 +42,7 @@ class FlashCPPlugin(ParallelismConfig):
     """
 
     strategy: str | None = None
+    keep_received_kv: bool | None = None
 
     def __post_init__(self):
         if self.cp_backend is None:

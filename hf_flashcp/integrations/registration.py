@@ -31,6 +31,7 @@ NAME = "flashcp"
 INTERNAL_NAME = "document_cp"
 
 
+@torch.compiler.disable
 def flashcp_attention(
     module: torch.nn.Module | None,
     query: torch.Tensor,
@@ -214,6 +215,7 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
     )
 
 
+@torch.compiler.disable
 def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..planning import ShardPlan
+from ..planning.volume import full_attention_traffic
 from .rank_layout import RankLayout
 from .window_layout import WindowLayout
 
@@ -24,9 +25,17 @@ class RankPlan:
         rank (`int`, *optional*, defaults to 0): rank within the group.
         group (`ProcessGroup`, *optional*): the context-parallel group; not needed when cp_size is 1.
 
+    Attributes:
+        keep_received (`bool`): whether attention layers keep the KV that they receive until backward, or fetch it
+            again; the same on every rank, may be set before the first layer runs. Kept unless some rank receives more
+            than `MOST_KEPT` tokens for each of its own, which with four query heads a KV head is 0.8 times the
+            queries, keys, values and outputs that are saved anyway. Fetching again moves half as many bytes more.
+
     Raises:
         ConfigurationError: group and plan differ in size.
     """
+
+    MOST_KEPT = 4
 
     def __init__(self, plan: ShardPlan, rank: int = 0, group: ProcessGroup | None = None):
         size = group.size() if group is not None else 1
@@ -38,6 +47,9 @@ class RankPlan:
         self.plan = plan
         self.rank = rank
         self.group = group
+        received, _ = full_attention_traffic(plan.cp_size, plan.slices)
+        own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
+        self.keep_received = all(rows <= self.MOST_KEPT * tokens for rows, tokens in zip(received, own))
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}
 

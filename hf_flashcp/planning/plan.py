@@ -190,7 +190,7 @@ class ShardPlan:
             Also per rank, of forward and backward together: `collectives` (two a stage, the same on every rank, none
             if no KV moves), `kernel_calls` (of a kernel that takes any number of sequences: one for what is local and
             one for each stage that brings something, both ways) and `copies` of rows from buffer to buffer (see
-            [`~volume.engine_calls`]).
+            [`~volume.engine_calls`]). They are those of a layer that keeps the KV it receives until backward.
 
         Raises:
             PlanError: a window below 1.
