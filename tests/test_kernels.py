@@ -24,7 +24,7 @@ from hf_flashcp.errors import FlashCPError
 from hf_flashcp.layout import Rectangle
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
     """Small tensors: threads cost more than they bring."""
     threads = torch.get_num_threads()
@@ -201,18 +201,14 @@ def test_full_rectangles_are_exact(kernel, rectangles):
 @pytest.mark.parametrize("threads, fold", [(1, 6), (2, 6), (3, 3), (4, 3), (5, 2), (7, 1), (40, 1)])
 def test_every_thread_has_a_head_to_itself(threads, fold):
     """12 heads, 2 KV heads: as many of a group's six share rows as leave a head for each thread."""
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        assert cpu_flash._fold(12, 6) == fold
-        for rectangles, causal in ((CAUSAL["squares"], True), (FULL["prefixes of two"], False)):
-            inputs = make((12, 2, 8, 8), rectangles)
-            for window in (None, 9) if causal else (None,):
-                reference = textbook(inputs, rectangles, causal=causal, window=window)
-                ours = run(SmallBlocks(), inputs, rectangles, causal=causal, window=window)
-                assert difference(ours, reference) < FP64
-    finally:
-        torch.set_num_threads(before)
+    assert cpu_flash._fold(12, 6) == fold
+    for rectangles, causal in ((CAUSAL["squares"], True), (FULL["prefixes of two"], False)):
+        inputs = make((12, 2, 8, 8), rectangles)
+        for window in (None, 9) if causal else (None,):
+            reference = textbook(inputs, rectangles, causal=causal, window=window)
+            ours = run(SmallBlocks(), inputs, rectangles, causal=causal, window=window)
+            assert difference(ours, reference) < FP64
 
 
 @pytest.mark.parametrize("kernel", ["eager", "varlen"])
@@ -333,9 +329,11 @@ def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
         assert all(part <= 1.05 * one for part, one in zip(error, errors[1])), errors
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kernel", ["cpu_flash", "eager", "varlen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_bitwise_equal(kernel, dtype):
+def test_two_runs_are_bitwise_equal(kernel, dtype, threads):
+    torch.set_num_threads(threads)
     for rectangles, causal in ((CAUSAL["squares"], True), (FULL["prefixes of two"], False)):
         inputs = make((8, 2, 16, 16), rectangles, dtype)
         first, second = (run(KERNELS[kernel](), inputs, rectangles, causal=causal) for _ in range(2))
