@@ -93,7 +93,7 @@ def test_kernels_are_made_deterministic_on_request():
         torch.use_deterministic_algorithms(False)
 
 
-def test_pytorchs_flash_is_called_as_its_schema_says(monkeypatch):
+def test_pytorchs_flash_is_called_as_its_schema_says():
     """On the meta device: shapes, arguments and their order, forward and backward; nothing is computed."""
     for rectangles, causal, window in (
         (CAUSAL["squares"], True, None),
