@@ -1,6 +1,7 @@
 """What workers run to count and trace what the engine does in one layer, forward and backward."""
 
 import contextlib
+import json
 import re
 from collections import Counter
 
@@ -15,6 +16,7 @@ from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.attention import document_attention, function
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from tests import attention_cases as cases
+from tests import trainer_cases
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
@@ -264,3 +266,18 @@ def compiled(packs, backend, whole):
     breaks = {re.search(r"function `?<function (\w+)", reason).group(1) for reason in counters["graph_break"]}
     torch._dynamo.reset()
     return errors, graphs, sorted(breaks)
+
+
+def selective_trainer(lengths, kwargs):
+    """A Trainer's step with the kwargs, and its exchanges, kernel forwards and kernel backwards a layer."""
+    json.loads(trainer_cases.training_arguments(gradient_checkpointing_kwargs=kwargs).to_json_string())
+    with _Calls() as calls:
+        result = trainer_cases.trainer_step(lengths, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    return result["gradient_error"], (calls.exchanges / 2, calls.forwards / 2, calls.backwards / 2)
+
+
+def keep_on_one_rank():
+    model = build_model("llama")
+    attach(model, cp_mesh(), keep_received_kv=dist.get_rank() == 0)
+    model.train()
+    model(**FlashCPCollator(2)(make_documents([30, 12])))

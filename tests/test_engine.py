@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.attention import save_attention_context_fn
-from hf_flashcp.errors import PlanError
+from hf_flashcp.errors import BatchError, PlanError
 from hf_flashcp.layout import RankLayout, WindowLayout
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 from tests import attention_cases as cases
@@ -268,6 +268,17 @@ def test_selective_checkpointing_attends_and_exchanges_once(pool, family, kwargs
     for error, counts in pool.run(2, engine_cases.checkpointed, family, [40, 3, 17, 25], kwargs, keep):
         assert error < FP64
         assert counts == (exchanges, forwards, 2)
+
+
+def test_selective_checkpointing_in_a_trainer(pool):
+    """Through TrainingArguments, which trackers write down as JSON."""
+    for error, counts in pool.run(2, engine_cases.selective_trainer, [40, 3, 17], SELECTIVE):
+        assert error < 1e-6 and counts == (2, 2, 2)
+
+
+def test_ranks_that_differ_in_keeping_kv_say_so(pool):
+    for error in pool.errors(2, engine_cases.keep_on_one_rank):
+        assert isinstance(error, BatchError) and "keep_received_kv is true on rank 0 and false on rank 1" in str(error)
 
 
 @pytest.mark.parametrize(
