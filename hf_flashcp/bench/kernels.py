@@ -114,7 +114,7 @@ class _RankWork:
         heads, kv_heads, head_dim = shape
         self.layout = RankLayout(plan, rank)
         self.kernel, self.scale = kernel, head_dim**-0.5
-        self._engine = Engine(None, self.layout, kernel, self.scale, None)
+        self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received=True)
 
         def random(tokens: int, count: int) -> torch.Tensor:
             return torch.randn(tokens, count, head_dim, dtype=dtype, device=device).transpose(0, 1)

@@ -1,0 +1,205 @@
+"""Whether a cluster is right for context parallelism: who is there, what collectives bring, how fast links are, and
+one attention layer against its documents alone. For a minute before a week of training."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections import defaultdict
+from datetime import timedelta
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+
+from .. import __version__
+from ..attention import document_attention, select_kernel
+from ..errors import ConfigurationError
+from ..exchange import require_agreement
+from ..layout import RankPlan
+from ..planning import plan_documents
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LENGTHS = (700, 260, 64, 31, 1)
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Relative Frobenius norms of out, dQ, dK and dV against every document alone. bf16 is held against twice the error
+of bf16 on one device."""
+
+
+def check_cluster(
+    group: ProcessGroup, device: torch.device, *, megabytes: int = 64, timeout: timedelta = timedelta(seconds=60)
+) -> dict[str, Any]:
+    """Every rank of the world calls it, with its context-parallel group.
+
+    Args:
+        group: of at least two ranks.
+        device: this rank's.
+        megabytes: of a transfer that measures a link.
+        timeout: how long to wait for ranks that do not come.
+
+    Returns:
+        `dict`, JSON-serializable, the same on every rank: `ranks` (host and device of each), `links` (by kind, "node"
+        for ranks of one host and "network" for others: `bytes_per_second` of the median rank and of the `slowest`,
+        which pair that was, and `latency_seconds`), `layer` (by dtype the kernel and the largest error of a rank).
+
+    Raises:
+        ConfigurationError: on every rank: versions that differ, data that arrived wrong, a layer that is not exact.
+    """
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "hf_flashcp": __version__,
+    }
+    require_agreement(
+        "versions", versions, dist.group.WORLD, advice="Start every process in the same environment.", timeout=timeout
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    ranks = _gathered({"host": socket.gethostname(), "device": name, "local_rank": os.environ.get("LOCAL_RANK", "0")})
+    _check_collectives(group, device)
+    links = _links(group, device, megabytes, [rank["host"] for rank in ranks])
+    return {"versions": versions, "ranks": ranks, "links": links, "layer": _layer(group, device)}
+
+
+def _gathered(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _everywhere(problem: str | None) -> None:
+    """Raises on all ranks what any of them has to say."""
+    if problems := [problem for problem in _gathered(problem) if problem]:
+        raise ConfigurationError(f"The cluster is not right: {'; '.join(problems)}.")
+
+
+def _check_collectives(group: ProcessGroup, device: torch.device) -> None:
+    """An uneven all-to-all, some parts empty, in which every number names its sender and receiver."""
+    size, rank = group.size(), group.rank()
+    splits = [(rank + other) % 3 for other in range(size)]  # symmetric: as much to each as from it
+    sent = torch.cat([torch.full((count,), size * rank + other) for other, count in enumerate(splits)])
+    received = torch.empty(sum(splits), dtype=sent.dtype, device=device)
+    dist.all_to_all_single(received, sent.to(device), splits, splits, group=group)
+    expected = torch.cat([torch.full((count,), size * other + rank) for other, count in enumerate(splits)])
+    total = torch.ones(1, device=device)
+    dist.all_reduce(total)
+    problem = None
+    if not torch.equal(received.cpu(), expected):
+        problem = f"an all-to-all brought wrong data to rank {dist.get_rank()} ({socket.gethostname()})"
+    elif int(total) != dist.get_world_size():
+        problem = f"an all-reduce of ones gave {float(total)} on rank {dist.get_rank()} ({socket.gethostname()})"
+    _everywhere(problem and problem + ": check the network and the versions of NCCL on all hosts")
+
+
+def _links(group: ProcessGroup, device: torch.device, megabytes: int, hosts: list[str]) -> dict[str, Any]:
+    """Every rank sends to the rank `offset` further on and receives from the one as far behind, all at once, as a
+    layer's stages do; for each offset as many bytes."""
+    members, rank = dist.get_process_group_ranks(group), group.rank()
+    found = []
+    for offset in range(1, len(members)):
+        to, source = members[(rank + offset) % len(members)], members[(rank - offset) % len(members)]
+        latency = _seconds(group, device, offset, 1)
+        seconds = _seconds(group, device, offset, megabytes * 2**20)
+        found.append({"pair": [dist.get_rank(), to], "from": source, "seconds": seconds, "latency": latency})
+    links = defaultdict(list)
+    for measured in (measured for rank_found in _gathered(found) for measured in rank_found):
+        sender, receiver = measured["pair"]
+        # A transfer waits for what comes in too.
+        near = hosts[sender] == hosts[receiver] == hosts[measured["from"]]
+        links["node" if near else "network"].append(measured)
+    summary = {}
+    for kind, measured in links.items():
+        slowest = max(measured, key=lambda one: one["seconds"])
+        summary[kind] = {
+            "bytes_per_second": megabytes * 2**20 / median(one["seconds"] for one in measured),
+            "slowest_bytes_per_second": megabytes * 2**20 / slowest["seconds"],
+            "slowest_pair": slowest["pair"],
+            "latency_seconds": median(one["latency"] for one in measured),
+        }
+    return summary
+
+
+def _seconds(group: ProcessGroup, device: torch.device, offset: int, num_bytes: int, turns: int = 5) -> float:
+    size, rank = group.size(), group.rank()
+    sends, receives = [0] * size, [0] * size
+    sends[(rank + offset) % size] = receives[(rank - offset) % size] = num_bytes
+    buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    seconds = []
+    for _ in range(turns + 1):
+        dist.barrier(group)
+        begin = time.perf_counter()
+        dist.all_to_all_single(*buffers, receives, sends, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds[1:])
+
+
+def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
+    """One layer's output and gradients under a plan that cuts every document, by dtype."""
+    found = {}
+    exact = torch.float64 if device.type == "cpu" else torch.float32
+    for dtype in (exact, torch.bfloat16):
+        errors, alone, kernel = _layer_errors(group, device, dtype)
+        limit = LIMITS.get(dtype) or 2 * max(alone)
+        worst = max(_gathered(max(errors)))
+        found[str(dtype).removeprefix("torch.")] = {"kernel": kernel, "error": worst, "limit": limit}
+        problem = None
+        if not max(errors) <= limit:
+            where = f"rank {dist.get_rank()} ({socket.gethostname()})"
+            problem = f"attention in {dtype} with the kernel {kernel} is off by {max(errors):.1e} on {where}"
+        _everywhere(problem and f"{problem}, more than {limit:.1e}: report it with the versions of torch and the GPU")
+    return found
+
+
+def _layer_errors(
+    group: ProcessGroup, device: torch.device, dtype: torch.dtype
+) -> tuple[list[float], list[float], str]:
+    """`(ours, one device's, kernel)`: errors of out, dQ, dK and dV of this rank's tokens, and of one device in the
+    same dtype, against fp64."""
+    plan = RankPlan(plan_documents(LENGTHS, group.size(), strategy="per_doc"), group.rank(), group)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(heads, sum(LENGTHS), HEAD_DIM, generator=generator, dtype=torch.float64).to(device, dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
+    reference = _alone([tensor.double() for tensor in inputs])
+    index = plan.layout.token_index.to(device)
+    leaves = [tensor.index_select(1, index).requires_grad_() for tensor in inputs[:3]]
+    kernel = select_kernel(device, dtype=dtype, key_dim=HEAD_DIM, value_dim=HEAD_DIM)
+    out = document_attention(*leaves, plan, kernel=kernel)
+    out.backward(inputs[3].index_select(1, index))
+    ours = [out.detach(), *(leaf.grad for leaf in leaves)]
+    single = _alone(inputs)
+    return (
+        [_error(a, b.index_select(1, index)) for a, b in zip(ours, reference)],
+        [_error(a, b) for a, b in zip(single, reference)],
+        kernel.name,
+    )
+
+
+def _alone(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    outs = [
+        torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0]
+        for part in zip(*(leaf[None].split(LENGTHS, dim=2) for leaf in leaves))
+    ]
+    out = torch.cat(outs, dim=1)
+    out.backward(inputs[3])
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    norm = reference.double().norm()
+    return float((ours.double() - reference.double()).norm() / norm) if norm > 0 else 0.0
