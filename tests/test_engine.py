@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.attention import save_attention_context_fn
 from hf_flashcp.errors import BatchError, PlanError
-from hf_flashcp.layout import RankLayout, WindowLayout
+from hf_flashcp.layout import RankLayout, Rows, WindowLayout
+from hf_flashcp.layout.rows import distinct_groups
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 from tests import attention_cases as cases
 from tests import engine_cases
@@ -95,6 +98,53 @@ def test_every_rank_enters_a_stage_that_one_needs(pool):
     assert orders == [idle, busy, idle, idle]
 
 
+# Rows
+
+
+ROWS = {
+    "none": ([], True),
+    "one range": (range(10, 40), True),
+    "four short ranges": ([0, 1, 5, 6, 9, 20, 21], True),
+    "five short ranges": ([0, 1, 5, 6, 9, 20, 21, 30], False),
+    "five long ranges": ([row for start in range(0, 500, 100) for row in range(start, start + 64)], True),
+    "out of order": ([*range(300, 400), *range(0, 100)], True),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_ranges_where_these_are_few_or_long(name):
+    numbers, as_ranges = ROWS[name]
+    rows, index = Rows(np.array(numbers, dtype=np.int64)), torch.tensor(list(numbers), dtype=torch.int64)
+    assert (rows.ranges is not None) == (rows.index is None) == as_ranges
+    source, values = torch.randn(500, 3), torch.randn(len(numbers), 3)
+    assert torch.equal(rows.take(source), source[index])
+    assert torch.equal(_after(rows.put, source, values), source.index_copy(0, index, values))
+    assert torch.equal(
+        _after(rows.add, source, values.bfloat16()), source.index_add(0, index, values.bfloat16().float())
+    )
+    on_gpu = Rows(np.array(numbers, dtype=np.int64), torch.device("meta"))
+    assert (on_gpu.ranges is None) == (name.startswith("five"))
+    for longest in (None, 7):
+        if as_ranges:
+            pieces = list(rows.pieces(longest))
+            assert [row for there, _ in pieces for row in range(there.start, there.stop)] == list(numbers)
+            assert [row for _, here in pieces for row in range(here.start, here.stop)] == list(range(len(numbers)))
+
+
+def _after(change, target, values):
+    target = target.clone()
+    change(target, values)
+    return target
+
+
+@given(st.lists(st.integers(0, 12), max_size=30))
+def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
+    groups = [numbers[start:stop] for start, stop in distinct_groups(np.array(numbers, dtype=np.int64))]
+    assert sum(groups, []) == numbers
+    assert all(len(set(group)) == len(group) for group in groups)
+    assert all(following[0] in group for group, following in zip(groups, groups[1:]))
+
+
 # Counts
 
 
@@ -164,7 +214,7 @@ def test_collectives_kernel_calls_and_copies_are_those_of_the_report(pool, name)
 def test_many_slices_take_few_operators_and_no_values_are_read(pool, window):
     """Fourteen documents on four ranks: no operator waits for the device, and their number does not grow with that of
     the documents."""
-    few, many = (plan_documents([80] * count, 4, strategy="per_doc") for count in (7, 14))
+    few, many = (plan_documents([40] * count, 4, strategy="per_doc") for count in (7, 14))
     options = {"window": window}
     for one, other in zip(*(pool.run(4, engine_cases.counts, plan, options) for plan in (few, many))):
         assert one["synchronising"] == other["synchronising"] == {}

@@ -200,12 +200,15 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     """Writes into some rows of `out` and `lse` the attention over two disjoint sets of keys, from the attention over
     each, by their logsumexp (FlashAttention's combine step). Both are finite: every row has keys in both."""
     if rows.index is None:
-        for there, here in rows.pieces():
+        # On a CPU few rows at a time, whose intermediates stay in its cache: measured three times as fast.
+        for there, here in rows.pieces(256 if out.device.type == "cpu" else None):
             _combine(out[:, there], lse[:, there], part[:, here], part_lse[:, here])
         return
-    found, found_lse = out.index_select(1, rows.index), lse.index_select(1, rows.index)
-    _combine(found, found_lse, part, part_lse)
-    out.index_copy_(1, rows.index, found)
+    # Rows before heads, as kernels return outputs: whole rows are copied at a time.
+    by_row = out.transpose(0, 1)
+    found, found_lse = by_row.index_select(0, rows.index), lse.index_select(1, rows.index)
+    _combine(found.transpose(0, 1), found_lse, part, part_lse)
+    by_row.index_copy_(0, rows.index, found)
     lse.index_copy_(1, rows.index, found_lse)
 
 
