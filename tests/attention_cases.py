@@ -64,7 +64,9 @@ def bind(plan, offset_groups=None):
     return RankPlan(plan, dist.get_rank() if group else 0, group)
 
 
-def sharded_attention(plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False):
+def sharded_attention(
+    plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received=None
+):
     """This rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
     index = bound.layout.token_index
@@ -73,17 +75,28 @@ def sharded_attention(plan, inputs, kernel=None, offset_groups=None, window=None
     if sinks:
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
     options = {"window": window, "softcap": softcap, "sinks": leaves[3] if sinks else None}
-    out = document_attention(*leaves[:3], bound, kernel=kernel, **options)
+    out = document_attention(*leaves[:3], bound, kernel=kernel, keep_received=keep_received, **options)
     out.backward(grad_out)
     return [out.detach(), *(leaf.grad for leaf in leaves)], index
 
 
-def attention_error(plan, shape, dtype="float64", kernel="cpu_flash", offset_groups=None, seed=0, options=None):
+def attention_error(
+    plan,
+    shape,
+    dtype="float64",
+    kernel="cpu_flash",
+    offset_groups=None,
+    seed=0,
+    options=None,
+    keep_received=None,
+):
     """Largest relative error of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
     options = options or {}
     inputs = make_inputs(plan.lengths, *shape, getattr(torch, dtype), seed)
     reference = reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
-    ours, index = sharded_attention(plan, inputs, KERNELS[kernel], offset_groups, **options)
+    ours, index = sharded_attention(
+        plan, inputs, KERNELS[kernel], offset_groups, keep_received=keep_received, **options
+    )
     return [relative_error(a, b) for a, b in zip(gathered(ours, index, reference), reference)]
 
 

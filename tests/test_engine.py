@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from hf_flashcp.attention import save_attention_context_fn
 from hf_flashcp.errors import BatchError, PlanError
-from hf_flashcp.layout import RankLayout, Rows, WindowLayout
+from hf_flashcp.layout import RankLayout, RankPlan, Rows, WindowLayout
 from hf_flashcp.layout.rows import distinct_groups
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 from tests import attention_cases as cases
 from tests import engine_cases
 from tests.packs import KNOWN_PACKS, arbitrary_plans
-from tests.test_attention import FP64
+from tests.test_attention import FP64, ODD_PLAN
 
 
 # Stages
@@ -292,6 +292,34 @@ def test_peak_memory_of_a_layer(pool, stages, keep):
         more = received * (2 + 4 + 2 + 2) + sent * (2 + 4) + (4 * outputs if stages == "all" else 0)
         assert single / cp_size < peak <= single / cp_size + more
         assert largest < lengths[0] ** 2 / 8
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_keys_fetched_again_are_exact(pool, stages):
+    groups = STAGES[stages] and STAGES[stages](4)
+    plans = [ODD_PLAN, *(plan_documents(KNOWN_PACKS["three"], 4, strategy=strategy) for strategy in STRATEGIES)]
+    todo = [
+        ((plan, (4, 2, 8, 12)), {"offset_groups": groups, "options": options, "keep_received": False})
+        for plan in plans
+        for options in ({}, {"window": 9}, {"sinks": True})
+    ]
+    for errors in pool.run(4, cases.attention_errors, todo):
+        assert max(max(error) for error in errors) < FP64
+
+
+def test_keys_are_fetched_again_where_a_rank_receives_more_than_four_tokens_for_each_of_its_own():
+    """One document over six ranks: the first holds its first and last twelfth and receives all the others."""
+    near, far = (RankPlan(plan_documents([60], size, strategy="per_doc"), 0, FakeGroup(size)) for size in (5, 6))
+    assert near.plan.report()["kv_received"][0] / near.layout.num_tokens <= 4 and near.keep_received
+    assert far.plan.report()["kv_received"][0] / far.layout.num_tokens == 5 and not far.keep_received
+
+
+class FakeGroup:
+    def __init__(self, cp_size):
+        self._size = cp_size
+
+    def size(self):
+        return self._size
 
 
 # Whole models

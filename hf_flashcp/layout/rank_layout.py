@@ -16,7 +16,8 @@ KV comes rank after rank, each rank's part in document order. Without a mask the
 slice can use what came as it lies if the keys that it needs are in one range: always when a stage brings a document's
 tokens from one rank only, and often when one long document is spread over all of them:
 
-    two ranks hold 0 1 and 7 8 9, or 4 5; b = [10,12) needs all, a = [6,7) needs 0 1 4 5:
+    of twelve tokens this rank holds 2 3, a = 6 and b = 10 11, a second 0 1 7 8 9, a third 4 5; b needs all that comes,
+    a needs 0 1 4 5:
 
     came as         0 1 7 8 9 | 4 5        b finds its keys in one range, a does not: one gather into document order
     in two stages   0 1 7 8 9              both do, each time; a row merges once a stage
