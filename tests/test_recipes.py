@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,17 @@ KEYS = {
     "flashcp_pair_imbalance",
     "flashcp_gradient_error",
 }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configs_are_read_and_fit(path):
+    config = load_config_from_file(str(path))
+    parallelism = config.parallelism_config
+    assert parallelism["parallelism_config_cp_backend"] == "flashcp"
+    assert config.num_processes % parallelism["parallelism_config_cp_size"] == 0
+    assert config.distributed_type in ("FSDP", "MULTI_GPU")
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 def launch(*arguments):
