@@ -58,6 +58,14 @@ def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
         assert measured == pytest.approx(expected, rel=GRADIENT)
 
 
+@pytest.mark.parametrize("num_documents, per_batch", [(3, 2), (4, 2), (5, 2), (5, 3), (7, 1)])
+def test_evaluation_counts_each_document_once(pool, num_documents, per_batch):
+    """Two data-parallel groups: accelerate fills up their last batches with documents from the beginning."""
+    lengths = [40, 25, 18, 31, 22, 12, 9][:num_documents]
+    for measured, expected in pool.run(4, trainer_cases.evaluation_loss, lengths, 2, per_batch):
+        assert measured == pytest.approx(expected, rel=GRADIENT)
+
+
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
 def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool, world_size, cp_size):
     for ours, single in pool.run(world_size, trainer_cases.autocast_errors, LENGTHS, cp_size):

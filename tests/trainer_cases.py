@@ -137,14 +137,14 @@ def accelerator_loop(lengths, accumulation, prompt=0.3):
     }
 
 
-def evaluation_loss(lengths):
+def evaluation_loss(lengths, cp_size=None, per_batch=2):
     """eval_loss, and the mean over all targets of the evaluation set. The last batch is smaller than the others."""
     fresh_accelerate()
-    cp_size = dist.get_world_size()
+    plugin = FlashCPPlugin(cp_size=cp_size or dist.get_world_size())
     features = make_documents(lengths)
     trainer = FlashCPTrainer(
         model=build_model("llama"),
-        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_eval_batch_size=2),
+        args=training_arguments(parallelism_config=plugin, per_device_eval_batch_size=per_batch),
         eval_dataset=features,
     )
     measured = trainer.evaluate()["eval_loss"]

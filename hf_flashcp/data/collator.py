@@ -85,6 +85,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         plan.content_digest = content_digest(batch)
+        plan.row_lengths = tuple(len(feature["input_ids"]) for feature in features)
         batch["flashcp_plan"] = plan
         return batch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -15,6 +16,7 @@ from ..data import FlashCPCollator
 from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
+from .evaluation import EvaluationSums
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
 
@@ -101,24 +103,26 @@ class FlashCPTrainerMixin:
         group, _, cp_size = context_parallel_group(self.flashcp.mesh)
         if cp_size == 1 or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self.flashcp.shard(self._prepare_inputs(inputs))
+        inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(self._prepare_inputs(inputs)))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs)["loss"].detach()
         # The batch's mean on every rank of the group (see shard_inputs on num_items_in_batch).
         dist.all_reduce(loss, group=group)
         loss /= cp_size
-        targets = inputs["num_items_in_batch"] * cp_size
-        loss_sum = torch.where(targets > 0, loss.double() * targets, 0.0)  # nothing but prompts: 0 / 0
-        self._evaluated += torch.stack((loss_sum, targets.double())).to(self._evaluated)
+        self._evaluated.add(loss, inputs["num_items_in_batch"] * cp_size)
         return loss, None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, **kwargs)
-        if self._evaluated[1] > 0:
-            # Trainer averages batches, and drops part of the last one as if every process had had its own.
-            loss_sum, targets = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum").tolist()
-            loss_key = next(key for key in output.metrics if key.endswith("_loss"))
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        cp_size = self.get_cp_size()
+        if cp_size == 1:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        groups, group = self.args.world_size // cp_size, self.args.process_index // cp_size
+        self._evaluated = EvaluationSums(dataloader.dataset, groups, group)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        # Trainer averages batches, and drops part of the last one as if every process had had its own.
+        loss_sum, targets = self.accelerator.reduce(self._evaluated.sums.to(self.args.device), "sum").tolist()
+        loss_key = next((key for key in output.metrics if key.endswith("_loss")), None)
+        if loss_key is not None and targets > 0:
             output.metrics[loss_key] = loss_sum / targets
         return output
 

@@ -70,6 +70,7 @@ class ShardPlan:
         planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
         content_digest (`str`, *optional*): hash of the batch that the plan is for, set by whoever made the batch and
             compared between ranks; no part of the plan's identity.
+        row_lengths (`tuple[int, ...]`, *optional*): tokens of each dataset row of that batch, likewise.
 
     Raises:
         PlanError: lengths, cp_size or offset groups that no plan can have, or slices that are not triples of integers.
@@ -86,6 +87,7 @@ class ShardPlan:
         self.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
         self.planning_seconds: float | None = None
         self.content_digest: str | None = None
+        self.row_lengths: tuple[int, ...] | None = None
         try:
             self.slices = tuple(_maximal_slices(rank_slices) for rank_slices in slices)
         except (TypeError, ValueError):
@@ -124,7 +126,8 @@ class ShardPlan:
     def with_offset_groups(self, offset_groups: Sequence[Sequence[int]] | None) -> ShardPlan:
         """The same partition, exchanged in other stages."""
         plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups)
-        plan.planning_seconds, plan.content_digest = self.planning_seconds, self.content_digest
+        for name in ("planning_seconds", "content_digest", "row_lengths"):
+            setattr(plan, name, getattr(self, name))
         return plan
 
     def validate(self) -> ShardPlan:
