@@ -138,7 +138,7 @@ def test_arguments_win_over_the_environment(monkeypatch):
     [
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"compute_loss_func": error_cases.a_loss}, {}, "compute_loss_func"),
-        ({"compute_metrics": error_cases.a_metric}, {}, "compute_metrics"),
+        ({"compute_metrics": error_cases.a_metric}, {"include_for_metrics": ["inputs"]}, "include_for_metrics"),
         ({}, {"parallelism_config": ParallelismConfig()}, "parallelism_config is a ParallelismConfig"),
     ],
 )

@@ -154,3 +154,59 @@ def evaluation_loss(lengths, cp_size=None, per_batch=2):
 
 def trainer_step_with(lengths, options):
     return trainer_step(lengths, **options)
+
+
+def most_likely(logits, labels):
+    """As preprocess_logits_for_metrics: a row of logits and one of labels come in."""
+    assert logits.shape[:2] == labels.shape and len(labels) == 1
+    return logits.argmax(-1)
+
+
+def predictions(lengths, cp_size, per_batch, preprocess=None):
+    """`evaluate` with compute_metrics: what that sees, the metric it returns, and what each document alone gives."""
+    fresh_accelerate()
+    features, seen = make_documents(lengths), []
+
+    def accuracy(prediction):
+        seen.append(prediction)
+        guessed = prediction.predictions if preprocess else prediction.predictions.argmax(-1)
+        targets = prediction.label_ids[:, 1:]
+        return {"accuracy": float((guessed[:, :-1] == targets)[targets != -100].mean())}
+
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_eval_batch_size=per_batch
+        ),
+        eval_dataset=features,
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=preprocess,
+    )
+    metrics = trainer.evaluate()
+    reference, expected, right, total = build_model("llama", "sdpa"), [], 0, 0
+    for feature in features:
+        tokens = torch.tensor([feature["input_ids"]])
+        with torch.no_grad():
+            expected.append(reference(input_ids=tokens).logits[0])
+        targets = torch.tensor(feature.get("labels", feature["input_ids"]))[1:]
+        right += int((expected[-1][:-1].argmax(-1) == targets)[targets != -100].sum())
+        total += int((targets != -100).sum())
+    (found,) = seen
+    errors = []
+    for document, (feature, logits) in enumerate(zip(features, expected)):
+        length = len(logits)
+        labels = torch.tensor(feature.get("labels", feature["input_ids"]))
+        assert found.label_ids[document, 1:length].tolist() == labels[1:].tolist()
+        assert (found.label_ids[document, length:] == -100).all()
+        ours = torch.from_numpy(found.predictions[document, :length])
+        if preprocess:
+            errors.append(float((ours != logits.argmax(-1)).sum()))
+        else:
+            errors.append(float((ours - logits).norm() / logits.norm()))
+    return {
+        "rows": len(found.predictions),
+        "errors": errors,
+        "accuracy": metrics["eval_accuracy"],
+        "expected_accuracy": right / total,
+        "predict_is_the_same": bool((trainer.predict(features).predictions == found.predictions).all()),
+    }

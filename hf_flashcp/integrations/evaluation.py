@@ -1,14 +1,24 @@
-"""`EvaluationSums`: the loss of an evaluation set, each of its rows counted once whatever the batches."""
+"""Evaluation as on one device: each row of the set counted once, and predictions of whole documents."""
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import Any
+from collections.abc import Callable, Sized
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import pad_across_processes
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigurationError
+from ..layout import RankPlan
 from ..layout.batch import IGNORE_INDEX
+from ..layout.rank_layout import token_index
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class EvaluationSums:
@@ -22,6 +32,9 @@ class EvaluationSums:
         dataset: of the evaluation; without a length no row can be told from a repeated one.
         groups (`int`): data-parallel groups.
         group (`int`): this rank's.
+
+    Attributes:
+        kept_tokens (`int`): of the last batch, how many come before the first repeated row.
     """
 
     def __init__(self, dataset: Any, groups: int, group: int):
@@ -34,12 +47,14 @@ class EvaluationSums:
         self._num_rows = len(dataset) if groups > 1 else None
         self._groups, self._group = groups, group
         self._step = 0
+        self.kept_tokens: int | None = None
         self._rows_a_batch: int | None = None
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The next full batch, without targets in rows that stand in for others. To be called once a batch."""
         if self._num_rows is None:
+            self.kept_tokens = inputs["labels"].numel()
             return inputs
         lengths = _row_lengths(inputs)
         if self._rows_a_batch is None:
@@ -47,16 +62,16 @@ class EvaluationSums:
         first = (self._step * self._groups + self._group) * self._rows_a_batch
         self._step += 1
         new_rows = max(self._num_rows - first, 0)
+        self.kept_tokens = sum(lengths[:new_rows])
         if new_rows >= len(lengths):
             return inputs
-        repeated_from = sum(lengths[:new_rows])
         masked = {
             key: inputs[key].clone(memory_format=torch.contiguous_format)
             for key in ("labels", "shift_labels")
             if inputs.get(key) is not None
         }
         for labels in masked.values():
-            labels.view(-1)[repeated_from:] = IGNORE_INDEX
+            labels.view(-1)[self.kept_tokens :] = IGNORE_INDEX
         return {**inputs, **masked}
 
     def add(self, loss: torch.Tensor, targets: torch.Tensor) -> None:
@@ -77,3 +92,67 @@ def _row_lengths(inputs: dict[str, Any]) -> tuple[int, ...]:
         "would count those twice that fill up the last ones. Collate with FlashCPCollator, or evaluate with cp_size "
         "equal to the number of processes."
     )
+
+
+def whole_documents(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    plan: RankPlan,
+    kept_tokens: int,
+    preprocess: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions of a sharded batch, a row for each document, as a padded batch on one device would give them.
+
+    Documents are put together one by one, so that of the full logits only one document's are there at a time where
+    `preprocess` makes them smaller.
+
+    Args:
+        logits: (1, T_r, ...) of this rank's tokens.
+        labels: of the whole batch, not shifted: (1, C) or rows of it.
+        plan: of the batch. Every rank of its group calls.
+        kept_tokens: documents from there on are left out.
+        preprocess: `preprocess_logits_for_metrics` of transformers' Trainer, given (1, tokens, ...) and (1, tokens).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: (documents, longest, ...) predictions and (documents, longest) labels, on
+        every rank of the group; -100 behind the end of a document.
+    """
+    lengths, cp_size = plan.plan.lengths, plan.plan.cp_size
+    places = [torch.from_numpy(token_index(plan.plan, rank)).to(logits.device) for rank in range(cp_size)]
+    predictions, targets = [], []
+    for document_labels in labels.flatten().split(lengths):
+        start = sum(len(target) for target in targets)
+        stop = start + len(document_labels)
+        held = [((place >= start) & (place < stop)).nonzero().flatten() for place in places]
+        document = _document(logits[0], plan, places, held, start, stop)[None]
+        if preprocess is not None:
+            document = preprocess(document, document_labels[None])
+        predictions.append(document[0])
+        targets.append(document_labels)
+    kept = sum(1 for stop in accumulate(lengths) if stop <= kept_tokens)
+    padded = (pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX) for rows in (predictions, targets))
+    return tuple(rows[:kept] for rows in padded)
+
+
+def _document(
+    logits: torch.Tensor, plan: RankPlan, places: list[torch.Tensor], held: list[torch.Tensor], start: int, stop: int
+) -> torch.Tensor:
+    """(stop - start, ...): the rows of one document from all ranks."""
+    most = max(map(len, held))
+    mine = logits.new_zeros(most, *logits.shape[1:])
+    mine[: len(held[plan.rank])] = logits[held[plan.rank]]
+    parts = [torch.empty_like(mine) for _ in held]
+    dist.all_gather(parts, mine, group=plan.group)
+    document = logits.new_empty(stop - start, *logits.shape[1:])
+    for part, place, rows in zip(parts, places, held):
+        document[place[rows] - start] = part[: len(rows)]
+    return document
+
+
+def gather_rows(rows: torch.Tensor, accelerator: Accelerator, cp_size: int) -> torch.Tensor:
+    """(n, ...) rows of all data-parallel groups in the order of the dataset, from any number a group; the ranks of a
+    group have the same ones."""
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    gathered = accelerator.gather(pad_across_processes(rows, dim=0, pad_index=IGNORE_INDEX))
+    by_rank = gathered.split(max(counts))
+    return torch.cat([by_rank[rank][: counts[rank]] for rank in range(0, len(counts), cp_size)])

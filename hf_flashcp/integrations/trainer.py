@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..data import FlashCPCollator
 from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
-from .evaluation import EvaluationSums
+from .evaluation import EvaluationSums, gather_rows, whole_documents
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
 
@@ -30,7 +31,7 @@ class FlashCPTrainerMixin:
 
     Raises:
         ConfigurationError: another parallelism_config, DeepSpeed, or an option that would see full labels beside
-            this rank's logits (label smoothing, compute_loss_func, compute_metrics).
+            this rank's logits (label smoothing, compute_loss_func).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -57,10 +58,14 @@ class FlashCPTrainerMixin:
     def _refuse_options(self) -> None:
         if self.get_cp_size() == 1:
             return
+        if "inputs" in self.args.include_for_metrics:
+            raise ConfigurationError(
+                'include_for_metrics has "inputs", but under context parallelism the inputs are packed rows and the '
+                "predictions documents. Leave it out: label_ids has a document's tokens wherever it has labels."
+            )
         refused = {
             "label_smoothing_factor": self.args.label_smoothing_factor,
             "compute_loss_func": self.compute_loss_func,
-            "compute_metrics": self.compute_metrics,
         }
         for option, value in refused.items():
             if value:
@@ -95,22 +100,29 @@ class FlashCPTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self.get_cp_size() > 1 and not prediction_loss_only:
-            raise ConfigurationError(
-                "Predictions need whole documents, but under context parallelism each rank has the logits of its own "
-                "tokens only. Evaluate the loss only (prediction_loss_only=True), or predict with cp_size 1."
-            )
         group, _, cp_size = context_parallel_group(self.flashcp.mesh)
+        if cp_size > 1 and inputs.get("labels") is None and not prediction_loss_only:
+            raise ConfigurationError(
+                "Predictions under context parallelism are put together from documents with labels, which this batch "
+                "has not. Give it labels (-100 where there is no target), or predict with cp_size 1."
+            )
         if cp_size == 1 or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(self._prepare_inputs(inputs)))
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**inputs)["loss"].detach()
+            outputs = model(**inputs)
+        loss = outputs["loss"].detach()
         # The batch's mean on every rank of the group (see shard_inputs on num_items_in_batch).
         dist.all_reduce(loss, group=group)
         loss /= cp_size
         self._evaluated.add(loss, inputs["num_items_in_batch"] * cp_size)
-        return loss, None, None
+        if prediction_loss_only:
+            return loss, None, None
+        plan, kept_tokens = inputs["flashcp_plan"], self._evaluated.kept_tokens
+        documents = whole_documents(outputs["logits"].detach(), labels, plan, kept_tokens, self._preprocess_document)
+        return loss, *documents
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         cp_size = self.get_cp_size()
@@ -118,7 +130,14 @@ class FlashCPTrainerMixin:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         groups, group = self.args.world_size // cp_size, self.args.process_index // cp_size
         self._evaluated = EvaluationSums(dataloader.dataset, groups, group)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        # Documents are preprocessed one by one, and gathered from one rank of each group.
+        self._preprocess_document, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
+        self.gather_function = functools.partial(gather_rows, accelerator=self.accelerator, cp_size=cp_size)
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics = self._preprocess_document
+            self.gather_function = self.accelerator.gather_for_metrics
         # Trainer averages batches, and drops part of the last one as if every process had had its own.
         loss_sum, targets = self.accelerator.reduce(self._evaluated.sums.to(self.args.device), "sum").tolist()
         loss_key = next((key for key in output.metrics if key.endswith("_loss")), None)

@@ -83,7 +83,6 @@ class RankLayout:
         self.longest_document = max(plan.lengths)
         self.slices = tuple(_with_rows(plan.slices[rank]))
         self.num_tokens = sum(stop - start for _, start, stop, _ in self.slices)
-        self._document_starts = np.concatenate(([0], np.cumsum(plan.lengths)))
         self._plan, self._rank = plan, rank
         self._needed = self._needed_keys()
         self.local = self._local_rectangles()
@@ -101,11 +100,7 @@ class RankLayout:
 
     @cached_property
     def token_index(self) -> torch.Tensor:
-        return torch.from_numpy(
-            concatenated(
-                [np.arange(start, stop) + self._document_starts[document] for document, start, stop, _ in self.slices]
-            )
-        )
+        return torch.from_numpy(token_index(self._plan, self._rank))
 
     def stages(self, device: torch.device) -> tuple[Stage, ...]:
         """As many on every rank of the group, or none at all, with their index tensors on `device`."""
@@ -216,6 +211,12 @@ class RankLayout:
                     offset += last - first
                     splits[other] += last - first
         return received, splits
+
+
+def token_index(plan: ShardPlan, rank: int) -> np.ndarray:
+    """(T_r,) int64 positions of a rank's tokens in the packed row."""
+    starts = np.concatenate(([0], np.cumsum(plan.lengths)))
+    return concatenated([np.arange(start, stop) + starts[document] for document, start, stop in plan.slices[rank]])
 
 
 class _Maps(NamedTuple):
