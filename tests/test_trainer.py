@@ -78,6 +78,10 @@ def test_metrics_see_whole_documents_in_order(pool, world_size, cp_size, num_doc
         assert found["predict_is_the_same"]
 
 
+def test_callbacks_may_generate(pool):
+    assert pool.run(2, trainer_cases.generated_in_callbacks, [40, 25, 18, 31]) == [(4, True)] * 2
+
+
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
 def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool, world_size, cp_size):
     for ours, single in pool.run(world_size, trainer_cases.autocast_errors, LENGTHS, cp_size):

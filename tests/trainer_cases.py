@@ -210,3 +210,46 @@ def predictions(lengths, cp_size, per_batch, preprocess=None):
         "expected_accuracy": right / total,
         "predict_is_the_same": bool((trainer.predict(features).predictions == found.predictions).all()),
     }
+
+
+class _Generate(TrainerCallback):
+    """Ten tokens from every rank's own prompt, after a training step and during evaluation."""
+
+    def __init__(self):
+        self.found = []
+
+    def generate(self, model):
+        was_training = model.training
+        prompt = torch.arange(3, 9 + dist.get_rank())[None]
+        with torch.no_grad():
+            self.found.append(model.eval().generate(prompt, max_new_tokens=10, do_sample=False, eos_token_id=None))
+        model.train(was_training)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.generate(model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.generate(model)
+
+
+def generated_in_callbacks(lengths):
+    """Whether `generate` on the model in training equals that of the same parameters under sdpa (learning rate 0)."""
+    fresh_accelerate()
+    callback, features = _Generate(), make_documents(lengths)
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()),
+            per_device_train_batch_size=2,
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
+        train_dataset=features,
+        eval_dataset=features,
+        callbacks=[callback],
+    )
+    trainer.train()
+    reference = _Generate()
+    reference.generate(build_model("llama", "sdpa"))
+    return len(callback.found), all(torch.equal(tokens, reference.found[0]) for tokens in callback.found)

@@ -1,0 +1,73 @@
+"""What workers run for the tests of saving and resuming."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from hf_flashcp import FlashCPPlugin, FlashCPTrainer
+from tests.accelerate_state import fresh_accelerate
+from tests.models import build_model, make_documents
+from tests.trainer_cases import training_arguments
+
+
+LENGTHS = [40, 25, 18, 31, 22, 12, 9, 33, 27, 16, 21, 38]
+
+
+def train(directory, cp_size, resume=False, steps=6):
+    """Losses by step and the trained parameters; saves every two steps. Documents are shuffled, by the seed; a step
+    has two of them, whatever cp_size."""
+    fresh_accelerate()
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            output_dir=directory,
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=2 * cp_size // dist.get_world_size(),
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="cosine",
+            optim="adamw_torch",
+        ),
+        train_dataset=make_documents(LENGTHS),
+    )
+    trainer.train(resume_from_checkpoint=str(Path(directory) / "checkpoint-2") if resume else None)
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    return losses, {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def resumed_and_not(directory, cp_size, other_cp_size):
+    """A run of six steps, and what a resumption at its second step gives: with the same cp_size and another one."""
+    losses, parameters = train(directory, cp_size)
+    dist.barrier()
+    again_losses, again = train(directory, cp_size, resume=True)
+    dist.barrier()
+    found = {
+        "losses": losses,
+        "resumed_losses": again_losses,
+        "bitwise": all(torch.equal(parameters[name], again[name]) for name in parameters),
+    }
+    if other_cp_size is not None:
+        other_losses, other = train(directory, other_cp_size, resume=True)
+        found["other_losses"] = other_losses
+        found["other_error"] = max(
+            float((other[name] - parameters[name]).norm() / parameters[name].norm()) for name in parameters
+        )
+    return found
+
+
+def traces(directory):
+    """Whether the saved model mentions us, and how far plain transformers' logits are from the trained model's."""
+    _, parameters = train(directory, dist.get_world_size(), steps=2)
+    checkpoint = Path(directory) / "checkpoint-2"
+    config = json.loads((checkpoint / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
+    differences = [
+        float((dict(loaded.named_parameters())[name] - value).abs().max()) for name, value in parameters.items()
+    ]
+    text = json.dumps(config).lower()
+    return {"mentions": [word for word in ("flashcp", "document_cp") if word in text], "difference": max(differences)}

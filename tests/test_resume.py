@@ -1,0 +1,23 @@
+import pytest
+
+from tests import resume_cases
+
+
+def test_resuming_continues_bitwise(pool, tmp_path):
+    """Two ranks: losses after the second step and all parameters after the sixth are those of the run that went on."""
+    for found in pool.run(2, resume_cases.resumed_and_not, str(tmp_path), 2, None):
+        assert found["bitwise"]
+        assert found["resumed_losses"] == found["losses"] and len(found["losses"]) == 6
+
+
+def test_resuming_with_another_cp_size_follows_the_same_curve(pool, tmp_path):
+    """Four ranks: one group, and two data-parallel groups of two, see the same two documents a step."""
+    for found in pool.run(4, resume_cases.resumed_and_not, str(tmp_path), 4, 2):
+        assert found["bitwise"]
+        assert found["other_losses"] == pytest.approx(found["losses"], rel=1e-5)
+        assert found["other_error"] < 1e-4
+
+
+def test_a_saved_model_has_no_trace_of_us(pool, tmp_path):
+    for found in pool.run(2, resume_cases.traces, str(tmp_path)):
+        assert found == {"mentions": [], "difference": 0.0}
