@@ -70,6 +70,16 @@ def test_where_no_kernel_can_run_the_error_says_so():
         select_kernel(torch.device("cpu"), dtype=torch.float8_e4m3fn)
 
 
+def test_a_gpu_without_a_fused_kernel_is_told_once(caplog):
+    capabilities._say_why_slow.cache_clear()
+    for _ in range(3):
+        assert select_kernel(torch.device("cuda"), dtype=torch.float64, key_dim=64, value_dim=64).name == "eager"
+        select_kernel(torch.device("cpu"), 30.0)
+    (message,) = caplog.messages
+    assert "slow and memory hungry: cpu_flash runs on CPU only; flash_attn_2" in message
+    assert "torch_flash takes float16, bfloat16, not float64" in message
+
+
 def test_kernels_that_no_gpu_has_run_are_experimental():
     statuses = {name: capability.status for name, capability in CAPABILITIES.items()}
     assert statuses == {

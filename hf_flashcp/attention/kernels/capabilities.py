@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -151,7 +152,8 @@ def select_kernel(
     value_dim: int | None = None,
     deterministic: bool | None = None,
 ) -> AttentionKernel:
-    """The best kernel for such a layer on `device`: see [`explain_kernels`].
+    """The best kernel for such a layer on `device`: see [`explain_kernels`]. Says once, in the log, where a GPU has to
+    do without a fused one.
 
     Args:
         deterministic (`bool`, *optional*): gradients bitwise equal from run to run, which every kernel can give; the
@@ -163,12 +165,21 @@ def select_kernel(
     explained = explain_kernels(device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     for name, reason in explained:
         if reason is None:
+            if name == "eager" and device.type == "cuda":
+                _say_why_slow(tuple(f"{other} {why}" for other, why in explained if why is not None))
             wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
             return _kernel(name, wanted)
     reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
     raise UnsupportedModelError(
         f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "
         "float32."
+    )
+
+
+@cache
+def _say_why_slow(reasons: tuple[str, ...]) -> None:
+    logging.getLogger(__name__).warning(
+        f"Attention runs through the formulas, right but slow and memory hungry: {'; '.join(reasons)}."
     )
 
 
