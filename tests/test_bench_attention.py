@@ -87,3 +87,4 @@ def test_command_lines(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == [30, 20] and [case["exchange"] for case in found["cases"]] == ["needed"]
     assert main(["bench", "attention", "--rounds", "0"]) == 2
+    assert main(["bench", "kernels", "--rounds", "0"]) == 2

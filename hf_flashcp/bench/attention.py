@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from ..attention import AttentionKernel, document_attention, select_kernel
+from ..doctor.one_by_one import attend_one_by_one
 from ..exchange import kv_exchange
 from ..layout import RankLayout, RankPlan
 from ..planning import ShardPlan, kv_bytes, plan_documents
@@ -142,7 +142,7 @@ def _time_cases(
                 begin = time.perf_counter()
                 if tensors is not None:
                     if bound is None:
-                        out = _one_after_the_other(*tensors[:3], lengths)
+                        out = attend_one_by_one(*tensors[:3], lengths)
                     else:
                         out = document_attention(*tensors[:3], bound, kernel=kernel)
                     middle, rows = time.perf_counter(), transfers["rows"]
@@ -158,14 +158,6 @@ def _time_cases(
                         tensor.grad = None
                 dist.barrier()
     return found
-
-
-def _one_after_the_other(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
-) -> torch.Tensor:
-    parts = zip(*(tensor[None].split(lengths, dim=2) for tensor in (query, key, value)))
-    outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0] for part in parts]
-    return torch.cat(outs, dim=1)
 
 
 def _inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:

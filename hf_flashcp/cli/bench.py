@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
@@ -31,30 +32,17 @@ def add_parser(commands) -> None:
     table2.set_defaults(run=run_table2)
 
     plan = benches.add_parser("plan", help="KV and planning time of every strategy, beside the lower bound")
-    plan.add_argument(
-        "--lengths-from",
-        choices=LENGTH_DISTRIBUTIONS,
-        nargs="+",
-        default=list(LENGTH_DISTRIBUTIONS),
-        metavar="CORPUS",
-        help="default: all of them",
-    )
+    _add_corpora(plan)
     plan.add_argument("--window", type=int, nargs="+", default=[65536, 131072, 262144, 524288], metavar="N")
     plan.add_argument("--cp-size", type=int, nargs="+", default=[4, 8, 16, 32], metavar="N")
     plan.add_argument("--packs", type=int, default=1, metavar="N", help="packs drawn in each cell (default 1)")
+    plan.add_argument("--seed", type=int, default=0, metavar="N", help="of each cell's first pack (default 0)")
     plan.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=run_plan)
 
     predicted = benches.add_parser("predicted", help="predicted attention time of every strategy, over the ideal")
-    predicted.add_argument(
-        "--lengths-from",
-        choices=LENGTH_DISTRIBUTIONS,
-        nargs="+",
-        default=list(LENGTH_DISTRIBUTIONS),
-        metavar="CORPUS",
-        help="default: all of them",
-    )
+    _add_corpora(predicted)
     predicted.add_argument("--window", type=int, default=131072, metavar="N")
     predicted.add_argument("--cp-size", type=int, nargs="+", default=[8, 16], metavar="N")
     predicted.add_argument("--packs", type=int, default=3, metavar="N", help="packs drawn in each cell (default 3)")
@@ -106,6 +94,17 @@ def add_parser(commands) -> None:
     agreement.set_defaults(run=run_agreement)
 
 
+def _add_corpora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lengths-from",
+        choices=LENGTH_DISTRIBUTIONS,
+        nargs="+",
+        default=list(LENGTH_DISTRIBUTIONS),
+        metavar="CORPUS",
+        help="default: all of them",
+    )
+
+
 def _add_layer(parser: argparse.ArgumentParser) -> None:
     """The layer that is measured, and the plans it runs under."""
     parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
@@ -121,6 +120,21 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         help="default: per_doc flashcp search",
     )
     parser.add_argument("--stages", type=int, metavar="N", help="in which KV travels (default 1)")
+
+
+def _layer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_layer` reads, and the rounds, as benchmarks take them."""
+    names = ("heads", "kv_heads", "head_dim", "dtype", "strategies", "rounds")
+    return {**{name: getattr(arguments, name) for name in names}, "num_stages": arguments.stages}
+
+
+def _check_at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise PlanError(f"{option} must be at least 1, got {value}.")
+
+
+def _show(found: dict[str, Any], text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    print(json.dumps(found, indent=2) if as_json else text(found))
 
 
 def run_table2(arguments: argparse.Namespace) -> None:
@@ -148,18 +162,18 @@ def run_table2(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from ..bench.plan_quality import measure, text
 
-    if arguments.packs < 1:
-        raise PlanError(f"--packs must be at least 1, got {arguments.packs}.")
+    _check_at_least_one("--packs", arguments.packs)
     found = measure(
         arguments.lengths_from,
         arguments.window,
         arguments.cp_size,
         arguments.packs,
+        seed=arguments.seed,
         max_imbalance=arguments.max_imbalance,
         others={"least total": functools.partial(_least_total, max_imbalance=arguments.max_imbalance)},
         progress=True,
     )
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    _show(found, text, arguments.json)
 
 
 def _least_total(lengths: Sequence[int], cp_size: int, max_imbalance: float) -> ShardPlan:
@@ -169,8 +183,7 @@ def _least_total(lengths: Sequence[int], cp_size: int, max_imbalance: float) -> 
 def run_predicted(arguments: argparse.Namespace) -> None:
     from ..bench.predicted import LLAMA_3_8B, measure, text
 
-    if arguments.packs < 1:
-        raise PlanError(f"--packs must be at least 1, got {arguments.packs}.")
+    _check_at_least_one("--packs", arguments.packs)
     found = measure(
         arguments.lengths_from,
         arguments.window,
@@ -180,46 +193,34 @@ def run_predicted(arguments: argparse.Namespace) -> None:
         hardware=arguments.hardware,
         progress=True,
     )
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    _show(found, text, arguments.json)
 
 
 def run_attention(arguments: argparse.Namespace) -> None:
     from ..bench.attention import measure, text
 
-    if arguments.rounds < 1:
-        raise PlanError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    _check_at_least_one("--rounds", arguments.rounds)
     found = measure(
         arguments.lengths,
         arguments.cp_size,
-        heads=arguments.heads,
-        kv_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        dtype=arguments.dtype,
-        strategies=arguments.strategies,
+        **_layer(arguments),
         exchanges=arguments.exchange,
-        num_stages=arguments.stages,
         max_imbalance=arguments.max_imbalance,
-        rounds=arguments.rounds,
     )
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    _show(found, text, arguments.json)
 
 
 def run_kernels(arguments: argparse.Namespace) -> None:
     from ..bench.kernels import measure, text
 
+    _check_at_least_one("--rounds", arguments.rounds)
     found = measure(
         sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed),
         arguments.cp_size,
-        heads=arguments.heads,
-        kv_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        dtype=arguments.dtype,
+        **_layer(arguments),
         device=arguments.device,
-        strategies=arguments.strategies,
-        num_stages=arguments.stages,
-        rounds=arguments.rounds,
     )
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    _show(found, text, arguments.json)
 
 
 def run_agreement(arguments: argparse.Namespace) -> None:

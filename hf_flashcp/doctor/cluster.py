@@ -23,6 +23,7 @@ from ..errors import ConfigurationError
 from ..exchange import require_agreement
 from ..layout import RankPlan
 from ..planning import plan_documents
+from .one_by_one import attend_one_by_one
 
 
 if TYPE_CHECKING:
@@ -191,11 +192,7 @@ def _layer_errors(
 def _alone(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
-    outs = [
-        torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0]
-        for part in zip(*(leaf[None].split(LENGTHS, dim=2) for leaf in leaves))
-    ]
-    out = torch.cat(outs, dim=1)
+    out = attend_one_by_one(*leaves, LENGTHS)
     out.backward(inputs[3])
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 

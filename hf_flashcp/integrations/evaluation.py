@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,17 +119,17 @@ def whole_documents(
     """
     lengths, cp_size = plan.plan.lengths, plan.plan.cp_size
     places = [torch.from_numpy(token_index(plan.plan, rank)).to(logits.device) for rank in range(cp_size)]
+    kept = sum(1 for stop in accumulate(lengths) if stop <= kept_tokens)
     predictions, targets = [], []
-    for document_labels in labels.flatten().split(lengths):
-        start = sum(len(target) for target in targets)
-        stop = start + len(document_labels)
+    # At least one, for the shape of what `preprocess` makes of it.
+    bounds = pairwise(accumulate(lengths[: max(kept, 1)], initial=0))
+    for (start, stop), document_labels in zip(bounds, labels.flatten().split(lengths)):
         held = [((place >= start) & (place < stop)).nonzero().flatten() for place in places]
         document = _document(logits[0], plan, places, held, start, stop)[None]
         if preprocess is not None:
             document = preprocess(document, document_labels[None])
         predictions.append(document[0])
         targets.append(document_labels)
-    kept = sum(1 for stop in accumulate(lengths) if stop <= kept_tokens)
     padded = (pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX) for rows in (predictions, targets))
     return tuple(rows[:kept] for rows in padded)
 

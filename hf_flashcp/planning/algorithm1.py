@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 from .sharding import Lengths, Slices, assign_whole, give_empty_ranks_a_token, per_doc
-from .volume import attention_pairs
+from .volume import attention_pairs, rank_pairs, rank_tokens
 
 
 def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float) -> Slices:
@@ -27,8 +27,7 @@ def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imba
     for num_per_doc in range(len(lengths)):
         split, whole = sorted(longest_first[:num_per_doc]), longest_first[num_per_doc:]
         slices = per_doc(lengths, cp_size, documents=split)
-        pairs = [sum(attention_pairs(start, stop) for _, start, stop in pieces) for pieces in slices]
-        tokens = [sum(stop - start for _, start, stop in pieces) for pieces in slices]
+        pairs, tokens = rank_pairs(slices), rank_tokens(slices)
         pieces: Slices = [[] for _ in range(cp_size)]
         for document, rank in assign_whole(lengths, whole, pairs, tokens):
             pieces[rank].append((document, 0, lengths[document]))
@@ -37,7 +36,7 @@ def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imba
         for rank_pieces, rank_slices in zip(pieces, slices):
             rank_slices += rank_pieces
         give_empty_ranks_a_token(slices)
-        if max(sum(attention_pairs(start, stop) for _, start, stop in held) for held in slices) <= most_pairs:
+        if max(rank_pairs(slices)) <= most_pairs:
             return slices
     return per_doc(lengths, cp_size)
 

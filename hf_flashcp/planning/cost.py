@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .hardware_profile import HardwareProfile, Link
-from .layer_work import call_seconds, layer_work
+from .layer_work import StageWork, call_seconds, layer_work
 from .model_shape import AttentionLayers, ModelShape
 from .plan import ShardPlan
+from .volume import rank_tokens
 
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ class CostModel:
 
     def step_time(self, plan: ShardPlan) -> StepTime:
         """Predicted times of one step on a plan's batch."""
-        tokens = np.array([sum(stop - start for _, start, stop in held) for held in plan.slices])
-        linear = tokens * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
+        linear = np.array(rank_tokens(plan.slices)) * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
         linear = linear / self.hardware.linear_flops_per_second
         sums = [np.zeros(plan.cp_size) for _ in range(4)]
         for layers in self.layers:
@@ -122,58 +122,43 @@ class CostModel:
 
     def _layer(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[np.ndarray, ...]:
         """`(attention, copies, exposed, transfer)` of one layer, forward and backward, each (cp_size,)."""
-        profile, cp_size = self.hardware, plan.cp_size
         # Attention computes windows that hide nothing as full attention.
         window = None if layers.window is None or layers.window >= max(plan.lengths) else layers.window
-        local, stages = layer_work(plan, window, profile.ranks_per_node)
-        attention, copies, exposed, transfer = (np.zeros(cp_size) for _ in range(4))
+        local, stages = layer_work(plan, window, self.hardware.ranks_per_node)
+        none = np.zeros(plan.cp_size)
+        sent = sum((stage.sent.sum(0) for stage in stages), none)
+        merges = [none if window else self._merge_seconds(stage, layers, plan.cp_size) for stage in stages]
+        found = []
         for backward in (False, True):
-            options = {"cp_size": cp_size, "layers": layers, "window": window, "backward": backward}
-            local_pass = call_seconds(profile.kernel, local, causal=True, **options)
-            passes, merges, wires, arriving, leaving = [], [], [], [], []
-            for stage in stages:
-                causal = window is not None
-                passes.append(call_seconds(profile.kernel, stage.rectangles, causal=causal, **options))
-                rows = np.bincount(stage.rectangles[:, 0], stage.rectangles[:, 1], cp_size)
-                merges.append(np.zeros(cp_size) if backward or causal else self._merge_seconds(rows, layers))
-                received, sent = (stage.sent, stage.received) if backward else (stage.received, stage.sent)
-                wires.append(self._wire_seconds(received, sent, layers, backward))
-                arriving.append(received.sum(0))
-                leaving.append(sent.sum(0))
-            # Of the tokens sent forward: packed before, and backward what comes back is added to the gradients.
-            moved = sum(arriving if backward else leaving, np.zeros(cp_size))
-            edge = self._pack_seconds(moved, layers, backward)
-            work = local_pass + sum(passes) + sum(merges) + edge
+            options = {"cp_size": plan.cp_size, "layers": layers, "window": window, "backward": backward}
+            local_pass = call_seconds(self.hardware.kernel, local, causal=True, **options)
+            passes = [
+                call_seconds(self.hardware.kernel, stage.rectangles, causal=window is not None, **options)
+                for stage in stages
+            ]
+            wires = [self._wire_seconds(stage, layers, backward) for stage in stages]
+            packing = self._pack_seconds(sent, layers, backward)
             if backward:
-                free = done = np.zeros(cp_size)
-                for remote_pass, wire in zip(passes, wires):
-                    done = done + remote_pass
-                    free = np.maximum(free, done) + wire
-                end = np.maximum(done + local_pass, free) + edge
+                copies, end = packing, _backward_end(local_pass, passes, wires) + packing
             else:
-                end, free = local_pass, np.zeros(cp_size)
-                for remote_pass, merge, wire in zip(passes, merges, wires):
-                    free = free + wire
-                    end = np.maximum(end, free) + remote_pass + merge
-                end = end + edge
-            attention += local_pass + sum(passes)
-            copies += sum(merges) + edge
-            exposed += end - work
-            transfer += sum(wires)
-        return attention, copies, exposed, transfer
+                steps = [remote_pass + merge for remote_pass, merge in zip(passes, merges)]
+                copies, end = sum(merges, packing), _forward_end(local_pass, steps, wires) + packing
+            attention = sum(passes, local_pass)
+            found.append((attention, copies, end - attention - copies, sum(wires, none)))
+        forward, backward = found
+        return tuple(map(np.add, forward, backward))
 
-    def _wire_seconds(
-        self, received: np.ndarray, sent: np.ndarray, layers: AttentionLayers, backward: bool
-    ) -> np.ndarray:
-        """(cp_size,) seconds of a transfer of (2, cp_size) tokens, inside nodes and between them at the same time."""
+    def _wire_seconds(self, stage: StageWork, layers: AttentionLayers, backward: bool) -> np.ndarray:
+        """(cp_size,) seconds of a stage's transfer, inside nodes and between them at the same time. Gradients go home
+        along the same ways."""
         width = layers.kv_elements_per_token * (self.grad_itemsize if backward else self.itemsize)
         links = (self.hardware.intra_node, self.hardware.inter_node)
-        return np.max(
-            [_seconds(link, tokens * width) for link, tokens in zip(links, np.maximum(received, sent))], axis=0
-        )
+        most = np.maximum(stage.received, stage.sent)
+        return np.max([_seconds(link, tokens * width) for link, tokens in zip(links, most)], axis=0)
 
-    def _merge_seconds(self, rows: np.ndarray, layers: AttentionLayers) -> np.ndarray:
+    def _merge_seconds(self, stage: StageWork, layers: AttentionLayers, cp_size: int) -> np.ndarray:
         """Partial outputs in fp32 are read and written, the received part's output is read."""
+        rows = np.bincount(stage.rectangles[:, 0], stage.rectangles[:, 1], cp_size)
         elements = rows * layers.query_heads * layers.value_dim
         return elements * (8 + self.itemsize) / self.hardware.memory_bytes_per_second
 
@@ -185,3 +170,21 @@ class CostModel:
 
 def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:
     return np.where(bytes_moved > 0, link.latency_seconds + bytes_moved / link.bytes_per_second, 0.0)
+
+
+def _forward_end(local_pass: np.ndarray, steps: list[np.ndarray], wires: list[np.ndarray]) -> np.ndarray:
+    """When the last stage is computed: all transfers are posted at once and arrive one after the other."""
+    end, arrived = local_pass, np.zeros_like(local_pass)
+    for step, wire in zip(steps, wires):
+        arrived = arrived + wire
+        end = np.maximum(end, arrived) + step
+    return end
+
+
+def _backward_end(local_pass: np.ndarray, passes: list[np.ndarray], wires: list[np.ndarray]) -> np.ndarray:
+    """When the local pass is computed and all gradients are home: each stage's leave when it is computed."""
+    home = done = np.zeros_like(local_pass)
+    for remote_pass, wire in zip(passes, wires):
+        done = done + remote_pass
+        home = np.maximum(home, done) + wire
+    return np.maximum(done + local_pass, home)

@@ -17,7 +17,7 @@ from .lower_bound import Caps
 from .plan import ShardPlan
 from .search import search
 from .sharding import Lengths, Slices, per_doc, per_seq, whole_doc
-from .volume import kv_traffic
+from .volume import kv_traffic, rank_pairs, rank_tokens
 
 
 TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
@@ -25,7 +25,7 @@ TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
 expensive to plan, and ranks that differ by a thousandth wait for each other no longer than for a kernel's start."""
 
 LEAST_SLACK, MOST_SLACK = 0.001, 1.0
-
+"""No cap is tightened below 1 plus the first; parts are taken of what is allowed above 1 up to the second."""
 
 STAGED = 3
 """How many plans are tried with more stages: those of the least time with one."""
@@ -48,10 +48,8 @@ def fastest(
         plan = ShardPlan(lengths, cp_size, slices)
         if plan.slices in found:
             continue
-        tokens = [sum(stop - start for _, start, stop in held) for held in plan.slices]
-        pairs = [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in plan.slices]
-        if max(tokens) <= caps.most_tokens:
-            beyond = max(max(pairs) - caps.most_pairs, 0)
+        if max(rank_tokens(plan.slices)) <= caps.most_tokens:
+            beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
             found[plan.slices] = (beyond, cost_model.step_time(plan).seconds, plan)
     best = sorted(found.values(), key=lambda entry: entry[:2])
     # Ties go to the first, and to fewer stages.
@@ -69,31 +67,39 @@ def _stagings(plan: ShardPlan, num_stages: int | None) -> Iterator[ShardPlan]:
         yield in_stages(plan, num_stages)
         return
     yield plan
-    for stages in sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}):
-        if stages > 1:
-            yield in_stages(plan, stages)
+    if most > 1:
+        loads = _offset_loads(plan)
+        for stages in sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}):
+            yield plan.with_offset_groups(_grouped(loads, stages))
 
 
 def in_stages(plan: ShardPlan, num_stages: int) -> ShardPlan:
     """The same plan with its ring offsets, the nearest first, in so many groups (at most cp_size - 1) between which
     what the busiest ranks receive is shared as evenly as it goes."""
-    cp_size = plan.cp_size
-    if num_stages <= 1 or cp_size <= 2:
+    if num_stages <= 1 or plan.cp_size <= 2:
         return plan.with_offset_groups(None)
-    traffic = kv_traffic(plan)
-    loads = [max(traffic[rank][(rank + offset) % cp_size] for rank in range(cp_size)) for offset in range(1, cp_size)]
+    return plan.with_offset_groups(_grouped(_offset_loads(plan), num_stages))
+
+
+def _offset_loads(plan: ShardPlan) -> list[int]:
+    """What the busiest rank receives from each ring offset, 1 first, in tokens."""
+    traffic, cp_size = kv_traffic(plan), plan.cp_size
+    return [max(traffic[rank][(rank + offset) % cp_size] for rank in range(cp_size)) for offset in range(1, cp_size)]
+
+
+def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     groups: list[list[int]] = []
     left, group, held = sum(loads), [], 0
     for offset, load in enumerate(loads, start=1):
         group.append(offset)
         held += load
-        stages_left, offsets_left = num_stages - len(groups), cp_size - 1 - offset
+        stages_left, offsets_left = num_stages - len(groups), len(loads) - offset
         if stages_left > 1 and (held * stages_left >= left or offsets_left < stages_left):
             groups.append(group)
             left, group, held = left - held, [], 0
     if group:
         groups.append(group)
-    return plan.with_offset_groups(groups)
+    return groups
 
 
 def _candidates(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float) -> Iterator[Slices]:

@@ -18,7 +18,7 @@ from .search_build import Budget, Construction, Settings
 from .search_reference import better_algorithm1
 from .search_repair import repair
 from .sharding import Slices, give_empty_ranks_a_token, per_doc
-from .volume import full_attention_traffic
+from .volume import full_attention_traffic, rank_pairs, rank_tokens
 
 
 WITHIN = 1.1
@@ -61,10 +61,7 @@ class Candidate:
 
     def __init__(self, slices: Slices, construction: Construction | None = None):
         self.slices, self.construction = slices, construction
-        self.most_pairs = max(
-            sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in slices
-        )
-        self.most_tokens = max(sum(stop - start for _, start, stop in held) for held in slices)
+        self.most_pairs, self.most_tokens = max(rank_pairs(slices)), max(rank_tokens(slices))
         self.count = sum(map(len, slices))
         received, sent = full_attention_traffic(len(slices), slices)
         self.total, self.bottleneck = sum(received), max(max(received), max(sent))

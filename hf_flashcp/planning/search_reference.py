@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .algorithm1 import equalize_tokens, token_shares
 from .sharding import Slices, assign_whole, give_empty_ranks_a_token, per_doc
-from .volume import attention_pairs
+from .volume import rank_pairs, rank_tokens
 
 
 MOST_WORK = 4_000_000
@@ -64,7 +64,7 @@ def better_algorithm1(
         split_total += chunk * 3 * cp_size * (cp_size - 1) // 2
         split_bottleneck += chunk * (2 * cp_size - 2)
     slices = per_doc(lengths, cp_size)
-    if max(sum(attention_pairs(start, stop) for _, start, stop in held) for held in slices) > most_pairs:
+    if max(rank_pairs(slices)) > most_pairs:
         return None
     return slices
 
@@ -72,8 +72,7 @@ def better_algorithm1(
 def _attempt(lengths, cp_size, longest_first, num_per_doc, most_pairs, max_token_imbalance) -> Slices | None:
     """One round of `flashcp`, given up as soon as it cannot meet `most_pairs`."""
     slices = per_doc(lengths, cp_size, documents=sorted(longest_first[:num_per_doc]))
-    pairs = [sum(attention_pairs(start, stop) for _, start, stop in held) for held in slices]
-    tokens = [sum(stop - start for _, start, stop in held) for held in slices]
+    pairs, tokens = rank_pairs(slices), rank_tokens(slices)
     pieces: Slices = [[] for _ in range(cp_size)]
     whole_pairs = [0] * cp_size
     for document, rank in assign_whole(lengths, longest_first[num_per_doc:], pairs, tokens):
@@ -92,6 +91,6 @@ def _attempt(lengths, cp_size, longest_first, num_per_doc, most_pairs, max_token
     for rank_pieces, rank_slices in zip(pieces, slices):
         rank_slices += rank_pieces
     give_empty_ranks_a_token(slices)
-    if max(sum(attention_pairs(start, stop) for _, start, stop in held) for held in slices) > most_pairs:
+    if max(rank_pairs(slices)) > most_pairs:
         return None
     return slices

@@ -15,6 +15,7 @@ from .fastest import fastest, in_stages
 from .plan import ShardPlan, Slice, check_lengths
 from .search import search
 from .sharding import per_doc, per_seq, whole_doc
+from .volume import rank_pairs
 
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
     """Tokens can always be equal within one; pairs cannot, where documents are short or there is only one cut to
     make."""
-    pairs = [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in plan.slices]
+    pairs = rank_pairs(plan.slices)
     imbalance = max(pairs) * plan.cp_size / sum(pairs)
     if imbalance > max_imbalance:
         warnings.warn(

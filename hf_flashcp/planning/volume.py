@@ -19,6 +19,16 @@ def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
     return (stop - start) * (stop + start + 1) // 2
 
 
+def rank_tokens(slices: Sequence[Sequence[tuple[int, int, int]]]) -> list[int]:
+    """Tokens of each rank."""
+    return [sum(stop - start for _, start, stop in held) for held in slices]
+
+
+def rank_pairs(slices: Sequence[Sequence[tuple[int, int, int]]]) -> list[int]:
+    """Attention pairs of each rank, causal inside documents, without a window (FlashCP eq. 3)."""
+    return [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in slices]
+
+
 def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, itemsize: int) -> int:
     """Bytes on the wire for the K and V of `tokens` tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize."""
     return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
