@@ -8,6 +8,7 @@ alone. Exits with 1 and a message on every rank if something is wrong.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,7 +83,9 @@ def main():
         if arguments.json_file:
             Path(arguments.json_file).write_text(json.dumps(found, indent=2))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # All is written and every process is here: leave at once. Taking process groups apart can abort in gloo's threads.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
