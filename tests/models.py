@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -18,6 +19,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -133,6 +135,14 @@ def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **ov
             if parameter.dim() == 1:  # norms, biases and sinks begin as ones and zeros
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.to(dtype)
+
+
+def tokenizer():
+    """A token for each of the vocabulary's numbers."""
+    vocabulary = {f"<{i}>": i for i in range(SMALL["vocab_size"])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<0>"
+    )
 
 
 def make_documents(lengths, seed=0, prompt=0.0):

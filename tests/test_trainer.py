@@ -52,36 +52,6 @@ def test_plain_accelerator_loop(pool, cp_size, accumulation):
         assert result["losses"] == pytest.approx(result["expected_losses"], rel=GRADIENT)
 
 
-@pytest.mark.parametrize("cp_size", [2, 3])
-def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
-    for measured, expected in pool.run(cp_size, trainer_cases.evaluation_loss, LENGTHS[:5]):
-        assert measured == pytest.approx(expected, rel=GRADIENT)
-
-
-@pytest.mark.parametrize("num_documents, per_batch", [(3, 2), (4, 2), (5, 2), (5, 3), (7, 1)])
-def test_evaluation_counts_each_document_once(pool, num_documents, per_batch):
-    """Two data-parallel groups: accelerate fills up their last batches with documents from the beginning."""
-    lengths = [40, 25, 18, 31, 22, 12, 9][:num_documents]
-    for measured, expected in pool.run(4, trainer_cases.evaluation_loss, lengths, 2, per_batch):
-        assert measured == pytest.approx(expected, rel=GRADIENT)
-
-
-@pytest.mark.parametrize("preprocess", [None, trainer_cases.most_likely])
-@pytest.mark.parametrize(
-    "world_size, cp_size, num_documents, per_batch", [(2, 2, 5, 2), (3, 3, 4, 3), (4, 2, 5, 2), (4, 2, 3, 1)]
-)
-def test_metrics_see_whole_documents_in_order(pool, world_size, cp_size, num_documents, per_batch, preprocess):
-    lengths = [40, 25, 18, 31, 22][:num_documents]
-    for found in pool.run(world_size, trainer_cases.predictions, lengths, cp_size, per_batch, preprocess):
-        assert found["rows"] == num_documents and max(found["errors"]) < 1e-5
-        assert found["accuracy"] == pytest.approx(found["expected_accuracy"])
-        assert found["predict_is_the_same"]
-
-
-def test_callbacks_may_generate(pool):
-    assert pool.run(2, trainer_cases.generated_in_callbacks, [40, 25, 18, 31]) == [(4, True)] * 2
-
-
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
 def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool, world_size, cp_size):
     for ours, single in pool.run(world_size, trainer_cases.autocast_errors, LENGTHS, cp_size):

@@ -3,25 +3,17 @@
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
 from tests.accelerate_state import fresh_accelerate
-from tests.models import SMALL, build_model, largest_error, make_documents, per_document_gradients
+from tests.models import build_model, largest_error, make_documents, per_document_gradients, tokenizer
 from tests.trainer_cases import _KeepGradient, training_arguments
 
 
 LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20, 8, 11, 45, 16]
 WINDOW = 48
-
-
-def _tokenizer():
-    vocabulary = {f"<{i}>": i for i in range(SMALL["vocab_size"])}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<0>"
-    )
 
 
 class _InOrder:
@@ -87,7 +79,7 @@ def sft_step(options):
             bf16=False,
         ),
         train_dataset=Dataset.from_list([{"input_ids": feature["input_ids"]} for feature in make_documents(LENGTHS)]),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
         data_collator=FlashCPCollator(cp_size) if way == "collator" else None,
         callbacks=[keep, *([FlashCPCallback()] if callback else [])],
     )

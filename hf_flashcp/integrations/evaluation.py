@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sized
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.utils import pad_across_processes
 from torch.nn.utils.rnn import pad_sequence
 
@@ -132,6 +134,51 @@ def whole_documents(
         targets.append(document_labels)
     padded = (pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX) for rows in (predictions, targets))
     return tuple(rows[:kept] for rows in padded)
+
+
+class DocumentLosses(NamedTuple):
+    """Losses of documents.
+
+    Args:
+        loss_sum (`np.ndarray`): (documents,), float64: negative log likelihood summed over its targets, in nats.
+        targets (`np.ndarray`): (documents,), int64: how many targets it has.
+    """
+
+    loss_sum: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """(documents,): exp of the mean loss over a document's targets; NaN where it has none."""
+        with np.errstate(invalid="ignore"):
+            return np.exp(self.loss_sum / self.targets)
+
+
+def losses_by_document(
+    logits: torch.Tensor, shift_labels: torch.Tensor, plan: RankPlan, kept_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss and number of targets of each document of a sharded batch.
+
+    Args:
+        logits: (1, T_r, V) of this rank's tokens.
+        shift_labels: (1, T_r).
+        plan: of the batch. Every rank of its group calls.
+        kept_tokens: documents from there on are left out.
+
+    Returns:
+        two tensors (documents, 1), float64 and int64, on every rank of the group.
+    """
+    stops = torch.tensor(plan.plan.lengths).cumsum(0)
+    documents = torch.searchsorted(stops, torch.from_numpy(token_index(plan.plan, plan.rank)), right=True)
+    targets = shift_labels[0]
+    losses = F.cross_entropy(logits[0].float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    sums = torch.zeros(2, len(stops), dtype=torch.float64, device=logits.device)
+    per_token = torch.stack((losses.double(), (targets != IGNORE_INDEX).double()))
+    sums.index_add_(1, documents.to(logits.device), per_token)
+    if plan.group is not None:
+        dist.all_reduce(sums, group=plan.group)
+    kept = int((stops <= kept_tokens).sum())
+    return sums[0, :kept, None], sums[1, :kept, None].long()
 
 
 def _document(

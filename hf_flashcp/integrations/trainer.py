@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FlashCPCollator
 from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
-from .evaluation import EvaluationSums, gather_rows, whole_documents
+from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
 
@@ -33,6 +33,8 @@ class FlashCPTrainerMixin:
         ConfigurationError: another parallelism_config, DeepSpeed, or an option that would see full labels beside
             this rank's logits (label smoothing, compute_loss_func).
     """
+
+    _losses_by_document = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -106,44 +108,77 @@ class FlashCPTrainerMixin:
                 "Predictions under context parallelism are put together from documents with labels, which this batch "
                 "has not. Give it labels (-100 where there is no target), or predict with cp_size 1."
             )
-        if cp_size == 1 or inputs.get("labels") is None:
+        if (cp_size == 1 and not self._losses_by_document) or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        loss = outputs["loss"].detach()
-        # The batch's mean on every rank of the group (see shard_inputs on num_items_in_batch).
-        dist.all_reduce(loss, group=group)
-        loss /= cp_size
-        self._evaluated.add(loss, inputs["num_items_in_batch"] * cp_size)
-        if prediction_loss_only:
+        # The batch's targets, and no factor for the number of processes: the ranks' losses add up to the batch's mean.
+        targets = inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * cp_size
+        outputs = None
+        with torch.no_grad(), self.compute_loss_context_manager(), _loss_not_scaled(self.args):
+            if self._losses_by_document:
+                outputs = model(**inputs)
+                loss = outputs["loss"]
+            else:
+                loss = self.compute_loss(
+                    model, inputs, return_outputs=not prediction_loss_only, num_items_in_batch=targets
+                )
+        if isinstance(loss, tuple):
+            loss, outputs = loss
+        loss = loss.detach()
+        if group is not None:
+            dist.all_reduce(loss, group=group)
+        self._evaluated.add(loss, targets)
+        if outputs is None:
             return loss, None, None
-        plan, kept_tokens = inputs["flashcp_plan"], self._evaluated.kept_tokens
-        documents = whole_documents(outputs["logits"].detach(), labels, plan, kept_tokens, self._preprocess_document)
-        return loss, *documents
+        plan, kept_tokens, logits = inputs["flashcp_plan"], self._evaluated.kept_tokens, outputs["logits"].detach()
+        if self._losses_by_document:
+            return loss, *losses_by_document(logits, inputs["shift_labels"], plan, kept_tokens)
+        return loss, *whole_documents(logits, labels, plan, kept_tokens, self._preprocess_document)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         cp_size = self.get_cp_size()
-        if cp_size == 1:
+        if cp_size == 1 and not self._losses_by_document:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         groups, group = self.args.world_size // cp_size, self.args.process_index // cp_size
         self._evaluated = EvaluationSums(dataloader.dataset, groups, group)
         # Documents are preprocessed one by one, and gathered from one rank of each group.
         self._preprocess_document, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.gather_function = functools.partial(gather_rows, accelerator=self.accelerator, cp_size=cp_size)
+        # It drops what processes beyond the dataset's last row bring, of a batch that every rank has a part of.
+        gather_for_metrics, self.accelerator.gather_for_metrics = (
+            self.accelerator.gather_for_metrics,
+            self.accelerator.gather,
+        )
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.preprocess_logits_for_metrics = self._preprocess_document
-            self.gather_function = self.accelerator.gather_for_metrics
+            self.gather_function = self.accelerator.gather_for_metrics = gather_for_metrics
         # Trainer averages batches, and drops part of the last one as if every process had had its own.
         loss_sum, targets = self.accelerator.reduce(self._evaluated.sums.to(self.args.device), "sum").tolist()
         loss_key = next((key for key in output.metrics if key.endswith("_loss")), None)
         if loss_key is not None and targets > 0:
             output.metrics[loss_key] = loss_sum / targets
         return output
+
+    def document_losses(self, dataset: Any = None) -> DocumentLosses:
+        """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
+
+        Args:
+            dataset (*optional*): rows as for evaluation; defaults to the `eval_dataset`.
+
+        Returns:
+            `DocumentLosses`: in the order of the dataset, on every process.
+        """
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        self._losses_by_document = True
+        try:
+            output = self.predict(self.eval_dataset if dataset is None else dataset)
+        finally:
+            self._losses_by_document, self.compute_metrics = False, compute_metrics
+        return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
 
     # Trainer adds these up over all processes, but cp_size of them work on the same batch.
 
@@ -163,3 +198,13 @@ class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
         super().__init__(*args, **kwargs)
         if kwargs.get("data_collator") is None and len(args) < 3:
             self.data_collator = FlashCPCollator(self.get_cp_size(), strategy=self.args.parallelism_config.strategy)
+
+
+@contextlib.contextmanager
+def _loss_not_scaled(args: TrainingArguments) -> Iterator[None]:
+    """`compute_loss` without the factor that makes up for DDP's mean of gradients."""
+    averages, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = averages

@@ -1,0 +1,63 @@
+"""Evaluation against documents one at a time on one device."""
+
+import pytest
+
+from tests import evaluation_cases
+
+
+LOSS = 1e-6  # relative: through the models' own fp32 loss
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_evaluation_loss_is_the_mean_over_all_targets(pool, cp_size):
+    for measured, expected in pool.run(cp_size, evaluation_cases.evaluation_loss, [40, 3, 17, 9, 25]):
+        assert measured == pytest.approx(expected, rel=LOSS)
+
+
+@pytest.mark.parametrize("num_documents, per_batch", [(3, 2), (4, 2), (5, 2), (5, 3), (7, 1)])
+def test_evaluation_counts_each_document_once(pool, num_documents, per_batch):
+    """Two data-parallel groups: accelerate fills up their last batches with documents from the beginning."""
+    lengths = [40, 25, 18, 31, 22, 12, 9][:num_documents]
+    for measured, expected in pool.run(4, evaluation_cases.evaluation_loss, lengths, 2, per_batch):
+        assert measured == pytest.approx(expected, rel=LOSS)
+
+
+@pytest.mark.parametrize("preprocess", [None, evaluation_cases.most_likely])
+@pytest.mark.parametrize(
+    "world_size, cp_size, num_documents, per_batch", [(2, 2, 5, 2), (3, 3, 4, 3), (4, 2, 5, 2), (4, 2, 3, 1)]
+)
+def test_metrics_see_whole_documents_in_order(pool, world_size, cp_size, num_documents, per_batch, preprocess):
+    lengths = [40, 25, 18, 31, 22][:num_documents]
+    for found in pool.run(world_size, evaluation_cases.predictions, lengths, cp_size, per_batch, preprocess):
+        assert found["rows"] == num_documents and max(found["errors"]) < 1e-5
+        assert found["accuracy"] == pytest.approx(found["expected_accuracy"])
+        assert found["predict_is_the_same"]
+
+
+def test_callbacks_may_generate(pool):
+    assert pool.run(2, evaluation_cases.generated_in_callbacks, [40, 25, 18, 31]) == [(4, True)] * 2
+
+
+@pytest.mark.parametrize(
+    "world_size, cp_size, num_documents, per_batch",
+    [(1, 1, 4, 3), (2, 1, 5, 2), (2, 2, 5, 2), (3, 3, 4, 3), (4, 2, 5, 2)],
+)
+def test_perplexity_by_document(pool, world_size, cp_size, num_documents, per_batch):
+    """Prompt-masked labels, one document without any target, repeated rows at the end of several groups."""
+    lengths = [40, 25, 18, 31, 22][:num_documents]
+    for found in pool.run(world_size, evaluation_cases.document_losses, lengths, cp_size, per_batch):
+        assert found["sums"] == pytest.approx(found["expected"], rel=LOSS)
+        assert found["targets"] == found["expected_targets"]
+        assert found["perplexity_is_that"] and found["metrics_are_left"]
+
+
+@pytest.mark.parametrize("with_metrics", [False, True])
+@pytest.mark.parametrize("world_size, cp_size, per_batch", [(2, 2, 5), (4, 2, 3)])
+def test_sft_trainer_evaluates(pool, world_size, cp_size, per_batch, with_metrics):
+    """TRL's own metrics too. With two groups of three the fifth document's batch is filled up with the first one."""
+    lengths = [40, 25, 18, 31, 22]
+    for found in pool.run(world_size, evaluation_cases.sft_evaluation, lengths, cp_size, per_batch, with_metrics):
+        assert found["metrics"]["eval_loss"] == pytest.approx(found["loss"], rel=LOSS)
+        assert found["metrics"]["eval_mean_token_accuracy"] == pytest.approx(found["accuracy"], rel=LOSS)
+        assert found["metrics"]["eval_entropy"] == pytest.approx(found["entropy"], rel=1e-5)
+        assert found["documents_seen"] == ([len(lengths)] if with_metrics else [])
