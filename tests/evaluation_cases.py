@@ -34,7 +34,7 @@ def most_likely(logits, labels):
     return logits.argmax(-1)
 
 
-def predictions(lengths, cp_size, per_batch, preprocess=None):
+def predictions(lengths, cp_size, per_batch, preprocess=None, **collator_options):
     """`evaluate` with compute_metrics: what that sees, the metric it returns, and what each document alone gives."""
     fresh_accelerate()
     features, seen = make_documents(lengths), []
@@ -51,6 +51,7 @@ def predictions(lengths, cp_size, per_batch, preprocess=None):
             parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_eval_batch_size=per_batch
         ),
         eval_dataset=features,
+        data_collator=FlashCPCollator(cp_size, **collator_options),
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=preprocess,
     )
@@ -82,6 +83,10 @@ def predictions(lengths, cp_size, per_batch, preprocess=None):
         "expected_accuracy": right / total,
         "predict_is_the_same": bool((trainer.predict(features).predictions == found.predictions).all()),
     }
+
+
+def padded_predictions(lengths, cp_size, per_batch):
+    return predictions(lengths, cp_size, per_batch, pad_to_multiple_of=64)
 
 
 class _Generate(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -40,6 +41,68 @@ def test_packed_rows_are_documents_again():
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
+def test_position_ids_of_a_packed_row_say_where_documents_begin():
+    packed = [{"input_ids": np.arange(1, 7), "position_ids": [0, 1, 2, 3, 0, 1]}, {"input_ids": [7, 8, 9]}]
+    ours, expected = FlashCPCollator(2)(packed), FlashCPCollator(2)(DOCUMENTS)
+    assert ours.pop("flashcp_plan") == expected.pop("flashcp_plan")
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    later_part = [{"input_ids": [1, 2, 3, 4], "position_ids": [9, 10, 0, 1]}]
+    batch = FlashCPCollator(2)(later_part)
+    assert batch["flashcp_plan"].lengths == (2, 2) and batch["position_ids"].tolist() == [[9, 10, 0, 1]]
+
+
+def test_masks_leave_targets():
+    """A completion mask on the first document, assistant masks on the second, labels and both on the third."""
+    features = [
+        {"input_ids": [1, 2, 3, 4], "completion_mask": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 1]},
+        {"input_ids": [5, 6, 7], "assistant_masks": torch.tensor([0, 1, 0])},
+        {
+            "input_ids": [1, 2, 3, 4],
+            "labels": [1, -100, 3, 4],
+            "completion_mask": [1, 1, 0, 1],
+            "assistant_masks": [1] * 4,
+        },
+    ]
+    batch = FlashCPCollator(2)(features)
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4, -100, 6, -100, -100, -100, -100, 4]]
+    packed = {key: features[0][key] + features[0][key] for key in ("input_ids", "completion_mask")}
+    batch = FlashCPCollator(2)([{**packed, "seq_lengths": [4, 4]}])
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4] * 2]
+
+
+def test_labels_may_be_missing_in_some_features():
+    features = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], "labels": [-100, -100, 6]}]
+    for order in (features, features[::-1]):
+        labels = [[-100, 2, 3] if "labels" not in feature else [-100, -100, 6] for feature in order]
+        assert FlashCPCollator(2)(order)["labels"].tolist() == [labels[0] + labels[1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"return_seq_idx": True, "return_flash_attn_kwargs": True}])
+def test_padding_is_a_document_without_targets(options):
+    collator = FlashCPCollator(2, pad_to_multiple_of=8, pad_token_id=99, per_token_keys=["weight"], **options)
+    features = [{**document, "weight": [0.5] * len(document["input_ids"])} for document in DOCUMENTS]
+    batch = collator(features)
+    assert batch["input_ids"].shape == (1, 16) and batch["input_ids"][0, 9:].tolist() == [99] * 7
+    assert batch["flashcp_plan"].lengths == (4, 2, 3, 7) and batch["flashcp_plan"].row_lengths == (4, 2, 3)
+    assert batch["shift_labels"].tolist() == [[2, 3, 4, -100, 6, -100, 8, 9] + [-100] * 8]
+    assert batch["position_ids"][0, 9:].tolist() == [*range(7)]
+    assert batch["weight"].tolist() == [[0.5] * 9 + [0.0] * 7]
+    if options:
+        assert batch["seq_idx"][0, 9:].tolist() == [3] * 7 and batch["cu_seq_lens_q"].tolist() == [0, 4, 6, 9, 16]
+    full = FlashCPCollator(2, pad_to_multiple_of=3)(DOCUMENTS)
+    assert full["flashcp_plan"].lengths == (4, 2, 3)
+
+
+def test_values_of_tokens_are_sharded_along():
+    features = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "seq_lengths": [4, 2], "token_type": [10, 20, 30, 40, 50, 60]},
+        {"input_ids": [7, 8, 9], "token_type": np.array([70, 80, 90])},
+    ]
+    batch = FlashCPCollator(2, per_token_keys=("token_type",))(features)
+    for part in shards(batch, 2):
+        assert torch.equal(part["token_type"], 10 * part["input_ids"])
+
+
 def test_the_collator_is_stateless_and_survives_a_spawned_worker():
     collator = pickle.loads(pickle.dumps(FlashCPCollator(2, strategy="per_seq")))
     assert collator(DOCUMENTS)["flashcp_plan"] == plan_documents([4, 2, 3], 2, strategy="per_seq")
@@ -60,6 +123,9 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, for 3 tokens"),
         ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "none of them zero"),
         ([{"input_ids": [1]}], PlanError, "1 tokens for cp_size 2"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], BatchError, "masks 1 of 2 tokens"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give their lengths as seq_lengths"),
+        ([{"input_ids": [1, 2], "completion_mask": [1]}], BatchError, "2 input_ids but 1 completion_mask"),
     ],
 )
 def test_bad_documents_are_named(features, error, message):
@@ -73,6 +139,10 @@ def test_bad_collator_arguments(arguments, message):
         FlashCPCollator(*arguments)
     with pytest.raises(PlanError, match="Unknown strategy"):
         FlashCPCollator(2, strategy="zigzag")
+    with pytest.raises(BatchError, match="pad_to_multiple_of"):
+        FlashCPCollator(2, pad_to_multiple_of=0)
+    with pytest.raises(BatchError, match="Feature 0 has no weight, which per_token_keys asks for"):
+        FlashCPCollator(2, per_token_keys=["weight"])(DOCUMENTS)
     with pytest.raises(BatchError, match="return_tensors"):
         FlashCPCollator(2)(DOCUMENTS, return_tensors="np")
 

@@ -34,6 +34,12 @@ def test_metrics_see_whole_documents_in_order(pool, world_size, cp_size, num_doc
         assert found["predict_is_the_same"]
 
 
+@pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
+def test_padding_is_no_document(pool, world_size, cp_size):
+    for found in pool.run(world_size, evaluation_cases.padded_predictions, [40, 25, 18], cp_size, 2):
+        assert found["rows"] == 3 and max(found["errors"]) < 1e-5
+
+
 def test_callbacks_may_generate(pool):
     assert pool.run(2, evaluation_cases.generated_in_callbacks, [40, 25, 18, 31]) == [(4, True)] * 2
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
 from ..errors import BatchError, PlanError
-from ..layout.batch import content_digest
+from ..layout.batch import IGNORE_INDEX, content_digest
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, plan_documents
+from .features import read_documents
 
 
 class FlashCPCollator(DataCollatorWithFlattening):
@@ -28,17 +29,28 @@ class FlashCPCollator(DataCollatorWithFlattening):
         max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
         max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
         num_stages (`int`, *optional*): see [`plan_documents`].
+        pad_to_multiple_of (`int`, *optional*): C is a multiple of it. The padding is a document of its own: no other
+            attends to it, and it has no targets.
+        pad_token_id (`int`, *optional*, defaults to 0): in `input_ids` of padding.
+        per_token_keys (`Sequence[str]`, *optional*): further columns with a number for each token, which go to the
+            model and are sharded with the tokens. They are 0 in padding.
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
             `return_flash_attn_kwargs`, `return_seq_idx`, ...).
 
-    Features hold `input_ids` and optionally `labels`, as lists or tensors: one document each, or a packed row with
-    `seq_lengths` that add up to it (as TRL's packing leaves them).
+    Features are documents, or packed rows with `seq_lengths` (as TRL's packing leaves them) or with `position_ids`
+    that start again at each document. Values are lists, arrays or tensors, one for each token:
+
+    - `input_ids`;
+    - `labels` (defaults to `input_ids`), not shifted;
+    - `completion_mask`, `assistant_masks`: tokens where one of them is 0 are no targets;
+    - `attention_mask`: all ones, nothing is padded here;
+    - whatever `per_token_keys` names.
 
     The batch has `input_ids`, `labels` and `position_ids` (1, C), `shift_labels` (1, C) (the target of each token:
-    `labels` shifted before anything is cut) and `flashcp_plan`.
+    `labels` shifted before anything is cut), those of `per_token_keys` (1, C), and `flashcp_plan`.
 
     Raises:
-        BatchError: no documents, an empty one, labels or `seq_lengths` that do not fit the tokens.
+        BatchError: no documents, an empty one, values that do not fit the tokens, masked tokens.
         PlanError: fewer tokens than ranks, an unknown strategy.
     """
 
@@ -51,6 +63,9 @@ class FlashCPCollator(DataCollatorWithFlattening):
         max_imbalance: float = 1.05,
         max_token_imbalance: float = 1.0,
         num_stages: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        pad_token_id: int = 0,
+        per_token_keys: Sequence[str] = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -64,15 +79,28 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self.max_imbalance = max_imbalance
         self.max_token_imbalance = max_token_imbalance
         self.num_stages = num_stages
+        if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
+            raise BatchError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}.")
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_token_id = pad_token_id
+        self.per_token_keys = tuple(per_token_keys)
 
     def __call__(
         self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         if (return_tensors or self.return_tensors) != "pt":
             raise BatchError('FlashCPCollator makes torch tensors: leave return_tensors at "pt".')
-        documents = [document for index, feature in enumerate(features) for document in _documents(index, feature)]
+        documents = [
+            document
+            for index, feature in enumerate(features)
+            for document in read_documents(index, feature, self.per_token_keys)
+        ]
         if not documents:
             raise BatchError("The batch is empty: the collator got no documents.")
+        row_lengths = tuple(len(feature["input_ids"]) for feature in features)
+        padding = -sum(row_lengths) % (self.pad_to_multiple_of or 1)
+        if padding:
+            documents.append(self._padding(padding))
         plan = plan_documents(
             [len(document["input_ids"]) for document in documents],
             self.cp_size,
@@ -83,42 +111,24 @@ class FlashCPCollator(DataCollatorWithFlattening):
             num_stages=self.num_stages,
         )
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
-        batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        if padding:
+            batch["labels"][:, -padding:] = IGNORE_INDEX
+        batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        if any("position_ids" in document for document in documents) and self.return_position_ids:
+            batch["position_ids"] = _joined(documents, "position_ids")
+        for key in self.per_token_keys:
+            batch[key] = _joined(documents, key)
         plan.content_digest = content_digest(batch)
-        plan.row_lengths = tuple(len(feature["input_ids"]) for feature in features)
+        plan.row_lengths = row_lengths
         batch["flashcp_plan"] = plan
         return batch
 
-
-def _documents(index: int, feature: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The documents of one feature, checked."""
-    row = {key: _as_list(feature[key]) for key in ("input_ids", "labels") if feature.get(key) is not None}
-    if not row.get("input_ids"):
-        raise BatchError(
-            f"Feature {index} has no tokens in input_ids. Drop empty documents, or check which columns the trainer "
-            "keeps (remove_unused_columns)."
-        )
-    length = len(row["input_ids"])
-    if len(row.get("labels", row["input_ids"])) != length:
-        raise BatchError(
-            f"Feature {index} has {length} input_ids but {len(row['labels'])} labels: they go token by token, and are "
-            "shifted later."
-        )
-    lengths = feature.get("seq_lengths")
-    if lengths is None:
-        return [row]
-    lengths = _as_list(lengths)
-    if sum(lengths) != length or min(lengths) < 1:
-        raise BatchError(
-            f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, for {length} tokens. They "
-            "must be the lengths of the documents in the row, none of them zero."
-        )
-    documents, start = [], 0
-    for stop in torch.tensor(lengths).cumsum(0).tolist():
-        documents.append({key: values[start:stop] for key, values in row.items()})
-        start = stop
-    return documents
+    def _padding(self, tokens: int) -> dict[str, Any]:
+        zeros = {key: [0] * tokens for key in self.per_token_keys}
+        return {"input_ids": [self.pad_token_id] * tokens, "labels": [IGNORE_INDEX] * tokens, **zeros}
 
 
-def _as_list(values: Any) -> list[int]:
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+def _joined(documents: Sequence[Mapping[str, Any]], key: str) -> torch.Tensor:
+    """(1, C)."""
+    values = [document.get(key, range(len(document["input_ids"]))) for document in documents]
+    return torch.tensor([value for each in values for value in each])[None]

@@ -56,7 +56,8 @@ class EvaluationSums:
     def mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The next full batch, without targets in rows that stand in for others. To be called once a batch."""
         if self._num_rows is None:
-            self.kept_tokens = inputs["labels"].numel()
+            plan = inputs.get("flashcp_plan")
+            self.kept_tokens = sum(getattr(plan, "row_lengths", None) or (inputs["labels"].numel(),))
             return inputs
         lengths = _row_lengths(inputs)
         if self._rows_a_batch is None:

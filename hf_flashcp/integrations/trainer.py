@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FlashCPCollator
+from ..data.features import LOSS_MASKS
 from ..errors import ConfigurationError
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
@@ -78,8 +79,10 @@ class FlashCPTrainerMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "seq_lengths" not in self._signature_columns:
-            self._signature_columns.append("seq_lengths")
+        wanted = ["seq_lengths"]
+        if isinstance(self.data_collator, FlashCPCollator):
+            wanted += [*LOSS_MASKS, *self.data_collator.per_token_keys]
+        self._signature_columns += [column for column in wanted if column not in self._signature_columns]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         targets = super()._get_num_items_in_batch(batch_samples, device)
