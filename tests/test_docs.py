@@ -40,7 +40,8 @@ def raised_messages():
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 if ast.unparse(node.exc.func) not in ("AttributeError", "WorkerFailure"):
-                    yield text_of(node.exc.args[0])
+                    if (text := text_of(node.exc.args[0])) is not None:  # None: a function puts the text together
+                        yield text
 
 
 def first_cells():

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FlashCPError
-from . import bench, doctor, plan
+from . import bench, doctor, estimate, plan
 
 
-_COMMANDS = (plan, doctor, bench)
+_COMMANDS = (plan, estimate, doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

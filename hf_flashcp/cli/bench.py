@@ -88,6 +88,10 @@ def add_parser(commands) -> None:
     kernels.add_argument("--json", action="store_true")
     kernels.set_defaults(run=run_kernels)
 
+    memory = benches.add_parser("memory", help="estimated memory of small training steps, beside the measured")
+    memory.add_argument("--json", action="store_true")
+    memory.set_defaults(run=run_memory)
+
     agreement = benches.add_parser("agreement", help="cost of comparing plans between ranks at each step")
     agreement.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="N")
     agreement.add_argument("--json", action="store_true")
@@ -221,6 +225,12 @@ def run_kernels(arguments: argparse.Namespace) -> None:
         device=arguments.device,
     )
     _show(found, text, arguments.json)
+
+
+def run_memory(arguments: argparse.Namespace) -> None:
+    from ..bench.memory import measure, text
+
+    _show(measure(), text, arguments.json)
 
 
 def run_agreement(arguments: argparse.Namespace) -> None:

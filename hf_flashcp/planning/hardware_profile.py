@@ -76,6 +76,7 @@ class HardwareProfile:
         inter_node (`Link`): between ranks of different nodes, for each rank.
         ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
         description (`str`): what it is.
+        memory_bytes (`float`, *optional*): of a device.
     """
 
     linear_flops_per_second: float
@@ -85,6 +86,7 @@ class HardwareProfile:
     inter_node: Link
     ranks_per_node: int
     description: str = ""
+    memory_bytes: float | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:
@@ -104,6 +106,7 @@ class HardwareProfile:
                 **links,
                 ranks_per_node=data["ranks_per_node"],
                 description=data.get("description", ""),
+                memory_bytes=data.get("memory_bytes"),
             )
         except (KeyError, TypeError) as error:
             raise ConfigurationError(
@@ -111,7 +114,7 @@ class HardwareProfile:
             ) from None
         for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
             for name, value in vars(part).items():
-                if isinstance(value, str) or hasattr(value, "__dict__"):
+                if isinstance(value, str) or hasattr(value, "__dict__") or (name == "memory_bytes" and value is None):
                     continue
                 is_number = isinstance(value, (int, float)) and math.isfinite(value)
                 if not is_number or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):

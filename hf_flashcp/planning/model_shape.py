@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,7 @@ class ModelShape:
         Raises:
             ConfigurationError: sizes that are needed are missing.
         """
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        read = config.get if isinstance(config, Mapping) else lambda name, default=None: getattr(config, name, default)
-        if isinstance(config, Mapping) and isinstance(config.get("text_config"), Mapping):
-            read = config["text_config"].get
+        read = config_reader(config)
         missing = [name for name in _NEEDED if not read(name)]
         if missing:
             raise ConfigurationError(
@@ -98,6 +94,17 @@ class ModelShape:
             for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
         )
         return cls(2.0 * parameters, layers)
+
+
+def config_reader(config: Any) -> Callable[..., Any]:
+    """`read(name, default=None)` of a transformers config, or of the dict in a config.json: of its text model, where
+    it has several."""
+    if isinstance(config, Mapping):
+        text = config.get("text_config")
+        return text.get if isinstance(text, Mapping) else config.get
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return lambda name, default=None: getattr(config, name, default)
 
 
 def _latent_projections(read, hidden: int, heads: int) -> int:
