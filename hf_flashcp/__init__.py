@@ -26,6 +26,7 @@ _EXPORTS = {
     "attach": ".integrations.attach",
     "errors": None,
     "flashcp_attention": ".integrations.registration",
+    "name_missing_ranks": ".exchange",
     "plan_documents": ".planning",
     "save_attention_context_fn": ".attention",
     "shard_inputs": ".layout",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from . import errors
     from .attention import save_attention_context_fn
     from .data import FlashCPCollator
+    from .exchange import name_missing_ranks
     from .integrations.attach import attach
     from .integrations.callback import FlashCPCallback
     from .integrations.plugin import FlashCPPlugin

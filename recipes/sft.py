@@ -7,6 +7,7 @@ command line wins. Without a dataset and a model it trains a small one on Python
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from stdlib_corpus import train_tokenizer, write_corpus
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import pack_dataset
 
 from hf_flashcp import CostModel, FlashCPCollator, FlashCPPlugin, FlashCPTrainer
@@ -207,6 +209,18 @@ def summary_table(metrics, cp_size):
     return table
 
 
+def checkpoint_to_resume(training_args):
+    """What --resume_from_checkpoint names. With "true", or started again by torchrun --max-restarts, the last of
+    output_dir, if there is one."""
+    wanted, last = training_args.resume_from_checkpoint, None
+    if os.path.isdir(training_args.output_dir):
+        last = get_last_checkpoint(training_args.output_dir)
+    if str(wanted).lower() == "true":
+        return last
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return last if restarted and last is not None else wanted
+
+
 def main():
     model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
@@ -225,7 +239,7 @@ def main():
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )
-    result = trainer.train()
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     if trainer.is_world_process_zero():
         metrics = summarize(trainer, result.metrics)

@@ -7,6 +7,7 @@ device, works before and between collectives, and gives every rank every value, 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter, defaultdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..errors import ConfigurationError, FlashCPError
+from .missing_ranks import find_missing_ranks, group_timeout, verdict_of_others, watch_for_roll_calls, within
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TIMEOUT = timedelta(minutes=10)  # for a rank that does not come; a disagreement shows as soon as all have
+_LOOK_AROUND = timedelta(seconds=1)
 _rounds: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
 
 
@@ -31,7 +33,7 @@ def require_agreement(
     *,
     advice: str,
     error: type[FlashCPError] = ConfigurationError,
-    timeout: timedelta = TIMEOUT,
+    timeout: timedelta | None = None,
 ) -> None:
     """Returns when all ranks of `group` have called it with equal `values`; costs a write and two reads of the store.
 
@@ -41,11 +43,13 @@ def require_agreement(
         group (`ProcessGroup`): every rank of it calls, in the same order.
         advice (`str`): what to change, the end of the message.
         error: what is raised.
+        timeout (`timedelta`, *optional*): defaults to that of the group's collectives.
 
     Raises:
-        FlashCPError: on every rank, naming the values that differ and who has which; or, after `timeout`, the ranks
-            that did not come.
+        FlashCPError: on every rank, naming the values that differ and who has which; or, after `timeout` or as soon as
+            another rank has told of a failure, the ranks that did not come.
     """
+    watch_for_roll_calls()
     store = dist.distributed_c10d._get_default_store()
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
     prefix = f"flashcp/{what}/{group.group_name}"
@@ -54,19 +58,32 @@ def require_agreement(
     rounds[what] += 1
     keys = [f"{prefix}/{turn}/{each}" for each in ranks]
     store.set(f"{prefix}/{turn}/{rank}", json.dumps(values))
-    try:
-        store.wait(keys, timeout)
-    except (dist.DistStoreError, RuntimeError) as reason:
-        missing = [each for each, key in zip(ranks, keys) if not store.check([key])]
+    timeout, begin = timeout or group_timeout(group), time.monotonic()
+    found = within(timeout.total_seconds() + 5, lambda: _values(store, keys, timeout))
+    if found is None:
+        check = within(5, lambda: [each for each, key in zip(ranks, keys) if not store.check([key])])
+        missing = "other ranks" if check is None else f"ranks {check}"
         raise error(
-            f"Waited {timeout} for ranks {missing} to compare {what} (rank {rank} is here). They failed, stalled, or "
-            f"have fewer batches: look at their output. {advice}"
-        ) from reason
-    found = [json.loads(value) for value in store.multi_get(keys)]
+            f"Waited {time.monotonic() - begin:.0f} seconds for {missing} to compare {what} (rank {rank} is here). "
+            f"{find_missing_ranks()} They failed, stalled, or have fewer batches: look at their output. {advice}"
+        )
     if turn >= 2:  # whoever wrote turn - 1 has read all of turn - 2
         store.delete_key(f"{prefix}/{turn - 2}/{rank}")
     if any(each != found[0] for each in found):
         raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
+
+
+def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict[str, Any]] | None:
+    """What stands under all keys, or `None` if they do not come."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        try:
+            store.wait(keys, min(left, _LOOK_AROUND))
+            return [json.loads(value) for value in store.multi_get(keys)]
+        except dist.DistStoreError:
+            if left < _LOOK_AROUND or verdict_of_others() is not None:
+                return None
 
 
 def _differences(ranks: list[int], found: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigurationError
 from ..layout import RankLayout, Rows, Stage
+from .missing_ranks import naming
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Transfer:
     """An all-to-all under way, to be awaited once. Until then it holds both buffers, which must live that long.
 
-    `result` is the buffer that `received` begins, if it has more rows.
+    `result` is the buffer that `received` begins, if it has more rows; `what` names the rows for errors.
     """
 
     def __init__(
@@ -34,15 +35,19 @@ class Transfer:
         recv_splits: list[int],
         group: ProcessGroup,
         result: torch.Tensor | None = None,
+        what: str = "keys and values",
     ):
         if os.environ.get("FLASHCP_DEBUG") == "1":
             _check_sizes(sent, send_splits, recv_splits, group)
         self._sent, self._result = sent, received if result is None else result
-        self._work = dist.all_to_all_single(received, sent, recv_splits, send_splits, group=group, async_op=True)
+        self._what = f"the {what} of other ranks"
+        with naming(self._what):
+            self._work = dist.all_to_all_single(received, sent, recv_splits, send_splits, group=group, async_op=True)
 
     def wait(self) -> torch.Tensor:
         """(n, ...) rows: those received, source rank after source rank, and what `result` has behind them."""
-        self._work.wait()
+        with naming(self._what):
+            self._work.wait()
         result = self._result
         self._work = self._sent = self._result = None
         return result
@@ -142,4 +147,4 @@ def send_grads_home(grad: torch.Tensor, home: torch.Tensor, stage: Stage, group:
         grad (`torch.Tensor`): (n_received, width), contiguous.
         home (`torch.Tensor`): (n_sent, width), where those of this rank's tokens arrive.
     """
-    return Transfer(grad, home, stage.recv_splits, stage.send_splits, group)
+    return Transfer(grad, home, stage.recv_splits, stage.send_splits, group, what="gradients of keys and values")

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from ..errors import ConfigurationError
-from ..exchange import require_agreement
+from ..exchange import group_timeout, require_agreement
 from ..planning import DEFAULT_STRATEGY, STRATEGIES
 from .sharded_forward import sharded_forward_count
 
@@ -100,7 +100,11 @@ class FlashCPPlugin(ParallelismConfig):
                 advice="Give every process the same FlashCPPlugin and config file.",
             )
         self._fit_processes(PartialState().num_processes)
-        return super().build_device_mesh(device_type)
+        groups_before = set(_process_groups())
+        mesh = super().build_device_mesh(device_type)
+        for group in set(_process_groups()) - groups_before:  # PyTorch gives a mesh's groups its default timeout
+            dist.distributed_c10d._set_pg_timeout(group_timeout(), group)
+        return mesh
 
     def _fit_processes(self, num_processes: int) -> None:
         if num_processes % self.cp_size:
@@ -149,3 +153,7 @@ class FlashCPPlugin(ParallelismConfig):
             return backward(*args, **kwargs)
 
         accelerator.backward = checked_backward
+
+
+def _process_groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []

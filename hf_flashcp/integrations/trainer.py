@@ -21,9 +21,10 @@ from .attach import attach
 from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
+from .reliable import ReliableTrainerMixin
 
 
-class FlashCPTrainerMixin:
+class FlashCPTrainerMixin(ReliableTrainerMixin):
     """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
     Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
