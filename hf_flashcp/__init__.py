@@ -4,12 +4,11 @@
 transformers itself: planning in a data loader worker or on the command line stays light.
 """
 
-import functools
 import importlib
 from typing import TYPE_CHECKING
 
 from ._when_imported import when_imported
-from .integrations.trl_guards import GUARDED_CONFIGS, guard_config
+from .integrations.trl_guards import BASE_CONFIG, guard_configs
 
 
 __version__ = "0.1.0.dev0"
@@ -64,5 +63,4 @@ def _register():
 
 
 when_imported("transformers.modeling_utils", _register)
-for _module_name in GUARDED_CONFIGS:
-    when_imported(_module_name, functools.partial(guard_config, _module_name))
+when_imported(BASE_CONFIG, guard_configs)

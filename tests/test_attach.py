@@ -4,10 +4,13 @@ import copy
 import gc
 import weakref
 
+import pytest
 import torch
+import transformers
 
 from hf_flashcp import FlashCPCollator, attach
-from tests.models import build_model, make_documents
+from hf_flashcp.errors import UnsupportedModelError
+from tests.models import FAMILIES, build_model, make_documents
 
 
 def padded_batch():
@@ -62,3 +65,17 @@ def test_generate_on_an_attached_model():
     ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(model.eval().generate(ids, **options), reference.eval().generate(ids, **options))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_models_with_other_heads_are_refused(head):
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(FAMILIES["qwen2"], attn_implementation="flashcp")
+    with pytest.raises(UnsupportedModelError, match=f"Qwen2For{head} has a head whose loss is not a sum"):
+        attach(model, None)
+
+
+def test_quantized_weights_are_refused():
+    model = build_model("llama")
+    model.is_quantized = True  # as transformers' quantizers set it
+    with pytest.raises(UnsupportedModelError, match="has quantized weights"):
+        attach(model, None)

@@ -96,6 +96,14 @@ def test_a_dispatched_iterable_dataset_is_refused(pool):
     check_errors(errors, ConfigurationError, "dispatch_batches")
 
 
-@pytest.mark.parametrize("name", ["GRPOConfig", "RLOOConfig", "DistillationConfig"])
-def test_online_trainers_are_refused(pool, name):
-    check_errors(pool.errors(2, trl_cases.online_config, name), ConfigurationError, name.replace("Config", "Trainer"))
+@pytest.mark.parametrize(
+    "name", ["DPOConfig", "KTOConfig", "RewardConfig", "GRPOConfig", "RLOOConfig", "DistillationConfig"]
+)
+def test_other_trainers_of_trl_are_refused(pool, name):
+    trainer = name.replace("Config", "Trainer")
+    check_errors(pool.errors(2, trl_cases.other_config, name), ConfigurationError, f"{trainer} cannot run")
+
+
+def test_the_mixin_before_another_trainer_of_trl_is_refused(pool):
+    """The plugin comes from the environment there, after the config has been made."""
+    check_errors(pool.errors(2, trl_cases.mixed_dpo_trainer), ConfigurationError, "DPOTrainer cannot run")

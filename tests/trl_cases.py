@@ -1,5 +1,7 @@
 """What workers run for the tests with TRL's SFTTrainer and with stock Trainer plus the callback."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
@@ -169,7 +171,28 @@ def iterable_dataset_with_the_callback():
     ).train()
 
 
-def online_config(name):
+def other_config(name):
     import trl
 
     getattr(trl, name)(output_dir="unused", use_cpu=True, bf16=False, parallelism_config=FlashCPPlugin(cp_size=2))
+
+
+def mixed_dpo_trainer():
+    from trl import DPOConfig, DPOTrainer
+
+    class MixedDPOTrainer(FlashCPTrainerMixin, DPOTrainer):
+        pass
+
+    fresh_accelerate()
+    sizes = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_CP_BACKEND": "flashcp"}
+    os.environ.update(sizes)
+    try:
+        MixedDPOTrainer(
+            model=build_model("llama"),
+            args=DPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=Dataset.from_list([{"prompt": "<2>", "chosen": "<3>", "rejected": "<4>"}]),
+            processing_class=tokenizer(),
+        )
+    finally:
+        for name in sizes:
+            del os.environ[name]

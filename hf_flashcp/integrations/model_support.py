@@ -3,6 +3,7 @@ that asks for something we do not compute, or attention layers that never call u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ POSITIONS_OF_THEIR_OWN = {
     ),
     "llama4_text": "scales queries by their place in the row that a rank holds and not by position_ids",
 }
+
+
+_NOT_A_LANGUAGE_MODEL = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -66,6 +70,10 @@ def _vision_and_audio_configs(config: PreTrainedConfig) -> Iterator[PreTrainedCo
 
 
 def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
+    if _NOT_A_LANGUAGE_MODEL.search(type(model).__name__):
+        return "has a head whose loss is not a sum over next tokens; flashcp shards causal language models"
+    if getattr(model, "is_quantized", False):
+        return "has quantized weights, with which gradients have not been compared: leave quantization_config out"
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder model; flashcp shards causal language models"
     if getattr(config, "is_causal", True) is False:

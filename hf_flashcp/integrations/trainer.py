@@ -22,6 +22,7 @@ from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_d
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin
 from .reliable import ReliableTrainerMixin
+from .trl_guards import refuse_other_trainers
 
 
 class FlashCPTrainerMixin(ReliableTrainerMixin):
@@ -32,8 +33,8 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     to whatever the trainer reports to.
 
     Raises:
-        ConfigurationError: another parallelism_config, DeepSpeed, or an option that would see full labels beside
-            this rank's logits (label smoothing, compute_loss_func).
+        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an option
+            that would see full labels beside this rank's logits (label smoothing, compute_loss_func).
     """
 
     _losses_by_document = False
@@ -52,8 +53,14 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             raise ConfigurationError(
                 f"parallelism_config is a {type(config).__name__}. Use FlashCPPlugin(cp_size={config.cp_size})."
             )
+        refuse_other_trainers(self.args)
         if self.args.deepspeed is not None:
             raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
+        if self.args.accelerator_config.dispatch_batches and self.args.parallelism_config.cp_size > 1:
+            raise ConfigurationError(
+                "accelerator_config has dispatch_batches: one process would read for all, which knows nothing of "
+                "cp_size. Leave it out, or set it to False."
+            )
         if self.args.accelerator_config.dispatch_batches is None:
             # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
             self.args.accelerator_config.dispatch_batches = False

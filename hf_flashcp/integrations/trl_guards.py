@@ -1,39 +1,47 @@
-"""TRL's own refusals, which our plugin would disarm.
+"""TRL's trainers that cannot be sharded refuse our plugin.
 
-TRL's online trainers build their batches after generation, so context parallelism cannot shard them; their configs
-raise where `parallelism_config.cp_enabled`, which `FlashCPPlugin` keeps False. Here they raise for the plugin too.
+Only `SFTTrainer`'s batches are documents. The online trainers build theirs after generation (their configs raise where
+`parallelism_config.cp_enabled`, which `FlashCPPlugin` keeps False), the preference and reward trainers compare whole
+padded sequences.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 from ..errors import ConfigurationError
 
 
-GUARDED_CONFIGS = {
-    "trl.trainer.grpo_config": "GRPOConfig",
-    "trl.trainer.rloo_config": "RLOOConfig",
-    "trl.trainer.distillation_config": "DistillationConfig",
-}
+BASE_CONFIG = "trl.trainer.base_config"
 
 
-def guard_config(module_name: str) -> None:
-    """Makes the config class of an imported TRL module refuse a `FlashCPPlugin` with cp_size above 1."""
-    config_class = getattr(sys.modules[module_name], GUARDED_CONFIGS[module_name])
-    post_init = config_class.__post_init__
+def guard_configs() -> None:
+    """Makes the configs of an imported TRL refuse a `FlashCPPlugin` with cp_size above 1, SFTConfig apart."""
+    base = sys.modules[BASE_CONFIG]._BaseConfig
+    post_init = base.__post_init__
 
     @functools.wraps(post_init)
     def refuse_plugin(self, *args, **kwargs):
-        from .plugin import FlashCPPlugin
-
-        if isinstance(self.parallelism_config, FlashCPPlugin) and self.parallelism_config.cp_size > 1:
-            trainer = type(self).__name__.replace("Config", "Trainer")
-            raise ConfigurationError(
-                f"{trainer} cannot run under context parallelism: it builds its batches after generation, on each "
-                "process, where they cannot be sharded. Leave parallelism_config out, or train with SFTTrainer."
-            )
+        refuse_other_trainers(self)
         post_init(self, *args, **kwargs)
 
-    config_class.__post_init__ = refuse_plugin
+    base.__post_init__ = refuse_plugin
+
+
+def refuse_other_trainers(arguments: Any) -> None:
+    """Raises a `ConfigurationError` if `arguments` are a TRL trainer's other than SFTTrainer's, with a plugin."""
+    from .plugin import FlashCPPlugin
+
+    plugin = arguments.parallelism_config
+    if not isinstance(plugin, FlashCPPlugin) or plugin.cp_size == 1:
+        return
+    ancestors = {f"{each.__module__}.{each.__name__}" for each in type(arguments).__mro__}
+    if f"{BASE_CONFIG}._BaseConfig" in ancestors and "trl.trainer.sft_config.SFTConfig" not in ancestors:
+        trainer = type(arguments).__name__.replace("Config", "Trainer")
+        raise ConfigurationError(
+            f"{trainer} cannot run under context parallelism: of TRL's trainers only SFTTrainer has batches of "
+            "documents. Others build theirs after generation, or compare whole sequences, of which a rank would have "
+            "parts. Leave parallelism_config out, or train with SFTTrainer."
+        )

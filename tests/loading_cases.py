@@ -1,0 +1,65 @@
+"""What workers run for the tests of data loading: which documents each rank trains on, step by step."""
+
+import torch
+from datasets import Dataset
+
+from hf_flashcp import FlashCPPlugin, FlashCPTrainer
+from tests.accelerate_state import fresh_accelerate
+from tests.models import build_model
+from tests.trainer_cases import training_arguments
+
+
+def numbered_documents(count):
+    """Of different lengths; the first token of each is its number."""
+    return [{"input_ids": [number, *range(1, 3 + number % 5)]} for number in range(count)]
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __init__(self, documents):
+        self.documents = documents
+
+    def __iter__(self):
+        return iter(self.documents)
+
+
+def _dataset(kind, documents):
+    if kind == "list":
+        return documents
+    if kind == "torch stream":
+        return _Stream(documents)
+    table = Dataset.from_list(documents)
+    return table if kind == "table" else table.to_iterable_dataset(num_shards=4)
+
+
+class _Recorder(FlashCPTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        starts = inputs["position_ids"][0] == 0
+        self.seen.append(inputs["input_ids"][0][starts].tolist())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def documents_by_step(kind, count, cp_size, resume=None, **arguments):
+    """The numbers of the documents of each step."""
+    fresh_accelerate()
+    trainer = _Recorder(
+        model=build_model("llama", num_hidden_layers=1),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_train_batch_size=2, **arguments
+        ),
+        train_dataset=_dataset(kind, numbered_documents(count)),
+    )
+    trainer.seen = []
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.seen
+
+
+def documents_by_step_with(kind, count, cp_size, options):
+    return documents_by_step(kind, count, cp_size, **options)
+
+
+def resumed_documents(kind, directory):
+    """Those of a run over eight steps, and of its resumption at the third."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "output_dir": directory}
+    seen = documents_by_step(kind, 16, 2, **options)
+    torch.distributed.barrier()
+    return seen, documents_by_step(kind, 16, 2, resume=f"{directory}/checkpoint-3", **options)
