@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
-from hf_flashcp.planning import ShardPlan
+from hf_flashcp.planning import ShardPlan, plan_documents
 from hf_flashcp.planning.algorithm1 import flashcp
 from hf_flashcp.planning.lower_bound import kv_lower_bound
 from hf_flashcp.planning.search import search
@@ -87,6 +87,13 @@ def test_more_ranks_and_documents(case, caps, minimize_total):
 def test_heavy_tails(lengths, cp_size, caps, minimize_total):
     lengths = lengths + [1] * max(cp_size - sum(lengths), 0)
     assert_sound(lengths, cp_size, *caps, minimize_total)
+
+
+@pytest.mark.parametrize("lengths", [[1, 7], [7, 1], [1] * 8, [4, 4]])
+def test_a_token_a_rank(lengths):
+    """Wide caps let a rank have two single tokens and another none."""
+    assert_sound(lengths, 8, 3.0, 2.0, False)
+    assert [len(slices) for slices in plan_documents(lengths, 8, max_token_imbalance=2.0).slices] == [1] * 8
 
 
 @pytest.mark.parametrize("minimize_total", [False, True])

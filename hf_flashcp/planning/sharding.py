@@ -53,15 +53,21 @@ def assign_whole(
 
 
 def give_empty_ranks_a_token(slices: Slices) -> None:
-    """Each rank without tokens takes the first one of the longest piece on any rank, in place."""
+    """Each rank without tokens takes the first one of the longest piece on any rank, in place; where all pieces are
+    single tokens, one of a rank with several."""
     for rank_slices in slices:
         if not rank_slices:
             donor, piece = max(
                 ((other, piece) for other, pieces in enumerate(slices) for piece in pieces),
-                key=lambda held: (held[1][2] - held[1][1], -held[1][0]),
+                key=lambda held: (
+                    held[1][2] - held[1][1],
+                    held[1][2] - held[1][1] == 1 and len(slices[held[0]]) > 1,
+                    -held[1][0],
+                ),
             )
             document, start, stop = piece
-            slices[donor][slices[donor].index(piece)] = (document, start + 1, stop)
+            place = slices[donor].index(piece)
+            slices[donor][place : place + 1] = [(document, start + 1, stop)] if stop - start > 1 else []
             rank_slices.append((document, start, start + 1))
 
 
