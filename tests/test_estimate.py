@@ -18,6 +18,15 @@ from tests.models import FAMILIES
 from tests.test_cli import png_size, run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Operators this small are no faster with more, and much slower on a busy machine, where threads wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def assert_near(found, within=0.10):
     for key in ("peak", "kept"):
         assert abs(found[key]["estimated"] / found[key]["measured"] - 1) < within, (key, found)
