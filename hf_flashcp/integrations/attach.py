@@ -18,7 +18,7 @@ from .. import __version__ as hf_flashcp_version
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import require_agreement
 from ..layout import RankPlan, shard_inputs
-from ..layout.batch import context_parallel_group
+from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
 from .model_support import check_model, config_value
 from .per_document_mixers import (
@@ -115,6 +115,7 @@ class ContextParallelHandle:
         self._on_plan = on_plan
         self._keep_received_kv = keep_received_kv
         self._checked = False
+        self._targets: torch.Tensor | None = None
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -158,8 +159,9 @@ class ContextParallelHandle:
         self.plan = batch["flashcp_plan"]
         if self._whole_documents:
             require_whole_documents(self.plan.plan, model)
-            batch["use_cache"] = False  # a cache would carry a document's state into the next one
             batch.pop("seq_idx", None)
+        # A cache would hold part of the keys or a document's state for the next one, and grow when a layer runs again.
+        batch["use_cache"] = False
         if self._keep_received_kv is not None:
             self.plan.keep_received = self._keep_received_kv
         elif model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -174,6 +176,10 @@ class ContextParallelHandle:
             )
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
+        if batch.get("labels") is not None and batch.get("shift_labels") is not None:
+            # A loss that shifts labels by itself would lose the targets at cuts: it finds none at all (_check_loss).
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            self._targets = None if self._checked else batch["shift_labels"]
         enter_sharded_forward(model, self.plan, is_first=not self._checked)
         return (), batch
 
@@ -200,7 +206,21 @@ class ContextParallelHandle:
                     "but none of its attention layers asks for that window: it would be dropped. This model cannot "
                     "be trained with context parallelism, unless its config turns the window off."
                 )
+            self._check_loss(model, output)
             self._checked = True
+
+    def _check_loss(self, model: PreTrainedModel, output: Any) -> None:
+        targets, self._targets = self._targets, None
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if targets is None or loss is None or not (targets != IGNORE_INDEX).any():
+            return
+        logits = output.get("logits")
+        if loss == 0 or (loss.isnan() and (logits is None or logits.isfinite().all())):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes its loss from labels and not from shift_labels: shifting the part "
+                "that a rank holds would lose the targets at the cuts. Use transformers' own loss, or one that takes "
+                "shift_labels."
+            )
 
 
 # How models call what comes from images, video and audio; mm_token_type_ids and token_type_ids come with text too.

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..errors import ConfigurationError
 from .attach import ContextParallelHandle, attach
 from .plan_metrics import PlanMetrics
-from .plugin import FlashCPPlugin
+from .plugin import FlashCPPlugin, require_exact_arguments
 
 
 class FlashCPCallback(TrainerCallback):
@@ -47,6 +47,8 @@ class FlashCPCallback(TrainerCallback):
                 "label_smoothing_factor needs whole documents, but under context parallelism each rank has the logits "
                 "of its own tokens only. Set it to 0."
             )
+        if config.cp_size > 1:
+            require_exact_arguments(args)
         if config.cp_size > 1 and args.eval_strategy != IntervalStrategy.NO:
             self._refuse_evaluation()
         if config.cp_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from accelerate import ParallelismConfig
@@ -17,7 +18,16 @@ from ..planning import DEFAULT_STRATEGY, STRATEGIES
 from .sharded_forward import sharded_forward_count
 
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 BACKEND = "flashcp"
+_REASONS_AGAINST_ARGUMENTS = {
+    "auto_find_batch_size": "a rank out of memory would start again alone, while the others wait for its keys and "
+    "values. Choose per_device_train_batch_size",
+    "neftune_noise_alpha": "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so "
+    "that it would grow with cp_size. Leave it out",
+}
 
 
 @dataclass(repr=False)
@@ -157,3 +167,11 @@ class FlashCPPlugin(ParallelismConfig):
 
 def _process_groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
+
+
+def require_exact_arguments(args: TrainingArguments) -> None:
+    """Raises a `ConfigurationError` for options of `TrainingArguments` that fail or change under context parallelism,
+    with a cp_size above 1."""
+    for option, reason in _REASONS_AGAINST_ARGUMENTS.items():
+        if getattr(args, option, None):
+            raise ConfigurationError(f"{option} cannot be used under context parallelism: {reason}.")

@@ -20,7 +20,7 @@ from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
 from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
 from .plan_metrics import PlanMetrics
-from .plugin import FlashCPPlugin
+from .plugin import FlashCPPlugin, require_exact_arguments
 from .reliable import ReliableTrainerMixin
 from .trl_guards import refuse_other_trainers
 
@@ -69,6 +69,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     def _refuse_options(self) -> None:
         if self.get_cp_size() == 1:
             return
+        require_exact_arguments(self.args)
         if "inputs" in self.args.include_for_metrics:
             raise ConfigurationError(
                 'include_for_metrics has "inputs", but under context parallelism the inputs are packed rows and the '

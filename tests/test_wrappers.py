@@ -1,0 +1,133 @@
+"""Wrappers of accelerate, transformers and PEFT: gradients that reach the optimizer against per-document runs."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from hf_flashcp.errors import ConfigurationError, UnsupportedModelError
+from tests import wrapper_cases
+
+
+EXACT = 1e-6  # relative Frobenius norm of each parameter, and loss: through the models' own fp32 loss
+COMPILED = 1e-5  # inductor computes an RMSNorm's fp32 part in another order
+
+DDP = "DistributedType.MULTI_CPU"
+FSDP = "DistributedType.FSDP"
+
+
+def check(results, kind, tolerance=EXACT):
+    for result in results:
+        assert result["type"] == kind
+        assert result["gradient_error"] < tolerance
+        assert result["loss_error"] < EXACT
+        assert result["norm_error"] < tolerance
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        (2, {}),
+        (4, {}),
+        (4, {"sizes": {"dp_replicate_size": 2}}),
+        (8, {"sizes": {"dp_replicate_size": 2, "dp_shard_size": 2}, "per_batch": 2}),
+        (2, {"fsdp": {"cpu_offload": True}}),
+        (2, {"fsdp": {"activation_checkpointing": True}}),
+        (2, {"gradient_checkpointing": True}),
+        (2, {"gradient_checkpointing": True, "selective": True}),
+        (4, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
+        (4, {"overrides": {"tie_word_embeddings": True}}),
+        (4, {"lora": True}),
+        (4, {"strategy": "whole_doc", "masked": [0, 3]}),
+        (4, {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False, "masked": [3, 4, 10]}),
+    ],
+    ids=str,
+)
+def test_fsdp2(pool, world_size, options):
+    """Meshes (cp 2 alone, beside dp_shard 2, dp_replicate 2, both), offload, three kinds of checkpointing, clipping,
+    tied embeddings, LoRA, a rank without targets, groups with few targets."""
+    check(pool.run(world_size, wrapper_cases.step, {"fsdp": {}, **options}), FSDP)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+        {"gradient_accumulation_steps": 2, "masked": [3, 4, 5, 10]},
+        {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False, "masked": [3, 4, 10]},
+        {"overrides": {"tie_word_embeddings": True}},
+        {"lora": True},
+    ],
+    ids=str,
+)
+def test_ddp(pool, options):
+    """dp 2 x cp 2: gradient norm and clipping, a group without any target, unequal groups, tied embeddings, LoRA."""
+    check(pool.run(4, wrapper_cases.step, options), DDP)
+
+
+def test_torch_compile(pool):
+    check(pool.run(2, wrapper_cases.step, {"torch_compile": True, "fsdp": {}}), FSDP, COMPILED)
+
+
+@pytest.mark.parametrize("fsdp", [{}, {"activation_checkpointing": True}])
+def test_fsdp2_in_bf16_is_as_near_to_fp64_as_a_single_process(pool, fsdp):
+    for result in pool.run(4, wrapper_cases.step, {"fsdp": fsdp, "bf16": True, "dtype": torch.float32}):
+        assert 0 < result["gradient_error"] <= 2 * result["single_bf16_error"]
+
+
+@pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 2)])
+def test_fsdp2_in_a_loop_of_ones_own(pool, world_size, accumulation):
+    """With accelerate's activation checkpointing and `use_cache` left on."""
+    assert max(pool.run(world_size, wrapper_cases.accelerator_loop, accumulation)) < EXACT
+
+
+@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2_resumes_bitwise(pool, tmp_path, state_dict_type):
+    """Four ranks as dp 2 x cp 2; the checkpoint serves cp 4, and two ranks as cp 2, too."""
+    going_on = pool.run(4, wrapper_cases.train_and_save, str(tmp_path), state_dict_type, 2, False)
+    losses, parameters = going_on[0]
+    if state_dict_type == "FULL_STATE_DICT":
+        assert wrapper_cases.differences(parameters, tmp_path / "final") == (0.0, [])
+    for resumed_losses, resumed in pool.run(4, wrapper_cases.train_and_save, str(tmp_path), state_dict_type, 2, True):
+        assert resumed_losses == losses and len(losses) == 4
+        assert all(torch.equal(resumed[name], parameters[name]) for name in parameters)
+    for world_size, cp_size in [(4, 4), (2, 2)]:
+        results = pool.run(
+            world_size, wrapper_cases.train_and_save, str(tmp_path), state_dict_type, cp_size, True, False
+        )
+        for resumed_losses, resumed in results:
+            assert resumed_losses == pytest.approx(losses, rel=1e-5)
+            assert all(torch.allclose(resumed[name], parameters[name], rtol=1e-4, atol=1e-6) for name in parameters)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool, sharded):
+    """fp16 autocast with torch.amp.GradScaler, which accelerate uses under DDP and FSDP2 alike: the scale halves."""
+    for found in pool.run(2, wrapper_cases.scaled_steps, sharded):
+        assert found == [(512.0, False, True), (512.0, True, True)]
+
+
+def test_documents_grouped_by_length(pool):
+    first, second = pool.run(2, wrapper_cases.grouped_by_length)
+    assert first == second and len(first) == 3
+
+
+def test_a_loss_that_ignores_shift_labels_is_refused(pool):
+    for error in pool.errors(2, wrapper_cases.loss_that_shifts_labels):
+        assert type(error) is UnsupportedModelError and "not from shift_labels" in str(error)
+
+
+@pytest.mark.parametrize("arguments", [{"auto_find_batch_size": True}, {"neftune_noise_alpha": 5.0}], ids=str)
+def test_options_that_would_not_be_exact_are_refused(pool, arguments):
+    for error in pool.errors(2, wrapper_cases.refused_argument, arguments):
+        assert type(error) is ConfigurationError and f"{next(iter(arguments))} cannot be used" in str(error)
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))), reason="needs liger-kernel and triton"
+)
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_ligers_fused_linear_cross_entropy(pool, cp_size):
+    """In fp32, on a CPU through Triton's interpreter."""
+    for gradient_error, loss_error in pool.run(cp_size, wrapper_cases.liger_errors):
+        assert gradient_error < 1e-5 and loss_error < 1e-5

@@ -1,0 +1,326 @@
+"""What workers run for the tests of the wrappers that accelerate, transformers and PEFT put around a model."""
+
+import contextlib
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, save_attention_context_fn
+from tests.accelerate_state import fresh_accelerate
+from tests.model_cases import cp_mesh, sum_gradients
+from tests.models import build_model, largest_error, make_documents, per_document_gradients
+from tests.trainer_cases import training_arguments
+
+
+# Unequal documents, and prompts of unequal length: data-parallel groups differ in tokens and targets.
+LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20]
+
+
+@contextlib.contextmanager
+def fsdp_on_cpu():
+    """accelerate runs FSDP2 on GPUs only; with gloo, the CPU passes for one."""
+    fresh_accelerate()
+    environment = {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "false"}
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(PartialState, "_prepare_backend", lambda *args: ("gloo", DistributedType.MULTI_GPU)),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),  # CPU offload pins, which needs a GPU
+    ):
+        yield
+    fresh_accelerate()
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_name(name):
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def whole_gradients(model):
+    return {
+        plain_name(name): full(parameter.grad).detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+class _KeepGradient(TrainerCallback):
+    """Gradients of every optimizer step (after clipping), whole and under the model's own names."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(whole_gradients(model))
+
+
+class _InOrder(FlashCPTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def fsdp_arguments(**config):
+    return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config}}
+
+
+def with_lora(model):
+    torch.manual_seed(1)
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+
+
+def expected_step(reference, features, per_batch, accumulation, groups, per_group):
+    """Loss and gradients of a step's documents, each run alone: the mean over all targets, or of each group's mean."""
+    batches = [features[start : start + per_batch] for start in range(0, per_batch * accumulation * groups, per_batch)]
+    if not per_group:
+        return per_document_gradients(reference, sum(batches, []), own_loss=True)
+    losses, means = [], {}
+    for group in range(groups):
+        loss, grads = per_document_gradients(reference, sum(batches[group::groups], []), own_loss=True)
+        losses.append(loss / groups)
+        means = {name: means.get(name, 0) + grad / groups for name, grad in grads.items()}
+    return sum(losses), means
+
+
+def step(options):
+    """Errors of the first optimizer step of a `FlashCPTrainer`, and what it logged."""
+    with fsdp_on_cpu() if "fsdp" in options else contextlib.nullcontext():
+        return _step(**options)
+
+
+def _step(
+    *,
+    cp_size=2,
+    per_batch=3,
+    fsdp=None,
+    selective=False,
+    dtype=torch.float64,
+    overrides=None,
+    sizes=None,
+    masked=(),
+    lora=False,
+    strategy="per_doc",
+    **arguments,
+):
+    fresh_accelerate()
+    features, keep = make_documents(LENGTHS, prompt=0.3), _KeepGradient()
+    for document in masked:
+        features[document]["labels"] = [-100] * LENGTHS[document]
+    if fsdp is not None:
+        arguments |= fsdp_arguments(**fsdp)
+    if selective:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "context_fn": save_attention_context_fn}
+    wrap = with_lora if lora else (lambda model: model)
+    trainer = _InOrder(
+        model=wrap(build_model("llama", dtype=dtype, **(overrides or {}))),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size, **(sizes or {})),
+            per_device_train_batch_size=per_batch,
+            **{"max_steps": 1, **arguments},
+        ),
+        train_dataset=features,
+        data_collator=FlashCPCollator(cp_size, strategy=strategy),
+        callbacks=[keep],
+    )
+    trainer.train()
+    expected_loss, expected = expected_step(
+        wrap(build_model("llama", "sdpa", **(overrides or {}))),
+        features,
+        per_batch,
+        trainer.args.gradient_accumulation_steps,
+        dist.get_world_size() // cp_size,
+        not trainer.args.average_tokens_across_devices,
+    )
+    norm = float(torch.stack([grad.norm() for grad in expected.values()]).norm())
+    if trainer.args.max_grad_norm:
+        expected = {name: grad * min(1, trainer.args.max_grad_norm / (norm + 1e-6)) for name, grad in expected.items()}
+    log = trainer.state.log_history[0]
+    single = None
+    if trainer.args.bf16:
+        window = features[: per_batch * dist.get_world_size() // cp_size]
+        _, bf16 = per_document_gradients(build_model("llama", "sdpa", torch.bfloat16), window, own_loss=True)
+        single = largest_error(bf16, expected)
+    return {
+        "gradient_error": largest_error(keep.steps[0], expected),
+        "single_bf16_error": single,
+        "loss_error": abs(log["loss"] - expected_loss) / expected_loss,
+        "norm_error": abs(log["grad_norm"] - norm) / norm,
+        "type": str(trainer.accelerator.distributed_type),
+    }
+
+
+def accelerator_loop(accumulation):
+    """Gradient error with FSDP2 in a loop of one's own, cp_size 2, one batch of three documents a micro step."""
+    with fsdp_on_cpu():
+        features, world_size = make_documents(LENGTHS, prompt=0.3), dist.get_world_size()
+        accelerator = Accelerator(
+            parallelism_config=FlashCPPlugin(cp_size=2),
+            gradient_accumulation_steps=accumulation,
+            fsdp_plugin=FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+                activation_checkpointing=True,
+            ),
+        )
+        model = build_model("llama")
+        loader = torch.utils.data.DataLoader(features, batch_size=3, collate_fn=FlashCPCollator(2))
+        model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0), loader)
+        attach(model, accelerator)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    kept = whole_gradients(model)
+                    break
+        expected, reference = {}, build_model("llama", "sdpa")
+        batches = accumulation * world_size // 2
+        for start in range(0, 3 * batches, 3):
+            _, part = per_document_gradients(reference, features[start : start + 3], own_loss=True)
+            expected = {name: expected.get(name, 0) + grad / batches for name, grad in part.items()}
+        return largest_error(kept, expected)
+
+
+def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
+    """Losses by step and whole parameters of four steps under FSDP2, saved after the second and the last one."""
+    with fsdp_on_cpu():
+        trainer = FlashCPTrainer(
+            model=build_model("llama"),
+            args=training_arguments(
+                output_dir=directory,
+                parallelism_config=FlashCPPlugin(cp_size=cp_size),
+                per_device_train_batch_size=2 * cp_size // dist.get_world_size(),
+                max_steps=4,
+                save_strategy="steps" if save else "no",
+                save_steps=2,
+                learning_rate=1e-2,
+                lr_scheduler_type="cosine",
+                optim="adamw_torch",
+                **fsdp_arguments(state_dict_type=state_dict_type),
+            ),
+            train_dataset=make_documents(LENGTHS),
+        )
+        trainer.train(resume_from_checkpoint=str(Path(directory) / "checkpoint-2") if resume else None)
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+        parameters = {
+            plain_name(name): full(value.detach()).clone() for name, value in trainer.model.named_parameters()
+        }
+        if save:
+            trainer.save_model(str(Path(directory) / "final"))
+        return losses, parameters
+
+
+def differences(ours, directory):
+    """Largest absolute difference to a model loaded by plain transformers, and whether its files mention us."""
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa")
+    largest = max(float((ours[name] - value.detach()).abs().max()) for name, value in model.named_parameters())
+    text = "".join(path.read_text().lower() for path in Path(directory).glob("*.json"))
+    return largest, [word for word in ("flashcp", "document_cp") if word in text]
+
+
+def scaled_steps(sharded):
+    """fp16 loss scaling with an overflow in what one rank alone computes: scales, and whether parameters moved, by
+    step, of two steps, the first of which overflows on rank 1."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    model = build_model("llama", dtype=torch.float32)
+    wrapped = fully_shard(model) if sharded else torch.nn.parallel.DistributedDataParallel(model)
+    attach(wrapped, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch = FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3]))
+    found = []
+    for overflows in (True, False):
+        before = [full(parameter.detach()).clone() for parameter in model.parameters()]
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = wrapped(**batch).loss
+        if not sharded and overflows and dist.get_rank() == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        if sharded and overflows and dist.get_rank() == 1:  # seen by the rank that holds this part, and by no other
+            next(model.parameters()).grad.to_local().view(-1)[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = [full(parameter.detach()) for parameter in model.parameters()]
+        moved = any(not torch.equal(one, other) for one, other in zip(before, after))
+        finite = all(bool(value.isfinite().all()) for value in after)
+        found.append((scaler.get_scale(), moved, finite))
+    return found
+
+
+def loss_that_shifts_labels():
+    """A loss function of the user's own, which knows nothing of shift_labels."""
+
+    def shift_and_lose(logits, labels, vocab_size, num_items_in_batch, **kwargs):
+        return F.cross_entropy(logits[0, :-1].float(), labels[0, 1:], reduction="sum") / num_items_in_batch
+
+    model = build_model("llama")
+    model.loss_function = shift_and_lose
+    attach(model, cp_mesh())
+    model.train()
+    model(**FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3])))
+
+
+def liger_errors():
+    """Gradient and loss error of Liger's fused linear cross-entropy, on a CPU through Triton's interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    features = make_documents(LENGTHS[:5], prompt=0.3)
+    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+    model = build_model("llama", dtype=torch.float32)
+    options = {"rope": False, "swiglu": False, "rms_norm": False, "fused_linear_cross_entropy": True}
+    _apply_liger_kernel_to_instance(model=model, **options)
+    attach(model, cp_mesh())
+    model.train()
+    output = model(**FlashCPCollator(dist.get_world_size())(features))
+    assert output.logits is None
+    loss = output.loss / dist.get_world_size()
+    loss.backward()
+    sum_gradients(model)
+    total = loss.detach().clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return largest_error(whole_gradients(model), expected), abs(float(total) - expected_loss) / expected_loss
+
+
+def refused_argument(arguments):
+    fresh_accelerate()
+    FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=2), **arguments),
+        train_dataset=make_documents(LENGTHS),
+    )
+
+
+def grouped_by_length():
+    """The logged losses of three steps with documents of like lengths together; ranks that differ raise."""
+    fresh_accelerate()
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=2),
+            per_device_train_batch_size=3,
+            max_steps=3,
+            train_sampling_strategy="group_by_length",
+        ),
+        train_dataset=make_documents(LENGTHS),
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
