@@ -245,8 +245,9 @@ def main():
         metrics = summarize(trainer, result.metrics)
         trainer.save_metrics("train", metrics)
         console = Console()
-        console.print(plan_table(trainer.flashcp.plan.plan))
-        console.print(summary_table(metrics, trainer.get_cp_size()))
+        if trainer.flashcp.plan is not None:  # None: resumed from the last step
+            console.print(plan_table(trainer.flashcp.plan.plan))
+            console.print(summary_table(metrics, trainer.get_cp_size()))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,15 @@ def test_sigterm_saves_and_stops_all_ranks_after_the_same_step(tmp_path, undistu
     assert resumed == [("returned", undisturbed(steps=12))] * 2
 
 
+@resumes
+def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
+    """As when a process dies after the last checkpoint: no step more is taken."""
+    directory = str(tmp_path)
+    for resume in (None, True):
+        assert outcomes(directory, 2, train, directory, resume=resume) == [("returned", undisturbed())] * 2
+    assert checkpoints(directory) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_every_process_group_has_the_configured_timeout(tmp_path):
     """PyTorch gives the groups of a device mesh 30 minutes, or 10, whatever the default group has."""
     for kind, timeouts in outcomes(str(tmp_path), 4, fault_cases.group_timeouts, 2, 77, timeout=77):

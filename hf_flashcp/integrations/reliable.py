@@ -38,6 +38,12 @@ class ReliableTrainerMixin:
         with name_missing_ranks(lambda: f"training step {self.state.global_step + 1}"):
             return super().train(*args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        if self.state.global_step >= self.state.max_steps:  # resumed from its end: Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with name_missing_ranks("evaluation"):
             return super().evaluate(*args, **kwargs)
