@@ -49,7 +49,8 @@ def test_different_cp_sizes(pool):
 
 def test_a_rank_that_does_not_come_is_named(pool):
     first, _, third = pool.run(3, agreement_cases.a_rank_that_does_not_come)
-    check([first, third], "ConfigurationError", "for ranks [1] to compare a test", "Do this.")
+    check([first, third], "ConfigurationError", "for ranks [1] to compare a test", "Missing: rank 1", "Do this.")
+    assert not any("; rank" in message for _, message, _ in (first, third))  # those who ask wait themselves
 
 
 def test_agreement_leaves_no_trail_in_the_store(pool):

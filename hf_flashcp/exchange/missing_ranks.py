@@ -37,7 +37,6 @@ _FAILED_COLLECTIVE = re.compile(
     r"\bgloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms|Broken pipe|NCCL (error|communicator)|ncclUnh"
 )
 _activities: list[str | Callable[[], str]] = []
-_runs = 0
 _watch: _Watch | None = None
 
 
@@ -70,11 +69,10 @@ def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterat
     Raises:
         FlashCPError: a collective failed, from the backend's own error.
     """
-    global _runs
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield
         return
-    watch_for_roll_calls()
+    watch = watch_for_roll_calls()
     _activities.append(activity)
     try:
         with naming("a collective"):
@@ -88,7 +86,7 @@ def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterat
         raise
     finally:
         _activities.pop()
-        _runs += not _activities  # all ranks may go on from a failure: it is not the cause of the next one
+        watch.run += not _activities  # all ranks may go on from a failure: it is not the cause of the next one
 
 
 @contextlib.contextmanager
@@ -112,11 +110,10 @@ def naming(waited_for: str) -> Iterator[None]:
 def find_missing_ranks() -> str:
     """Who is missing, in a sentence: the same on every rank that asks after the same failure. Takes `ANSWER` where a
     rank does not answer."""
-    watch_for_roll_calls()
-    watch, most = _watch, _longest_answer()
+    watch, most = watch_for_roll_calls(), _longest_answer()
     if watch.verdict is None:
         within(3 * most + 5 * _POLL, lambda: _call_the_roll(watch, most))
-        watch.keep_verdict(_runs, _store_is_gone())
+        watch.keep_verdict(watch.run, _store_is_gone())
     return watch.verdict
 
 
@@ -140,7 +137,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     return results[0] if results else None
 
 
-def watch_for_roll_calls() -> None:
+def watch_for_roll_calls() -> _Watch:
     """Starts the thread that answers for this process, once for each default process group."""
     global _watch
     store = dist.distributed_c10d._get_default_store()
@@ -148,6 +145,7 @@ def watch_for_roll_calls() -> None:
         if _watch is not None:
             _watch.stop()
         _watch = _Watch(store)
+    return _watch
 
 
 class _Watch:
@@ -156,16 +154,18 @@ class _Watch:
     Attributes:
         store (`Store`): a connection of its own, on which nobody waits: a wait on the shared one blocks all others.
         hosts (`dict[int, str]`): of the ranks that have told it.
+        run (`int`): how many outermost [`name_missing_ranks`] were left; each has a roll call of its own.
     """
 
     def __init__(self, shared_store: dist.Store):
         self.shared_store, self.store = shared_store, shared_store.clone()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.hosts: dict[int, str] = {}
+        self.run = 0
         self._verdicts: dict[int, str] = {}
         self._answered: set[str] = set()
         self._end = threading.Event()
-        self.store.set(f"flashcp/host/{self.rank}", socket.gethostname())
+        self.store.set(_host_key(self.rank), socket.gethostname())
         self._thread = threading.Thread(target=self._run, name="flashcp-roll-call", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
@@ -176,7 +176,7 @@ class _Watch:
 
     @property
     def verdict(self) -> str | None:
-        return self._verdicts.get(_runs)
+        return self._verdicts.get(self.run)
 
     def keep_verdict(self, run: int, verdict: str) -> None:
         self._verdicts.setdefault(run, verdict)
@@ -188,7 +188,7 @@ class _Watch:
         self._thread.join(2 * _POLL)
 
     def learn_hosts(self) -> None:
-        keys = {rank: f"flashcp/host/{rank}" for rank in range(self.world_size) if rank not in self.hosts}
+        keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
         if keys and self.store.check(list(keys.values())):
             self.hosts.update(zip(keys, (host.decode() for host in self.store.multi_get(list(keys.values())))))
 
@@ -196,7 +196,7 @@ class _Watch:
         with contextlib.suppress(dist.DistError, RuntimeError):
             while not self._end.wait(_POLL):
                 self.learn_hosts()
-                for run in (_runs, _runs - 1):  # others may not have left it yet
+                for run in (self.run, self.run - 1):  # others may not have left it yet
                     self._answer(run)
 
     def _answer(self, run: int) -> None:
@@ -214,6 +214,10 @@ def _key(run: int, name: str) -> str:
     return f"flashcp/missing/{run}/{name}"
 
 
+def _host_key(rank: int) -> str:
+    return f"flashcp/host/{rank}"
+
+
 def _longest_answer() -> float:
     return min(ANSWER, group_timeout()).total_seconds()
 
@@ -221,9 +225,10 @@ def _longest_answer() -> float:
 def _call_the_roll(watch: _Watch, most: float) -> None:
     """Asks everybody, concludes, publishes, and stays until those who answered have heard it: the store may go with
     this process."""
-    run = _runs
+    run = watch.run
     watch.store.set(_key(run, "call"), str(watch.rank))
-    answers = _collect(watch, run, "here", watch.others, most, until=_key(run, "verdict"))
+    able = [rank for rank in watch.others if watch.store.check([_host_key(rank)])]
+    answers = _collect(watch, run, "here", able, most, until=_key(run, "verdict"))
     _publish(watch, run, _conclude(watch, answers), list(answers), most)
 
 
@@ -231,8 +236,8 @@ def _tell_others(error: BaseException) -> None:
     """This rank ends by its own doing."""
     if not dist.is_initialized():
         return
-    watch_for_roll_calls()
-    watch, run, most = _watch, _runs, min(_longest_answer(), 3 * _POLL)
+    watch, most = watch_for_roll_calls(), min(_longest_answer(), 3 * _POLL)
+    run = watch.run
     if watch.verdict is not None:
         return
     verdict = f"Missing: {_name(watch.rank)}, which raised {type(error).__name__}: {_first_line(error)}."
@@ -266,7 +271,7 @@ def _collect(
 
 def _conclude(watch: _Watch, answers: dict[int, dict[str, Any]]) -> str:
     silent = [rank for rank in watch.others if rank not in answers]
-    known = [rank for rank in silent if watch.store.check([f"flashcp/host/{rank}"])]
+    known = [rank for rank in silent if watch.store.check([_host_key(rank)])]
     if known:
         return f"Missing: {_names(known)}, which {_do(known)} not answer: killed, or stopped."
     if silent:
@@ -286,6 +291,8 @@ def _whereabouts() -> dict[str, Any]:
     """The line that this process's main thread is at, outside libraries where it can be, and whether it waits there
     for other ranks, as far as its innermost function tells."""
     frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_back:
+        frame = frame.f_back  # a lock or a join tells nothing: its caller does
     innermost, shown = frame, frame
     while shown is not None and f"{os.sep}site-packages{os.sep}" in shown.f_code.co_filename and shown.f_back:
         shown = shown.f_back
