@@ -3,6 +3,7 @@
 Each case is a world of its own: forked from a server that has imported everything, so that it takes a second or two.
 """
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,7 +30,8 @@ from hf_flashcp.integrations.reliable import StopTogetherCallback
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents
-from tests.trainer_cases import training_arguments
+from tests.trainer_cases import saving_arguments
+from tests.wrapper_cases import fsdp_arguments, fsdp_on_cpu, full
 
 
 LENGTHS = [40, 25, 18, 31, 22, 12, 9, 33, 27, 16, 21, 38]
@@ -116,34 +118,34 @@ class FaultyDocuments(torch.utils.data.Dataset):
         return self.documents[index]
 
 
-def train(
-    directory, point=None, action=None, victim=None, *, resume=None, timeout=60, fsdp=False, steps=STEPS, **more
-):
-    """A digest of the trained parameters, and the last step. The rank `victim` has the fault."""
+def train(directory, *fault, fsdp=False, **options):
+    """A digest of the trained parameters, and the last step; see `_train`."""
+    with fsdp_on_cpu() if fsdp else contextlib.nullcontext():
+        return _train(directory, *fault, fsdp=fsdp, **options)
+
+
+def _train(directory, point=None, action=None, victim=None, *, resume=None, timeout=60, fsdp, steps=STEPS, **more):
+    """The rank `victim` has the fault."""
     fresh_accelerate()
     mine = point is not None and victim == int(os.environ["RANK"])
     fault = Fault(point, action) if mine else None
     plugin = FlashCPPlugin(cp_size=more.pop("cp_size", int(os.environ["WORLD_SIZE"])))
     if fsdp:
-        more.update(fsdp=True, fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"})
+        more.update(fsdp_arguments(state_dict_type="SHARDED_STATE_DICT"))
     trainer = FaultyTrainer(
         model=build_model("llama"),
-        args=training_arguments(
+        args=saving_arguments(
             output_dir=directory,
             parallelism_config=plugin,
             per_device_train_batch_size=2,
             max_steps=steps,
-            save_strategy="steps",
-            save_steps=2,
-            learning_rate=1e-2,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch",
             ddp_timeout=timeout,
             **more,
         ),
         train_dataset=FaultyDocuments(action) if mine and point == "worker" else make_documents(LENGTHS),
         callbacks=[fault] if fault else [],
     )
+    assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == fsdp
     trainer.fault = fault
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, StopTogetherCallback):
@@ -155,8 +157,7 @@ def train(
 def digest(model):
     result = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        result.update(name.encode() + value.detach().numpy().tobytes())
+        result.update(name.encode() + full(parameter).detach().numpy().tobytes())
     return result.hexdigest()
 
 

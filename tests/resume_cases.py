@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, make_documents
-from tests.trainer_cases import training_arguments
+from tests.trainer_cases import losses_by_step, saving_arguments
 
 
 LENGTHS = [40, 25, 18, 31, 22, 12, 9, 33, 27, 16, 21, 38]
@@ -22,22 +22,16 @@ def train(directory, cp_size, resume=False, steps=6):
     fresh_accelerate()
     trainer = FlashCPTrainer(
         model=build_model("llama"),
-        args=training_arguments(
+        args=saving_arguments(
             output_dir=directory,
             parallelism_config=FlashCPPlugin(cp_size=cp_size),
             per_device_train_batch_size=2 * cp_size // dist.get_world_size(),
             max_steps=steps,
-            save_strategy="steps",
-            save_steps=2,
-            learning_rate=1e-2,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch",
         ),
         train_dataset=make_documents(LENGTHS),
     )
     trainer.train(resume_from_checkpoint=str(Path(directory) / "checkpoint-2") if resume else None)
-    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    return losses, {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    return losses_by_step(trainer), {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
 def resumed_and_not(directory, cp_size, other_cp_size):

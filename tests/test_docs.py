@@ -40,8 +40,7 @@ def raised_messages():
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 if ast.unparse(node.exc.func) not in ("AttributeError", "WorkerFailure"):
-                    if (text := text_of(node.exc.args[0])) is not None:  # None: a function puts the text together
-                        yield text
+                    yield text_of(node.exc.args[0])
 
 
 def first_cells():

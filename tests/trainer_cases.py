@@ -13,13 +13,13 @@ from tests.models import build_model, gradients, largest_error, make_documents, 
 
 
 class _KeepGradient(TrainerCallback):
-    """The gradients and losses of every optimizer step."""
+    """The gradients of every optimizer step, after clipping, as `read` takes them from the model."""
 
-    def __init__(self):
-        self.steps = []
+    def __init__(self, read=gradients):
+        self.steps, self.read = [], read
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(gradients(model))
+        self.steps.append(self.read(model))
 
 
 def training_arguments(**kwargs):
@@ -37,6 +37,22 @@ def training_arguments(**kwargs):
         seed=0,
     )
     return TrainingArguments(**{**defaults, **kwargs})
+
+
+def saving_arguments(**kwargs):
+    """Those of a run that learns, and saves every two steps."""
+    defaults = dict(
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+    )
+    return training_arguments(**{**defaults, **kwargs})
+
+
+def losses_by_step(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
 class _InOrder(FlashCPTrainer):

@@ -13,13 +13,13 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, save_attention_context_fn
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, largest_error, make_documents, per_document_gradients
-from tests.trainer_cases import training_arguments
+from tests.trainer_cases import _InOrder, _KeepGradient, losses_by_step, saving_arguments, training_arguments
 
 
 # Unequal documents, and prompts of unequal length: data-parallel groups differ in tokens and targets.
@@ -54,21 +54,6 @@ def whole_gradients(model):
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-class _KeepGradient(TrainerCallback):
-    """Gradients of every optimizer step (after clipping), whole and under the model's own names."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(whole_gradients(model))
-
-
-class _InOrder(FlashCPTrainer):
-    def _get_train_sampler(self, *args, **kwargs):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def fsdp_arguments(**config):
@@ -116,7 +101,7 @@ def _step(
     **arguments,
 ):
     fresh_accelerate()
-    features, keep = make_documents(LENGTHS, prompt=0.3), _KeepGradient()
+    features, keep = make_documents(LENGTHS, prompt=0.3), _KeepGradient(whole_gradients)
     for document in masked:
         features[document]["labels"] = [-100] * LENGTHS[document]
     if fsdp is not None:
@@ -199,22 +184,18 @@ def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
     with fsdp_on_cpu():
         trainer = FlashCPTrainer(
             model=build_model("llama"),
-            args=training_arguments(
+            args=saving_arguments(
                 output_dir=directory,
                 parallelism_config=FlashCPPlugin(cp_size=cp_size),
                 per_device_train_batch_size=2 * cp_size // dist.get_world_size(),
                 max_steps=4,
                 save_strategy="steps" if save else "no",
-                save_steps=2,
-                learning_rate=1e-2,
-                lr_scheduler_type="cosine",
-                optim="adamw_torch",
                 **fsdp_arguments(state_dict_type=state_dict_type),
             ),
             train_dataset=make_documents(LENGTHS),
         )
         trainer.train(resume_from_checkpoint=str(Path(directory) / "checkpoint-2") if resume else None)
-        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+        losses = losses_by_step(trainer)
         parameters = {
             plain_name(name): full(value.detach()).clone() for name, value in trainer.model.named_parameters()
         }

@@ -100,18 +100,21 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(_as_dict(shape, setup, lengths, usable, found, chosen, reason, modes)))
     else:
         print(_text(shape, setup, lengths, hardware, found, chosen, reason, shown, modes))
-    if chosen is None:
-        sys.stdout.flush()
-        raise ConfigurationError(_nothing_fits(arguments.window, setup, shown, modes))
+    sys.stdout.flush()  # before an error on the other stream
+    _require_fit(chosen, arguments.window, setup, shown, modes)
 
 
-def _nothing_fits(window: int, setup: TrainingSetup, shown: Choice, modes: dict[str, Choice]) -> str:
+def _require_fit(
+    chosen: Choice | None, window: int, setup: TrainingSetup, shown: Choice, modes: dict[str, Choice]
+) -> None:
+    if chosen is not None:
+        return
     mode = max(modes, key=lambda mode: modes[mode].largest_window)
     reach = modes[mode].largest_window
     largest = f"{shown.largest_window:,} tokens" if shown.largest_window else "less than 1,024 tokens"
     other = f" ({reach:,} with --gradient-checkpointing {mode})" if reach > shown.largest_window else ""
     advice = "Take a shorter window" if shown.largest_window or reach else "Take a smaller model"
-    return (
+    raise ConfigurationError(
         f"A window of {window:,} tokens does not fit on {counted(setup.gpus, 'GPU')}: the largest that does has "
         f"{largest}, with cp_size {shown.cp_size}{other}. {advice}"
         f"{', --sharding fsdp2' if setup.sharding == 'ddp' else ''} or more GPUs."

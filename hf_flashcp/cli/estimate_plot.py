@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..errors import FlashCPError
 from ..planning.fit import Choice
 from ..planning.memory import PARTS, TrainingSetup
-from .plan_plot import _COLOURS, _INK
-
-
-_GIB = 2**30
+from .estimate import GIB
+from .plots import COLOURS, INK, new_figure, save_figure
 
 
 def plot_memory(
@@ -28,51 +25,40 @@ def plot_memory(
     Raises:
         FlashCPError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FlashCPError("Plots need matplotlib: pip install 'hf_flashcp[plot]'.") from None
-    figure = Figure(figsize=(max(7, 1.1 * len(found) + 4), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(7, 1.1 * len(found) + 4), 4.8)
     axes = figure.subplots()
     places = range(len(found))
     # A few sizes without context parallelism would flatten all others: bars end at a few times what a GPU has.
-    top = min(max(choice.memory.total for choice in found), 3 * usable) / _GIB
+    top = min(max(choice.memory.total for choice in found), 3 * usable) / GIB
     bottoms = [0.0] * len(found)
-    for part, colour in zip(PARTS, _COLOURS):
-        heights = [choice.memory.parts[part] / _GIB for choice in found]
+    for part, colour in zip(PARTS, COLOURS):
+        heights = [choice.memory.parts[part] / GIB for choice in found]
         if any(height > 0.002 * top for height in heights):
             axes.bar(places, heights, 0.62, bottoms, color=colour, label=part, edgecolor="white", linewidth=0.6)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
     for place, choice in zip(places, found):
-        height = choice.memory.total / _GIB
+        height = choice.memory.total / GIB
         if height <= 1.1 * top:
             axes.annotate(
-                f"{height:,.1f}", (place, height), (0, 3), textcoords="offset points", ha="center", color=_INK
+                f"{height:,.1f}", (place, height), (0, 3), textcoords="offset points", ha="center", color=INK
             )
         else:
             axes.annotate(
                 f"{height:,.0f} ↑", (place, 1.16 * top), (0, -3), textcoords="offset points", ha="center", va="top"
             )
-    axes.axhline(usable / _GIB, color=_INK, linewidth=1.2, linestyle="--", label=f"usable: {usable / _GIB:,.1f} GiB")
-    axes.set_ylim(0, 1.18 * max(top, usable / _GIB))
+    axes.axhline(usable / GIB, color=INK, linewidth=1.2, linestyle="--", label=f"usable: {usable / GIB:,.1f} GiB")
+    axes.set_ylim(0, 1.18 * max(top, usable / GIB))
     axes.set_xticks(places, [f"{choice.cp_size}\n{choice.memory.peak}" for choice in found], fontsize=8)
-    axes.set_xlabel("cp_size, and the moment of the step at which memory is highest", color=_INK)
-    axes.set_ylabel("GiB a GPU", color=_INK)
+    axes.set_xlabel("cp_size, and the moment of the step at which memory is highest", color=INK)
+    axes.set_ylabel("GiB a GPU", color=INK)
     axes.set_title(
         f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}, "
         f"gradient checkpointing {setup.gradient_checkpointing}",
         fontsize=11,
-        color=_INK,
+        color=INK,
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, colors=_INK)
+    axes.tick_params(length=0, colors=INK)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error.strerror}.") from None
-    except ValueError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error}.") from None
+    save_figure(figure, path)

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import os
 
-from ..errors import FlashCPError
 from ..planning import ShardPlan
 from ..planning.volume import kv_traffic
 from .plan import counted
+from .plots import COLOURS, INK, new_figure, require_matplotlib, save_figure
 
 
-_COLOURS = (
-    "#7aa6c2",
-    "#e3a35c",
-    "#8fb783",
-    "#d68a8a",
-    "#a996c8",
-    "#c9b458",
-    "#7fbab0",
-    "#d391b5",
-    "#a8a29a",
-    "#b98b6b",
-)
-_INK = "#2b2f36"
 _BAR = 0.72  # of a lane
-_MAX_LEGEND_DOCUMENTS = len(_COLOURS)
+_MAX_LEGEND_DOCUMENTS = len(COLOURS)
 _MAX_LABELLED_ARROWS = 30
 _MAX_ARROWS = 80  # a matrix says more than thinner ones
 
@@ -40,18 +27,13 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
     Raises:
         FlashCPError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FlashCPError("Plots need matplotlib: pip install 'hf_flashcp[plot]'.") from None
+    require_matplotlib()
     traffic = kv_traffic(plan)
     arrows = _arrows(traffic)
     lane = min(0.75, max(0.28, 7 / plan.cp_size))
     side = min(max(0.34 * len(arrows), 2.4), 6.5) if arrows else 0
     legend = _legend_handles(plan)
-    figure = Figure(figsize=(9.5 + side, lane * plan.cp_size + 1.9 + 0.3 * bool(legend)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.5 + side, lane * plan.cp_size + 1.9 + 0.3 * bool(legend))
     if arrows:
         lanes, between = figure.subplots(1, 2, sharey=True, width_ratios=(9, side))
         if len(arrows) <= _MAX_ARROWS:
@@ -67,12 +49,7 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
     figure.canvas.draw()  # only a finished layout tells how many pixels a token has
     figure.set_layout_engine("none")
     _draw_slices(lanes, plan)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error.strerror}.") from None
-    except ValueError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error}.") from None
+    save_figure(figure, path)
 
 
 def _draw_title(figure, plan, strategy):
@@ -83,7 +60,7 @@ def _draw_title(figure, plan, strategy):
         f"imbalance: tokens {report['token_imbalance']:.3f}, attention pairs {report['pair_imbalance']:.3f}   "
         f"KV moved: {report['kv_total']:,} tokens, {report['kv_fraction']:.1%} of an all-gather",
         fontsize=11,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -96,9 +73,9 @@ def _draw_axes(axes, plan):
         range(plan.cp_size),
         [f"rank {rank}   work {pairs / mean_pairs:.2f}" for rank, pairs in enumerate(report["pairs"])],
     )
-    axes.set_xlabel("tokens of the rank's row   (work: attention pairs / mean over ranks)", color=_INK)
+    axes.set_xlabel("tokens of the rank's row   (work: attention pairs / mean over ranks)", color=INK)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.tick_params(length=0, colors=_INK)
+    axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -133,7 +110,7 @@ def _draw_slices(axes, plan):
         [x for x, *_ in cuts],
         [rank - _BAR / 2 - 0.05 * boldness for _, rank, boldness in cuts],
         [rank + _BAR / 2 + 0.05 * boldness for _, rank, boldness in cuts],
-        color=_INK,
+        color=INK,
         linewidth=[1.8 * boldness for *_, boldness in cuts],
         clip_on=False,
     )
@@ -141,13 +118,13 @@ def _draw_slices(axes, plan):
 
 def _colour(document):
     # Neighbours differ, and so do documents ten apart.
-    return _COLOURS[(document + document // len(_COLOURS)) % len(_COLOURS)]
+    return COLOURS[(document + document // len(COLOURS)) % len(COLOURS)]
 
 
 def _label_that_fits(axes, x, y, names, pixels):
     if pixels < 8:
         return
-    label = axes.text(x, y, "", ha="center", va="center", fontsize=8, color=_INK, linespacing=1.25)
+    label = axes.text(x, y, "", ha="center", va="center", fontsize=8, color=INK, linespacing=1.25)
     lane = abs(axes.transData.transform((0, _BAR))[1] - axes.transData.transform((0, 0))[1])
     for name in names:
         label.set_text(name)
@@ -200,12 +177,12 @@ def _draw_arrows(axes, arrows, ranks, pitch):
                 ha="center",
                 va="center",
                 fontsize=7,
-                color=_INK,
+                color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
     axes.set_xlim(-0.8, len(arrows) - 0.2)
     axes.set_xticks([])
-    axes.set_xlabel(f"KV travels from dot to arrow\nwidest: {most:,} tokens", color=_INK)
+    axes.set_xlabel(f"KV travels from dot to arrow\nwidest: {most:,} tokens", color=INK)
     axes.tick_params(length=0, labelleft=False)
     axes.spines[:].set_visible(False)
     axes.hlines(range(ranks), -0.8, len(arrows) - 0.2, color="#dddddd", linewidth=0.6, zorder=0)
@@ -213,9 +190,9 @@ def _draw_arrows(axes, arrows, ranks, pitch):
 
 def _draw_matrix(figure, axes, traffic):
     image = axes.imshow(traffic, cmap="Blues", vmin=0, aspect="auto")
-    axes.set_xlabel("KV travels from the row's rank to rank", color=_INK)
+    axes.set_xlabel("KV travels from the row's rank to rank", color=INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(length=0, labelleft=False, colors=_INK)
+    axes.tick_params(length=0, labelleft=False, colors=INK)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, format="{x:,.0f}", label="tokens", fraction=0.06, pad=0.02)
     bar.outline.set_visible(False)
@@ -230,5 +207,5 @@ def _legend_handles(plan):
         for document, length in enumerate(plan.lengths):
             handles.append(Patch(color=_colour(document), label=f"doc {document} ({length:,})"))
     if sum(map(len, plan.slices)) > len(plan.lengths):
-        handles.append(Line2D([], [], color=_INK, linewidth=1.8, label="cut inside a document"))
+        handles.append(Line2D([], [], color=INK, linewidth=1.8, label="cut inside a document"))
     return handles

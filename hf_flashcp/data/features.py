@@ -42,7 +42,7 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
 
 
 def _require_no_padding(index: int, mask: list[int] | None) -> None:
-    if mask is None or all(value == 1 for value in mask):
+    if mask is None or mask.count(1) == len(mask):
         return
     if max(mask) > 1:
         raise BatchError(

@@ -100,11 +100,10 @@ def naming(waited_for: str) -> Iterator[None]:
         if not is_failed_collective(error):
             raise
         place = f" of {_activity()}" if _activities else ""
-        named = FlashCPError(
+        raise FlashCPError(
             f"R{_name(dist.get_rank())[1:]} waited in vain for {waited_for}{place}. {find_missing_ranks()} "
             f"{_ADVICE} The backend said: {_first_line(error)}"
-        )
-        raise named from error
+        ) from error
 
 
 def find_missing_ranks() -> str:

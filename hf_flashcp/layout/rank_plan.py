@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..planning import ShardPlan
-from ..planning.volume import full_attention_traffic
+from ..planning.volume import MOST_KEPT, full_attention_traffic
 from .rank_layout import RankLayout
 from .window_layout import WindowLayout
 
@@ -35,8 +35,6 @@ class RankPlan:
         ConfigurationError: group and plan differ in size.
     """
 
-    MOST_KEPT = 4
-
     def __init__(self, plan: ShardPlan, rank: int = 0, group: ProcessGroup | None = None):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
@@ -49,7 +47,7 @@ class RankPlan:
         self.group = group
         received, _ = full_attention_traffic(plan.cp_size, plan.slices)
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
-        self.keep_received = all(rows <= self.MOST_KEPT * tokens for rows, tokens in zip(received, own))
+        self.keep_received = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}
 

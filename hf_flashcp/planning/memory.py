@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from .memory_shape import MemoryShape
+from .volume import MOST_KEPT
 
 
 SHARDINGS = ("fsdp2", "ddp")
@@ -22,9 +23,6 @@ DTYPES = {"bfloat16": 2, "float32": 4}
 MIXED_PRECISIONS = ("bf16", "no")
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "received KV", "gathered", "temporary")
 """Of which every moment's memory is the sum."""
-
-MAX_KEPT = 4
-"""Tokens received for each of a rank's own above which KV is fetched again in backward instead of kept."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def estimate_memory(
     shards = setup.gpus if setup.sharding == "fsdp2" else 1
     checkpointing = setup.gradient_checkpointing != "none"
     saving = setup.gradient_checkpointing == "attention-saving"
-    kept_kv = c * received * shape.kv_width if checkpointing or received <= MAX_KEPT * tokens else 0
+    kept_kv = c * received * shape.kv_width if checkpointing or received <= MOST_KEPT * tokens else 0
 
     # Kept by each layer from forward to backward, and what the layer in backward has besides.
     input_bytes = s * shape.hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .model_shape import ModelShape, _latent_projections, config_reader
+from .model_shape import FeedForward, ModelShape, config_reader, latent_projections
 
 
 # Where a config.json leaves out what its model type has as the default.
@@ -86,7 +86,7 @@ class MemoryShape:
         tied = read("tie_word_embeddings")
         block = _feed_forward(read, hidden, layers, gated=kind not in _NOT_GATED)
         if read("kv_lora_rank"):
-            projections = _latent_projections(read, hidden, heads)
+            projections = latent_projections(read, hidden, heads)
         else:
             projections = hidden * key_dim * (2 * heads + 2 * kv_heads)
         norms = 4 if kind in _FOUR_NORMS else 2
@@ -139,19 +139,16 @@ class MemoryShape:
 
 
 def _feed_forward(read, hidden: int, layers: int, *, gated: bool) -> dict[str, Any]:
+    """Widths and parameters of a layer's block, the mean over layers; all experts count as parameters."""
     matrices = 3 if gated else 2
-    dense = read("intermediate_size") or 4 * hidden
-    chosen = read("num_experts_per_tok") or 0
-    if not chosen:
-        return {"intermediate": dense, "experts_per_token": 0, "parameters": matrices * hidden * dense}
-    experts = read("num_local_experts") or read("num_experts") or read("n_routed_experts") or chosen
-    expert = read("moe_intermediate_size") or dense
-    shared = expert * (read("n_shared_experts") or 0) + (read("shared_expert_intermediate_size") or 0)
-    first_dense = read("first_k_dense_replace") or 0
-    share = (layers - first_dense) / layers
+    sizes = FeedForward.from_config(read, hidden)
+    parameters, sparse = matrices * sizes.dense, (layers - sizes.first_dense) / layers if sizes.chosen else 0
+    if sizes.chosen:
+        experts = read("num_local_experts") or read("num_experts") or read("n_routed_experts") or sizes.chosen
+        of_experts = matrices * (experts * sizes.expert + sizes.shared) + experts
+        parameters = (1 - sparse) * parameters + sparse * of_experts
     return {
-        "intermediate": (1 - share) * dense + share * (chosen * expert + shared),
-        "experts_per_token": share * chosen,
-        "parameters": hidden
-        * ((1 - share) * matrices * dense + share * (matrices * (experts * expert + shared) + experts)),
+        "intermediate": sizes.met(layers) / layers,
+        "experts_per_token": sparse * sizes.chosen,
+        "parameters": hidden * parameters,
     }

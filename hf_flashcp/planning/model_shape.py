@@ -83,11 +83,15 @@ class ModelShape:
         if read("kv_lora_rank"):
             key_dim = read("qk_nope_head_dim") + read("qk_rope_head_dim")
             value_dim, kv_heads = read("v_head_dim"), heads
-            projections = _latent_projections(read, hidden, heads)
+            projections = latent_projections(read, hidden, heads)
         else:
             key_dim = value_dim = read("head_dim") or hidden // heads
             projections = hidden * key_dim * (2 * heads + 2 * kv_heads)
-        parameters = count * projections + _feed_forward(read, hidden, count) + hidden * (read("vocab_size") or 0)
+        parameters = (
+            count * projections
+            + 3 * hidden * FeedForward.from_config(read, hidden).met(count)
+            + hidden * (read("vocab_size") or 0)
+        )
         windows = Counter(_windows(read, count))
         layers = tuple(
             AttentionLayers(number, heads, kv_heads, key_dim, value_dim, window)
@@ -107,7 +111,7 @@ def config_reader(config: Any) -> Callable[..., Any]:
     return lambda name, default=None: getattr(config, name, default)
 
 
-def _latent_projections(read, hidden: int, heads: int) -> int:
+def latent_projections(read, hidden: int, heads: int) -> int:
     """Parameters of multi-head latent attention's projections (DeepSeek-V2, arXiv 2405.04434)."""
     rank, rope, nope, value = (
         read(name) for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -117,16 +121,37 @@ def _latent_projections(read, hidden: int, heads: int) -> int:
     return queries + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
 
 
-def _feed_forward(read, hidden: int, layers: int) -> int:
-    """Parameters of all feed-forward blocks that a token meets; gated ones, three matrices each."""
-    dense = 3 * hidden * (read("intermediate_size") or 4 * hidden)
-    chosen = read("num_experts_per_tok") or 0
-    if not chosen:
-        return layers * dense
-    expert = 3 * hidden * (read("moe_intermediate_size") or read("intermediate_size") or 4 * hidden)
-    shared = expert * (read("n_shared_experts") or 0) + 3 * hidden * (read("shared_expert_intermediate_size") or 0)
-    first_dense = read("first_k_dense_replace") or 0
-    return first_dense * dense + (layers - first_dense) * (chosen * expert + shared)
+@dataclass(frozen=True)
+class FeedForward:
+    """Widths of a model's feed-forward blocks, read from its config.
+
+    Args:
+        dense (`int`): of a block without experts.
+        chosen (`int`): experts that a token is sent to; 0 in dense models.
+        expert (`int`): of an expert.
+        shared (`int`): of the experts that every token meets, together.
+        first_dense (`int`): leading layers without experts.
+    """
+
+    dense: int
+    chosen: int
+    expert: int
+    shared: int
+    first_dense: int
+
+    @classmethod
+    def from_config(cls, read: Callable[..., Any], hidden: int) -> FeedForward:
+        dense = read("intermediate_size") or 4 * hidden
+        expert = read("moe_intermediate_size") or dense
+        shared = expert * (read("n_shared_experts") or 0) + (read("shared_expert_intermediate_size") or 0)
+        chosen = read("num_experts_per_tok") or 0
+        return cls(dense, chosen, expert, shared, read("first_k_dense_replace") or 0)
+
+    def met(self, layers: int) -> int:
+        """What a token meets in all layers together."""
+        if not self.chosen:
+            return layers * self.dense
+        return self.first_dense * self.dense + (layers - self.first_dense) * (self.chosen * self.expert + self.shared)
 
 
 def _windows(read, count: int) -> list[int | None]:

@@ -10,6 +10,10 @@ from typing import Any
 Interval = tuple[int, int]
 
 
+MOST_KEPT = 4
+"""Tokens received for each of a rank's own above which KV is fetched again in backward instead of kept."""
+
+
 def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
     """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i), of at most
     `window` keys a query."""
