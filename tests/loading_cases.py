@@ -1,12 +1,15 @@
 """What workers run for the tests of data loading: which documents each rank trains on, step by step."""
 
+import random
+
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model
-from tests.trainer_cases import training_arguments
+from tests.trainer_cases import losses_by_step, training_arguments
 
 
 def numbered_documents(count):
@@ -22,39 +25,78 @@ class _Stream(torch.utils.data.IterableDataset):
         return iter(self.documents)
 
 
+class _Augmented(torch.utils.data.Dataset):
+    """Random tokens behind each document's number, from three generators."""
+
+    def __init__(self, documents):
+        self.documents = documents
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        drawn = [random.randrange(64), int(torch.randint(64, ())), int(np.random.randint(64))]
+        return {"input_ids": [*self.documents[index]["input_ids"], *drawn]}
+
+
 def _dataset(kind, documents):
     if kind == "list":
         return documents
+    if kind == "augmented":
+        return _Augmented(documents)
+    if kind == "uneven stream":  # shards of different lengths: accelerate gives a group every other one
+        return IterableDataset.from_generator(_shard, gen_kwargs={"shards": [documents[:3], documents[3:]]})
     if kind == "torch stream":
         return _Stream(documents)
     table = Dataset.from_list(documents)
     return table if kind == "table" else table.to_iterable_dataset(num_shards=4)
 
 
+def _shard(shards):
+    for shard in shards:
+        yield from shard
+
+
 class _Recorder(FlashCPTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         starts = inputs["position_ids"][0] == 0
         self.seen.append(inputs["input_ids"][0][starts].tolist())
+        self.rows.append(inputs["input_ids"][0].tolist())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def documents_by_step(kind, count, cp_size, resume=None, **arguments):
-    """The numbers of the documents of each step."""
+def _train(kind, count, cp_size, resume=None, **arguments):
     fresh_accelerate()
     trainer = _Recorder(
         model=build_model("llama", num_hidden_layers=1),
         args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_train_batch_size=2, **arguments
+            **{"parallelism_config": FlashCPPlugin(cp_size=cp_size), "per_device_train_batch_size": 2, **arguments}
         ),
         train_dataset=_dataset(kind, numbered_documents(count)),
     )
-    trainer.seen = []
+    trainer.seen, trainer.rows = [], []
     trainer.train(resume_from_checkpoint=resume)
-    return trainer.seen
+    return trainer
+
+
+def documents_by_step(*args, **options):
+    """The numbers of the documents of each step."""
+    return _train(*args, **options).seen
 
 
 def documents_by_step_with(kind, count, cp_size, options):
     return documents_by_step(kind, count, cp_size, **options)
+
+
+def rows_by_step(kind, count, cp_size, options):
+    """The tokens of each step."""
+    return _train(kind, count, cp_size, **options).rows
+
+
+def uneven_stream(options):
+    """What each step read, and the losses logged."""
+    trainer = _train("uneven stream", 16, 2, **options)
+    return trainer.seen, losses_by_step(trainer)
 
 
 def resumed_documents(kind, directory):

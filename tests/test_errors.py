@@ -136,7 +136,7 @@ def test_arguments_win_over_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     "trainer, training, message",
     [
-        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be used"),
         ({"compute_loss_func": error_cases.a_loss}, {}, "compute_loss_func"),
         ({"compute_metrics": error_cases.a_metric}, {"include_for_metrics": ["inputs"]}, "include_for_metrics"),
         ({}, {"parallelism_config": ParallelismConfig()}, "parallelism_config is a ParallelismConfig"),

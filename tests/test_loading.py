@@ -2,16 +2,14 @@
 
 import pytest
 
-from hf_flashcp.errors import ConfigurationError, PlanError
+from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
 from tests import loading_cases
 from tests.test_resume import resumes
 
 
-KEPT_WORKERS = {
-    "dataloader_num_workers": 2,
-    "dataloader_persistent_workers": True,
-    "dataloader_prefetch_factor": 2,
-}
+WORKERS = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
+KEPT_WORKERS = {**WORKERS, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+SPLIT = {"accelerator_config": {"split_batches": True}}
 
 
 def flat(steps):
@@ -25,12 +23,13 @@ def flat(steps):
         ("list", {"num_train_epochs": 2}),
         ("table", {"num_train_epochs": 2, **KEPT_WORKERS}),
         ("stream", {}),
+        ("stream", WORKERS),
         ("torch stream", {}),
     ],
-    ids=["list", "table, workers kept", "stream", "torch stream"],
+    ids=["list", "table, workers kept", "stream", "stream, workers", "torch stream"],
 )
 def test_an_epoch_has_each_document_once(pool, kind, options, world_size, cp_size):
-    """Streams in their order, as on one device; lists and tables shuffled, anew each epoch."""
+    """Streams in an order of their own; lists and tables shuffled, anew each epoch."""
     groups, count = world_size // cp_size, 16
     steps = count // (2 * groups)
     if "stream" in kind:
@@ -45,6 +44,46 @@ def test_an_epoch_has_each_document_once(pool, kind, options, world_size, cp_siz
         assert sorted(flat(epoch)) == list(range(count))
     if "stream" not in kind:
         assert len(epochs) == 2 and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("kind, options", [("list", {"num_train_epochs": 1}), ("stream", {"max_steps": 8})])
+def test_split_batches_gives_each_group_a_part_of_a_batch(pool, kind, options):
+    seen = pool.run(4, loading_cases.documents_by_step_with, kind, 16, 2, {**options, **SPLIT})
+    assert seen[0] == seen[1] and seen[2] == seen[3]
+    assert all(len(step) == 1 for group in seen for step in group)
+    assert sorted(flat(seen[0]) + flat(seen[2])) == list(range(16))
+
+
+def test_spawned_workers(pool):
+    options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+    first, second = pool.run(2, loading_cases.documents_by_step_with, "table", 16, 2, options)
+    assert first == second and len(set(flat(first))) == 4
+
+
+@pytest.mark.parametrize("options", [{}, WORKERS], ids=["0 workers", "2 workers"])
+def test_random_data_is_drawn_alike_in_a_group(pool, options):
+    """And differently by the workers of another group, as Trainer seeds those of other processes."""
+    rows = pool.run(4, loading_cases.rows_by_step, "augmented", 12, 2, {"num_train_epochs": 1, **options})
+    assert rows[0] == rows[1] and rows[2] == rows[3]
+    if options:
+        drawn = [{tuple(row[-3:]) for row in rows[rank]} for rank in (0, 2)]
+        assert not drawn[0] & drawn[1]
+
+
+def test_a_stream_that_ends_before_another_groups(pool):
+    """It begins again: a group of three documents beside one of thirteen. Losses are of both all the same."""
+    results = pool.run(4, loading_cases.uneven_stream, {"max_steps": 5})
+    seen = [seen for seen, _ in results]
+    assert seen[0] == seen[1] == [[0, 1], [2], [0, 1], [2], [0, 1]]
+    assert seen[2] == seen[3] == [[3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
+    assert all(losses == results[0][1] and len(losses) == 5 for _, losses in results)
+
+
+def test_streams_that_end_apart_while_batches_are_accumulated(pool):
+    """An optimizer step of one batch in one group and of two in the other: they would wait for each other."""
+    options = {"max_steps": 9, "gradient_accumulation_steps": 2}
+    for error in pool.errors(4, loading_cases.uneven_stream, options):
+        assert isinstance(error, BatchError) and "batches is 2 on ranks 0, 1 and 1 on ranks 2, 3" in str(error), error
 
 
 @pytest.mark.parametrize("kind", ["list", "stream"])

@@ -26,6 +26,10 @@ def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
         assert {"flashcp_kv_fraction", "flashcp_pair_imbalance", "flashcp_plan_ms"} <= result["log"].keys()
 
 
+def test_dft_loss_of_the_sft_trainer(pool):
+    check(pool.run(2, trl_cases.sft_step, {"way": "bfd", "loss_type": "dft"}))
+
+
 @pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
 def test_stock_sft_trainer_with_the_callback(pool, way, world_size, cp_size):

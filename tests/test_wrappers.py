@@ -118,7 +118,16 @@ def test_a_loss_that_ignores_shift_labels_is_refused(pool):
         assert type(error) is UnsupportedModelError and "not from shift_labels" in str(error)
 
 
-@pytest.mark.parametrize("arguments", [{"auto_find_batch_size": True}, {"neftune_noise_alpha": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"auto_find_batch_size": True},
+        {"neftune_noise_alpha": 5.0},
+        {"predict_with_generate": True},
+        {"train_sampling_strategy": "batch_rebalance"},
+    ],
+    ids=str,
+)
 def test_options_that_would_not_be_exact_are_refused(pool, arguments):
     for error in pool.errors(2, wrapper_cases.refused_argument, arguments):
         assert type(error) is ConfigurationError and f"{next(iter(arguments))} cannot be used" in str(error)

@@ -10,7 +10,15 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
 from tests.accelerate_state import fresh_accelerate
-from tests.models import build_model, largest_error, make_documents, per_document_gradients, tokenizer
+from tests.models import (
+    build_model,
+    gradients,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+    target_count,
+    tokenizer,
+)
 from tests.trainer_cases import _KeepGradient, training_arguments
 
 
@@ -47,6 +55,24 @@ def _documents_of_first_batch(trainer, rows):
     return features
 
 
+def _own_loss_gradients(model, features):
+    return per_document_gradients(model, features, own_loss=True)
+
+
+def _dft_gradients(model, features):
+    """Of DFT's loss (https://huggingface.co/papers/2508.05629): each target weighed by its own probability."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for feature in features:
+        ids = torch.tensor([feature["input_ids"]])
+        log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        of_targets = log_probs.gather(1, ids[0, 1:, None])
+        total = total - (of_targets * of_targets.exp().detach()).sum()
+    loss = total / target_count(features)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
 def sft_step(options):
     """Gradient error of the first step, logged and expected loss, num_tokens and the first batch's tokens."""
     fresh_accelerate()
@@ -65,6 +91,7 @@ def sft_step(options):
         dataset_num_proc=None,
         shuffle_dataset=False,
     )
+    config |= {key: options[key] for key in ("loss_type",) if key in options}
     config |= {"packing": False} if way == "collator" else {"packing": True, "packing_strategy": way}
     arguments = training_arguments().to_dict()
     config = {key: arguments[key] for key in ("output_dir", "use_cpu", "report_to", "save_strategy")} | config
@@ -87,7 +114,8 @@ def sft_step(options):
     )
     trainer.train()
     features = _documents_of_first_batch(trainer, 2 * dist.get_world_size() // cp_size)
-    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+    reference = _dft_gradients if options.get("loss_type") == "dft" else _own_loss_gradients
+    expected_loss, expected = reference(build_model("llama", "sdpa"), features)
     log = trainer.state.log_history[0]
     return {
         "gradient_error": largest_error(keep.steps[0], expected),

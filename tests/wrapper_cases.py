@@ -13,9 +13,16 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, save_attention_context_fn
+from hf_flashcp import (
+    FlashCPCollator,
+    FlashCPPlugin,
+    FlashCPTrainer,
+    FlashCPTrainerMixin,
+    attach,
+    save_attention_context_fn,
+)
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, largest_error, make_documents, per_document_gradients
@@ -280,11 +287,19 @@ def liger_errors():
     return largest_error(whole_gradients(model), expected), abs(float(total) - expected_loss) / expected_loss
 
 
+class _Seq2SeqTrainer(FlashCPTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
 def refused_argument(arguments):
     fresh_accelerate()
-    FlashCPTrainer(
+    trainer, make = FlashCPTrainer, training_arguments
+    if "predict_with_generate" in arguments:
+        trainer, make = _Seq2SeqTrainer, Seq2SeqTrainingArguments
+        arguments = {**arguments, "output_dir": "unused", "use_cpu": True, "report_to": []}
+    trainer(
         model=build_model("llama"),
-        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=2), **arguments),
+        args=make(parallelism_config=FlashCPPlugin(cp_size=2), **arguments),
         train_dataset=make_documents(LENGTHS),
     )
 

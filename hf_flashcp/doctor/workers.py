@@ -72,8 +72,14 @@ class WorkerPool:
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
-        deadline = time.monotonic() + timeout
-        outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
+        for seconds in (
+            TIMEOUT,
+            timeout,
+        ):  # the function is imported, then its outcome
+            deadline = time.monotonic() + seconds
+            outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
+            if any(kind == "lost" for *_, kind in outcomes):
+                break
         if any(kind == "lost" for *_, kind in outcomes):
             self.close()
         elif not all(ok for ok, *_ in outcomes):
@@ -136,6 +142,7 @@ def _worker_main(rank, connection, log):
             world, function, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        connection.send_bytes(pickle.dumps((True, None, None)))
         try:
             if world != current:
                 current = None

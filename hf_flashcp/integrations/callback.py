@@ -42,11 +42,6 @@ class FlashCPCallback(TrainerCallback):
                 f"parallelism_config is {config!r}: FlashCPCallback needs "
                 "TrainingArguments(parallelism_config=FlashCPPlugin(cp_size=...))."
             )
-        if config.cp_size > 1 and args.label_smoothing_factor:
-            raise ConfigurationError(
-                "label_smoothing_factor needs whole documents, but under context parallelism each rank has the logits "
-                "of its own tokens only. Set it to 0."
-            )
         if config.cp_size > 1:
             require_exact_arguments(args)
         if config.cp_size > 1 and args.eval_strategy != IntervalStrategy.NO:

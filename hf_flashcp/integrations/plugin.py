@@ -22,12 +22,37 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 BACKEND = "flashcp"
-_REASONS_AGAINST_ARGUMENTS = {
-    "auto_find_batch_size": "a rank out of memory would start again alone, while the others wait for its keys and "
-    "values. Choose per_device_train_batch_size",
-    "neftune_noise_alpha": "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so "
-    "that it would grow with cp_size. Leave it out",
-}
+_ANY = object()
+_REFUSED_ARGUMENTS = (
+    (
+        "auto_find_batch_size",
+        _ANY,
+        "a rank out of memory would start again alone, while the others wait for its keys and values. Choose "
+        "per_device_train_batch_size",
+    ),
+    (
+        "neftune_noise_alpha",
+        _ANY,
+        "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so that it would grow "
+        "with cp_size. Leave it out",
+    ),
+    (
+        "label_smoothing_factor",
+        _ANY,
+        "it needs full labels beside full logits, and each rank has the logits of its own tokens. Leave it out",
+    ),
+    (
+        "predict_with_generate",
+        _ANY,
+        "it generates from a batch's rows, which are packed documents. Leave it out, and call model.generate yourself",
+    ),
+    (
+        "train_sampling_strategy",
+        "batch_rebalance",
+        "its sampler gives every process a batch of its own, but cp_size of them share one. Leave it out: documents "
+        "are not padded here",
+    ),
+)
 
 
 @dataclass(repr=False)
@@ -172,6 +197,7 @@ def _process_groups() -> list[dist.ProcessGroup]:
 def require_exact_arguments(args: TrainingArguments) -> None:
     """Raises a `ConfigurationError` for options of `TrainingArguments` that fail or change under context parallelism,
     with a cp_size above 1."""
-    for option, reason in _REASONS_AGAINST_ARGUMENTS.items():
-        if getattr(args, option, None):
+    for option, refused, reason in _REFUSED_ARGUMENTS:
+        value = getattr(args, option, None)
+        if value and refused in (_ANY, value):
             raise ConfigurationError(f"{option} cannot be used under context parallelism: {reason}.")

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FlashCPCollator
 from ..data.features import LOSS_MASKS
-from ..errors import ConfigurationError
+from ..errors import BatchError, ConfigurationError
+from ..exchange import require_agreement
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import attach
 from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
@@ -75,16 +76,11 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
                 'include_for_metrics has "inputs", but under context parallelism the inputs are packed rows and the '
                 "predictions documents. Leave it out: label_ids has a document's tokens wherever it has labels."
             )
-        refused = {
-            "label_smoothing_factor": self.args.label_smoothing_factor,
-            "compute_loss_func": self.compute_loss_func,
-        }
-        for option, value in refused.items():
-            if value:
-                raise ConfigurationError(
-                    f"{option} needs whole documents, but under context parallelism each rank has the logits of its "
-                    "own tokens only. Leave it out, or evaluate with cp_size 1."
-                )
+        if self.compute_loss_func:
+            raise ConfigurationError(
+                "compute_loss_func needs whole documents, but under context parallelism each rank has the logits of "
+                "its own tokens only. Leave it out, or evaluate with cp_size 1."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -92,6 +88,32 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         if isinstance(self.data_collator, FlashCPCollator):
             wanted += [*LOSS_MASKS, *self.data_collator.per_token_keys]
         self._signature_columns += [column for column in wanted if column not in self._signature_columns]
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
+            # Trainer seeds every process's workers apart, but those of a group must draw alike.
+            group = self.args.process_index // self.get_cp_size()
+            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        groups = self.args.world_size // self.get_cp_size()
+        if batches and num_batches > 1 and groups > 1 and isinstance(self.train_dataset, IterableDataset):
+            require_agreement(
+                "accumulated batches",
+                {"batches": len(batches)},
+                dist.group.WORLD,
+                advice="The streams of data-parallel groups end at different steps, and some would wait for others in "
+                "vain. Give all shards as many rows, gradient_accumulation_steps=1 (a stream that ends earlier begins "
+                'again), or accelerator_config={"split_batches": True} (every group reads the whole stream).',
+                error=BatchError,
+            )
+        return batches, targets
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         targets = super()._get_num_items_in_batch(batch_samples, device)
