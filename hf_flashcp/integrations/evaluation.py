@@ -140,7 +140,7 @@ def whole_documents(
 class DocumentLosses(NamedTuple):
     """Losses of documents.
 
-    Args:
+    Attributes:
         loss_sum (`np.ndarray`): (documents,), float64: negative log likelihood summed over its targets, in nats.
         targets (`np.ndarray`): (documents,), int64: how many targets it has.
     """

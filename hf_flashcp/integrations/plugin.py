@@ -65,8 +65,10 @@ class FlashCPPlugin(ParallelismConfig):
     Args:
         cp_size (`int`, *optional*): processes that share a batch; defaults to `PARALLELISM_CONFIG_CP_SIZE`, which
             `accelerate launch` exports from a config file with `parallelism_config_cp_backend: flashcp`, else 1.
-        dp_replicate_size (`int`, *optional*), dp_shard_size (`int`, *optional*): data parallelism. With neither
-            given, the processes that cp_size leaves shard the model under FSDP2 and replicate it under DDP.
+        dp_replicate_size (`int`, *optional*): data-parallel groups that replicate the model. With neither this nor
+            `dp_shard_size` given, the processes that cp_size leaves replicate it under DDP and shard it under FSDP2.
+        dp_shard_size (`int`, *optional*): data-parallel groups that shard the model under FSDP2, together with the
+            `cp_size` processes of each.
         strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`,
             else to that of [`plan_documents`].
         keep_received_kv (`bool`, *optional*): see [`attach`].

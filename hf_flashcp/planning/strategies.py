@@ -25,6 +25,7 @@ STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
 """Names that `plan_documents` takes as `strategy`."""
 
 DEFAULT_STRATEGY = "search"
+"""What plans batches that come without a plan, and what collator and plugin take if not told otherwise."""
 
 
 def plan_documents(

@@ -34,7 +34,15 @@ def rank_pairs(slices: Sequence[Sequence[tuple[int, int, int]]]) -> list[int]:
 
 
 def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, itemsize: int) -> int:
-    """Bytes on the wire for the K and V of `tokens` tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize."""
+    """Bytes on the wire for the K and V of `tokens` tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize.
+
+    Args:
+        tokens (`int`): that travel, as [`~ShardPlan.report`] counts them.
+        num_kv_heads (`int`): H_kv.
+        key_dim (`int`): D_k of a head.
+        value_dim (`int`): D_v of a head.
+        itemsize (`int`): bytes of an element.
+    """
     return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
 
 

@@ -1,0 +1,20 @@
+"""Replaces `<!-- flashcp COMMAND -->` in a page by what `flashcp COMMAND --help` prints."""
+
+import contextlib
+import io
+import os
+import re
+
+from hf_flashcp.cli import main
+
+
+def on_page_markdown(markdown, **kwargs):
+    return re.sub(r"<!-- flashcp (.*?) ?-->", lambda match: f"```text\n{help_of(match[1].split())}```", markdown)
+
+
+def help_of(command):
+    os.environ["COLUMNS"] = "110"
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return text.getvalue()
