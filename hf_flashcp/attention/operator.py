@@ -46,27 +46,26 @@ def run_forward(
 
 
 class _SaveAttention(str):
-    """Gradient checkpointing that does not attend twice: pass it as `context_fn`.
-
-        TrainingArguments(
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": hf_flashcp.save_attention_context_fn},
-        )
-
-    In backward a layer's projections, norms and MLP run again, its attention and exchange do not: their results are
-    kept from the first run. That costs, a token and layer, H_q * D_v elements for the output and 4 bytes a query head
-    for the logsumexp, and H_kv * (D_k + D_v) elements for each token received; with `keep_received_kv=False` (see
-    [`attach`]) the last are fetched again in backward, without attending again. Under plain gradient checkpointing a
-    layer attends twice and exchanges three times instead of two.
-
-    It is a string that can be called, because trackers write TrainingArguments down as JSON.
-    """
+    """A string that can be called: trackers write TrainingArguments down as JSON."""
 
     def __call__(self) -> tuple[Any, Any]:
         return create_selective_checkpoint_contexts(_policy)
 
 
 save_attention_context_fn = _SaveAttention("hf_flashcp.save_attention_context_fn")
+"""Gradient checkpointing that does not attend twice: pass it as `context_fn`.
+
+    TrainingArguments(
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": hf_flashcp.save_attention_context_fn},
+    )
+
+In backward a layer's projections, norms and MLP run again, its attention and exchange do not: their results are kept
+from the first run. That costs, a token and layer, H_q * D_v elements for the output and 4 bytes a query head for the
+logsumexp, and H_kv * (D_k + D_v) elements for each token received; with `keep_received_kv=False` (see [`attach`]) the
+last are fetched again in backward, without attending again. Under plain gradient checkpointing a layer attends twice
+and exchanges three times instead of two.
+"""
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -47,7 +47,8 @@ class FlashCPCollator(DataCollatorWithFlattening):
     - whatever `per_token_keys` names.
 
     The batch has `input_ids`, `labels` and `position_ids` (1, C), `shift_labels` (1, C) (the target of each token:
-    `labels` shifted before anything is cut), those of `per_token_keys` (1, C), and `flashcp_plan`.
+    `labels` shifted before anything is cut), all int64, those of `per_token_keys` (1, C), and `flashcp_plan`, a
+    [`ShardPlan`].
 
     Raises:
         BatchError: no documents, an empty one, values that do not fit the tokens, masked tokens.

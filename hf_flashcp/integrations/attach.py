@@ -75,6 +75,8 @@ def attach(
     Raises:
         UnsupportedModelError: the model's gradients would not be exact, and why.
         ConfigurationError: the Accelerator or mesh does not fit.
+
+    A forward raises a [`BatchError`] for batches that cannot be sharded, or that differ between ranks.
     """
     inner = _transformers_model(model)
     check_model(inner)

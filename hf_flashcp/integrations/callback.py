@@ -27,11 +27,15 @@ class FlashCPCallback(TrainerCallback):
     Attributes:
         handle (`ContextParallelHandle`, *optional*): see [`attach`].
         plan_metrics (`PlanMetrics`): means over the run so far.
+
+    Raises:
+        ConfigurationError: when training begins, without a [`FlashCPPlugin`]; with a cp_size above 1, also for
+            evaluation, label smoothing, and what else would not be exact.
     """
 
     def __init__(self):
         self.handle: ContextParallelHandle | None = None
-        self.plan_metrics = PlanMetrics()
+        self.plan_metrics: PlanMetrics = PlanMetrics()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs: Any

@@ -50,7 +50,7 @@ def flashcp_attention(
 
     Args:
         module (`torch.nn.Module`, *optional*): the attention layer that calls.
-        query (`torch.Tensor`): (1, H_q, T_r, D_k), this rank's tokens.
+        query (`torch.Tensor`): (1, H_q, T_r, D_k), this rank's tokens, RoPE applied; in bf16, fp16, fp32 or fp64.
         key (`torch.Tensor`): (1, H_kv, T_r, D_k).
         value (`torch.Tensor`): (1, H_kv, T_r, D_v).
         attention_mask (`torch.Tensor`, *optional*): refused together with a plan.
@@ -63,14 +63,15 @@ def flashcp_attention(
         flashcp_plan (`RankPlan`, *optional*): from [`shard_inputs`]. An unbound [`ShardPlan`] is taken if its cp_size
             is 1. Without a plan the call is transformers' sdpa attention, or the model's own eager one where sdpa
             cannot do what it asks for (softcap, sinks).
+        kwargs: what else a layer passes. Those that ask for another kind of attention are refused, the others ignored.
 
     Returns:
-        `tuple`: output (1, T_r, H_q, D_v), and `None` for the attention weights.
+        `tuple`: output (1, T_r, H_q, D_v) in the dtype of `query`, and `None` for the attention weights.
 
     Raises:
         BatchError: an unbound plan, tensors that do not fit it, a mask, or a causal call without a plan inside a
             sharded forward.
-        UnsupportedModelError: something the layer asks for that would not be exact.
+        UnsupportedModelError: something the layer asks for that would not be exact, or that no kernel computes.
     """
     if flashcp_plan is None:
         options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}

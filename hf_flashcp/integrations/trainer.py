@@ -18,7 +18,7 @@ from ..data.features import LOSS_MASKS
 from ..errors import BatchError, ConfigurationError
 from ..exchange import require_agreement
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
-from .attach import attach
+from .attach import ContextParallelHandle, attach
 from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin, require_exact_arguments
@@ -33,6 +33,14 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go
     to whatever the trainer reports to.
 
+    Args:
+        args: those of the Trainer class behind it.
+        kwargs: likewise.
+
+    Attributes:
+        flashcp (`ContextParallelHandle`): see [`attach`].
+        plan_metrics (`PlanMetrics`): means over the run so far.
+
     Raises:
         ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an option
             that would see full labels beside this rank's logits (label smoothing, compute_loss_func).
@@ -43,8 +51,8 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
-        self.plan_metrics = PlanMetrics()
-        self.flashcp = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
+        self.plan_metrics: PlanMetrics = PlanMetrics()
+        self.flashcp: ContextParallelHandle = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
 
     def create_accelerator_and_postprocess(self) -> None:
         config = self.args.parallelism_config
@@ -201,7 +209,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
 
         Args:
-            dataset (*optional*): rows as for evaluation; defaults to the `eval_dataset`.
+            dataset (`Dataset`, *optional*): rows as for evaluation; defaults to the `eval_dataset`.
 
         Returns:
             `DocumentLosses`: in the order of the dataset, on every process.
@@ -226,7 +234,14 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
 
 
 class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
-    """`transformers.Trainer` with context parallelism. Without a `data_collator` it uses [`FlashCPCollator`]."""
+    """`transformers.Trainer` with context parallelism: [`FlashCPTrainerMixin`] in front of it.
+
+    Without a `data_collator` it uses a [`FlashCPCollator`] with the plugin's strategy.
+
+    Args:
+        args: those of `Trainer`.
+        kwargs: likewise.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -60,12 +60,13 @@ def shard_inputs(
         `dict`: a new dict with tensors (1, T_r, ...), `position_ids` counted inside documents, the labels' targets
         as `shift_labels` (shifted before the cut, so that no shard loses its boundary target), a bound
         [`RankPlan`] as `flashcp_plan`, and, where there are labels and the caller gave no `num_items_in_batch`, one
-        that makes the mean over ranks of the ranks' losses the mean over the batch's targets. A batch that is
-        already sharded is returned as it is.
+        that makes the mean over ranks of the ranks' losses the mean over the batch's targets. A batch that is already
+        sharded is returned as it is.
 
     Raises:
         BatchError: an empty batch, labels of another shape, a mask that masks something, targets across documents.
         ConfigurationError: plan and mesh differ in cp_size.
+        PlanError: a batch without a plan has fewer tokens than ranks.
     """
     batch = dict(batch)
     plan = batch.get("flashcp_plan")

@@ -47,7 +47,7 @@ class RankPlan:
         self.group = group
         received, _ = full_attention_traffic(plan.cp_size, plan.slices)
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
-        self.keep_received = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
+        self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}
 

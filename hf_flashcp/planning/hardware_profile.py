@@ -45,7 +45,8 @@ class Kernel:
         units (`int`): tiles (of one head) that run at the same time.
         call_seconds (`float`): what a call costs besides.
         causal_efficiency (`float`): speed under a causal mask, over that without one, on the same tiles.
-        forward, backward (`Pass`): speeds.
+        forward (`Pass`): speed of the forward.
+        backward (`Pass`): of the backward.
     """
 
     tile: int
@@ -58,7 +59,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Link:
-    """What a rank can send, and receive at the same time, in bytes a second, and seconds until the first byte."""
+    """What connects a rank to others.
+
+    Args:
+        bytes_per_second (`float`): that it can send, and receive at the same time.
+        latency_seconds (`float`): until the first byte.
+    """
 
     bytes_per_second: float
     latency_seconds: float

@@ -124,7 +124,11 @@ class ShardPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_offset_groups(self, offset_groups: Sequence[Sequence[int]] | None) -> ShardPlan:
-        """The same partition, exchanged in other stages."""
+        """The same partition, exchanged in other stages.
+
+        Raises:
+            PlanError: groups that do not hold each ring offset once.
+        """
         plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups)
         for name in ("planning_seconds", "content_digest", "row_lengths"):
             setattr(plan, name, getattr(self, name))

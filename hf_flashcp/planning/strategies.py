@@ -53,8 +53,8 @@ def plan_documents(
             - `"per_doc"`: every document is split over all ranks (zigzag): tokens and work balanced, most KV travels.
             - `"per_seq"`: the packed row is split over all ranks as if it were one document (Llama 3): tokens
               balanced, work only for one long document.
-            - `"flashcp"`: Algorithm 1 of the FlashCP paper: the longest documents split over all ranks, as few as
-              the caps allow, the rest whole or with their heads moved to equalize tokens.
+            - `"flashcp"`: Algorithm 1 of the FlashCP paper (arXiv 2606.08476): the longest documents split over all
+              ranks, as few as the caps allow, the rest whole or with their heads moved to equalize tokens.
             - `"search"`: documents split over any number of ranks, unequally, as little as the caps allow: among plans
               within 10% of the least KV found, the one whose busiest rank receives and sends least. Never more KV than
               "flashcp", in total or on the busiest rank.
