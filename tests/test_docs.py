@@ -1,12 +1,18 @@
 """The documentation: it builds, its code compiles, and the troubleshooting page knows every message."""
 
 import ast
+import functools
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from markdown.extensions.toc import slugify
+
+import hf_flashcp
 
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +35,7 @@ def source_trees():
     return [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "hf_flashcp").rglob("*.py"))]
 
 
+@functools.cache
 def source_texts():
     return [text for tree in source_trees() for node in ast.walk(tree) if (text := text_of(node))]
 
@@ -62,11 +69,51 @@ def code_blocks(page, language):
     return re.findall(rf"^ *```{language}\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+def help_of(*command):
+    return runpy.run_path(str(ROOT / "docs" / "hooks" / "command_help.py"))["help_of"](command)
+
+
+def commands_of(*command):
+    return re.findall(r"^    (\w+)", help_of(*command), re.MULTILINE)
+
+
+def links(page):
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"\[[^]]*\]\(([^)]*)\)", re.sub("`[^`\n]*`", "code", text))
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "site" / "index.html").exists()
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    for name in hf_flashcp.__all__:
+        assert f'id="hf_flashcp.{name}"' in reference, name
+    assert "[`" not in reference and "(`" not in reference, "a link or a type that stayed as it is in the docstring"
+    commands = (tmp_path / "site" / "commands" / "index.html").read_text(encoding="utf-8")
+    for command in [(name,) for name in commands_of()] + [("bench", name) for name in commands_of("bench")]:
+        assert f"usage: flashcp {' '.join(command)} [-h]" in commands, command
+
+
+@pytest.mark.parametrize("command", ["plan", "estimate", "doctor"])
+def test_pages_of_commands_name_every_option(command):
+    page = (ROOT / "docs" / f"{command}_command.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"^  (--[a-z-]+)", help_of(command), re.MULTILINE))
+    assert len(options) >= 5 and options <= set(re.findall("--[a-z-]+", page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_are_well_formed(page):
+    """Those to other sites cannot be followed here; those inside the site are checked when it builds, README's not."""
+    for link in links(page):
+        url = urlsplit(link)
+        if url.scheme or url.netloc:
+            assert url.scheme == "https" and "." in url.netloc and not re.search(r"\s", link), link
+        elif url.path:
+            assert (page.parent / url.path).exists(), link
+        if url.path.endswith(".md") and url.fragment and not url.fragment.startswith("hf_flashcp."):
+            headings = re.findall("^#+ (.*)$", (page.parent / url.path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert url.fragment in {slugify(heading, "-") for heading in headings}, link
 
 
 @pytest.mark.parametrize("fragment", fragments())
