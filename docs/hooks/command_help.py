@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+from unittest import mock
 
 from hf_flashcp.cli import main
 
@@ -13,8 +14,7 @@ def on_page_markdown(markdown, **kwargs):
 
 
 def help_of(command):
-    os.environ["COLUMNS"] = "110"
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    text, terminal = io.StringIO(), mock.patch.dict(os.environ, COLUMNS="110", NO_COLOR="1")
+    with terminal, contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*command, "--help"])
     return text.getvalue()
