@@ -10,7 +10,7 @@ from collections import defaultdict
 from griffe import Extension
 
 
-TYPE_BEHIND_NAME = re.compile(r"^(\s+\w+) \(`.*\):", re.MULTILINE)
+TYPE_BEHIND_NAME = re.compile(r"^(\s+\w+) \(`.*?\):", re.MULTILINE)
 TYPE_OF_RESULT = re.compile(r"(Returns:\n\s+)`([^`]+)`:")
 LINK = re.compile(r"\[`~?([\w.]+)`\]")
 
