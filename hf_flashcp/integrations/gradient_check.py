@@ -56,8 +56,11 @@ def gradient_error(
 ) -> float:
     """Largest relative difference over parameters: max_p |ours_p - reference_p| / |reference_p|, Frobenius norms.
 
-    With `floor` the denominator is at least that share of the norm of all reference gradients together: for parameters
-    whose true gradient is zero, such as the biases of keys.
+    Args:
+        ours (`Mapping[str, torch.Tensor]`): gradients by the names of their parameters.
+        reference (`Mapping[str, torch.Tensor]`): likewise; each of its names must be in `ours`.
+        floor (`float`, *optional*, defaults to 0.0): the denominator is at least that share of the norm of all
+            reference gradients together: for parameters whose true gradient is zero, such as the biases of keys.
     """
     norms = {name: expected.double().norm() for name, expected in reference.items()}
     least = floor * torch.stack(list(norms.values())).norm()
