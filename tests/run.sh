@@ -9,5 +9,4 @@ echo "Installing into .venv (about a minute) ..."
 
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-.venv/bin/python -m mkdocs build --strict --quiet --site-dir build/site
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
