@@ -126,6 +126,18 @@ def counts(plan, options=None):
     }
 
 
+def ranges(plan):
+    """The names that a profiler sees in one layer, forward and backward, in the order in which they begin."""
+    bound = cases.bind(plan)
+    inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
+    query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.autograd.grad(document_attention(*leaves, bound), leaves, grad_out)
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return [event.name.removeprefix("flashcp: ") for event in events if event.name.startswith("flashcp: ")]
+
+
 def errors_in_bf16(plan, shape):
     """Error of out, dq, dk, dv in bf16 against fp64 on the same bf16 inputs."""
     return cases.attention_error(plan, shape, "bfloat16")

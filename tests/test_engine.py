@@ -98,6 +98,19 @@ def test_every_rank_enters_a_stage_that_one_needs(pool):
     assert orders == [idle, busy, idle, idle]
 
 
+def test_profilers_see_named_ranges(pool):
+    plan = plan_documents([40, 24], 3, strategy="per_doc").with_offset_groups([[1], [2]])
+    arrives, leaves = (
+        "wait for the keys and values of other ranks",
+        "wait for the gradients of keys and values of other ranks",
+    )
+    for names in pool.run(3, engine_cases.ranges, plan):
+        forward = ["pack", "local pass", arrives, "stage 1", "merge", arrives, "stage 2", "merge"]
+        expected = [*forward, "stage 1, backward", "stage 2, backward", "local pass, backward", leaves, leaves]
+        assert [name for name in names if name in expected] == [name for name in expected if name in names]
+        assert {"pack", "local pass", arrives, "local pass, backward", leaves, "add what came home"} <= set(names)
+
+
 # Rows
 
 

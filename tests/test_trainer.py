@@ -1,7 +1,12 @@
 """Training loops: the gradient that reaches the optimizer against per-document runs on one device."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from hf_flashcp import plan_documents
+from hf_flashcp.integrations import plan_metrics
+from hf_flashcp.integrations.plan_metrics import PlanMetrics
 from tests import trainer_cases
 
 
@@ -42,6 +47,29 @@ def test_plan_metrics_are_logged(pool):
     assert first["flashcp_kv_fraction"] == pytest.approx(43 / 60)
     assert first["flashcp_token_imbalance"] == 1.0
     assert 1.0 <= first["flashcp_pair_imbalance"] < 1.1
+    assert first["flashcp_tokens_per_second"] > 0 and first["flashcp_exposed_transfer_ms"] > 0
+
+
+def test_speed_counts_every_group_and_no_evaluation(monkeypatch):
+    """By a clock of our own: four packs of eight tokens a group, 2 seconds of training, 5 of evaluation."""
+    now, waited = [100.0], [3.0]
+    monkeypatch.setattr(plan_metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(plan_metrics, "seconds_waited", lambda: waited[0])
+    metrics, plan = PlanMetrics(groups=2), plan_documents([5, 3], 2)
+    for pack in range(4):
+        metrics.add(plan)
+        now[0] += 0.5
+        waited[0] += 0.01
+        if pack == 1:
+            with metrics.paused():
+                now[0] += 5
+                waited[0] += 1
+    means = metrics.take_interval_means()
+    assert means["flashcp_tokens_per_second"] == pytest.approx(2 * 32 / 2)
+    assert means["flashcp_exposed_transfer_ms"] == pytest.approx(10)
+    now[0] += 7  # saving the model
+    assert metrics.means()["flashcp_tokens_per_second"] == pytest.approx(2 * 32 / 2)
+    assert metrics.take_interval_means() == {}
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..exchange import kv_width, send_grads_home, send_kv, split_rows
+from ..exchange import kv_width, named_range, send_grads_home, send_kv, split_rows
 from ..layout import RankLayout, Rows, Stage
 from .kernels import AttentionKernel, accumulate_dtype
 
@@ -53,17 +53,19 @@ class Engine(NamedTuple):
         """Returns out, lse and the keys of each stage, none if they are not kept."""
         stages = self.layout.stages(query.device)
         transfers = send_kv(key, value, self.layout, self.group)
-        out, lse = self._local_forward(query, key, value)
+        with named_range("local pass"):
+            out, lse = self._local_forward(query, key, value)
         if self.layout.merges_again or sinks is not None:
             out = out.to(accumulate_dtype(out.dtype))
         received = []
-        for stage, transfer in zip(stages, transfers):
+        for number, (stage, transfer) in enumerate(zip(stages, transfers), 1):
             keys = _ordered(transfer.wait(), stage)
             if self.keep_received:
                 received.append(keys)
             if stage.rectangles:
                 split = split_rows(keys, key, value)
-                part = self.kernel.forward(query, *split, stage.rectangles, **self._options(stage.causal))
+                with named_range(f"stage {number}"):
+                    part = self.kernel.forward(query, *split, stage.rectangles, **self._options(stage.causal))
                 if stage.causal:  # these rows had no keys yet
                     stage.rows.put(out, part[0], dim=1)
                     stage.rows.put(lse, part[1], dim=1)
@@ -106,7 +108,8 @@ class Engine(NamedTuple):
         transfers = []
         for index, stage in enumerate(stages):
             keys = received[index] if self.keep_received else _ordered(fetched[index].wait(), stage)
-            wire, grad_local = self._stage_backward(stage, keys, *tensors, grad_query)
+            with named_range(f"stage {index + 1}, backward"):
+                wire, grad_local = self._stage_backward(stage, keys, *tensors, grad_query)
             if keys_need_grad:
                 transfers.append(send_grads_home(wire, home[stage.sent], stage, self.group))
                 if grad_local is not None:
@@ -117,8 +120,9 @@ class Engine(NamedTuple):
         for transfer in transfers:
             transfer.wait()
         if transfers:
-            for part, rows in self.layout.home_groups(key.device):
-                rows.add(grad_keys, home[part])
+            with named_range("add what came home"):
+                for part, rows in self.layout.home_groups(key.device):
+                    rows.add(grad_keys, home[part])
         return grad_query, grad_key, grad_value
 
     def _options(self, causal: bool) -> dict[str, Any]:
@@ -139,7 +143,9 @@ class Engine(NamedTuple):
         return out, lse
 
     def _local_backward(self, grad_out, query, key, value, out, lse, grad_query, grad_key, grad_value) -> None:
-        if self.layout.local:
+        if not self.layout.local:
+            return
+        with named_range("local pass, backward"):
             self.kernel.backward(
                 grad_out,
                 query,
@@ -199,6 +205,11 @@ def _as_received(grad: torch.Tensor, stage: Stage, dtype: torch.dtype) -> tuple[
 def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: Rows) -> None:
     """Writes into some rows of `out` and `lse` the attention over two disjoint sets of keys, from the attention over
     each, by their logsumexp (FlashAttention's combine step). Both are finite: every row has keys in both."""
+    with named_range("merge"):
+        _merge_rows(out, lse, part, part_lse, rows)
+
+
+def _merge_rows(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: Rows) -> None:
     if rows.index is None:
         # On a CPU few rows at a time, whose intermediates stay in its cache: measured three times as fast.
         for there, here in rows.pieces(256 if out.device.type == "cpu" else None):

@@ -1,8 +1,9 @@
 """Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
 
 from .agreement import require_agreement
-from .kv_exchange import Transfer, kv_width, pack_rows, send_grads_home, send_kv, split_rows
+from .kv_exchange import Transfer, kv_width, pack_rows, seconds_waited, send_grads_home, send_kv, split_rows
 from .missing_ranks import group_timeout, name_missing_ranks
+from .ranges import named_range
 
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "group_timeout",
     "kv_width",
     "name_missing_ranks",
+    "named_range",
     "pack_rows",
     "require_agreement",
+    "seconds_waited",
     "send_grads_home",
     "send_kv",
     "split_rows",

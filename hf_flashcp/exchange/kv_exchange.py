@@ -7,6 +7,7 @@ all of them from the plan.
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +16,20 @@ import torch.distributed as dist
 from ..errors import ConfigurationError
 from ..layout import RankLayout, Rows, Stage
 from .missing_ranks import naming
+from .ranges import named_range
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_seconds_waited: float | None = None
+
+
+def seconds_waited() -> float | None:
+    """How long this process has waited for rows of other ranks: what computation did not hide of transfers, and of the
+    slowness of others. `None` before the first exchange, and on GPUs, where the host does not wait."""
+    return _seconds_waited
 
 
 class Transfer:
@@ -46,8 +57,12 @@ class Transfer:
 
     def wait(self) -> torch.Tensor:
         """(n, ...) rows: those received, source rank after source rank, and what `result` has behind them."""
-        with naming(self._what):
+        global _seconds_waited
+        begin = time.perf_counter()
+        with naming(self._what), named_range(f"wait for {self._what}"):
             self._work.wait()
+        if self._sent.device.type == "cpu":
+            _seconds_waited = (_seconds_waited or 0.0) + time.perf_counter() - begin
         result = self._result
         self._work = self._sent = self._result = None
         return result
@@ -96,7 +111,8 @@ def send_kv(key: torch.Tensor, value: torch.Tensor, layout: RankLayout, group: P
         return []
     width = kv_width(key, value)
     rows = layout.send_rows(key.device)
-    packed = pack_rows(key, value, rows, key.new_empty(rows.count, width))
+    with named_range("pack"):
+        packed = pack_rows(key, value, rows, key.new_empty(rows.count, width))
     transfers = []
     for stage in stages:
         local = stage.local_rows.count if stage.local_rows else 0

@@ -55,6 +55,7 @@ class FlashCPCallback(TrainerCallback):
                 "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
                 'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
             )
+        self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
         self.handle = attach(
             model,

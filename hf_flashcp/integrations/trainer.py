@@ -51,7 +51,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
-        self.plan_metrics: PlanMetrics = PlanMetrics()
+        self.plan_metrics: PlanMetrics = PlanMetrics(self.args.world_size // self.get_cp_size())
         self.flashcp: ContextParallelHandle = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -179,7 +179,11 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             return loss, *losses_by_document(logits, inputs["shift_labels"], plan, kept_tokens)
         return loss, *whole_documents(logits, labels, plan, kept_tokens, self._preprocess_document)
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with self.plan_metrics.paused():
+            return self._evaluation_loop(*args, **kwargs)
+
+    def _evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         cp_size = self.get_cp_size()
         if cp_size == 1 and not self._losses_by_document:
             return super().evaluation_loop(dataloader, *args, **kwargs)

@@ -1,0 +1,115 @@
+"""`flashcp report`: what a training run logged, as a page that a browser opens without a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+STATE = "trainer_state.json"
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="make a page of plots from a training run's logs",
+        description="Reads what a Trainer logged, and writes one HTML file: losses, speed, balance, KV moved "
+        "and the time waited for it, over the steps.",
+    )
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN",
+        help=f"the run's output_dir, of which the newest {STATE} is read (a checkpoint has one, trainer.save_state() "
+        "writes one), or such a file",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="where to write the page (default: report.html beside the file)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON, and write a page only with --html"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads, writes and prints.
+
+    Raises:
+        ConfigurationError: no state of a Trainer there, or one that has logged nothing.
+        FlashCPError: matplotlib is not installed, or the page cannot be written.
+    """
+    path = find_state(Path(arguments.run_dir))
+    series = read_series(path)
+    summary = summarize(series)
+    if arguments.html or not arguments.json:
+        from .report_page import write_page
+
+        page = Path(arguments.html) if arguments.html else path.with_name("report.html")
+        write_page(page, series, summary, title=path.parent.name)
+    if arguments.json:
+        print(json.dumps({"state": str(path), "summary": summary}))
+    else:
+        for name, values in summary.items():
+            print(f"{name:32} last {values['last']:.6g}, mean {values['mean']:.6g}, {values['entries']} entries")
+        print(f"Wrote {page}")
+
+
+def find_state(run_dir: Path) -> Path:
+    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if run_dir.is_file():
+        return run_dir
+    checkpoints = [path for path in run_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for folder in (run_dir, *checkpoints):
+        if (folder / STATE).is_file():
+            return folder / STATE
+    raise ConfigurationError(
+        f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Give the output_dir of a run that has saved a "
+        "checkpoint, or call trainer.save_state() after training."
+    )
+
+
+def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """What was logged over the steps, by name: `[(step, value), ...]`.
+
+    Raises:
+        ConfigurationError: it is no state of a Trainer, or one without logs.
+    """
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(
+            f"{str(path)!r} is no {STATE} of a Trainer: {type(error).__name__}: {error}."
+        ) from None
+    series: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                series.setdefault(name, []).append((entry["step"], float(value)))
+    if not series:
+        raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")
+    return series
+
+
+def summarize(series: dict[str, list[tuple[int, float]]]) -> dict[str, dict[str, Any]]:
+    """First, last, least, most and mean of each."""
+    summary = {}
+    for name, points in series.items():
+        values = [value for _, value in points]
+        summary[name] = {
+            "first": values[0],
+            "last": values[-1],
+            "least": min(values),
+            "most": max(values),
+            "mean": sum(values) / len(values),
+            "entries": len(values),
+        }
+    return summary

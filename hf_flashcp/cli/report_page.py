@@ -1,0 +1,128 @@
+"""The page of a training run: one HTML file with its plots inside, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashCPError
+from .plots import COLOURS, INK, new_figure
+
+
+PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Loss (nats a target)", ("loss", "eval_loss"), "mean over the targets of a step, or of the evaluation set"),
+    (
+        "Tokens a second",
+        ("flashcp_tokens_per_second",),
+        "of all data-parallel groups, without the time of evaluation; saving is in it",
+    ),
+    (
+        "Imbalance (max / mean over ranks)",
+        ("flashcp_pair_imbalance", "flashcp_token_imbalance"),
+        "of attention pairs and of tokens; 1 is even",
+    ),
+    ("KV moved, of an all-gather", ("flashcp_kv_fraction",), "0: nothing travels; 1: every rank receives everything"),
+    (
+        "Exposed transfer (ms a pack)",
+        ("flashcp_exposed_transfer_ms",),
+        "what the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
+    ),
+    ("Planning (ms a pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
+    ("Gradient norm", ("grad_norm",), "before clipping"),
+    ("Learning rate", ("learning_rate",), ""),
+)
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
+    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one.
+
+    Raises:
+        FlashCPError: matplotlib is not installed, or the file cannot be written.
+    """
+    known = {name for _, names, _ in PANELS for name in names}
+    more = [(name, (name,), "") for name in series if name.startswith("flashcp_") and name not in known]
+    figures = []
+    for heading, names, caption in (*PANELS, *more):
+        names = tuple(name for name in names if name in series)
+        if names:
+            source = _draw(heading, {name: series[name] for name in names})
+            figures.append(
+                f'<figure><img src="{source}" alt="{html.escape(heading)} over the steps">'
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    steps = max(step for points in series.values() for step, _ in points)
+    page = _PAGE.format(
+        title=html.escape(title), steps=f"{steps:,}", figures="\n".join(figures), summary=_summary_table(summary)
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise FlashCPError(f"Cannot write the page to {str(path)!r}: {error.strerror}.") from None
+
+
+def _draw(heading: str, series: Series) -> str:
+    """The source of an image."""
+    figure = new_figure(6.2, 2.9)
+    axes = figure.subplots()
+    for (name, points), colour in zip(series.items(), COLOURS):
+        steps, values = zip(*points)
+        few = len(points) < 40
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=name)
+    axes.set_title(heading, fontsize=11, color=INK, loc="left")
+    axes.set_xlabel("step", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, colors=INK)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.ticklabel_format(useOffset=False, axis="y")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+
+
+def _summary_table(summary: dict[str, dict[str, Any]]) -> str:
+    columns = ("first", "last", "least", "most", "mean", "entries")
+    head = "".join(f"<th>{column}</th>" for column in ("logged", *columns))
+    rows = "\n".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{values[column]:.6g}</td>" for column in columns) + "</tr>"
+        for name, values in summary.items()
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: training run</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #2b2f36; background: #fff; margin: 2rem auto; max-width: 82rem;
+  padding: 0 1rem; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem; }}
+figure {{ margin: 0; }}
+img {{ width: 100%; height: auto; }}
+figcaption {{ color: #6a707a; font-size: 13px; }}
+table {{ border-collapse: collapse; margin-top: 1rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid #e6e6e6; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{steps} steps, from what the Trainer logged.</p>
+<main>
+{figures}
+</main>
+<h2>Numbers</h2>
+{summary}
+</body>
+</html>
+"""
