@@ -125,13 +125,18 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         targets = super()._get_num_items_in_batch(batch_samples, device)
-        if targets is None or self.args.average_tokens_across_devices:
-            return targets
-        # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
-        labels = (
-            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
-        )
-        return sum(each.ne(IGNORE_INDEX).sum() for each in labels).to(device) / self.get_cp_size()
+        if targets is None:
+            return None
+        if not self.args.average_tokens_across_devices:
+            # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
+            labels = (
+                batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
+                for batch in batch_samples
+            )
+            targets = sum(each.ne(IGNORE_INDEX).sum() for each in labels).to(device) / self.get_cp_size()
+        # Without any target the mean is 0 / 0, which would end the run.
+        targets = torch.as_tensor(targets, device=device)
+        return targets.masked_fill(targets == 0, 1)
 
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]

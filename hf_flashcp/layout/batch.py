@@ -97,7 +97,7 @@ def shard_inputs(
         if batch.get("shift_labels") is None:
             batch["shift_labels"] = _shifted_labels(batch["labels"], plan)
         if batch.get("num_items_in_batch") is None:
-            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORE_INDEX).sum() / cp_size
+            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1) / cp_size
     index = bound.layout.token_index.to(tokens.device)
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound
