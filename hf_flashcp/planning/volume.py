@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 Interval = tuple[int, int]
 
@@ -279,6 +281,8 @@ def kv_traffic(plan, window: int | None = None) -> list[list[int]]:
 
 
 def _traffic(cp_size, slices, window) -> list[list[int]]:
+    if window is None:
+        return _full_traffic(cp_size, slices)
     traffic = [[0] * cp_size for _ in range(cp_size)]
     needed = needed_keys(slices, window)
     for sender, rank_slices in enumerate(slices):
@@ -288,3 +292,20 @@ def _traffic(cp_size, slices, window) -> list[list[int]]:
                 if receiver != sender:
                     row[receiver] += sum(last - first for first, last in overlaps(start, stop, intervals))
     return traffic
+
+
+def _full_traffic(cp_size, slices) -> list[list[int]]:
+    """Without a window: a slice goes to every rank that has a later one of its document."""
+    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, rank_slices in enumerate(slices):
+        for document, start, stop in rank_slices:
+            pieces[document].append((start, stop, rank))
+    traffic = np.zeros((cp_size, cp_size), dtype=np.int64)
+    for of_document in pieces.values():
+        if len(of_document) > 1:
+            starts, stops, ranks = np.array(of_document).T
+            last_start = np.zeros(cp_size, dtype=np.int64)
+            np.maximum.at(last_start, ranks, starts)
+            np.add.at(traffic, ranks, (stops - starts)[:, None] * (last_start >= stops[:, None]))
+    np.fill_diagonal(traffic, 0)
+    return traffic.tolist()
