@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .hardware_profile import HardwareProfile, Link
-from .layer_work import StageWork, call_seconds, layer_work
+from .layer_work import StageWork, call_seconds, hiding_window, layer_work
 from .model_shape import AttentionLayers, ModelShape
 from .plan import ShardPlan
 from .volume import rank_tokens
@@ -116,18 +116,17 @@ class CostModel:
         linear = linear / self.hardware.linear_flops_per_second
         sums = [np.zeros(plan.cp_size) for _ in range(4)]
         for layers in self.layers:
-            for total, found in zip(sums, self._layer(plan, layers)):
-                total += layers.count * found
+            for total, forward, backward in zip(sums, *self.passes(plan, layers)):
+                total += layers.count * (forward + backward)
         return StepTime(linear, *sums)
 
-    def _layer(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[np.ndarray, ...]:
-        """`(attention, copies, exposed, transfer)` of one layer, forward and backward, each (cp_size,)."""
-        # Attention computes windows that hide nothing as full attention.
-        window = None if layers.window is None or layers.window >= max(plan.lengths) else layers.window
+    def passes(self, plan: ShardPlan, layers: AttentionLayers) -> list[tuple[np.ndarray, ...]]:
+        """`(attention, copies, exposed, transfer)` of one layer's forward, and of its backward, each (cp_size,)."""
+        window = hiding_window(layers, plan)
         local, stages = layer_work(plan, window, self.hardware.ranks_per_node)
         none = np.zeros(plan.cp_size)
         sent = sum((stage.sent.sum(0) for stage in stages), none)
-        merges = [none if window else self._merge_seconds(stage, layers, plan.cp_size) for stage in stages]
+        merges = [none if window else self.merge_seconds(stage.rectangles, layers, plan.cp_size) for stage in stages]
         found = []
         for backward in (False, True):
             options = {"cp_size": plan.cp_size, "layers": layers, "window": window, "backward": backward}
@@ -136,7 +135,7 @@ class CostModel:
                 call_seconds(self.hardware.kernel, stage.rectangles, causal=window is not None, **options)
                 for stage in stages
             ]
-            wires = [self._wire_seconds(stage, layers, backward) for stage in stages]
+            wires = [self._stage_seconds(stage, layers, backward) for stage in stages]
             packing = self._pack_seconds(sent, layers, backward)
             if backward:
                 copies, end = packing, _backward_end(local_pass, passes, wires) + packing
@@ -145,20 +144,22 @@ class CostModel:
                 copies, end = sum(merges, packing), _forward_end(local_pass, steps, wires) + packing
             attention = sum(passes, local_pass)
             found.append((attention, copies, end - attention - copies, sum(wires, none)))
-        forward, backward = found
-        return tuple(map(np.add, forward, backward))
+        return found
 
-    def _wire_seconds(self, stage: StageWork, layers: AttentionLayers, backward: bool) -> np.ndarray:
-        """(cp_size,) seconds of a stage's transfer, inside nodes and between them at the same time. Gradients go home
-        along the same ways."""
+    def _stage_seconds(self, stage: StageWork, layers: AttentionLayers, backward: bool) -> np.ndarray:
+        """(cp_size,) seconds of a stage's transfer. Gradients go home along the same ways."""
         width = layers.kv_elements_per_token * (self.grad_itemsize if backward else self.itemsize)
-        links = (self.hardware.intra_node, self.hardware.inter_node)
-        most = np.maximum(stage.received, stage.sent)
-        return np.max([_seconds(link, tokens * width) for link, tokens in zip(links, most)], axis=0)
+        return self.wire_seconds(np.maximum(stage.received, stage.sent) * width)
 
-    def _merge_seconds(self, stage: StageWork, layers: AttentionLayers, cp_size: int) -> np.ndarray:
-        """Partial outputs in fp32 are read and written, the received part's output is read."""
-        rows = np.bincount(stage.rectangles[:, 0], stage.rectangles[:, 1], cp_size)
+    def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
+        """(cp_size,) seconds that a transfer takes, of (2, cp_size) bytes: inside nodes, and between them at the same
+        time."""
+        links = (self.hardware.intra_node, self.hardware.inter_node)
+        return np.max([_seconds(link, moved) for link, moved in zip(links, bytes_moved)], axis=0)
+
+    def merge_seconds(self, rectangles: np.ndarray, layers: AttentionLayers, cp_size: int) -> np.ndarray:
+        """(cp_size,) seconds: partial outputs in fp32 are read and written, the received part's output is read."""
+        rows = np.bincount(rectangles[:, 0], rectangles[:, 1], cp_size)
         elements = rows * layers.query_heads * layers.value_dim
         return elements * (8 + self.itemsize) / self.hardware.memory_bytes_per_second
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError, PlanError
-from .cost import CostModel
+from .cost import CostModel, StepTime
 from .hardware_profile import HardwareProfile
 from .memory import MemoryEstimate, TrainingSetup, estimate_memory, largest_window
 from .memory_shape import MemoryShape
@@ -125,24 +125,29 @@ def _choice(
     received, sent = _moved(plan, cost_model)
     memory = estimate_memory(shape, setup, tokens, received, sent, window)
     time = cost_model.step_time(plan)
-    exchanged = time.copies + time.exposed
-    seconds = time.linear + time.attention + exchanged
-    if setup.gradient_checkpointing != "none":
-        seconds = seconds + _RECOMPUTED_LINEAR * time.linear
-    if setup.gradient_checkpointing == "full":
-        seconds = seconds + _RECOMPUTED_ATTENTION * time.attention + exchanged / 2
-    step_seconds = float(seconds.max())
+    seconds = step_seconds(time, setup.gradient_checkpointing)
     shares = {"received_share": received / tokens, "sent_share": sent / tokens}
     return Choice(
         cp_size=cp_size,
         memory=memory,
         largest_window=largest_window(shape, setup, cp_size, usable, **shares),
         fits=memory.total <= usable,
-        step_seconds=step_seconds,
-        tokens_per_second=setup.gpus / cp_size * window / step_seconds,
+        step_seconds=seconds,
+        tokens_per_second=setup.gpus / cp_size * window / seconds,
         kv_bytes=float(received * shape.kv_width * setup.compute_bytes * shape.layers),
         exposed_seconds=float(time.exposed.max()),
     )
+
+
+def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
+    """Of the slowest rank, with what gradient checkpointing computes and exchanges again."""
+    exchanged = time.copies + time.exposed
+    seconds = time.linear + time.attention + exchanged
+    if gradient_checkpointing != "none":
+        seconds = seconds + _RECOMPUTED_LINEAR * time.linear
+    if gradient_checkpointing == "full":
+        seconds = seconds + _RECOMPUTED_ATTENTION * time.attention + exchanged / 2
+    return float(seconds.max())
 
 
 def _moved(plan: ShardPlan, cost_model: CostModel) -> tuple[float, float]:

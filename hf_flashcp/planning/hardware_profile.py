@@ -18,6 +18,7 @@ _FOLDER = Path(__file__).with_name("hardware")
 HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """Names of the profiles that come with the library."""
 
+_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second")
 _MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys")
 
 
@@ -83,6 +84,8 @@ class HardwareProfile:
         ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
         description (`str`): what it is.
         memory_bytes (`float`, *optional*): of a device.
+        peak_flops_per_second (`float`, *optional*): of the data sheet, dense, in the training dtype: what a model's
+            utilization (MFU) is a share of.
     """
 
     linear_flops_per_second: float
@@ -93,6 +96,7 @@ class HardwareProfile:
     ranks_per_node: int
     description: str = ""
     memory_bytes: float | None = None
+    peak_flops_per_second: float | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:
@@ -113,6 +117,7 @@ class HardwareProfile:
                 ranks_per_node=data["ranks_per_node"],
                 description=data.get("description", ""),
                 memory_bytes=data.get("memory_bytes"),
+                peak_flops_per_second=data.get("peak_flops_per_second"),
             )
         except (KeyError, TypeError) as error:
             raise ConfigurationError(
@@ -120,7 +125,7 @@ class HardwareProfile:
             ) from None
         for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
             for name, value in vars(part).items():
-                if isinstance(value, str) or hasattr(value, "__dict__") or (name == "memory_bytes" and value is None):
+                if isinstance(value, str) or hasattr(value, "__dict__") or (name in _MAY_BE_LEFT_OUT and value is None):
                     continue
                 is_number = isinstance(value, (int, float)) and math.isfinite(value)
                 if not is_number or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):

@@ -37,6 +37,11 @@ class StageWork(NamedTuple):
     sent: np.ndarray
 
 
+def hiding_window(layers: AttentionLayers, plan: ShardPlan) -> int | None:
+    """The layers' window. Attention computes one that hides nothing as full attention: `None`."""
+    return None if layers.window is None or layers.window >= max(plan.lengths) else layers.window
+
+
 def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[np.ndarray, list[StageWork]]:
     """`(local, stages)`: the local rectangles (n, 3): rank, queries, keys before them, under a causal mask; and what
     each stage brings. Stages in which nothing travels are left out.

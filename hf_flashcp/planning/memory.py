@@ -132,6 +132,7 @@ def estimate_memory(
     received: float = 0,
     sent: float = 0,
     batch_tokens: int = 0,
+    kept: bool | None = None,
 ) -> MemoryEstimate:
     """Memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has as default.
 
@@ -141,13 +142,17 @@ def estimate_memory(
         tokens (`float`): of the rank's row.
         received (`float`), sent (`float`): tokens whose KV the rank receives and sends in a layer.
         batch_tokens (`int`): of the whole batch, which every rank reads.
+        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
+            library does.
     """
     layer = _layer(shape, setup)
     w, c, s = setup.weight_bytes, setup.compute_bytes, setup.stream_bytes
     shards = setup.gpus if setup.sharding == "fsdp2" else 1
     checkpointing = setup.gradient_checkpointing != "none"
     saving = setup.gradient_checkpointing == "attention-saving"
-    kept_kv = c * received * shape.kv_width if checkpointing or received <= MOST_KEPT * tokens else 0
+    if kept is None:
+        kept = checkpointing or received <= MOST_KEPT * tokens
+    kept_kv = c * received * shape.kv_width if kept else 0
 
     # Kept by each layer from forward to backward, and what the layer in backward has besides.
     input_bytes = s * shape.hidden
