@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.lengths import sample_pack
 from ..planning import STRATEGIES, ShardPlan, plan_documents
+from ..planning.schemes import shared_tokens
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}
@@ -14,13 +15,8 @@ PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_
 
 
 def padded_all_gather_fraction(plan: ShardPlan) -> float:
-    """FlashCP eq. 5 over eq. 4: every rank still gathers from all others, padded to the largest contribution, but a
-    document's last shard, which nobody after it needs, stays home. A slice is a shard here."""
-    contributions = [
-        sum(stop - start for document, start, stop in slices if stop != plan.lengths[document])
-        for slices in plan.slices
-    ]
-    return max(contributions) * plan.cp_size / plan.num_tokens
+    """FlashCP eq. 5 over eq. 4: every rank still gathers from all others, padded to the largest contribution."""
+    return shared_tokens(plan) * plan.cp_size / plan.num_tokens
 
 
 def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FlashCPError
-from . import bench, doctor, estimate, plan, report
+from . import bench, doctor, estimate, plan, report, simulate
 
 
-_COMMANDS = (plan, estimate, doctor, report, bench)
+_COMMANDS = (plan, estimate, simulate, doctor, report, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,6 +57,11 @@ def add_parser(commands) -> None:
     predicted.add_argument("--json", action="store_true")
     predicted.set_defaults(run=run_predicted)
 
+    published = benches.add_parser("published", help="predictions of rivals beside what the FlashCP paper measured")
+    published.add_argument("--packs", type=int, default=20, metavar="N", help="packs drawn a corpus (default 20)")
+    published.add_argument("--json", action="store_true")
+    published.set_defaults(run=run_published)
+
     attention = benches.add_parser("attention", help="time of one attention layer under each strategy, over the ideal")
     attention.add_argument(
         "--lengths",
@@ -198,6 +203,13 @@ def run_predicted(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     _show(found, text, arguments.json)
+
+
+def run_published(arguments: argparse.Namespace) -> None:
+    from ..bench.published import measure, text
+
+    _check_at_least_one("--packs", arguments.packs)
+    _show(measure(arguments.packs, progress=True), text, arguments.json)
 
 
 def run_attention(arguments: argparse.Namespace) -> None:

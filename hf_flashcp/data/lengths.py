@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +58,68 @@ def sample_pack(name: str, window: int, *, seed: int = 0) -> list[int]:
     Raises:
         PlanError: an unknown name, a window below one token, a negative seed.
     """
-    space = _whole_number("window", window, at_least=1)
+    return _fill(_draw_forever(name, seed), _whole_number("window", window, at_least=1))
+
+
+def read_lengths(path: str | Path, column: str = "length") -> list[int]:
+    """Document lengths of a dataset that is tokenized already.
+
+    Args:
+        path (`str` or path): a `.jsonl` file with one document a line, or any other text with whole numbers between
+            spaces, commas or line ends.
+        column (`str`, *optional*, defaults to `"length"`): of a `.jsonl` file: a number of tokens, or the tokens.
+
+    Raises:
+        PlanError: a file that cannot be read, or a line without a length of at least 1.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"Document lengths cannot be read from {path}: {error}.") from None
     lengths = []
-    for length in _draw_forever(name, seed):
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            if Path(path).suffix != ".jsonl":
+                found = [int(word) for word in line.replace(",", " ").split()]
+            elif line.strip():
+                value = json.loads(line)[column]
+                found = [len(value) if isinstance(value, list) else operator.index(value)]
+            else:
+                found = []
+        except (ValueError, TypeError, KeyError):
+            raise PlanError(
+                f"{path}, line {number} has no document length: give whole numbers, or in a .jsonl file objects whose "
+                f"{column!r} is a number of tokens or the tokens."
+            ) from None
+        if min(found, default=1) < 1:
+            raise PlanError(
+                f"{path}, line {number} has a document of {min(found)} tokens: drop empty documents first."
+            )
+        lengths += found
+    return lengths
+
+
+def draw_pack(lengths: Sequence[int], window: int, *, seed: int = 0) -> list[int]:
+    """Takes documents of a dataset in random order, each at most once, until a window is full; the last is truncated.
+
+    Raises:
+        PlanError: fewer tokens than the window.
+    """
+    space = _whole_number("window", window, at_least=1)
+    if sum(lengths) < space:
+        raise PlanError(f"{len(lengths)} documents with {sum(lengths):,} tokens do not fill a window of {space:,}.")
+    order = np.random.default_rng(_whole_number("seed", seed, at_least=0)).permutation(len(lengths))
+    return _fill((lengths[place] for place in order), space)
+
+
+def _fill(documents: Iterator[int], space: int) -> list[int]:
+    lengths = []
+    for length in documents:
         lengths.append(min(length, space))
         space -= lengths[-1]
         if not space:
-            return lengths
+            break
+    return lengths
 
 
 def _draw_forever(name: str, seed: int) -> Iterator[int]:

@@ -125,7 +125,11 @@ class HardwareProfile:
             ) from None
         for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
             for name, value in vars(part).items():
-                if isinstance(value, str) or hasattr(value, "__dict__") or (name in _MAY_BE_LEFT_OUT and value is None):
+                if (
+                    isinstance(value, str)
+                    or hasattr(value, "__dict__")
+                    or (name in _MAY_BE_LEFT_OUT and value is None)
+                ):
                     continue
                 is_number = isinstance(value, (int, float)) and math.isfinite(value)
                 if not is_number or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
