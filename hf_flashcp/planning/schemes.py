@@ -5,7 +5,7 @@ launches, collectives that cross InfiniBand once for each node, copies of what h
 
     scheme         who computes what              what travels
     llama3         zigzag of the packed row       all-gather of all KV before attention, reduce-scatter after
-    wlb_llm        zigzag of every document       the same
+    per_doc_cp     zigzag of every document       the same
     flashcp_paper  FlashCP's Algorithm 1          the same, of what any rank shares at most (eq. 5)
     ring           every document in N pieces     KV hop by hop while the hop before is computed, its gradients in fp32
     zigzag_ring    zigzag of every document       the same
@@ -15,6 +15,7 @@ launches, collectives that cross InfiniBand once for each node, copies of what h
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -154,32 +155,35 @@ def _contiguous(lengths: Lengths, cp_size: int) -> Slices:
     ]
 
 
+def ring_pieces(plan: ShardPlan) -> tuple[np.ndarray, np.ndarray]:
+    """(documents, cp_size) tokens of each rank's first pieces, and of its second ones: along a document ranks go up,
+    then down."""
+    both = np.zeros((2, len(plan.lengths), plan.cp_size), dtype=np.int64)
+    pieces = sorted((*piece, rank) for rank, held in enumerate(plan.slices) for piece in held)
+    before = (-1, -1)
+    for document, start, stop, rank in pieces:
+        both[int((document, rank) < before), document, rank] += stop - start
+        before = (document, rank)
+    return both[0], both[1]
+
+
+def ring_rectangles(early: np.ndarray, late: np.ndarray, step: int) -> np.ndarray:
+    """(n, 3): rank, queries, keys that they all see, when KV has made `step` hops. Of an earlier rank's block all of a
+    rank's queries see the first piece; a later rank's block is seen whole, by the second piece."""
+    ranks = np.arange(early.shape[1])
+    from_before = ranks >= step
+    queries = late + early * from_before
+    keys = np.roll(early, step, 1) + np.roll(late, step, 1) * ~from_before
+    rows = np.stack([np.broadcast_to(ranks, early.shape), queries, keys], -1).reshape(-1, 3)
+    return rows[(rows[:, 1] > 0) & (rows[:, 2] > 0)]
+
+
 def _ring(zigzag: bool) -> dict[str, Callable]:
     """Each rank's KV visits all ranks; while a block is computed the next one arrives. In backward its gradients, in
     fp32, follow it, and one hop more brings them home."""
 
-    def sizes(plan: ShardPlan) -> tuple[np.ndarray, np.ndarray]:
-        """(documents, cp_size) tokens of each rank's first and second pieces: ranks go up, then down."""
-        both = np.zeros((2, len(plan.lengths), plan.cp_size), dtype=np.int64)
-        pieces = sorted((*piece, rank) for rank, held in enumerate(plan.slices) for piece in held)
-        before = (-1, -1)
-        for document, start, stop, rank in pieces:
-            both[int((document, rank) < before), document, rank] += stop - start
-            before = (document, rank)
-        return both[0], both[1]
-
-    def rectangles(early: np.ndarray, late: np.ndarray, step: int) -> np.ndarray:
-        """A block that comes from an earlier rank is seen by both pieces, in its first piece; one from a later rank
-        by the second piece, whole."""
-        ranks = np.arange(early.shape[1])
-        from_before = ranks >= step
-        queries = late + early * from_before
-        keys = np.roll(early, step, 1) + np.roll(late, step, 1) * ~from_before
-        rows = np.stack([np.broadcast_to(ranks, early.shape), queries, keys], -1).reshape(-1, 3)
-        return rows[(rows[:, 1] > 0) & (rows[:, 2] > 0)]
-
     def events(layer: Layer, backward: bool) -> list[Event]:
-        early, late = sizes(layer.plan)
+        early, late = ring_pieces(layer.plan)
         tokens = (early + late).sum(0)
         held = np.argwhere(early + late)
         local = np.stack([held[:, 1], (early + late)[tuple(held.T)], 0 * held[:, 1]], -1)
@@ -201,7 +205,7 @@ def _ring(zigzag: bool) -> dict[str, Callable]:
             if step + 1 < cp_size:
                 # Posted when the step before is computed and its block is here.
                 arrived = (add(HOP, wire(step + 1, model.itemsize), computed + ready),)
-            rows = rectangles(early, late, step) if step else local
+            rows = ring_rectangles(early, late, step) if step else local
             kernel = add(KERNEL, layer.kernel(rows, backward, causal=not step), ready)
             if not backward:
                 merged = model.merge_seconds(rows, layers, cp_size) if step else np.zeros(cp_size)
@@ -219,7 +223,7 @@ def _ring(zigzag: bool) -> dict[str, Callable]:
         return found
 
     def received(layer: Layer) -> np.ndarray:
-        early, late = sizes(layer.plan)
+        early, late = ring_pieces(layer.plan)
         return sum(
             (layer.hop(np.roll((early + late).sum(0), step) * layer.kv_bytes) for step in range(1, layer.cp_size)),
             np.zeros((2, layer.cp_size)),
@@ -264,10 +268,10 @@ def _ulysses_events(layer: Layer, backward: bool) -> list[Event]:
 
 SCHEMES = {
     "llama3": Scheme("all-gather, per_seq (Llama 3)", per_seq, **_all_gather(_all_tokens, False), kept=True),
-    "wlb_llm": Scheme("all-gather, per_doc (WLB-LLM)", per_doc, **_all_gather(_all_tokens, False), kept=True),
+    "per_doc_cp": Scheme("all-gather, per_doc (WLB-LLM)", per_doc, **_all_gather(_all_tokens, False), kept=True),
     "flashcp_paper": Scheme(
         "padded all-gather, flashcp (FlashCP)",
-        lambda lengths, cp_size: flashcp(lengths, cp_size, 1.05, 1.0),
+        functools.partial(flashcp, max_imbalance=1.05, max_token_imbalance=1.0),
         **_all_gather(lambda layer: shared_tokens(layer.plan), True),
         kept=True,
     ),
