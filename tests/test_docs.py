@@ -95,7 +95,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert f"usage: flashcp {' '.join(command)} [-h]" in commands, command
 
 
-@pytest.mark.parametrize("command", ["plan", "estimate", "doctor"])
+@pytest.mark.parametrize("command", ["plan", "estimate", "simulate", "doctor"])
 def test_pages_of_commands_name_every_option(command):
     page = (ROOT / "docs" / f"{command}_command.md").read_text(encoding="utf-8")
     options = set(re.findall(r"^  (--[a-z-]+)", help_of(command), re.MULTILINE))

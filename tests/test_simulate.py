@@ -360,6 +360,7 @@ def test_lengths_from_files(tmp_path, lengths_file):
 
 SCHEME_KEYS = {
     *(f"{part}_seconds" for part in ("step", "attention_module", "linear", "attention", "copies", "exposed")),
+    "repeated_seconds",
     *("transfer_seconds", "busiest_attention_seconds", "mfu", "intra_node_bytes", "inter_node_bytes", "memory_bytes"),
     *("over_reference", "attention_over_reference"),
 }
@@ -391,7 +392,7 @@ def test_command(capsys, tmp_path, lengths_file):
     assert main("simulate --lengths 900,500,300 --cp-size 3 --gradient-checkpointing full".split()) == 0
     text = capsys.readouterr().out
     assert "1,700 tokens in 3 documents, 1 pack, gradient checkpointing full" in text
-    assert "all-gather, per_seq (Llama 3)" in text and "3 ranks do not divide 32 query heads" in text
+    assert "all-gather, Llama 3" in text and "repeated" in text and "3 ranks do not divide 32 query heads" in text
 
 
 @pytest.mark.parametrize(

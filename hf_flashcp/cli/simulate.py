@@ -181,7 +181,7 @@ def _cell(name: str, profile: HardwareProfile, cp_size: int, rows, model: CostMo
 
 def title(scheme: str) -> str:
     """Of a row or a bar."""
-    return SCHEMES[scheme].title if scheme in SCHEMES else f"exact exchange, {scheme}"
+    return SCHEMES[scheme].title if scheme in SCHEMES else f"ours, {scheme}"
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -207,20 +207,21 @@ def _print(found: dict[str, Any]) -> None:
             f"cp_size {cell['cp_size']}, {counted(cell['ranks_per_node'], 'rank')} in a node", soft_wrap=True
         )
         table = Table(box=box.SIMPLE, pad_edge=False)
-        table.add_column("milliseconds of the slowest rank", no_wrap=True)
-        for column in ("step", "/ ours", "linear", "attention", "copies", "exposed", "attention\nmodule", "/ ours"):
+        table.add_column("ms, slowest rank", no_wrap=True)
+        parts = ["linear", "attention", "copies", "exposed"]
+        parts += [] if found["gradient_checkpointing"] == "none" else ["repeated"]
+        for column in ("step", "/ ours", *parts, "attention\nmodule", "/ ours"):
             table.add_column(column, justify="right")
         for column in ("MFU", "GiB in\nnode", "GiB between\nnodes", "memory\nGiB"):
             table.add_column(column, justify="right")
         for scheme, row in cell["schemes"].items():
             if scheme == RIVALS[0]:
                 table.add_section()
-            parts = (f"{1000 * row[f'{part}_seconds']:,.1f}" for part in ("linear", "attention", "copies", "exposed"))
             table.add_row(
                 title(scheme),
                 f"{1000 * row['step_seconds']:,.1f}",
                 f"{row['over_reference']:.2f}",
-                *parts,
+                *(f"{1000 * row[f'{part}_seconds']:,.1f}" for part in parts),
                 f"{1000 * row['attention_module_seconds']:,.1f}",
                 f"{row['attention_over_reference']:.2f}",
                 f"{row['mfu']:.1%}" if row["mfu"] == row["mfu"] else "-",

@@ -14,6 +14,7 @@ _PARTS = {
     "attention": "attention kernels",
     "copies": "copies",
     "exposed": "waiting for transfers and ranks",
+    "repeated": "repeated under gradient checkpointing",
 }
 
 
@@ -34,11 +35,13 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
         bottoms = [0.0] * len(schemes)
         for (part, label), colour in zip(_PARTS.items(), COLOURS):
             widths = [1000 * row[f"{part}_seconds"] for row in schemes.values()]
+            if not any(widths):
+                continue
             axes.barh(range(len(schemes)), widths, 0.68, bottoms, color=colour, label=label, edgecolor="white")
             bottoms = [bottom + width for bottom, width in zip(bottoms, widths)]
         for place, (bottom, row) in enumerate(zip(bottoms, schemes.values())):
             axes.annotate(
-                f"{bottom:,.0f} ms, {row['over_reference']:.2f}x",
+                f"{1000 * row['step_seconds']:,.0f} ms, {row['over_reference']:.2f}x",
                 (bottom, place),
                 (4, 0),
                 textcoords="offset points",
@@ -56,7 +59,9 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
             color=INK,
         )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK)
-        axes.set_xlabel("ms of the slowest rank, and how many times ours (search_timed)", color=INK, fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        axes.tick_params(length=0, colors=INK, labelsize=8)
+        axes.set_xlabel(
+            f"ms of the slowest rank, and how many times {title(cell['reference'])}", color=INK, fontsize=9
+        )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)

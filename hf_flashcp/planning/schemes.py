@@ -267,17 +267,17 @@ def _ulysses_events(layer: Layer, backward: bool) -> list[Event]:
 
 
 SCHEMES = {
-    "llama3": Scheme("all-gather, per_seq (Llama 3)", per_seq, **_all_gather(_all_tokens, False), kept=True),
-    "per_doc_cp": Scheme("all-gather, per_doc (WLB-LLM)", per_doc, **_all_gather(_all_tokens, False), kept=True),
+    "llama3": Scheme("all-gather, Llama 3", per_seq, **_all_gather(_all_tokens, False), kept=True),
+    "per_doc_cp": Scheme("all-gather, Per-Doc (WLB-LLM)", per_doc, **_all_gather(_all_tokens, False), kept=True),
     "flashcp_paper": Scheme(
-        "padded all-gather, flashcp (FlashCP)",
+        "padded all-gather, FlashCP",
         functools.partial(flashcp, max_imbalance=1.05, max_token_imbalance=1.0),
         **_all_gather(lambda layer: shared_tokens(layer.plan), True),
         kept=True,
     ),
-    "ring": Scheme("ring, every document", **_ring(zigzag=False)),
-    "zigzag_ring": Scheme("zigzag ring, every document", **_ring(zigzag=True)),
-    "ulysses": Scheme("Ulysses, all-to-all", per_seq, _ulysses_events, _ulysses_received, lambda layer: 0),
+    "ring": Scheme("ring", **_ring(zigzag=False)),
+    "zigzag_ring": Scheme("zigzag ring", **_ring(zigzag=True)),
+    "ulysses": Scheme("all-to-all, Ulysses", per_seq, _ulysses_events, _ulysses_received, lambda layer: 0),
 }
 
 

@@ -52,7 +52,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable: the parts of the step of the rank that sets its pace (of several, the one with the most
-        attention), and the most bytes that any rank receives."""
+        attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
         parts = vars(self.time)
         # Ranks that wait for each other end together, up to rounding.
         totals = sum(parts[name] for name in ("linear", "attention", "copies", "exposed"))
@@ -63,6 +63,7 @@ class Outcome:
         return {
             "step_seconds": self.step_seconds,
             "attention_module_seconds": self.time.attention_seconds,
+            "repeated_seconds": max(self.step_seconds - float(totals.max()), 0.0),
             **{f"{name}_seconds": max(float(values[slowest]), 0.0) for name, values in parts.items()},
             "busiest_attention_seconds": float(parts["attention"].max()),
             "mfu": self.mfu,
