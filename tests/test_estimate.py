@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_flashcp.bench.memory import CASES, LLAMA, RANK_CASES, compare, compare_on_ranks
-from hf_flashcp.bench.predicted import LLAMA_3_8B
 from hf_flashcp.errors import ConfigurationError
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
 from hf_flashcp.planning.fit import Choice, best, choices, cp_sizes, usable_bytes
 from hf_flashcp.planning.memory import PARTS, MemoryEstimate, TrainingSetup, estimate_memory, largest_window
 from hf_flashcp.planning.memory_shape import MemoryShape
+from hf_flashcp.planning.model_shape import LLAMA_3_8B
 from tests.models import FAMILIES
 from tests.test_cli import png_size, run
 

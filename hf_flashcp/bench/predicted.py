@@ -12,17 +12,8 @@ from tqdm import tqdm
 
 from ..data.lengths import sample_pack
 from ..planning import STRATEGIES, CostModel, HardwareProfile, plan_documents
+from ..planning.model_shape import LLAMA_3_8B
 
-
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-"""The sizes in Llama 3 8B's config.json."""
 
 TIMED = "search, timed"
 """The row of plans that `cost_model` chose."""

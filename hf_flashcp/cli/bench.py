@@ -190,7 +190,8 @@ def _least_total(lengths: Sequence[int], cp_size: int, max_imbalance: float) -> 
 
 
 def run_predicted(arguments: argparse.Namespace) -> None:
-    from ..bench.predicted import LLAMA_3_8B, measure, text
+    from ..bench.predicted import measure, text
+    from ..planning.model_shape import LLAMA_3_8B
 
     _check_at_least_one("--packs", arguments.packs)
     found = measure(

@@ -13,7 +13,8 @@ layers plus the linear work of the rank's tokens, and takes as long as the slowe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,13 +113,30 @@ class CostModel:
 
     def step_time(self, plan: ShardPlan) -> StepTime:
         """Predicted times of one step on a plan's batch."""
-        linear = np.array(rank_tokens(plan.slices)) * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
-        linear = linear / self.hardware.linear_flops_per_second
+        linear = self._linear_seconds(np.array(rank_tokens(plan.slices)))
         sums = [np.zeros(plan.cp_size) for _ in range(4)]
         for layers in self.layers:
             for total, forward, backward in zip(sums, *self.passes(plan, layers)):
                 total += layers.count * (forward + backward)
         return StepTime(linear, *sums)
+
+    def document_times(self, lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`(linear, attention)`: predicted seconds of one device for each document, forward and backward, (n,). They
+        add up over the documents of a pack; what starting kernels and moving KV costs depends on the plan."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        squares = np.stack([np.arange(len(lengths)), lengths, np.zeros_like(lengths)], 1)
+        # Of several documents in one call, none is alone on the device.
+        kernel = dataclasses.replace(self.hardware.kernel, units=0, call_seconds=0.0)
+        attention = np.zeros(len(lengths))
+        for layers in self.layers:
+            for backward in (False, True):
+                options = {"layers": layers, "window": layers.window, "backward": backward}
+                attention += layers.count * call_seconds(kernel, squares, cp_size=len(lengths), causal=True, **options)
+        return self._linear_seconds(lengths), attention
+
+    def _linear_seconds(self, tokens: np.ndarray) -> np.ndarray:
+        work = tokens * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
+        return work / self.hardware.linear_flops_per_second
 
     def passes(self, plan: ShardPlan, layers: AttentionLayers) -> list[tuple[np.ndarray, ...]]:
         """`(attention, copies, exposed, transfer)` of one layer's forward, and of its backward, each (cp_size,)."""

@@ -10,6 +10,16 @@ from typing import Any
 from ..errors import ConfigurationError
 
 
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+"""The sizes in Llama 3 8B's config.json."""
+
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 

@@ -1,0 +1,193 @@
+"""Optimizer steps from documents as they come: what each pack holds, and which packs share a micro-step."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+ALIKE = 0.05
+"""Heavy documents are alike if their times differ by no more than this share."""
+
+
+class Waiting(NamedTuple):
+    """A document without a pack. They sort by time."""
+
+    seconds: float
+    item: int
+    tokens: int
+    step: int
+
+
+class StepPacker:
+    """Documents in, the packs of one optimizer step after the other out.
+
+    Args:
+        window (`int`): tokens that a pack has room for.
+        balanced (`bool`): each document to the pack that would take the least time; else best fit.
+        dp_size (`int`): packs of a micro-step.
+        look_ahead (`int`): steps that a heavy document may wait for `dp_size - 1` others that are [`ALIKE`].
+
+    Attributes:
+        tokens, documents (`int`): what the next step can have.
+        steps (`int`): so far.
+    """
+
+    def __init__(self, window: int, balanced: bool, dp_size: int, look_ahead: int):
+        self.window, self.balanced, self.dp_size, self.look_ahead = window, balanced, dp_size, look_ahead
+        self.steps = self.tokens = self.documents = 0
+        self._left: list[Waiting] = []
+        self._pool: list[Waiting] = []
+        self._heavy: list[Waiting] = []
+
+    def add(self, item: int, tokens: int, seconds: float, heavy: bool) -> None:
+        document = Waiting(seconds, item, tokens, self.steps)
+        if heavy and self.balanced and self.look_ahead:
+            bisect.insort(self._heavy, document)
+            first = self._most_alike(bisect.bisect_left(self._heavy, document))
+            run = self._heavy[first : first + self.dp_size]
+            if len(run) == self.dp_size and run[-1].seconds <= (1 + ALIKE) * run[0].seconds:
+                self._release(first)
+        else:
+            self._to_pool([document])
+
+    def release_heaviest(self) -> bool:
+        """Lets the longest of those that wait for others into the next step. Whether there were any."""
+        if self._heavy:
+            self._release(max(len(self._heavy) - self.dp_size, 0))
+            return True
+        return False
+
+    def step(self, packs: int) -> list[list[Waiting]]:
+        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
+        while self._heavy:
+            oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
+            if self._heavy[oldest].step + self.look_ahead > self.steps:
+                break
+            self._release(self._most_alike(oldest))
+        documents, self._pool = self._left + sorted(self._pool, reverse=True), []
+        found, self._left = (least_time if self.balanced else best_fit)(documents, self.window, packs)
+        self.documents, self.tokens = len(self._left), sum(document.tokens for document in self._left)
+        self.steps += 1
+        return found
+
+    def take_rest(self) -> list[Waiting]:
+        """All that has no pack yet."""
+        rest = self._left + self._pool + self._heavy
+        self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
+        return rest
+
+    def _most_alike(self, at: int) -> int:
+        """Where the run of `dp_size` neighbours with `at` among them begins whose times differ least."""
+        heavy, size = self._heavy, min(self.dp_size, len(self._heavy))
+        firsts = range(max(at - size + 1, 0), min(at, len(heavy) - size) + 1)
+        return min(firsts, key=lambda first: heavy[first + size - 1].seconds / heavy[first].seconds)
+
+    def _release(self, first: int) -> None:
+        run = self._heavy[first : first + self.dp_size]
+        del self._heavy[first : first + self.dp_size]
+        self._to_pool(run)
+
+    def _to_pool(self, documents: list[Waiting]) -> None:
+        self._pool += documents
+        self.documents += len(documents)
+        self.tokens += sum(document.tokens for document in documents)
+
+
+def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[list[list[Waiting]], list[Waiting]]:
+    """Each document, as they come, to the pack that takes the least time of those with room.
+    `(packs, documents that had no room)`."""
+    found: list[list[Waiting]] = [[] for _ in range(packs)]
+    room = [window] * packs
+    times = [(0.0, index) for index in range(packs)]
+    left, shortest = [], min((document.tokens for document in documents), default=0)
+    for document in documents:
+        full = []
+        while times and room[times[0][1]] < document.tokens:
+            full.append(heapq.heappop(times))
+        if times:
+            seconds, index = times[0]
+            heapq.heapreplace(times, (seconds + document.seconds, index))
+            found[index].append(document)
+            room[index] -= document.tokens
+        else:
+            left.append(document)
+        for each in full:
+            if room[each[1]] >= shortest:
+                heapq.heappush(times, each)
+    return [pack for pack in found if pack], left
+
+
+def best_fit(
+    documents: Sequence[Waiting], window: int, packs: int | None = None
+) -> tuple[list[list[Waiting]], list[Waiting]]:
+    """Each document, as they come, to the pack with the least room that is enough. `(packs, documents that had no
+    room)`: with as many `packs` as asked for, if there are documents for them."""
+    found: list[list[Waiting]] = []
+    spaces: list[int] = []
+    with_space: dict[int, list[list[Waiting]]] = {}
+    left = []
+    for document in documents:
+        at = bisect.bisect_left(spaces, document.tokens)
+        if at < len(spaces):
+            space = spaces[at]
+            pack = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[at]
+        elif len(found) == packs:
+            left.append(document)
+            continue
+        else:
+            space, pack = window, []
+            found.append(pack)
+        pack.append(document)
+        space -= document.tokens
+        if space:
+            if space not in with_space:
+                with_space[space] = []
+                bisect.insort(spaces, space)
+            with_space[space].append(pack)
+    return (found if packs is None else cut_up(found, packs)), left
+
+
+def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
+    """`count` packs, by halving the slowest; fewer if there are not as many documents."""
+    done = [pack for pack in packs if len(pack) == 1]
+    several = [(-pack_seconds(pack), index, pack) for index, pack in enumerate(packs) if len(pack) > 1]
+    heapq.heapify(several)
+    number = len(packs)
+    while several and len(several) + len(done) < count:
+        _, _, pack = heapq.heappop(several)
+        for half in least_time(sorted(pack, reverse=True), 1 << 62, 2)[0]:
+            number += 1
+            if len(half) > 1:
+                heapq.heappush(several, (-pack_seconds(half), number, half))
+            else:
+                done.append(half)
+    return done + [pack for _, _, pack in several]
+
+
+def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_steps: int) -> list[list[Waiting]]:
+    """The packs of one or several steps in order: those of a micro-step take about the same time, and over a step
+    each data-parallel group about the same as the others."""
+    packs = sorted(packs, key=pack_seconds, reverse=True)
+    micro_steps = [packs[start : start + dp_size] for start in range(0, len(packs), dp_size)]
+    steps = -(-len(micro_steps) // gradient_accumulation_steps)
+    last = [micro_steps.pop()] if len(packs) % dp_size else []
+    micro_steps = [micro_step for first in range(steps) for micro_step in micro_steps[first::steps]] + last
+    ordered = []
+    for index, micro_step in enumerate(micro_steps):
+        if index % gradient_accumulation_steps == 0:
+            totals = [0.0] * dp_size
+        # The slowest pack to the group that has had the least.
+        placed = sorted(zip(sorted(range(len(micro_step)), key=totals.__getitem__), micro_step))
+        for group, pack in placed:
+            totals[group] += pack_seconds(pack)
+            ordered.append(pack)
+    return ordered
+
+
+def pack_seconds(pack: Sequence[Waiting]) -> float:
+    return sum(document.seconds for document in pack)
