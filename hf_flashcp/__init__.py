@@ -20,12 +20,15 @@ _EXPORTS = {
     "FlashCPPlugin": ".integrations.plugin",
     "FlashCPTrainer": ".integrations.trainer",
     "FlashCPTrainerMixin": ".integrations.trainer",
+    "PackedDocumentStream": ".data",
+    "PackedDocuments": ".data",
     "RankPlan": ".layout",
     "ShardPlan": ".planning",
     "attach": ".integrations.attach",
     "errors": None,
     "flashcp_attention": ".integrations.registration",
     "name_missing_ranks": ".exchange",
+    "pack_lengths": ".data",
     "plan_documents": ".planning",
     "save_attention_context_fn": ".attention",
     "shard_inputs": ".layout",
@@ -35,7 +38,7 @@ __all__ = sorted(_EXPORTS)
 if TYPE_CHECKING:
     from . import errors
     from .attention import save_attention_context_fn
-    from .data import FlashCPCollator
+    from .data import FlashCPCollator, PackedDocuments, PackedDocumentStream, pack_lengths
     from .exchange import name_missing_ranks
     from .integrations.attach import attach
     from .integrations.callback import FlashCPCallback

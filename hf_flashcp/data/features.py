@@ -12,6 +12,9 @@ from ..layout.batch import IGNORE_INDEX
 
 LOSS_MASKS = ("completion_mask", "assistant_masks")
 
+TOKEN_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask", *LOSS_MASKS)
+"""With one value for each token."""
+
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
     """The documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
@@ -26,7 +29,7 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
             f"Feature {index} has no {', '.join(missing)}, which per_token_keys asks for: its columns are "
             f"{', '.join(sorted(feature))}. Give every row one, and keep the column (remove_unused_columns)."
         )
-    wanted = ("input_ids", "labels", "position_ids", "attention_mask", *LOSS_MASKS, *per_token_keys)
+    wanted = (*TOKEN_COLUMNS, *per_token_keys)
     row = {key: _as_list(feature[key]) for key in wanted if feature.get(key) is not None}
     length = len(row["input_ids"])
     for key, values in row.items():

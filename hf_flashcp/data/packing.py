@@ -82,6 +82,26 @@ class PackingOptions:
     def step_packs(self) -> int:
         return self.dp_size * self.gradient_accumulation_steps
 
+    @property
+    def spare(self) -> float:
+        return SPARE_PACKS[self.strategy]
+
+    def packs_for(self, documents: Sequence[Waiting]) -> int:
+        """Packs that have room for them in whatever order they come; those of whole steps if there are documents for
+        them."""
+        least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
+        steps = math.ceil(least * (1 + self.spare) / self.step_packs)
+        return max(least, min(steps * self.step_packs, len(documents)))
+
+    def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
+        """All documents in as many packs, if they fit."""
+        documents = sorted(documents, reverse=True)
+        for fill in (least_time, best_fit) if self.strategy == "balanced" else (best_fit,):
+            found, left = fill(documents, self.window, packs)
+            if not left and len(found) == packs:
+                return found
+        return None
+
     def step_packer(self) -> StepPacker:
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
@@ -138,6 +158,12 @@ class Counts:
         self.documents["dropped"] += not packed
         self.documents["packed"] += packed > 0
         self.documents["truncated"] += packed > 0
+
+    def drop(self, documents: int, tokens: int) -> None:
+        """Of those packed."""
+        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
+            counts["packed"] -= number
+            counts["dropped"] += number
 
     def to_dict(self) -> dict[str, int]:
         both = (("documents", self.documents), ("tokens", self.tokens))
@@ -198,6 +224,12 @@ class Packing:
         }
 
 
+def bar_options(description: str, unit: str) -> dict[str, Any]:
+    """Of a progress bar for work that may take long, on the first process if that has a terminal."""
+    hidden = True if os.environ.get("RANK", "0") != "0" else None
+    return {"desc": description, "unit": f" {unit}", "delay": 2, "leave": False, "disable": hidden}
+
+
 def imbalance(seconds: np.ndarray, dp_size: int, gradient_accumulation_steps: int) -> dict[str, float]:
     """What data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 if it is a tenth. Where
     groups wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end of an
@@ -240,6 +272,12 @@ def pack_lengths(lengths: Sequence[int] | np.ndarray, window: int, *, seed: int 
         PlanError: documents without tokens, too long ones with `overlong="error"`, too few tokens for `cp_size`, or an
             option that is none of those above.
     """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(empty := np.flatnonzero(lengths < 1)):
+        raise PlanError(
+            f"Document {empty[0]} has {lengths[empty[0]]} tokens, as have {len(empty) - 1} others: a document has at "
+            "least one. Leave them out."
+        )
     return EpochPacker(lengths, PackingOptions(window, **options)).pack(seed, epoch)
 
 
@@ -248,20 +286,20 @@ class EpochPacker:
 
     Documents with fewer than `cp_size` tokens cannot have a pack to themselves: those next to each other in the
     dataset are kept together.
+
+    Args:
+        lengths (`np.ndarray`): int64, 0 of what is no document.
+        options (`PackingOptions`)
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, options: PackingOptions):
-        lengths = np.asarray(lengths, dtype=np.int64)
-        if len(empty := np.flatnonzero(lengths < 1)):
-            raise PlanError(
-                f"Document {empty[0]} has {lengths[empty[0]]} tokens, and {len(empty) - 1} more have none: a document "
-                "has at least one. Leave them out."
-            )
+    def __init__(self, lengths: np.ndarray, options: PackingOptions):
+        if not lengths.any():
+            raise PlanError("There are no documents to pack.")
         self.options, self.counts = options, Counts()
-        fits = lengths <= options.longest
+        fits = (lengths > 0) & (lengths <= options.longest)
         self.counts.add_whole(int(fits.sum()), int(lengths[fits].sum()))
         cut = []
-        for document in np.flatnonzero(~fits).tolist():
+        for document in np.flatnonzero(lengths > options.longest).tolist():
             pieces = options.pieces(document, int(lengths[document]))
             self.counts.add(int(lengths[document]), pieces)
             cut += pieces
@@ -278,15 +316,8 @@ class EpochPacker:
         self._tokens = np.bincount(unit, tokens).astype(np.int64).tolist()
         self._seconds = np.bincount(unit, seconds).tolist()
         self._heavy = (np.bincount(unit, heavy) > 0).tolist()
-        self.num_packs = self._num_packs()
-
-    def _num_packs(self) -> int:
-        """Enough for every order of documents, in whole steps if there are documents for them."""
         rows = zip(self._seconds, range(len(self._tokens)), self._tokens)
-        units = sorted((Waiting(*row, 0) for row in rows), reverse=True)
-        least = len(best_fit(units, self.options.window)[0])
-        steps = math.ceil(least * (1 + SPARE_PACKS[self.options.strategy]) / self.options.step_packs)
-        return max(least, min(steps * self.options.step_packs, len(units)))
+        self.num_packs = options.packs_for([Waiting(*row, 0) for row in rows])
 
     def pack(self, seed: int = 0, epoch: int = 0) -> Packing:
         """The packs of an epoch: equal seeds and epochs give equal packs."""
@@ -294,8 +325,7 @@ class EpochPacker:
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
         tokens, packs = sum(self._tokens), self.num_packs
-        hidden = True if os.environ.get("RANK", "0") != "0" else None
-        with tqdm(total=packs, desc="Packing", unit="packs", delay=2, leave=False, disable=hidden) as bar:
+        with tqdm(total=packs, **bar_options("Packing", "packs")) as bar:
             while packs:
                 size = min(options.step_packs, packs)
                 while packer.tokens * packs < tokens * size or packer.documents < size:
@@ -313,20 +343,18 @@ class EpochPacker:
 
     def _with_rest(self, steps: list[list[list[Waiting]]], rest: list[Waiting]) -> list[list[Waiting]]:
         """The packs of all steps, as many of the last ones packed together as are needed for all documents to fit."""
-        options, packs, again = self.options, [pack for step in steps for pack in step], 1
-        found = None
-        while rest or len(packs) != self.num_packs:
-            kept = steps[: max(len(steps) - again, 0)]
-            documents = sorted([*rest, *(each for step in steps[len(kept) :] for pack in step for each in pack)])[::-1]
-            count = self.num_packs - sum(map(len, kept))
-            for place in (least_time, best_fit) if options.strategy == "balanced" else (best_fit,):
-                found, left = place(documents, options.window, count)
-                if not left and len(found) == count:
-                    last = arrange(found, options.dp_size, options.gradient_accumulation_steps)
-                    return [pack for step in kept for pack in step] + last
-            assert kept
+        options, again = self.options, 1
+        if not rest and sum(map(len, steps)) == self.num_packs:
+            return [pack for step in steps for pack in step]
+        while True:
+            kept, redone = steps[: max(len(steps) - again, 0)], steps[max(len(steps) - again, 0) :]
+            documents = rest + [document for step in redone for pack in step for document in pack]
+            packs = options.place(documents, self.num_packs - sum(map(len, kept)))
+            if packs is not None:
+                packs = arrange(packs, options.dp_size, options.gradient_accumulation_steps)
+                return [pack for step in kept for pack in step] + packs
+            assert kept, "best fit over all documents gave the number of packs"
             again *= 2
-        return packs
 
     def _packing(self, packs: list[list[Waiting]]) -> Packing:
         units = np.array([document.item for pack in packs for document in pack], dtype=np.int64)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data import FlashCPCollator
+from ..data import FlashCPCollator, PackedDocuments, PackedDocumentStream
 from ..data.features import LOSS_MASKS
 from ..errors import BatchError, ConfigurationError
 from ..exchange import require_agreement
@@ -123,6 +123,27 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             )
         return batches, targets
 
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
+            if self.args.train_batch_size != 1:
+                raise ConfigurationError(
+                    f"per_device_train_batch_size is {self.args.train_batch_size}, but packed rows are batches already. "
+                    "Set it to 1."
+                )
+            self.train_dataset.for_run(
+                cp_size=self.get_cp_size(),
+                dp_size=self.args.world_size // self.get_cp_size(),
+                gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            )
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        # In order: packs next to each other take about the same time, and their documents are shuffled.
+        return (
+            SequentialSampler(dataset) if isinstance(dataset, PackedDocuments) else super()._get_train_sampler(dataset)
+        )
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         targets = super()._get_num_items_in_batch(batch_samples, device)
         if targets is None:
@@ -146,6 +167,8 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs.update(self.plan_metrics.take_interval_means())
+            if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
+                logs.update(self.train_dataset.metrics())
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
