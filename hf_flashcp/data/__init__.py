@@ -20,7 +20,16 @@ _EXPORTS = {
     "PackedDocumentStream": ".packed_documents",
     "PackedDocuments": ".packed_documents",
 }
-__all__ = ["LENGTH_DISTRIBUTIONS", "Packing", "pack_lengths", "sample_lengths", "sample_pack", *_EXPORTS]
+__all__ = [
+    "LENGTH_DISTRIBUTIONS",
+    "FlashCPCollator",
+    "PackedDocumentStream",
+    "PackedDocuments",
+    "Packing",
+    "pack_lengths",
+    "sample_lengths",
+    "sample_pack",
+]
 
 
 def __getattr__(name):

@@ -127,8 +127,8 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
             if self.args.train_batch_size != 1:
                 raise ConfigurationError(
-                    f"per_device_train_batch_size is {self.args.train_batch_size}, but packed rows are batches already. "
-                    "Set it to 1."
+                    f"per_device_train_batch_size is {self.args.train_batch_size}, but packed rows are batches "
+                    "already. Set it to 1."
                 )
             self.train_dataset.for_run(
                 cp_size=self.get_cp_size(),
