@@ -62,6 +62,17 @@ def add_parser(commands) -> None:
     published.add_argument("--json", action="store_true")
     published.set_defaults(run=run_published)
 
+    packing = benches.add_parser("packing", help="ways to pack documents: fill rate, and balance of groups")
+    _add_corpora(packing)
+    packing.add_argument("--window", type=int, default=131072, metavar="N")
+    packing.add_argument("--steps", type=int, default=24, metavar="N", help="optimizer steps to fill (default 24)")
+    packing.add_argument("--cp-size", type=int, default=8, metavar="N")
+    packing.add_argument("--dp-size", type=int, default=4, metavar="N", help="data-parallel groups (default 4)")
+    packing.add_argument("--gradient-accumulation-steps", type=int, default=4, metavar="N", help="default 4")
+    packing.add_argument("--look-ahead", type=int, default=16, metavar="N", help="in optimizer steps (default 16)")
+    packing.add_argument("--json", action="store_true")
+    packing.set_defaults(run=run_packing)
+
     attention = benches.add_parser("attention", help="time of one attention layer under each strategy, over the ideal")
     attention.add_argument(
         "--lengths",
@@ -211,6 +222,21 @@ def run_published(arguments: argparse.Namespace) -> None:
 
     _check_at_least_one("--packs", arguments.packs)
     _show(measure(arguments.packs, progress=True), text, arguments.json)
+
+
+def run_packing(arguments: argparse.Namespace) -> None:
+    from ..bench.packing import measure, text
+
+    _check_at_least_one("--steps", arguments.steps)
+    names = ("cp_size", "dp_size", "gradient_accumulation_steps", "look_ahead")
+    found = measure(
+        arguments.lengths_from,
+        arguments.window,
+        arguments.steps,
+        **{name: getattr(arguments, name) for name in names},
+        progress=True,
+    )
+    _show(found, text, arguments.json)
 
 
 def run_attention(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,195 @@
+"""Ways to pack documents side by side: how full packs are, and how evenly data-parallel groups work on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.lengths import sample_lengths
+from ..data.packing import PackingOptions, imbalance, pack_lengths
+from ..planning import CostModel, plan_documents
+from ..planning.model_shape import LLAMA_3_8B
+
+
+ROUNDS = 3
+"""Times that packing is timed; the median counts."""
+
+PLANNED = 32
+"""Packs that are planned, to compare with the sum over their documents."""
+
+
+def measure(
+    corpora: Sequence[str],
+    window: int,
+    steps: int,
+    *,
+    cp_size: int,
+    dp_size: int,
+    gradient_accumulation_steps: int,
+    look_ahead: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
+
+    Args:
+        corpora: of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
+        window: tokens of a pack.
+        steps: optimizer steps that the documents fill.
+        cp_size, dp_size, gradient_accumulation_steps, look_ahead, seed: see [`pack_lengths`].
+        progress: a bar on stderr if that is a terminal.
+
+    Returns:
+        `dict`, JSON-serializable: the arguments, `cells`, each by method with `packs`, `fill_rate`,
+        `micro_step_imbalance`, `step_imbalance`, `documents_cut`, `mean_delay` (optimizer steps; `None` where packs
+        are shuffled), `seconds` (to pack, median) and `time_error`: of packs' times as sums over documents, against
+        those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
+    """
+    options = PackingOptions(
+        window,
+        overlong="truncate",
+        cp_size=cp_size,
+        dp_size=dp_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        look_ahead=look_ahead,
+    )
+    cells = []
+    for corpus in tqdm(corpora, leave=False, disable=None if progress else True):
+        lengths = _lengths(corpus, steps * options.step_packs * window, seed)
+        methods = {name: method(lengths, options, seed) for name, method in METHODS.items()}
+        cells.append({"corpus": corpus, "documents": len(lengths), "methods": methods})
+    return {
+        "corpora": list(corpora),
+        "window": window,
+        "steps": steps,
+        "cp_size": cp_size,
+        "dp_size": dp_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "look_ahead": look_ahead,
+        "seed": seed,
+        "cells": cells,
+    }
+
+
+def _lengths(corpus: str, tokens: int, seed: int) -> np.ndarray:
+    count = 1024
+    while (lengths := np.array(sample_lengths(corpus, count, seed=seed))).sum() < tokens:
+        count *= 2
+    return lengths[: np.searchsorted(lengths.cumsum(), tokens) + 1]
+
+
+def _concatenated(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
+    def pack() -> tuple[list[np.ndarray], np.ndarray]:
+        ends = np.random.default_rng(seed).permutation(lengths).cumsum()
+        cuts = np.union1d(ends, np.arange(options.window, ends[-1], options.window))
+        packs = np.split(np.diff(cuts, prepend=0), np.flatnonzero(cuts % options.window == 0) + 1)
+        return [pack for pack in packs if len(pack)], ends
+
+    (packs, ends), seconds = _timed(pack)
+    first = np.append(0, ends[:-1]) // options.window
+    cut = int((first != (ends - 1) // options.window).sum())
+    return {**_quality(packs, options), "documents_cut": cut, "mean_delay": 0.0, "seconds": seconds}
+
+
+def _trl(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
+    import datasets
+    import pyarrow as pa
+    from trl import pack_dataset
+
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(lengths)
+    tokens = pa.array(np.zeros(shuffled.sum(), dtype=np.int8))
+    rows = pa.ListArray.from_arrays(pa.array(np.append(0, shuffled.cumsum()), pa.int32()), tokens)
+    documents = datasets.Dataset(pa.table({"input_ids": rows}))
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        packed, seconds = _timed(
+            lambda: pack_dataset(
+                documents, options.window, "bfd", map_kwargs={"keep_in_memory": True, "load_from_cache_file": False}
+            )
+        )
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+    packs = packed.with_format("numpy")["seq_lengths"]
+    packs = [packs[index] for index in generator.permutation(len(packs)).tolist()]
+    cut = int((lengths > options.window).sum())
+    return {**_quality(packs, options), "documents_cut": cut, "mean_delay": None, "seconds": seconds}
+
+
+def _ours(strategy: str) -> Callable[..., dict[str, Any]]:
+    def method(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
+        given = {**dataclasses.asdict(options), "strategy": strategy, "seed": seed}
+        packing, seconds = _timed(lambda: pack_lengths(lengths, **given))
+        report = packing.report()
+        packs = [np.array([piece.stop - piece.start for piece in pack]) for pack in packing]
+        return {
+            **_quality(packs, options),
+            "documents_cut": report["documents_truncated"],
+            "mean_delay": report["mean_delay"],
+            "seconds": seconds,
+        }
+
+    return method
+
+
+METHODS = {
+    "concatenate": _concatenated,
+    "TRL bfd": _trl,
+    "best_fit": _ours("best_fit"),
+    "balanced": _ours("balanced"),
+}
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        found = function()
+        times.append(time.perf_counter() - start)
+    return found, median(times)
+
+
+def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, float]:
+    seconds, _ = options.times(np.concatenate(packs))
+    ends = np.cumsum([len(pack) for pack in packs])
+    by_pack = np.add.reduceat(seconds, ends - [len(pack) for pack in packs])
+    model = CostModel.from_config(LLAMA_3_8B, "h100")
+    some = range(0, max(len(packs) - 1, 1), -(-len(packs) // PLANNED))  # The last may have a few tokens only.
+    plans = [plan_documents(packs[index].tolist(), options.cp_size) for index in some]
+    ratios = [model.step_time(plan).seconds / by_pack[index] for plan, index in zip(plans, some)]
+    return {
+        "packs": len(packs),
+        "fill_rate": float(sum(pack.sum() for pack in packs) / (len(packs) * options.window)),
+        **imbalance(by_pack, options.dp_size, options.gradient_accumulation_steps),
+        "time_error": mean(abs(ratio / mean(ratios) - 1) for ratio in ratios),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table for a terminal: a row for each corpus and method."""
+    lines = [
+        f"{found['steps']} steps of {found['dp_size']} groups x {found['gradient_accumulation_steps']} packs of "
+        f"{found['window']:,} tokens, look-ahead {found['look_ahead']} steps; times predicted for Llama 3 8B on "
+        f"H100s, cp_size {found['cp_size']}",
+        "",
+        f"{'':39}{'imbalance (max / mean)':>24}{'documents':>11}{'mean delay':>12}{'time':>8}{'packing':>10}",
+        f"{'corpus':13}{'method':13}{'packs':>6}{'fill':>7}"
+        f"{'micro-step':>14}{'step':>10}{'cut':>11}{'in steps':>12}{'error':>8}{'s':>10}",
+    ]
+    for cell in found["cells"]:
+        for name, row in cell["methods"].items():
+            delay = "shuffled" if row["mean_delay"] is None else f"{row['mean_delay']:.2f}"
+            lines.append(
+                f"{cell['corpus']:13}{name:13}{row['packs']:6}{row['fill_rate']:7.1%}"
+                f"{row['micro_step_imbalance']:14.3f}{row['step_imbalance']:10.3f}{row['documents_cut']:11,}"
+                f"{delay:>12}{row['time_error']:8.1%}{row['seconds']:10.2f}"
+            )
+    return "\n".join(lines)
