@@ -334,7 +334,8 @@ class EpochPacker:
                         packer.add(unit, self._tokens[unit], self._seconds[unit], self._heavy[unit])
                     elif not packer.release_heaviest():
                         break
-                steps.append(packer.step(size))
+                # Or else the last steps have long documents, and no short ones to fill up with.
+                steps.append(packer.step(size, patience=packs / options.step_packs / 4))
                 packs -= size
                 tokens -= sum(document.tokens for pack in steps[-1] for document in pack)
                 bar.update(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,11 +61,12 @@ class StepPacker:
             return True
         return False
 
-    def step(self, packs: int) -> list[list[Waiting]]:
-        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
+    def step(self, packs: int, patience: float = math.inf) -> list[list[Waiting]]:
+        """The packs of the next step, none of them empty; fewer than asked for if documents run out. From then on
+        none may have waited more than `patience` steps for others."""
         while self._heavy:
             oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
-            if self._heavy[oldest].step + self.look_ahead > self.steps:
+            if self._heavy[oldest].step + min(self.look_ahead, patience) > self.steps:
                 break
             self._release(self._most_alike(oldest))
         documents, self._pool = self._left + sorted(self._pool, reverse=True), []

@@ -1,0 +1,215 @@
+"""Datasets of packed rows: what they hold, what they refuse, and what a trainer makes of them."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from hf_flashcp import FlashCPCollator, PackedDocuments, PackedDocumentStream
+from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
+from tests import packing_cases
+from tests.packing_cases import documents, iterable, numbered
+
+
+LENGTHS = [7, 30, 2, 12, 19, 1, 25, 3, 3, 16, 9, 40, 8, 22, 5, 11]
+
+
+def tokens_of(rows):
+    return sorted(token for row in rows for token in row["input_ids"])
+
+
+@pytest.mark.parametrize("as_dataset", [list, datasets.Dataset.from_list], ids=["list", "datasets"])
+def test_rows_hold_the_documents_with_their_columns(as_dataset):
+    rows = documents(LENGTHS, weights=True, completion_mask=True)
+    packed = PackedDocuments(as_dataset(rows), 48, per_token_keys=["weights"], cp_size=2)
+    by_first_token = {row["input_ids"][0]: row for row in rows}
+    seen = 0
+    for row in packed:
+        assert set(row) == {"input_ids", "labels", "weights", "seq_lengths"}
+        start = 0
+        for length in row["seq_lengths"]:
+            part = {key: row[key][start : start + length] for key in ("input_ids", "labels", "weights")}
+            document = by_first_token[part["input_ids"][0]]
+            assert part["input_ids"] == document["input_ids"] and part["weights"] == document["weights"]
+            mask = zip(document["input_ids"], document["completion_mask"])
+            assert part["labels"] == [token if kept else -100 for token, kept in mask]
+            start, seen = start + length, seen + 1
+        assert start == len(row["input_ids"]) <= 48
+        assert FlashCPCollator(2, per_token_keys=["weights"])([row])["flashcp_plan"].lengths == tuple(
+            row["seq_lengths"]
+        )
+    assert seen == len(LENGTHS)
+
+
+def test_epochs_differ_and_come_again():
+    packed = PackedDocuments(documents(LENGTHS), 48, dp_size=2)
+    first = list(packed)
+    packed.set_epoch(1)
+    second = list(packed)
+    assert first != second and tokens_of(first) == tokens_of(second) and len(first) == len(second) == len(packed)
+    again = PackedDocuments(documents(LENGTHS), 48, dp_size=2)
+    again.set_epoch(1)
+    assert list(again) == second
+    assert list(PackedDocuments(documents(LENGTHS), 48, dp_size=2, seed=1)) != first
+
+
+def test_workers_that_stay_follow_the_epoch():
+    packed = PackedDocuments(documents(LENGTHS), 48)
+    loader = DataLoader(packed, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        packed.set_epoch(epoch)
+        assert [row["input_ids"] for row in loader] == [row["input_ids"] for row in packed]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=60),
+    st.sampled_from(["truncate", "split", "drop"]),
+    st.sampled_from([{}, {"dp_size": 2, "gradient_accumulation_steps": 2}, {"dp_size": 3, "cp_size": 3}]),
+    st.sampled_from(["balanced", "best_fit"]),
+)
+def test_a_stream_loses_nothing(lengths, overlong, sizes, strategy):
+    options = {"overlong": overlong, "strategy": strategy, "look_ahead": 2, **sizes}
+    rows = documents(lengths)
+    stream = PackedDocumentStream(iterable(rows), 40, bad_rows="skip", **options)
+    packs = list(stream)
+    report = stream.report()
+    assert all(sizes.get("cp_size", 1) <= sum(pack["seq_lengths"]) == len(pack["input_ids"]) <= 40 for pack in packs)
+    expected = [row["input_ids"][: 40 if overlong == "truncate" else None] for row in rows]
+    expected = sorted(token for ids in expected if overlong != "drop" or len(ids) <= 40 for token in ids)
+    found = tokens_of(packs)
+    assert set(found) <= set(expected) and len(found) == len(set(found))
+    # Fewer tokens than cp_size can be left at the end.
+    assert len(expected) - len(found) < sizes.get("cp_size", 1)
+    assert report["rows_skipped"] == lengths.count(0) and report["documents_in"] == len(lengths) - lengths.count(0)
+    assert report["documents_in"] == report["documents_packed"] + report["documents_dropped"]
+    assert report["tokens_in"] == sum(report[f"tokens_{name}"] for name in ("packed", "truncated", "dropped"))
+    assert report["tokens_packed"] == len(found) and report["tokens_waiting"] == 0
+    assert report["packs"] == len(packs)
+
+
+def test_a_stream_goes_on_where_it_was():
+    def make():
+        return PackedDocumentStream(iterable(documents(LENGTHS * 4)), 48, dp_size=2)
+
+    stream = make()
+    rows = iter(stream)
+    before = [next(rows) for _ in range(5)]
+    state = stream.state_dict()
+    assert state == {"epoch": 0, "packs": 5}
+    resumed = make()
+    resumed.load_state_dict(state)
+    after = list(resumed)
+    assert before + after == list(make()) and after == list(rows)
+    assert list(resumed) == before + after  # the next pass is whole
+
+
+def test_a_stream_holds_a_few_steps():
+    """It is read as packs are asked for."""
+    read = []
+    source = numbered(documents([10] * 1000), read)
+    stream = iter(PackedDocumentStream(source, 40, dp_size=2, look_ahead=2))
+    next(stream)
+    assert len(read) < 20
+    assert [next(stream)["seq_lengths"] for _ in range(9)] == [[10] * 4] * 9
+    assert len(read) < 60
+
+
+BAD = {
+    "no tokens": {"input_ids": []},
+    "no column": {"text": "abc"},
+    "None": {"input_ids": None},
+    "too few labels": {"input_ids": [1, 2, 3], "labels": [1, 2]},
+    "packed already": {"input_ids": [1, 2, 3], "seq_lengths": [1, 2]},
+    "padded": {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 0]},
+    "no row": "corrupt",
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_bad_rows_are_errors_or_are_counted(bad, caplog):
+    rows = [*documents([10, 20]), bad, *documents([10])]
+    for make in (lambda **options: PackedDocuments(rows, 32, **options), _stream_of(rows)):
+        with pytest.raises(BatchError, match="2"):
+            list(make())
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            packed = make(bad_rows="skip")
+            assert len(tokens_of(packed)) == 40
+        assert packed.report()["rows_skipped"] == 1 and "Skipped: " in caplog.text
+
+
+def _stream_of(rows):
+    return lambda **options: PackedDocumentStream(iterable(rows), 32, **options)
+
+
+def test_bad_rows_of_a_datasets_dataset(caplog):
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": None},
+        {"input_ids": [], "labels": None},
+        {"input_ids": [1, 2], "labels": [1]},
+        {"input_ids": None, "labels": [1]},
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    with pytest.raises(BatchError, match="Feature 1 has no tokens"):
+        len(PackedDocuments(dataset, 8))
+    packed = PackedDocuments(dataset, 8, bad_rows="skip")
+    assert [row["input_ids"] for row in packed] == [[1, 2, 3]] and packed.report()["rows_skipped"] == 3
+    with pytest.raises(BatchError, match="The dataset has no column input_ids"):
+        len(PackedDocuments(datasets.Dataset.from_dict({"text": ["a"]}), 8))
+    with pytest.raises(BatchError, match="Feature 0 has no weights"):
+        len(PackedDocuments(dataset.select([0]), 8, per_token_keys=["weights"]))
+
+
+def test_an_overlong_row_is_named():
+    for packed in (PackedDocuments(documents([5, 50]), 40), PackedDocumentStream(iterable(documents([5, 50])), 40)):
+        with pytest.raises(PlanError, match="Document 1 has 50 tokens"):
+            list(packed)
+
+
+def test_options_that_do_not_fit():
+    with pytest.raises(BatchError, match="bad_rows is 'ignore'"):
+        PackedDocuments([], 8, bad_rows="ignore")
+    with pytest.raises(PlanError, match="too small for cp_size 8"):
+        PackedDocuments([], 8, cp_size=8)
+    with pytest.raises(ConfigurationError, match="The packs are made for dp_size 2, but the run has 4"):
+        PackedDocuments(documents([5]), 8, dp_size=2).for_run(dp_size=4)
+    stream = PackedDocumentStream(iterable(documents([5])), 8)
+    with pytest.raises(ConfigurationError, match="2 loader workers would each read the whole stream"):
+        list(DataLoader(stream, batch_size=None, num_workers=2))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_trainer_reads_steps_in_order(pool, stream):
+    """dp 2 x cp 2, two micro-steps: what each group trains on, the logs, and two epochs."""
+    results = pool.run(4, packing_cases.trained_rows, LENGTHS * 3, 48, stream)
+    sizes = {"cp_size": 2, "dp_size": 2, "gradient_accumulation_steps": 2}
+    expected = packing_cases.packed(LENGTHS * 3, 48, stream, **sizes)
+    rows = [row["input_ids"] for row in expected]
+    assert len(rows) % 4 == 0 or stream
+    for rank, result in enumerate(results):
+        group = rank // 2
+        wanted = rows[group::2]
+        assert result["rows"][: len(wanted)] == wanted[: len(result["rows"])]
+        assert result["log"]["flashcp_fill_rate"] == pytest.approx(expected.report()["fill_rate"]) or stream
+        assert result["log"]["flashcp_micro_step_imbalance"] >= 1
+        if not stream:
+            expected_next = packing_cases.packed(LENGTHS * 3, 48, stream, **sizes)
+            expected_next.set_epoch(1)
+            assert result["rows"][len(wanted) :] == [row["input_ids"] for row in expected_next][group::2]
+            assert result["steps"] == 2 * len(rows) // 4
+        assert result["refused"] == ["per_device_train_batch_size is 2", "The packs are made for dp_size 3"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_resuming_sees_the_same_packs(pool, tmp_path, stream):
+    for result in pool.run(1, packing_cases.resumed_rows, LENGTHS * 3, 48, stream, str(tmp_path)):
+        assert result["resumed"] == result["rows"][4:] and len(result["rows"]) == 12
+
+
+def test_the_epoch_is_shared_memory():
+    assert PackedDocuments(documents([5]), 8)._epoch.is_shared() and torch.tensor(0).is_shared() is False
