@@ -177,12 +177,13 @@ class PackedDocuments(_Packed, Dataset):
     def _read_arrow_lengths(self) -> np.ndarray:
         import pyarrow.compute as pc
 
-        columns = [name for name in (*TOKEN_COLUMNS, *self.per_token_keys) if name in self.dataset.column_names]
-        if "input_ids" not in columns:
+        names = self.dataset.column_names
+        if missing := [name for name in ("input_ids", *self.per_token_keys) if name not in names]:
             raise BatchError(
-                f"The dataset has no column input_ids: its columns are {', '.join(self.dataset.column_names)}. "
-                "Tokenize it first."
+                f"The dataset has no column {', '.join(missing)}: its columns are {', '.join(names)}. Tokenize it "
+                "first, and keep what per_token_keys asks for."
             )
+        columns = [name for name in (*TOKEN_COLUMNS, *self.per_token_keys) if name in names]
         found = [np.zeros(0, dtype=np.int64)]
         tables = self.dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
         batches = math.ceil(len(self.dataset) / 10_000)

@@ -293,8 +293,6 @@ class EpochPacker:
     """
 
     def __init__(self, lengths: np.ndarray, options: PackingOptions):
-        if not lengths.any():
-            raise PlanError("There are no documents to pack.")
         self.options, self.counts = options, Counts()
         fits = (lengths > 0) & (lengths <= options.longest)
         self.counts.add_whole(int(fits.sum()), int(lengths[fits].sum()))
@@ -307,6 +305,8 @@ class EpochPacker:
         pieces = np.concatenate(
             [np.stack([whole, 0 * whole, lengths[whole]], 1), np.array(cut, dtype=np.int64).reshape(-1, 3)]
         )
+        if not len(pieces):
+            raise PlanError("There are no documents to pack: all rows were left out, or there are none.")
         tokens = pieces[:, 2] - pieces[:, 1]
         unit = _units(tokens, options)
         by_unit = np.argsort(unit, kind="stable")
