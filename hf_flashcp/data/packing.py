@@ -378,15 +378,14 @@ def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
     """(n,) which pieces stay together: those that are long enough for a pack are alone."""
     short = tokens < options.cp_size
     unit = np.cumsum(~short) - 1
-    units, held, sizes = int((~short).sum()), 0, []
+    units, held = int((~short).sum()), 0
     for piece in np.flatnonzero(short).tolist():
-        unit[piece] = units + len(sizes)
+        unit[piece] = units
         held += int(tokens[piece])
         if held >= options.cp_size:
-            sizes.append(held)
-            held = 0
+            units, held = units + 1, 0
     if held:
-        rest = unit == units + len(sizes)
+        rest = unit == units
         others = np.bincount(unit[~rest], tokens[~rest]) if len(tokens) > rest.sum() else np.array([options.window])
         if others.min() + held > options.window:
             raise PlanError(
