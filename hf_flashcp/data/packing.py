@@ -32,6 +32,9 @@ OVERLONG = ("error", "truncate", "split", "drop")
 HEAVY_ATTENTION = 0.02
 """Documents wait for others if their attention takes more than this share of the linear work of a full pack."""
 
+MOST_WAITING = 0.1
+"""Of the tokens that are left in an epoch. Else the last steps would have no short documents to fill up with."""
+
 
 class Piece(NamedTuple):
     """Tokens [start, stop) of document `document` of the dataset: a document of its own in its pack."""
@@ -332,10 +335,11 @@ class EpochPacker:
                     unit = next(coming, None)
                     if unit is not None:
                         packer.add(unit, self._tokens[unit], self._seconds[unit], self._heavy[unit])
-                    elif not packer.release_heaviest():
+                    elif not packer.release():
                         break
-                # Or else the last steps have long documents, and no short ones to fill up with.
-                steps.append(packer.step(size, patience=packs / options.step_packs / 4))
+                while packer.waiting_tokens > MOST_WAITING * tokens:
+                    packer.release()
+                steps.append(packer.step(size))
                 packs -= size
                 tokens -= sum(document.tokens for pack in steps[-1] for document in pack)
                 bar.update(size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,28 +46,32 @@ class StepPacker:
         document = Waiting(seconds, item, tokens, self.steps)
         if heavy and self.balanced and self.look_ahead:
             bisect.insort(self._heavy, document)
-            first = self._most_alike(bisect.bisect_left(self._heavy, document))
+            first = self._most_alike([bisect.bisect_left(self._heavy, document)])
             run = self._heavy[first : first + self.dp_size]
             if len(run) == self.dp_size and run[-1].seconds <= (1 + ALIKE) * run[0].seconds:
                 self._release(first)
         else:
             self._to_pool([document])
 
-    def release_heaviest(self) -> bool:
-        """Lets the longest of those that wait for others into the next step. Whether there were any."""
+    @property
+    def waiting_tokens(self) -> int:
+        """Of documents that wait for others like them, so that the next step does not have them."""
+        return sum(document.tokens for document in self._heavy)
+
+    def release(self) -> bool:
+        """Lets those of them that differ least into the next step. Whether there were any."""
         if self._heavy:
-            self._release(max(len(self._heavy) - self.dp_size, 0))
+            self._release(self._most_alike(range(len(self._heavy))))
             return True
         return False
 
-    def step(self, packs: int, patience: float = math.inf) -> list[list[Waiting]]:
-        """The packs of the next step, none of them empty; fewer than asked for if documents run out. From then on
-        none may have waited more than `patience` steps for others."""
+    def step(self, packs: int) -> list[list[Waiting]]:
+        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
         while self._heavy:
             oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
-            if self._heavy[oldest].step + min(self.look_ahead, patience) > self.steps:
+            if self._heavy[oldest].step + self.look_ahead > self.steps:
                 break
-            self._release(self._most_alike(oldest))
+            self._release(self._most_alike([oldest]))
         documents, self._pool = self._left + sorted(self._pool, reverse=True), []
         found, self._left = (least_time if self.balanced else best_fit)(documents, self.window, packs)
         self.documents, self.tokens = len(self._left), sum(document.tokens for document in self._left)
@@ -81,10 +84,10 @@ class StepPacker:
         self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
         return rest
 
-    def _most_alike(self, at: int) -> int:
-        """Where the run of `dp_size` neighbours with `at` among them begins whose times differ least."""
+    def _most_alike(self, among: Sequence[int]) -> int:
+        """Where the run of `dp_size` neighbours begins whose times differ least, of those with one of `among`."""
         heavy, size = self._heavy, min(self.dp_size, len(self._heavy))
-        firsts = range(max(at - size + 1, 0), min(at, len(heavy) - size) + 1)
+        firsts = range(max(among[0] - size + 1, 0), min(among[-1], len(heavy) - size) + 1)
         return min(firsts, key=lambda first: heavy[first + size - 1].seconds / heavy[first].seconds)
 
     def _release(self, first: int) -> None:
