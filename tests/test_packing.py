@@ -151,7 +151,7 @@ def test_balanced_packs_are_balanced_and_full(corpus):
     assert balanced["micro_step_imbalance"] < 1.08 < best["micro_step_imbalance"]
     assert balanced["step_imbalance"] < 1.06
     assert balanced["fill_rate"] > 0.9 and best["fill_rate"] >= balanced["fill_rate"]
-    assert balanced["mean_delay"] < 1.5 and best["mean_delay"] < 0.5
+    assert balanced["mean_delay"] < 2 and best["mean_delay"] < 0.5
 
 
 def test_groups_take_turns_within_a_step():
