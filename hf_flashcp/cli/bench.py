@@ -65,7 +65,7 @@ def add_parser(commands) -> None:
     packing = benches.add_parser("packing", help="ways to pack documents: fill rate, and balance of groups")
     _add_corpora(packing)
     packing.add_argument("--window", type=int, default=131072, metavar="N")
-    packing.add_argument("--steps", type=int, default=48, metavar="N", help="optimizer steps to fill (default 48)")
+    packing.add_argument("--steps", type=int, default=32, metavar="N", help="optimizer steps to fill (default 32)")
     packing.add_argument("--cp-size", type=int, default=8, metavar="N")
     packing.add_argument("--dp-size", type=int, default=4, metavar="N", help="data-parallel groups (default 4)")
     packing.add_argument("--gradient-accumulation-steps", type=int, default=4, metavar="N", help="default 4")

@@ -24,7 +24,7 @@ from ..planning.model_shape import LLAMA_3_8B
 from .packing_steps import StepPacker, Waiting, arrange, best_fit, least_time, pack_seconds
 
 
-SPARE_PACKS = {"balanced": 0.02, "best_fit": 0.005}
+SPARE_PACKS = {"balanced": 0.03, "best_fit": 0.005}
 """The strategies, and packs of an epoch beyond those that best fit over all documents needs, as a share of them."""
 
 OVERLONG = ("error", "truncate", "split", "drop")
