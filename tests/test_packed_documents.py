@@ -12,6 +12,7 @@ from hf_flashcp import FlashCPCollator, PackedDocuments, PackedDocumentStream
 from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
 from tests import packing_cases
 from tests.packing_cases import documents, iterable, numbered
+from tests.test_resume import resumes
 
 
 LENGTHS = [7, 30, 2, 12, 19, 1, 25, 3, 3, 16, 9, 40, 8, 22, 5, 11]
@@ -206,6 +207,7 @@ def test_trainer_reads_steps_in_order(pool, stream):
         assert result["refused"] == ["per_device_train_batch_size is 2", "The packs are made for dp_size 3"]
 
 
+@resumes
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
 def test_resuming_sees_the_same_packs(pool, tmp_path, stream):
     for result in pool.run(1, packing_cases.resumed_rows, LENGTHS * 3, 48, stream, str(tmp_path)):

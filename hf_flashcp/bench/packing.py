@@ -169,7 +169,7 @@ def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, 
         "packs": len(packs),
         "fill_rate": float(sum(pack.sum() for pack in packs) / (len(packs) * options.window)),
         **imbalance(by_pack, options.dp_size, options.gradient_accumulation_steps),
-        "time_error": mean(abs(ratio / mean(ratios) - 1) for ratio in ratios),
+        "time_error": float(mean(abs(ratio / mean(ratios) - 1) for ratio in ratios)),
     }
 
 
