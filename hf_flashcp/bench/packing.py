@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..data.lengths import sample_lengths
 from ..data.packing import PackingOptions, imbalance, pack_lengths
+from ..errors import ConfigurationError
 from ..planning import CostModel, plan_documents
 from ..planning.model_shape import LLAMA_3_8B
 
@@ -98,9 +99,12 @@ def _concatenated(lengths: np.ndarray, options: PackingOptions, seed: int) -> di
 
 
 def _trl(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
-    import datasets
-    import pyarrow as pa
-    from trl import pack_dataset
+    try:
+        import datasets
+        import pyarrow as pa
+        from trl import pack_dataset
+    except ImportError:
+        raise ConfigurationError("The packing benchmark needs trl: pip install 'hf_flashcp[trl]'.") from None
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(lengths)
