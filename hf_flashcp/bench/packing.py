@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.lengths import sample_lengths
-from ..data.packing import PackingOptions, imbalance, pack_lengths
+from ..data.packing import imbalance, pack_lengths
+from ..data.packing_options import PackingOptions
 from ..errors import ConfigurationError
 from ..planning import CostModel, plan_documents
 from ..planning.model_shape import LLAMA_3_8B

@@ -17,7 +17,8 @@ from transformers.utils import is_datasets_available
 
 from ..errors import BatchError, ConfigurationError
 from .features import TOKEN_COLUMNS, read_documents
-from .packing import Counts, EpochPacker, Packing, PackingOptions, bar_options, imbalance
+from .packing import EpochPacker, Packing, bar_options, imbalance
+from .packing_options import Counts, PackingOptions
 from .packing_steps import Waiting, arrange, pack_seconds
 
 
@@ -101,7 +102,7 @@ class PackedDocuments(_Packed, Dataset):
     tokens). Rows come in the order of optimizer steps: read them one by one and in order, as [`FlashCPTrainer`] does.
 
     Args:
-        dataset: of documents; see [`FlashCPCollator`] for their columns.
+        dataset (`Dataset`): of documents; see [`FlashCPCollator`] for their columns.
         window (`int`): tokens of a packed row at most.
         bad_rows (`str`, *optional*, defaults to `"error"`): rows without tokens, and rows whose columns do not fit
             the tokens. With `"skip"` they are counted, logged and left out.
@@ -115,8 +116,17 @@ class PackedDocuments(_Packed, Dataset):
         PlanError: see [`pack_lengths`].
     """
 
-    def __init__(self, dataset: Any, window: int, *, seed: int = 0, **kwargs: Any):
-        super().__init__(dataset, window, **kwargs)
+    def __init__(
+        self,
+        dataset: Any,
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, window, bad_rows=bad_rows, per_token_keys=per_token_keys, **kwargs)
         self.seed = seed
         self._lengths: np.ndarray | None = None
         self._reset()
@@ -214,15 +224,26 @@ class PackedDocumentStream(_Packed, IterableDataset):
     does so without making rows of it, for loaders that know it (torchdata's `StatefulDataLoader`).
 
     Args:
-        dataset: iterable, of documents.
-        window, bad_rows, per_token_keys, kwargs: see [`PackedDocuments`].
+        dataset (`Iterable`): of documents.
+        window (`int`): see [`PackedDocuments`], like the next ones.
+        bad_rows (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
+        per_token_keys (`Sequence[str]`, *optional*): further columns with a number for each token.
+        kwargs: options of [`pack_lengths`].
 
     Raises:
         ConfigurationError: several loader workers.
     """
 
-    def __init__(self, dataset: Iterable[Mapping[str, Any]], window: int, **kwargs: Any):
-        super().__init__(dataset, window, **kwargs)
+    def __init__(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, window, bad_rows=bad_rows, per_token_keys=per_token_keys, **kwargs)
         self._reset()
 
     def _reset(self) -> None:
@@ -232,7 +253,7 @@ class PackedDocumentStream(_Packed, IterableDataset):
     def _start(self) -> None:
         self._counts, self._rows_skipped = Counts(), 0
         self._seconds: list[float] = []
-        self._delays: list[int] = []
+        self._delays = self._documents_out = self._max_delay = 0
         self._read = self._tokens_out = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,8 +279,8 @@ class PackedDocumentStream(_Packed, IterableDataset):
             **counts,
             "fill_rate": self._tokens_out / max(len(self._seconds) * options.window, 1),
             **imbalance(self._seconds, options.dp_size, options.gradient_accumulation_steps),
-            "mean_delay": sum(self._delays) / max(len(self._delays), 1),
-            "max_delay": max(self._delays, default=0),
+            "mean_delay": self._delays / max(self._documents_out, 1),
+            "max_delay": self._max_delay,
             "rows_skipped": self._rows_skipped,
             "tokens_waiting": counts["tokens_packed"] - self._tokens_out,
         }
@@ -306,7 +327,11 @@ class PackedDocumentStream(_Packed, IterableDataset):
             self._seconds.append(pack_seconds(pack))
             self._tokens_out += sum(document.tokens for document in pack)
             units = [held.pop(document.item) for document in pack]
-            self._delays += [abs(step - document.step) for document, unit in zip(pack, units) for _ in unit]
+            for document, unit in zip(pack, units):
+                delay = abs(step - document.step)
+                self._delays += delay * len(unit)
+                self._documents_out += len(unit)
+                self._max_delay = max(self._max_delay, delay)
             yield [document for unit in units for document in unit]
 
     def _units(self) -> Iterator[list[dict[str, list]]]:

@@ -1,0 +1,161 @@
+"""What packing is asked for, and what becomes of documents that do not fit: `PackingOptions` and `Counts`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import PlanError
+from ..planning import CostModel
+from ..planning.model_shape import LLAMA_3_8B
+from .packing_steps import StepPacker, Waiting, best_fit, least_time
+
+
+SPARE_PACKS = {"balanced": 0.03, "best_fit": 0.005}
+"""The strategies, and packs of an epoch beyond those that best fit over all documents needs, as a share of them."""
+
+OVERLONG = ("error", "truncate", "split", "drop")
+
+HEAVY_ATTENTION = 0.02
+"""Documents wait for others if their attention takes more than this share of the linear work of a full pack."""
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of document `document` of the dataset: a document of its own in its pack."""
+
+    document: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """Options of [`pack_lengths`], checked; with what follows from them."""
+
+    window: int
+    strategy: str = "balanced"
+    overlong: str = "error"
+    max_length: int | None = None
+    cp_size: int = 1
+    dp_size: int = 1
+    gradient_accumulation_steps: int = 1
+    look_ahead: int = 16
+    cost_model: CostModel | None = None
+
+    def __post_init__(self):
+        numbers = ("window", "cp_size", "dp_size", "gradient_accumulation_steps")
+        for name in (*numbers, "look_ahead", *(["max_length"] if self.max_length is not None else [])):
+            value, least = getattr(self, name), 0 if name == "look_ahead" else 1
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise PlanError(f"{name} must be a whole number from {least}, got {value!r}.")
+        if self.strategy not in SPARE_PACKS:
+            choices = ", ".join(map(repr, SPARE_PACKS))
+            raise PlanError(f"There is no packing strategy {self.strategy!r}: choose one of {choices}.")
+        if self.overlong not in OVERLONG:
+            choices = ", ".join(map(repr, OVERLONG))
+            raise PlanError(f"overlong is {self.overlong!r}: choose what happens to long documents, one of {choices}.")
+        if self.window < 2 * self.cp_size:
+            raise PlanError(
+                f"A window of {self.window} tokens is too small for cp_size {self.cp_size}: give it two for each rank."
+            )
+        if self.longest > self.window:
+            raise PlanError(f"Documents of max_length {self.longest} do not fit in a window of {self.window} tokens.")
+
+    @property
+    def longest(self) -> int:
+        return self.max_length or self.window
+
+    @property
+    def step_packs(self) -> int:
+        return self.dp_size * self.gradient_accumulation_steps
+
+    @property
+    def spare(self) -> float:
+        return SPARE_PACKS[self.strategy]
+
+    def packs_for(self, documents: Sequence[Waiting]) -> int:
+        """Packs that have room for them in whatever order they come; those of whole steps if there are documents for
+        them."""
+        least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
+        steps = math.ceil(least * (1 + self.spare) / self.step_packs)
+        return max(least, min(steps * self.step_packs, len(documents)))
+
+    def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
+        """All documents in as many packs, if they fit."""
+        documents = sorted(documents, reverse=True)
+        for fill in (least_time, best_fit) if self.strategy == "balanced" else (best_fit,):
+            found, left = fill(documents, self.window, packs)
+            if not left and len(found) == packs:
+                return found
+        return None
+
+    def step_packer(self) -> StepPacker:
+        return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
+
+    def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`(seconds, heavy)` of documents: predicted, on one device; whether they wait for others like them."""
+        model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
+        different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
+        linear, attention = model.document_times(different)
+        heavy = attention > HEAVY_ATTENTION * linear[-1]
+        return (linear + attention)[which[:-1]], heavy[which[:-1]]
+
+    def pieces(self, document: int, length: int) -> list[Piece]:
+        """Of one document; none if it is dropped.
+
+        Raises:
+            PlanError: it is too long, and `overlong` is "error".
+        """
+        longest = self.longest
+        if length <= longest:
+            return [Piece(document, 0, length)]
+        if self.overlong == "error":
+            raise PlanError(
+                f"Document {document} has {length} tokens, more than the {longest} that fit. Choose what happens to "
+                'such documents: overlong="truncate", "split" or "drop".'
+            )
+        if self.overlong == "split":
+            return [Piece(document, at, min(at + longest, length)) for at in range(0, length, longest)]
+        return [Piece(document, 0, longest)] if self.overlong == "truncate" else []
+
+
+class Counts:
+    """What became of documents and their tokens: those in are those packed, dropped and, of tokens, truncated."""
+
+    def __init__(self):
+        names = ("packed", "dropped", "truncated", "split")
+        self.documents = dict.fromkeys(("in", *names), 0)
+        self.tokens = dict.fromkeys(("in", *names[:3]), 0)
+
+    def add(self, length: int, pieces: Sequence[Piece]) -> None:
+        packed = sum(piece.stop - piece.start for piece in pieces)
+        self.add_whole(1, packed) if packed == length else self._add_cut(length, packed)
+        self.documents["split"] += len(pieces) > 1
+
+    def add_whole(self, documents: int, tokens: int) -> None:
+        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
+            counts["in"] += number
+            counts["packed"] += number
+
+    def _add_cut(self, length: int, packed: int) -> None:
+        self.documents["in"] += 1
+        self.tokens["in"] += length
+        self.tokens["packed"] += packed
+        self.tokens["truncated" if packed else "dropped"] += length - packed
+        self.documents["dropped"] += not packed
+        self.documents["packed"] += packed > 0
+        self.documents["truncated"] += packed > 0
+
+    def drop(self, documents: int, tokens: int) -> None:
+        """Of those packed."""
+        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
+            counts["packed"] -= number
+            counts["dropped"] += number
+
+    def to_dict(self) -> dict[str, int]:
+        both = (("documents", self.documents), ("tokens", self.tokens))
+        return {f"{what}_{name}": number for what, counts in both for name, number in counts.items()}
