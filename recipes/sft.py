@@ -1,9 +1,10 @@
-"""Fine-tune a causal language model on packed documents with context parallelism.
+"""Fine-tune a causal language model on packed documents or chats with context parallelism.
 
     accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/sft.py config.yaml [--argument value ...]
 
-The YAML file and the command line take the arguments below and every one of transformers' TrainingArguments; the
-command line wins. Without a dataset and a model it trains a small one on Python's own source files.
+The YAML file and the command line take the arguments below, TRL's ModelConfig and every one of transformers'
+TrainingArguments; the command line wins. Without a dataset and a model it trains a small one on Python's own source
+files. docs/recipes.md shows what the YAML files beside this one do.
 """
 
 import json
@@ -13,47 +14,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from datasets import load_dataset
+from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from stdlib_corpus import train_tokenizer, write_corpus
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from rope import set_window
+from text_rows import DataArguments, data_table, load_tokenizer, make_packed_rows, use_default_data
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import pack_dataset
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_flashcp import CostModel, FlashCPCollator, FlashCPPlugin, FlashCPTrainer
 from hf_flashcp.integrations.gradient_check import gradient_error, per_document_gradients
 
 
 @dataclass
-class ModelArguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A hub name or a local directory. Without it a model is built from model_type."},
+class ModelArguments(ModelConfig):
+    attn_implementation: str = field(default="flashcp", metadata={"help": "Which attention implementation to use."})
+    model_type: str = field(
+        default="qwen3", metadata={"help": "Without model_name_or_path: architecture to build from scratch."}
     )
-    model_type: str = field(default="qwen3", metadata={"help": "Architecture to build from scratch."})
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "Config attributes for a model built from scratch, a dict or JSON."}
     )
+    rope_parameters: dict | str | None = field(
+        default=None,
+        metadata={"help": "Merged into the rope_parameters of any model's config, a dict or JSON."},
+    )
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Positions of any model's config; defaults to what rope_parameters scale to."}
+    )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Defaults to the model's."})
-    dtype: str = field(default="float32", metadata={"help": "Parameter dtype, e.g. bfloat16."})
 
     def __post_init__(self):
-        if isinstance(self.config_overrides, str):
-            self.config_overrides = json.loads(self.config_overrides)
-
-
-@dataclass
-class DataArguments:
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the hub, or a local directory."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    data_files: list[str] | None = field(
-        default=None, metadata={"help": "Local files instead: .jsonl, .txt or .parquet, one document a row."}
-    )
-    text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
-    window: int = field(default=8192, metadata={"help": "Tokens of a packed row; longer documents are cut to it."})
-    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default corpus is kept."})
+        super().__post_init__()
+        for name in ("config_overrides", "rope_parameters"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+        name = self.model_name_or_path
+        if name is not None and name.startswith((".", "/")) and not Path(name).is_dir():
+            raise SystemExit(
+                f"There is no model in {name}. If it is the quickstart's, run recipes/quickstart.sh first; or give "
+                "--model_name_or_path a name on the hub or another directory."
+            )
 
 
 @dataclass
@@ -84,58 +86,32 @@ def parse_arguments(argv):
     return parser.parse_args_into_dataclasses(argv)
 
 
-def use_default_corpus(model_args, data_args, training_args):
-    """Fills in the standard library's files and a tokenizer trained on them where nothing else is given."""
-    corpus = Path(data_args.cache_dir) / "python_stdlib.jsonl"
-    tokenizer = Path(data_args.cache_dir) / "python_stdlib_tokenizer"
-    with training_args.main_process_first(desc="default corpus"):
-        if data_args.dataset_name is None and data_args.data_files is None:
-            data_args.data_files = [str(corpus)]
-            if not corpus.exists():
-                write_corpus(corpus)
-        if model_args.model_name_or_path is None and model_args.tokenizer_name is None:
-            model_args.tokenizer_name = str(tokenizer)
-            if not (tokenizer / "tokenizer.json").exists():
-                if not corpus.exists():
-                    write_corpus(corpus)
-                train_tokenizer(corpus, tokenizer)
-
-
-def load_documents(data_args):
-    if data_args.data_files is None:
-        return load_dataset(data_args.dataset_name, data_args.dataset_config_name, split=data_args.dataset_split)
-    builder = {"jsonl": "json", "txt": "text"}
-    suffix = Path(data_args.data_files[0]).suffix.lstrip(".")
-    return load_dataset(builder.get(suffix, suffix), data_files=data_args.data_files, split="train")
-
-
-def make_packed_rows(tokenizer, data_args, training_args):
-    """Documents as tokens, each ended by the tokenizer's end token, packed best-fit into windows."""
-    with training_args.main_process_first(desc="tokenize and pack"):
-        documents = load_documents(data_args)
-        if data_args.text_column not in documents.column_names:
-            raise SystemExit(f"No column {data_args.text_column!r}; the dataset has {documents.column_names}.")
-
-        def tokenize(batch):
-            rows = tokenizer(batch[data_args.text_column], add_special_tokens=False)["input_ids"]
-            return {"input_ids": [row + [tokenizer.eos_token_id] for row in rows]}
-
-        tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names, desc="Tokenizing")
-        return pack_dataset(tokens, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
-
-
-def make_model(model_args, tokenizer):
-    if model_args.model_name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, attn_implementation="flashcp", dtype=model_args.dtype
+def make_model(model_args, data_args, tokenizer):
+    name = model_args.model_name_or_path
+    if name is not None:
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+    else:
+        config = AutoConfig.for_model(
+            model_args.model_type,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            **(model_args.config_overrides or {}),
         )
-    config = AutoConfig.for_model(
-        model_args.model_type,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        **(model_args.config_overrides or {}),
-    )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=model_args.dtype)
+    set_window(config, model_args.rope_parameters, model_args.max_position_embeddings)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data_args.window > positions:
+        raise SystemExit(
+            f"The window of {data_args.window} tokens is longer than the model's max_position_embeddings {positions}. "
+            "Lower --window, or make the model's longer, as recipes/long_window.yaml does."
+        )
+    options = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    if name is None:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        options |= {"revision": model_args.model_revision, "quantization_config": get_quantization_config(model_args)}
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+    peft_config = get_peft_config(model_args)
+    return model if peft_config is None else get_peft_model(model, peft_config)
 
 
 class CheckedTrainer(FlashCPTrainer):
@@ -167,10 +143,11 @@ class CheckedTrainer(FlashCPTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def summarize(trainer, train_metrics):
+def summarize(trainer, train_metrics, data_counts):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
         **train_metrics,
+        **{f"data_{name}": count for name, count in data_counts.items()},
         "train_tokens_per_second": trainer.state.num_input_tokens_seen / train_metrics["train_runtime"],
         "flashcp_first_loss": losses[0],
         "flashcp_last_loss": losses[-1],
@@ -226,10 +203,14 @@ def main():
     set_seed(training_args.seed)
     plugin = training_args.parallelism_config = FlashCPPlugin(cp_size=cp_args.cp_size, strategy=cp_args.strategy)
 
-    use_default_corpus(model_args, data_args, training_args)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
-    rows = make_packed_rows(tokenizer, data_args, training_args)
-    model = make_model(model_args, tokenizer)
+    with training_args.main_process_first(desc="data"):
+        default_tokenizer = use_default_data(
+            data_args, not (model_args.tokenizer_name or model_args.model_name_or_path)
+        )
+        name = model_args.tokenizer_name or model_args.model_name_or_path or default_tokenizer
+        tokenizer = load_tokenizer(name, data_args)
+        rows, data_counts = make_packed_rows(tokenizer, data_args)
+    model = make_model(model_args, data_args, tokenizer)
     cost_model = CostModel.from_config(model.config, cp_args.hardware) if cp_args.hardware else None
     trainer = CheckedTrainer(
         model=model,
@@ -239,10 +220,12 @@ def main():
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )
+    if trainer.is_world_process_zero():
+        Console().print(data_table(data_counts))
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        metrics = summarize(trainer, result.metrics)
+        metrics = summarize(trainer, result.metrics, data_counts)
         trainer.save_metrics("train", metrics)
         console = Console()
         if trainer.flashcp.plan is not None:  # None: resumed from the last step

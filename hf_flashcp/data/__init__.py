@@ -1,7 +1,6 @@
-"""From documents to packed batches with a plan.
+"""From texts and chats to documents of tokens, and from documents to packed batches with a plan.
 
-The collator and the datasets of packed rows are imported on first use: they need torch and transformers; drawing and
-packing document lengths does not.
+Whatever needs torch and transformers is imported on first use: drawing and packing document lengths does not.
 """
 
 import importlib
@@ -13,12 +12,18 @@ from .packing import Packing, pack_lengths
 
 if TYPE_CHECKING:
     from .collator import FlashCPCollator
+    from .json_lines import load_json_lines
     from .packed_documents import PackedDocuments, PackedDocumentStream
+    from .tokenization import TokenizedDocuments, tokenize_chats, tokenize_texts
 
 _EXPORTS = {
     "FlashCPCollator": ".collator",
     "PackedDocumentStream": ".packed_documents",
     "PackedDocuments": ".packed_documents",
+    "TokenizedDocuments": ".tokenization",
+    "load_json_lines": ".json_lines",
+    "tokenize_chats": ".tokenization",
+    "tokenize_texts": ".tokenization",
 }
 __all__ = [
     "LENGTH_DISTRIBUTIONS",
@@ -26,9 +31,13 @@ __all__ = [
     "PackedDocumentStream",
     "PackedDocuments",
     "Packing",
+    "TokenizedDocuments",
+    "load_json_lines",
     "pack_lengths",
     "sample_lengths",
     "sample_pack",
+    "tokenize_chats",
+    "tokenize_texts",
 ]
 
 

@@ -1,0 +1,86 @@
+"""Reading JSON lines of which some may be corrupt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BatchError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_json_lines(
+    files: Sequence[str | os.PathLike], *, skip_corrupt: bool = False, cache_dir: str | os.PathLike = "."
+) -> tuple[Dataset, int]:
+    """Loads files with one JSON object a line by the datasets library, which names no line where it fails.
+
+    Args:
+        files (`Sequence[str | os.PathLike]`): the files.
+        skip_corrupt (`bool`, *optional*, defaults to `False`): read on behind lines that do not parse. Files with such
+            lines are copied to `cache_dir` without them.
+        cache_dir (`str | os.PathLike`, *optional*): where those copies are.
+
+    Returns:
+        `tuple[Dataset, int]`: the rows, and how many lines were skipped.
+
+    Raises:
+        BatchError: a line that does not parse, or is no object, without `skip_corrupt`.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset("json", data_files=[str(file) for file in files], split="train"), 0
+    except (DatasetGenerationError, UnicodeDecodeError):
+        corrupt = {Path(file): dict(_corrupt_lines(Path(file))) for file in files}
+        skipped = sum(map(len, corrupt.values()))
+        if not skipped:
+            raise
+    if not skip_corrupt:
+        file, lines = next((file, lines) for file, lines in corrupt.items() if lines)
+        number, reason = next(iter(lines.items()))
+        raise BatchError(
+            f"{file}, line {number}: {reason}. {skipped} of the lines cannot be read. Repair the data, or skip such "
+            "lines (skip_corrupt); how many is counted."
+        )
+    copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
+    return load_dataset("json", data_files=[str(file) for file in copies], split="train"), skipped
+
+
+def _corrupt_lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, parse_constant=_no_constant)
+            except ValueError as error:  # of JSON and of Unicode
+                yield number, str(error)
+            else:
+                if not isinstance(row, dict):
+                    yield number, f"a JSON {type(row).__name__}, not an object"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _copy(file: Path, corrupt: dict[int, str], directory: Path) -> Path:
+    """A copy without these lines, made once: another process may be reading it."""
+    state = file.stat()
+    name = hashlib.sha256(f"{file.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
+    copy = directory / f"{file.stem}-{name}.jsonl"
+    if not copy.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = copy.with_suffix(f".{os.getpid()}")
+        with file.open("rb") as lines, unfinished.open("wb") as kept:
+            kept.writelines(line for number, line in enumerate(lines, 1) if number not in corrupt)
+        os.replace(unfinished, copy)
+    return copy

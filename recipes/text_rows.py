@@ -1,0 +1,123 @@
+"""Rows for training, of texts or chats from the hub or from files: loaded, tokenized, packed, and counted."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from rich.table import Table
+from stdlib_chats import write_chats
+from stdlib_corpus import train_tokenizer, write_corpus
+from transformers import AutoTokenizer
+from trl import pack_dataset
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from hf_flashcp.data import load_json_lines, tokenize_chats, tokenize_texts
+from hf_flashcp.data.tokenization import KEPT, LEFT_OUT, OVERFLOWS
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the hub, or a local directory."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    data_files: list[str] | None = field(
+        default=None, metadata={"help": "Local files instead: .jsonl, .txt or .parquet, one document a row."}
+    )
+    skip_corrupt_lines: bool = field(
+        default=False,
+        metadata={"help": "Skip and count lines of .jsonl files that do not parse, instead of stopping."},
+    )
+    text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": "Train on conversations in this column, on the assistant's tokens alone."},
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A Jinja file to use instead of the tokenizer's chat template."}
+    )
+    window: int = field(default=8192, metadata={"help": "Tokens of a packed row."})
+    overflow: str = field(
+        default="cut",
+        metadata={"help": "What becomes of documents longer than the window.", "choices": OVERFLOWS},
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default data is kept."})
+
+
+def use_default_data(data_args, needs_tokenizer):
+    """Fills in the standard library's files, or conversations about them, where no data is given. Returns a directory
+    with a tokenizer trained on the files if one is needed."""
+    directory = Path(data_args.cache_dir)
+    corpus, chats, tokenizer = (directory / f"python_stdlib{end}" for end in (".jsonl", "_chats.jsonl", "_tokenizer"))
+    if data_args.dataset_name is None and data_args.data_files is None:
+        data, write = (chats, write_chats) if data_args.messages_column else (corpus, write_corpus)
+        data_args.data_files = [str(data)]
+        if not data.exists():
+            write(data)
+    if needs_tokenizer and not (tokenizer / "tokenizer.json").exists():
+        if not corpus.exists():
+            write_corpus(corpus)
+        train_tokenizer(corpus, tokenizer)
+    return str(tokenizer)
+
+
+def load_tokenizer(name, data_args):
+    """With chats: the template of `chat_template_path`, or the tokenizer's own with TRL's marks if it knows it."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if data_args.chat_template_path:
+        tokenizer.chat_template = Path(data_args.chat_template_path).read_text()
+    template = tokenizer.chat_template
+    if data_args.messages_column and template and not has_generation_markers(template):
+        try:
+            tokenizer.chat_template = get_training_chat_template(tokenizer)
+        except ValueError:  # tokenize_chats says what to do
+            pass
+    return tokenizer
+
+
+def load_documents(data_args):
+    """The rows, and how many lines could not be read."""
+    if data_args.data_files is None:
+        rows = load_dataset(data_args.dataset_name, data_args.dataset_config_name, split=data_args.dataset_split)
+        return rows, 0
+    suffix = Path(data_args.data_files[0]).suffix.lstrip(".")
+    if suffix == "jsonl":
+        return load_json_lines(
+            data_args.data_files, skip_corrupt=data_args.skip_corrupt_lines, cache_dir=data_args.cache_dir
+        )
+    return load_dataset("text" if suffix == "txt" else suffix, data_files=data_args.data_files, split="train"), 0
+
+
+def make_packed_rows(tokenizer, data_args):
+    """Documents packed best-fit into windows, and the counts of what became of the data's rows."""
+    rows, corrupt_lines = load_documents(data_args)
+    options = {
+        "max_length": data_args.window,
+        "overflow": data_args.overflow,
+        "num_proc": data_args.dataset_num_proc,
+    }
+    if data_args.messages_column:
+        tokenized = tokenize_chats(rows, tokenizer, messages_column=data_args.messages_column, **options)
+    else:
+        tokenized = tokenize_texts(rows, tokenizer, text_column=data_args.text_column, **options)
+    packed = pack_dataset(tokenized.documents, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
+    return packed, {"corrupt_lines": corrupt_lines, **tokenized.counts, "packed_rows": len(packed)}
+
+
+def data_table(counts):
+    table = Table(title="What became of the data", show_header=False)
+    names = {
+        "corrupt_lines": "lines that do not parse, left out",
+        "rows": "rows read",
+        **KEPT,
+        **LEFT_OUT,
+        "documents": "documents to train on",
+        "packed_rows": "packed into rows",
+        "tokens": "tokens",
+        "targets": "of them targets",
+        "tokens_left_out": "tokens cut or left out",
+    }
+    for name, text in names.items():
+        if counts[name] or name in ("rows", "documents", "packed_rows", "tokens", "targets"):
+            table.add_row(text, f"{counts[name]:,}")
+    return table

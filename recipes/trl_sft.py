@@ -1,0 +1,55 @@
+"""Chat fine-tuning with TRL's SFTTrainer and its own packing, under context parallelism.
+
+    accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/trl_sft.py --config recipes/trl_sft.yaml
+
+The YAML file and the command line take what TRL's own scripts take; the command line wins.
+"""
+
+from pathlib import Path
+
+from datasets import load_dataset
+from stdlib_chats import write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+from hf_flashcp import FlashCPPlugin, FlashCPTrainerMixin
+
+
+CHATS = Path("outputs/cache/python_stdlib_chats.jsonl")
+
+
+class FlashCPSFTTrainer(FlashCPTrainerMixin, SFTTrainer):
+    pass
+
+
+def main():
+    script_args, training_args, model_args = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig)
+    ).parse_args_and_config()
+    training_args.parallelism_config = FlashCPPlugin()  # cp_size from the config file of accelerate launch
+    if script_args.dataset_name is None:
+        with training_args.main_process_first(desc="conversations"):
+            if not CHATS.exists():
+                write_chats(CHATS)
+    if script_args.dataset_name is None or script_args.dataset_name.endswith(".jsonl"):
+        rows = load_dataset("json", data_files=script_args.dataset_name or str(CHATS), split="train")
+    else:
+        rows = load_dataset(
+            script_args.dataset_name, script_args.dataset_config, split=script_args.dataset_train_split
+        )
+    trainer = FlashCPSFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path, attn_implementation="flashcp", dtype=model_args.dtype
+        ),
+        args=training_args,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(model_args.model_name_or_path),
+        peft_config=get_peft_config(model_args),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics | trainer.plan_metrics.means())
+
+
+if __name__ == "__main__":
+    main()
