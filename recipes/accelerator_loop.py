@@ -1,7 +1,4 @@
-"""A training loop of its own with accelerate: accumulation weighted by targets, evaluation, checkpoints.
-
-accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/accelerator_loop.py --model_name_or_path NAME
-"""
+"""A training loop with accelerate: accumulation weighted by targets, evaluation, checkpoints (docs/recipes.md)."""
 
 import contextlib
 import itertools
@@ -10,8 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from text_rows import DataArguments, data_table, load_tokenizer, make_packed_rows, use_default_data
+from text_rows import DataArguments, load_tokenizer, make_packed_rows, print_data_table, use_default_data
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
@@ -52,50 +48,51 @@ def main():
     args, data_args = HfArgumentParser((LoopArguments, DataArguments)).parse_args_into_dataclasses()
     plugin = FlashCPPlugin()  # cp_size from the config file of accelerate launch
     accelerator = Accelerator(parallelism_config=plugin)
-    set_seed(0)
     with accelerator.main_process_first():
         use_default_data(data_args, needs_tokenizer=False)
         tokenizer = load_tokenizer(args.model_name_or_path, data_args)
         rows, counts = make_packed_rows(tokenizer, data_args)
-    accelerator.print(data_table(counts))
+    if accelerator.is_main_process:
+        print_data_table(counts)
     rows = rows.train_test_split(args.eval_rows, seed=0)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, attn_implementation="flashcp", dtype=args.dtype
-    )
-    options = {"collate_fn": FlashCPCollator(plugin.cp_size, strategy=plugin.strategy)}
-    # Without a seeded generator the processes of a group would read different batches.
-    loader = DataLoader(rows["train"], shuffle=True, generator=torch.Generator().manual_seed(0), **options)
-    eval_loader = DataLoader(rows["test"], **options)
+    options = {"attn_implementation": "flashcp", "dtype": args.dtype}
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+    collator = FlashCPCollator(plugin.cp_size, strategy=plugin.strategy)
+    same_order = torch.Generator().manual_seed(0)  # on every process: those of a group read the same batches
+    loader = DataLoader(rows["train"], shuffle=True, generator=same_order, collate_fn=collator)
+    eval_loader = DataLoader(rows["test"], collate_fn=collator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
     attach(model, accelerator)
 
-    checkpoint, step = Path(args.output_dir) / "checkpoint", 0
+    checkpoint, done = Path(args.output_dir) / "checkpoint", 0
     if args.resume_from_checkpoint:
         accelerator.load_state(checkpoint)
-        step = int((checkpoint / "step").read_text())
+        done = int((checkpoint / "step").read_text())
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    batches = itertools.islice(batches, done * args.gradient_accumulation_steps, None)
     model.train()
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    for _ in range(step * args.gradient_accumulation_steps):  # read before
-        next(batches)
-    while step < args.max_steps:
+    for step in range(done + 1, args.max_steps + 1):
         window = list(itertools.islice(batches, args.gradient_accumulation_steps))
-        targets, losses = targets_of(window, accelerator, plugin.cp_size), []
+        targets, step_loss = targets_of(window, accelerator, plugin.cp_size), 0
         for number, batch in enumerate(window, 1):
             with contextlib.nullcontext() if number == len(window) else accelerator.no_sync(model):
-                losses.append(model(**batch, num_items_in_batch=targets).loss)
-                accelerator.backward(losses[-1] * accelerator.num_processes)  # gradients are averaged over processes
+                loss = model(**batch, num_items_in_batch=targets).loss  # this process's part of the mean over targets
+                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+                step_loss += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        accelerator.print(f"step {step}: loss {accelerator.reduce(sum(losses).detach(), 'sum').item():.4f}")
+        accelerator.print(f"step {step}: loss {accelerator.reduce(step_loss, 'sum').item():.4f}")
         if step % args.eval_steps == 0 or step == args.max_steps:
             eval_loss = evaluate(model, eval_loader, accelerator, plugin.cp_size)
             accelerator.print(f"step {step}: eval_loss {eval_loss:.4f}")
             accelerator.save_state(checkpoint)
-            (checkpoint / "step").write_text(str(step))
-    accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=accelerator.get_state_dict(model))
-    tokenizer.save_pretrained(args.output_dir)
+            if accelerator.is_main_process:
+                (checkpoint / "step").write_text(str(step))
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=weights)
+        tokenizer.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

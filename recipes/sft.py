@@ -18,7 +18,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from rope import set_window
-from text_rows import DataArguments, data_table, load_tokenizer, make_packed_rows, use_default_data
+from text_rows import DataArguments, load_tokenizer, make_packed_rows, print_data_table, use_default_data
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -30,6 +30,7 @@ from hf_flashcp.integrations.gradient_check import gradient_error, per_document_
 @dataclass
 class ModelArguments(ModelConfig):
     attn_implementation: str = field(default="flashcp", metadata={"help": "Which attention implementation to use."})
+    dtype: str = field(default="float32", metadata={"help": "Parameter dtype, e.g. bfloat16."})
     model_type: str = field(
         default="qwen3", metadata={"help": "Without model_name_or_path: architecture to build from scratch."}
     )
@@ -221,7 +222,7 @@ def main():
         check_gradient=cp_args.check_gradient,
     )
     if trainer.is_world_process_zero():
-        Console().print(data_table(data_counts))
+        print_data_table(data_counts)
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     if trainer.is_world_process_zero():

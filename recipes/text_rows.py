@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
+from rich.console import Console
 from rich.table import Table
 from stdlib_chats import write_chats
 from stdlib_corpus import train_tokenizer, write_corpus
@@ -42,6 +43,10 @@ class DataArguments:
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default data is kept."})
+
+    def __post_init__(self):
+        if isinstance(self.data_files, str):  # from YAML
+            self.data_files = [self.data_files]
 
 
 def use_default_data(data_args, needs_tokenizer):
@@ -104,7 +109,7 @@ def make_packed_rows(tokenizer, data_args):
     return packed, {"corrupt_lines": corrupt_lines, **tokenized.counts, "packed_rows": len(packed)}
 
 
-def data_table(counts):
+def print_data_table(counts):
     table = Table(title="What became of the data", show_header=False)
     names = {
         "corrupt_lines": "lines that do not parse, left out",
@@ -120,4 +125,4 @@ def data_table(counts):
     for name, text in names.items():
         if counts[name] or name in ("rows", "documents", "packed_rows", "tokens", "targets"):
             table.add_row(text, f"{counts[name]:,}")
-    return table
+    Console().print(table)

@@ -37,6 +37,8 @@ def load_json_lines(
     from datasets.exceptions import DatasetGenerationError
 
     try:
+        for file in files:
+            _decode(Path(file))
         return load_dataset("json", data_files=[str(file) for file in files], split="train"), 0
     except (DatasetGenerationError, UnicodeDecodeError):
         corrupt = {Path(file): dict(_corrupt_lines(Path(file))) for file in files}
@@ -52,6 +54,13 @@ def load_json_lines(
         )
     copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
     return load_dataset("json", data_files=[str(file) for file in copies], split="train"), skipped
+
+
+def _decode(file: Path) -> None:
+    """pyarrow lets bytes pass that are no UTF-8; reading the row would fail."""
+    with file.open(encoding="utf-8") as text:
+        while text.read(1 << 20):
+            pass
 
 
 def _corrupt_lines(file: Path) -> Iterator[tuple[int, str]]:
