@@ -1,13 +1,22 @@
-"""The recipe as a user runs it: `accelerate launch` with the quickstart's configuration, shortened."""
+"""The recipes as a user runs them: `accelerate launch` with their configurations, shortened, on two processes."""
 
+import importlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .accelerate_state import fresh_accelerate
 
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +29,7 @@ KEYS = {
     "flashcp_pair_imbalance",
     "flashcp_gradient_error",
 }
+OUTCOMES = ("whole", "cut", "split", "missing", "empty", "too_long", "no_assistant", "assistant_cut_off")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -35,32 +45,73 @@ def test_accelerate_configs_are_read_and_fit(path):
 
 def launch(*arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", "recipes/accelerate/cpu_cp2.yaml", "recipes/sft.py", "recipes/quickstart.yaml"]
+    command += ["--config_file", "recipes/accelerate/cpu_cp2.yaml", *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def metrics_of(directory):
+    return json.loads((directory / "all_results.json").read_text())
+
+
+def require_sums(metrics):
+    assert metrics["data_rows"] == sum(metrics[f"data_{outcome}"] for outcome in OUTCOMES)
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart")
-    result = launch("--output_dir", directory / "model", "--cache_dir", directory / "cache", "--max_steps", 6)
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = launch(
+        *("recipes/sft.py", "recipes/quickstart.yaml", "--max_steps", 6),
+        *("--output_dir", directory / "model", "--cache_dir", directory / "cache"),
+    )
     return directory / "model", result
+
+
+@pytest.fixture(scope="module")
+def texts(quickstart):
+    """Some of the default corpus: a few long documents and short ones."""
+    corpus = quickstart[0].parent / "cache" / "python_stdlib.jsonl"
+    lines = [line for line in corpus.read_text().splitlines() if len(line) < 20_000][:40]
+    path = corpus.with_name("some.jsonl")
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """Modules of the recipes by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def chats(recipes, tmp_path):
+    """Conversations about the standard library's smaller files."""
+    stdlib, path = recipes("stdlib_chats"), tmp_path / "chats.jsonl"
+    with path.open("w") as lines:
+        for name, source in recipes("stdlib_corpus").source_files():
+            if len(source) < 4_000 and (answers := list(stdlib.docstrings(source).items())[:2]):
+                lines.write(json.dumps({"messages": stdlib.conversation(name, source, answers)}) + "\n")
+    return path
 
 
 def test_quickstart_trains_and_reports(quickstart):
     directory, result = quickstart
-    metrics = json.loads((directory / "all_results.json").read_text())
+    metrics = metrics_of(directory)
     assert KEYS <= metrics.keys()
     assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
     assert metrics["flashcp_gradient_error"] < 1e-5
     assert 0 < metrics["flashcp_kv_fraction"] < 1
     assert metrics["flashcp_token_imbalance"] < 1.01 and metrics["flashcp_pair_imbalance"] <= 1.05
+    assert metrics["data_whole"] > 0 and metrics["data_cut"] > 0 and metrics["data_tokens_left_out"] > 0
+    require_sums(metrics)
     assert "6/6" in result.stderr  # the progress bar
     for line in ("loss, first step", "KV moved against all-gather", "first gradient against a single process"):
         assert line in result.stdout
+    assert "rows read" in result.stdout and "kept, cut to the window" in result.stdout
 
 
 def test_the_result_is_a_plain_transformers_model(quickstart):
@@ -76,24 +127,198 @@ assert model(**inputs).logits.isfinite().all()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_any_model_and_local_documents(quickstart, tmp_path):
-    """A saved model by path, documents from a JSON-lines file, another strategy, accumulation."""
-    directory, _ = quickstart
-    lines = [json.dumps({"body": f"Document {i}. " + "word " * (40 * (i % 7) + 5)}) for i in range(40)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
+    """With rows that cannot be used among them, another strategy, and accumulation. In fp64: a model that hardly
+    attends yet has gradients of queries and keys that are small differences of large numbers."""
+    conversations = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    with chats.open("a") as lines:
+        lines.write('{"messages": null}\n{"messages": [{"role": "user", "content": "Nobody answers."}]}\n{"messa\n')
+    launch(
+        *("recipes/sft.py", "recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
+        *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "chat"),
+        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 4),
+        *("--dtype", "float64", "--warmup_steps", 0),
+    )
+    metrics = metrics_of(tmp_path / "chat")
+    require_sums(metrics)
+    assert metrics["data_corrupt_lines"] == metrics["data_missing"] == metrics["data_no_assistant"] == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    kept = [chat for chat in conversations if len(tokenizer.apply_chat_template(chat)["input_ids"]) <= 1024]
+    assert 0 < len(kept) == metrics["data_documents"] == metrics["data_rows"] - metrics["data_too_long"] - 2
+    answers = [message["content"] for chat in kept for message in chat if message["role"] == "assistant"]
+    assert metrics["data_targets"] == sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
+    assert metrics["flashcp_gradient_error"] < 1e-6
+    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
+
+
+def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
+    launch(
+        *("recipes/sft.py", "recipes/long_window.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 2048, "--output_dir", tmp_path / "long", "--max_steps", 3, "--dtype", "float64"),
+    )
+    metrics = metrics_of(tmp_path / "long")
+    require_sums(metrics)
+    assert metrics["data_split"] > 0 and metrics["data_tokens_left_out"] == 0
+    assert metrics["data_documents"] > metrics["data_rows"]
+    assert metrics["flashcp_gradient_error"] < 1e-6
+    assert math.isfinite(metrics["flashcp_last_loss"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    before = AutoModelForCausalLM.from_pretrained(quickstart[0])
+    assert model.config.rope_parameters == {
+        **before.config.rope_parameters,
+        **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192},
+    }
+    assert (before.config.max_position_embeddings, model.config.max_position_embeddings) == (8192, 16384)
+    frequencies, scaling = ROPE_INIT_FUNCTIONS["yarn"](model.config)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies) and scaling > 1
+    assert not torch.equal(frequencies, before.model.rotary_emb.inv_freq)
+
+
+def test_an_adapter_is_saved_for_plain_peft(quickstart, texts, tmp_path):
+    launch(
+        *("recipes/sft.py", "recipes/lora.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 1024, "--output_dir", tmp_path / "lora", "--max_steps", 3, "--lora_r", 4, "--dtype", "float64"),
+    )
+    metrics = metrics_of(tmp_path / "lora")
+    require_sums(metrics)
+    assert metrics["flashcp_gradient_error"] < 1e-6
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "lora" / "model.safetensors").exists()
+    assert "flashcp" not in (tmp_path / "lora" / "adapter_config.json").read_text()
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert model.peft_config["default"].r == 4
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        with model.disable_adapter():
+            assert not torch.equal(adapted, model(tokens).logits)
+    assert adapted.isfinite().all()
+
+
+def test_trl_trains_on_its_own_packing(quickstart, chats, tmp_path):
+    launch(
+        *("recipes/trl_sft.py", "--config", "recipes/trl_sft.yaml", "--model_name_or_path", quickstart[0]),
+        *("--dataset_name", chats, "--max_length", 1024, "--max_steps", 3, "--output_dir", tmp_path / "trl"),
+    )
+    metrics = metrics_of(tmp_path / "trl")
+    assert math.isfinite(metrics["train_loss"]) and 0 < metrics["flashcp_kv_fraction"] < 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "trl")
+
+
+def test_the_loop_trains(quickstart, texts, tmp_path):
     result = launch(
-        *("--model_name_or_path", directory, "--data_files", tmp_path / "data.jsonl", "--text_column", "body"),
-        *("--window", 512, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 2),
-        *("--output_dir", tmp_path / "out", "--config_overrides", "{}"),
+        *("recipes/accelerator_loop.py", "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 1024, "--output_dir", tmp_path, "--max_steps", 3, "--eval_steps", 3, "--learning_rate", 1e-3),
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert metrics["flashcp_gradient_error"] < 1e-5
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", result.stdout)]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_unknown_arguments_in_the_yaml_are_named(tmp_path):
+def test_the_loop_resumes(quickstart, texts, tmp_path, recipes, monkeypatch, capsys):
+    """In this process, with cp_size 1: two steps and two more are four."""
+    loop = recipes("accelerator_loop")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(directory, *arguments):
+        fresh_accelerate()
+        fixed = [
+            "--model_name_or_path",
+            quickstart[0],
+            "--data_files",
+            texts,
+            "--window",
+            512,
+            "--output_dir",
+            directory,
+        ]
+        monkeypatch.setattr(sys, "argv", ["accelerator_loop.py", *map(str, [*fixed, *arguments])])
+        loop.main()
+        fresh_accelerate()
+        return re.findall(r"(step \d: .*)", capsys.readouterr().out)
+
+    whole = run(tmp_path / "whole", "--max_steps", 4, "--eval_steps", 2)
+    halves = run(tmp_path / "halves", "--max_steps", 2)
+    halves += run(tmp_path / "halves", "--max_steps", 4, "--resume_from_checkpoint", "true")
+    assert whole == halves and len(whole) == 6
+
+
+@pytest.mark.parametrize(
+    "own, given, expected, positions",
+    [
+        (
+            {"rope_type": "default", "rope_theta": 5e5},
+            {"rope_type": "yarn", "factor": 4.0},
+            {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 1024},
+            4096,
+        ),
+        (
+            {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 512},
+            {"factor": 8.0},
+            {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 512},
+            4096,
+        ),
+        (
+            {"rope_type": "default", "rope_theta": 5e5},
+            {"rope_theta": 5e6},
+            {"rope_type": "default", "rope_theta": 5e6},
+            1024,
+        ),
+        (
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+            {"rope_type": "default"},
+            {"rope_type": "default", "rope_theta": 5e5},
+            1024,
+        ),
+    ],
+)
+def test_rope_parameters_are_merged(recipes, own, given, expected, positions):
+    config = AutoConfig.for_model("qwen3", rope_parameters=own, max_position_embeddings=1024)
+    recipes("rope").set_window(config, given, None)
+    assert config.rope_parameters == expected and config.max_position_embeddings == positions
+    recipes("rope").set_window(config, None, 2048)
+    assert config.rope_parameters == expected and config.max_position_embeddings == 2048
+
+
+def test_rope_parameters_by_layer_type(recipes):
+    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=1024)
+    local = dict(config.rope_parameters["sliding_attention"])
+    theta = config.rope_parameters["full_attention"]["rope_theta"]
+    with pytest.raises(SystemExit, match="by layer type: give .*full_attention"):
+        recipes("rope").set_window(config, {"rope_type": "yarn", "factor": 4.0}, None)
+    recipes("rope").set_window(config, {"full_attention": {"rope_type": "yarn", "factor": 4.0}}, None)
+    assert config.rope_parameters["sliding_attention"] == local
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": theta}
+    assert config.rope_parameters["full_attention"] == yarn and config.max_position_embeddings == 4096
+
+
+def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path):
+    from trl.chat_template_utils import qwen3_chat_template
+
+    text_rows, path = recipes("text_rows"), tmp_path / "template.jinja"
+    for template, marked in ((qwen3_chat_template, True), ("{{ messages[0].content }}", False)):
+        path.write_text(template)
+        data_args = text_rows.DataArguments(messages_column="messages", chat_template_path=str(path))
+        found = text_rows.load_tokenizer(quickstart[0], data_args).chat_template
+        assert ("{% generation %}" in found or "{%- generation %}" in found) == marked
+
+
+def test_unknown_arguments_in_the_yaml_are_named(recipes, tmp_path):
     (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-3\n")
-    result = subprocess.run(
-        [sys.executable, "recipes/sft.py", tmp_path / "config.yaml"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode != 0 and "unknown arguments learning_rat" in result.stderr
+    with pytest.raises(SystemExit, match="unknown arguments learning_rat"):
+        recipes("sft").parse_arguments([str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize("name", ["chat_sft", "long_window", "lora"])
+def test_the_quickstarts_model_is_asked_for(recipes, name, tmp_path):
+    arguments = [str(ROOT / "recipes" / f"{name}.yaml"), "--model_name_or_path", str(tmp_path / "nothing")]
+    with pytest.raises(SystemExit, match="run recipes/quickstart.sh first"):
+        recipes("sft").parse_arguments(arguments)
+
+
+def test_a_window_beyond_the_models_positions(recipes, quickstart):
+    sft = recipes("sft")
+    arguments = ["--model_name_or_path", str(quickstart[0]), "--window", "16384", "--output_dir", "unused"]
+    model_args, data_args, *_ = sft.parse_arguments(arguments)
+    with pytest.raises(SystemExit, match="16384 tokens is longer than the model's max_position_embeddings 8192"):
+        sft.make_model(model_args, data_args, None)
