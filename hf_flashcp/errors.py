@@ -13,7 +13,8 @@ class PlanError(FlashCPError):
 
 
 class BatchError(FlashCPError):
-    """A batch that cannot be packed or sharded (mismatched lengths, a mask that would be dropped, no plan)."""
+    """Data or a batch that cannot be tokenized, packed or sharded (corrupt lines, no chat template, mismatched lengths,
+    a mask that would be dropped, no plan)."""
 
 
 class ConfigurationError(FlashCPError):
