@@ -13,8 +13,8 @@ class PlanError(FlashCPError):
 
 
 class BatchError(FlashCPError):
-    """Data or a batch that cannot be tokenized, packed or sharded (corrupt lines, no chat template, mismatched lengths,
-    a mask that would be dropped, no plan)."""
+    """Data or a batch that cannot be tokenized, packed or sharded (corrupt lines, no chat template, mismatched
+    lengths, a mask that would be dropped, no plan)."""
 
 
 class ConfigurationError(FlashCPError):

@@ -212,6 +212,7 @@ def main():
         tokenizer = load_tokenizer(name, data_args)
         rows, data_counts = make_packed_rows(tokenizer, data_args)
     model = make_model(model_args, data_args, tokenizer)
+    tokenizer.model_max_length = max(tokenizer.model_max_length, data_args.window)
     cost_model = CostModel.from_config(model.config, cp_args.hardware) if cp_args.hardware else None
     trainer = CheckedTrainer(
         model=model,
