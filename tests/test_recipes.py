@@ -64,7 +64,7 @@ def require_sums(metrics):
 def quickstart(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart")
     result = launch(
-        *("recipes/sft.py", "recipes/quickstart.yaml", "--max_steps", 6),
+        *("recipes/sft.py", "recipes/quickstart.yaml", "--window", 4096, "--max_steps", 6),
         *("--output_dir", directory / "model", "--cache_dir", directory / "cache"),
     )
     return directory / "model", result
