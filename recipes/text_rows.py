@@ -13,7 +13,7 @@ from trl import pack_dataset
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_flashcp.data import load_json_lines, tokenize_chats, tokenize_texts
-from hf_flashcp.data.tokenization import KEPT, LEFT_OUT, OVERFLOWS
+from hf_flashcp.data.tokenization import KEPT, LEFT_OUT, OVERLONG
 
 
 @dataclass
@@ -37,9 +37,9 @@ class DataArguments:
         default=None, metadata={"help": "A Jinja file to use instead of the tokenizer's chat template."}
     )
     window: int = field(default=8192, metadata={"help": "Tokens of a packed row."})
-    overflow: str = field(
-        default="cut",
-        metadata={"help": "What becomes of documents longer than the window.", "choices": OVERFLOWS},
+    overlong: str = field(
+        default="truncate",
+        metadata={"help": "What becomes of documents longer than the window.", "choices": OVERLONG},
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default data is kept."})
@@ -98,7 +98,7 @@ def make_packed_rows(tokenizer, data_args):
     rows, corrupt_lines = load_documents(data_args)
     options = {
         "max_length": data_args.window,
-        "overflow": data_args.overflow,
+        "overlong": data_args.overlong,
         "num_proc": data_args.dataset_num_proc,
     }
     if data_args.messages_column:
@@ -120,7 +120,7 @@ def print_data_table(counts):
         "packed_rows": "packed into rows",
         "tokens": "tokens",
         "targets": "of them targets",
-        "tokens_left_out": "tokens cut or left out",
+        "tokens_left_out": "tokens truncated or left out",
     }
     for name, text in names.items():
         if counts[name] or name in ("rows", "documents", "packed_rows", "tokens", "targets"):

@@ -29,7 +29,7 @@ KEYS = {
     "flashcp_pair_imbalance",
     "flashcp_gradient_error",
 }
-OUTCOMES = ("whole", "cut", "split", "missing", "empty", "too_long", "no_assistant", "assistant_cut_off")
+OUTCOMES = ("whole", "truncated", "split", "missing", "empty", "too_long", "no_assistant", "assistant_cut_off")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -106,12 +106,12 @@ def test_quickstart_trains_and_reports(quickstart):
     assert metrics["flashcp_gradient_error"] < 1e-5
     assert 0 < metrics["flashcp_kv_fraction"] < 1
     assert metrics["flashcp_token_imbalance"] < 1.01 and metrics["flashcp_pair_imbalance"] <= 1.05
-    assert metrics["data_whole"] > 0 and metrics["data_cut"] > 0 and metrics["data_tokens_left_out"] > 0
+    assert metrics["data_whole"] > 0 and metrics["data_truncated"] > 0 and metrics["data_tokens_left_out"] > 0
     require_sums(metrics)
     assert "6/6" in result.stderr  # the progress bar
     for line in ("loss, first step", "KV moved against all-gather", "first gradient against a single process"):
         assert line in result.stdout
-    assert "rows read" in result.stdout and "kept, cut to the window" in result.stdout
+    assert "rows read" in result.stdout and "kept, truncated to the window" in result.stdout
 
 
 def test_the_result_is_a_plain_transformers_model(quickstart):

@@ -50,31 +50,31 @@ def require_sums(tokenized):
 @settings(max_examples=12)
 @given(
     st.lists(st.none() | st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40), max_size=8),
-    st.sampled_from(["cut", "split", "drop"]),
+    st.sampled_from(["truncate", "split", "drop"]),
     st.integers(1, 30),
 )
-def test_no_token_of_a_text_is_lost_uncounted(texts, overflow, max_length):
+def test_no_token_of_a_text_is_lost_uncounted(texts, overlong, max_length):
     tokenizer = byte_tokenizer()
     dataset = Dataset.from_dict({"text": ["first", *texts]})
     whole = [
         [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ["first", *texts] if text and text.strip()
     ]
-    if overflow == "drop" and min(map(len, whole)) > max_length:
+    if overlong == "drop" and min(map(len, whole)) > max_length:
         with pytest.raises(BatchError, match="longer than the window"):
-            tokenize_texts(dataset, tokenizer, max_length=max_length, overflow=overflow)
+            tokenize_texts(dataset, tokenizer, max_length=max_length, overlong=overlong)
         return
-    tokenized = tokenize_texts(dataset, tokenizer, max_length=max_length, overflow=overflow)
+    tokenized = tokenize_texts(dataset, tokenizer, max_length=max_length, overlong=overlong)
     require_sums(tokenized)
     documents, counts = tokenized.documents["input_ids"], tokenized.counts
     assert max(map(len, documents)) <= max_length
     assert counts["tokens"] + counts["tokens_left_out"] == sum(map(len, whole))
     assert counts["missing"] == texts.count(None)
     expected = {
-        "cut": [row[:max_length] for row in whole],
+        "truncate": [row[:max_length] for row in whole],
         "split": [row[start : start + max_length] for row in whole for start in range(0, len(row), max_length)],
         "drop": [row for row in whole if len(row) <= max_length],
     }
-    assert list(documents) == expected[overflow]
+    assert list(documents) == expected[overlong]
 
 
 def test_only_what_the_assistant_writes_is_a_target():
@@ -92,8 +92,8 @@ def test_only_what_the_assistant_writes_is_a_target():
     assert sum(map(sum, packed["seq_lengths"])) == tokenized.counts["tokens"]
 
 
-@pytest.mark.parametrize("overflow", ["cut", "drop"])
-def test_chats_that_are_left_out_are_counted(overflow):
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_chats_that_are_left_out_are_counted(overlong):
     rows = [
         chat("Hi.", "Hello!"),
         None,
@@ -103,10 +103,10 @@ def test_chats_that_are_left_out_are_counted(overflow):
         chat("Short.", "Long. " * 20),
     ]
     tokenizer = byte_tokenizer()
-    tokenized = tokenize_chats(Dataset.from_dict({"messages": rows}), tokenizer, max_length=60, overflow=overflow)
+    tokenized = tokenize_chats(Dataset.from_dict({"messages": rows}), tokenizer, max_length=60, overlong=overlong)
     require_sums(tokenized)
     found = {name: tokenized.counts[name] for name in (*KEPT, *LEFT_OUT) if tokenized.counts[name]}
-    long = {"cut": 1, "assistant_cut_off": 1} if overflow == "cut" else {"too_long": 2}
+    long = {"truncated": 1, "assistant_cut_off": 1} if overlong == "truncate" else {"too_long": 2}
     assert found == {"whole": 1, "missing": 1, "empty": 1, "no_assistant": 1, **long}
     every = tokenize_chats(Dataset.from_dict({"messages": [rows[0], *rows[4:]]}), tokenizer).counts["tokens"]
     unanswered = len(tokenizer.apply_chat_template(rows[3])["input_ids"])
@@ -141,10 +141,10 @@ def test_texts_that_cannot_be_used():
         tokenize_texts(texts, byte_tokenizer(eos_token=None))
     with pytest.raises(BatchError, match="no column 'body'; it has 'text'"):
         tokenize_texts(texts, byte_tokenizer(), text_column="body")
-    with pytest.raises(BatchError, match="overflow is 'wrap'; choose one of 'cut', 'split', 'drop'"):
-        tokenize_texts(texts, byte_tokenizer(), overflow="wrap")
-    with pytest.raises(BatchError, match="overflow is 'split'; choose one of 'cut', 'drop'"):
-        tokenize_chats(Dataset.from_dict({"messages": [chat("a", "b")]}), byte_tokenizer(), overflow="split")
+    with pytest.raises(BatchError, match="overlong is 'wrap'; choose one of 'truncate', 'split', 'drop'"):
+        tokenize_texts(texts, byte_tokenizer(), overlong="wrap")
+    with pytest.raises(BatchError, match="overlong is 'split'; choose one of 'truncate', 'drop'"):
+        tokenize_chats(Dataset.from_dict({"messages": [chat("a", "b")]}), byte_tokenizer(), overlong="split")
 
 
 def test_a_tokenizer_that_ends_documents_itself_ends_them_once():

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-OVERFLOWS = ("cut", "split", "drop")
+OVERLONG = ("truncate", "split", "drop")
 
 KEPT = {
     "whole": "kept whole",
-    "cut": "kept, cut to the window",
+    "truncated": "kept, truncated to the window",
     "split": "kept in pieces of the window",
 }
 LEFT_OUT = {
@@ -56,7 +56,7 @@ def tokenize_texts(
     *,
     text_column: str = "text",
     max_length: int | None = None,
-    overflow: str = "cut",
+    overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
     """One document a text: the tokens that the tokenizer makes of it, and its end token behind them.
@@ -66,21 +66,21 @@ def tokenize_texts(
         tokenizer (`PreTrainedTokenizerBase`): with an end token.
         text_column (`str`, *optional*, defaults to `"text"`): its name.
         max_length (`int`, *optional*): tokens that a document may have.
-        overflow (`str`, *optional*, defaults to `"cut"`): longer documents are cut to it, are split (`"split"`) into
-            pieces that become documents of their own, or are left out (`"drop"`).
+        overlong (`str`, *optional*, defaults to `"truncate"`): longer documents are truncated to it, are split into
+            pieces that become documents of their own (`"split"`), or are left out (`"drop"`).
         num_proc (`int`, *optional*): processes that tokenize, see `datasets.Dataset.map`.
 
     Raises:
         BatchError: no such column, a tokenizer without an end token, or nothing left.
     """
     _require_column(dataset, text_column)
-    _require_overflow(overflow, OVERFLOWS)
+    _require_overlong(overlong, OVERLONG)
     if tokenizer.eos_token_id is None:
         raise BatchError(
             "The tokenizer has no end token, so that nothing would teach the model where a document ends. Set "
             'tokenizer.eos_token = "...", a token of its vocabulary.'
         )
-    settings = {"column": text_column, "tokenizer": tokenizer, "max_length": max_length, "overflow": overflow}
+    settings = {"column": text_column, "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong}
     return _tokenized(dataset, _tokenize_texts, settings, num_proc)
 
 
@@ -90,7 +90,7 @@ def tokenize_chats(
     *,
     messages_column: str = "messages",
     max_length: int | None = None,
-    overflow: str = "cut",
+    overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
     """One document a conversation, as the tokenizer's chat template writes it; targets are what it marks by
@@ -101,14 +101,14 @@ def tokenize_chats(
         tokenizer (`PreTrainedTokenizerBase`): with such a chat template.
         messages_column (`str`, *optional*, defaults to `"messages"`): the column's name.
         max_length (`int`, *optional*), num_proc (`int`, *optional*): as for [`tokenize_texts`].
-        overflow (`str`, *optional*, defaults to `"cut"`): `"cut"` or `"drop"`.
+        overlong (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
 
     Raises:
         BatchError: no such column, no chat template or one without marks, a conversation that it refuses, or nothing
             left.
     """
     _require_column(dataset, messages_column)
-    _require_overflow(overflow, ("cut", "drop"))
+    _require_overlong(overlong, ("truncate", "drop"))
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template["default"]
@@ -123,7 +123,7 @@ def tokenize_chats(
             "{% generation %} and {% endgeneration %} around what the assistant writes, its end-of-turn token "
             "included; trl.chat_template_utils.get_training_chat_template knows such templates of many models."
         )
-    settings = {"column": messages_column, "tokenizer": tokenizer, "max_length": max_length, "overflow": overflow}
+    settings = {"column": messages_column, "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong}
     return _tokenized(dataset, _tokenize_chats, settings, num_proc)
 
 
@@ -132,9 +132,9 @@ def _require_column(dataset: Dataset, column: str) -> None:
         raise BatchError(f"The dataset has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}.")
 
 
-def _require_overflow(overflow: str, choices: Sequence[str]) -> None:
-    if overflow not in choices:
-        raise BatchError(f"overflow is {overflow!r}; choose one of {', '.join(map(repr, choices))}.")
+def _require_overlong(overlong: str, choices: Sequence[str]) -> None:
+    if overlong not in choices:
+        raise BatchError(f"overlong is {overlong!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _tokenized(dataset: Dataset, function: Any, settings: dict[str, Any], num_proc: int | None) -> TokenizedDocuments:
@@ -175,7 +175,7 @@ def _tokenize_texts(
     column: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
-    overflow: str,
+    overlong: str,
 ) -> dict[str, list]:
     texts = [text for text in batch[column] if isinstance(text, str) and text.strip()]
     tokens = iter(tokenizer(texts)["input_ids"] if texts else [])
@@ -191,10 +191,10 @@ def _tokenize_texts(
                 document = [*document, tokenizer.eos_token_id]
             if max_length is None or len(document) <= max_length:
                 rows.keep("whole", document)
-            elif overflow == "drop":
+            elif overlong == "drop":
                 rows.leave_out("too_long", len(document))
-            elif overflow == "cut":
-                rows.keep("cut", document[:max_length], left_out=len(document) - max_length)
+            elif overlong == "truncate":
+                rows.keep("truncated", document[:max_length], left_out=len(document) - max_length)
             else:
                 for start in range(0, len(document), max_length):
                     rows.keep(None if start else "split", document[start : start + max_length])
@@ -207,7 +207,7 @@ def _tokenize_chats(
     column: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
-    overflow: str,
+    overlong: str,
 ) -> dict[str, list]:
     rows = _Rows(with_labels=True)
     for index, messages in zip(indices, batch[column]):
@@ -226,12 +226,12 @@ def _tokenize_chats(
             rows.leave_out("no_assistant", len(document))
         elif max_length is None or len(document) <= max_length:
             rows.keep("whole", document, labels)
-        elif overflow == "drop":
+        elif overlong == "drop":
             rows.leave_out("too_long", len(document))
         elif not any(mask[1:max_length]):
             rows.leave_out("assistant_cut_off", len(document))
         else:
-            rows.keep("cut", document[:max_length], labels[:max_length], left_out=len(document) - max_length)
+            rows.keep("truncated", document[:max_length], labels[:max_length], left_out=len(document) - max_length)
     return rows.columns
 
 
