@@ -1,0 +1,140 @@
+"""Learn to look up values that stand far back in long documents, with context parallelism.
+
+    accelerate launch --config_file recipes/accelerate/cpu_cp2.yaml recipes/learning/retrieval.py \
+        --config recipes/learning/retrieval.yaml --output_dir DIR [--window 256] [--argument value ...]
+
+A document is filler with one entry "key = value" for each key in it, a token each. Behind it each key is asked for,
+and the value is the only target. Entries of one half of the keys always stand near the questions, those of the other
+half always far. With --window the same documents are cut into pieces of that many tokens before they are packed.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from trl import TrlParser, pack_dataset
+
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
+
+
+KEYS, VALUES, FILLERS = 16, 8, 32
+FAR_KEYS = KEYS // 2  # those from there on
+FIRST_QUESTION = KEYS * VALUES  # entries are the tokens before
+FIRST_VALUE = FIRST_QUESTION + KEYS
+FIRST_FILLER = FIRST_VALUE + VALUES
+VOCABULARY = FIRST_FILLER + FILLERS
+NEAR, FAR = 128, 256  # tokens from an entry to its question: less than NEAR, or at least FAR
+NEAREST = 32  # accuracy is shown for all questions nearer than that, then by octave
+IGNORE_INDEX = -100
+
+
+@dataclass
+class TaskArguments:
+    num_documents: int = field(default=3000, metadata={"help": "Training documents."})
+    num_eval_documents: int = field(default=64, metadata={"help": "Evaluation documents, all of max_tokens."})
+    min_tokens: int = field(default=512, metadata={"help": "Shortest document."})
+    max_tokens: int = field(default=2048, metadata={"help": "Longest document."})
+    row_tokens: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
+    window: int | None = field(default=None, metadata={"help": "Cut training documents into pieces of this length."})
+
+
+def make_document(generator, num_tokens):
+    """A document, its labels (-100 but at the answers), and for each question how many tokens its entry is back,
+    spread evenly on a logarithmic scale."""
+    body = num_tokens - 2 * KEYS
+    asked = np.arange(body, num_tokens, 2)
+    keys, values = generator.permutation(KEYS), generator.integers(VALUES, size=KEYS)
+    places = np.empty(KEYS, int)
+    for chosen, nearest, farthest in ((keys < FAR_KEYS, 1, NEAR - 2 * KEYS), (keys >= FAR_KEYS, FAR, body)):
+        back = np.arange(nearest, farthest + 1)  # from the first question
+        places[chosen] = body - generator.choice(back, chosen.sum(), replace=False, p=(1 / back) / (1 / back).sum())
+    tokens = FIRST_FILLER + generator.integers(FILLERS, size=num_tokens)
+    tokens[places], tokens[asked], tokens[asked + 1] = (
+        VALUES * keys + values,
+        FIRST_QUESTION + keys,
+        FIRST_VALUE + values,
+    )
+    labels = np.full(num_tokens, IGNORE_INDEX)
+    labels[asked + 1] = tokens[asked + 1]
+    return tokens, labels, asked - places
+
+
+def make_documents(seed, count, min_tokens, max_tokens):
+    """A dataset of documents whose lengths are spread evenly on a logarithmic scale, and their (count, KEYS)
+    distances."""
+    generator = np.random.default_rng(seed)
+    lengths = np.exp(generator.uniform(np.log(min_tokens), np.log(max_tokens), count)).round().astype(int)
+    tokens, labels, distances = zip(*(make_document(generator, length) for length in lengths))
+    return Dataset.from_dict({"input_ids": tokens, "labels": labels}), np.array(distances)
+
+
+def cut(documents, window):
+    """The documents in pieces of `window` tokens, counted from their ends: questions keep all the context there is."""
+
+    def pieces(batch):
+        return {
+            key: [row[max(stop - window, 0) : stop] for row in rows for stop in range(len(row), 0, -window)]
+            for key, rows in batch.items()
+        }
+
+    return documents.map(pieces, batched=True)
+
+
+def accuracy_by_distance(distances):
+    """`compute_metrics` for documents with these distances: the share of right answers, by octave of distance from
+    NEAREST on (0: all that are nearer)."""
+    distances = distances.ravel()
+    octaves = np.where(distances < NEAREST, 0, 2 ** np.floor(np.log2(distances)).astype(int))
+
+    def compute(prediction):
+        targets = prediction.label_ids[:, 1:]
+        right = (prediction.predictions[:, :-1] == targets)[targets != IGNORE_INDEX]
+        found = {f"accuracy_{octave}": float(right[octaves == octave].mean()) for octave in np.unique(octaves)}
+        return {"accuracy": float(right.mean()), **found}
+
+    return compute
+
+
+def make_model(max_tokens):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=max_tokens,
+        initializer_range=0.1,  # about hidden_size ** -0.5
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    config._attn_implementation = "flashcp"
+    return LlamaForCausalLM(config)
+
+
+def train(task: TaskArguments, args: TrainingArguments) -> FlashCPTrainer:
+    set_seed(args.seed)
+    plugin = args.parallelism_config = FlashCPPlugin()
+    documents, _ = make_documents(args.seed, task.num_documents, task.min_tokens, task.max_tokens)
+    if task.window is not None:
+        documents = cut(documents, task.window)
+    eval_documents, distances = make_documents(
+        args.seed + 1, task.num_eval_documents, task.max_tokens, task.max_tokens
+    )
+    trainer = FlashCPTrainer(
+        model=make_model(task.max_tokens),
+        args=args,
+        train_dataset=pack_dataset(documents, task.row_tokens, "bfd"),
+        eval_dataset=eval_documents,
+        data_collator=FlashCPCollator(plugin.cp_size),
+        compute_metrics=accuracy_by_distance(distances),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.train()
+    trainer.save_state()
+    return trainer
+
+
+if __name__ == "__main__":
+    train(*TrlParser((TaskArguments, TrainingArguments)).parse_args_and_config())

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains the runs of docs/learning.md, one after the other, then prints and draws what they show. Needs no GPU; where
+# recipes/quickstart.sh has made an environment, run it with PATH=$PWD/.venv/bin:$PATH.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 PYTHONPATH=.
+
+runs=outputs/learning
+two_processes=(python -m accelerate.commands.launch --config_file recipes/accelerate/cpu_cp2.yaml)
+text=(recipes/sft.py recipes/quickstart.yaml --window 2048 --per_device_train_batch_size 2 --check_gradient false
+    --save_strategy steps)
+retrieval=(recipes/learning/retrieval.py --config recipes/learning/retrieval.yaml)
+
+python "${text[@]}" --cp_size 1 --output_dir $runs/cp1
+"${two_processes[@]}" "${text[@]}" --output_dir $runs/cp2
+"${two_processes[@]}" "${retrieval[@]}" --output_dir $runs/whole
+"${two_processes[@]}" "${retrieval[@]}" --window 256 --output_dir $runs/windows
+python recipes/learning/figures.py $runs --figures docs/images --json $runs/learning.json
