@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments, set_seed
 from trl import TrlParser, pack_dataset
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 @dataclass
 class TaskArguments:
     num_documents: int = field(default=3000, metadata={"help": "Training documents."})
-    num_eval_documents: int = field(default=64, metadata={"help": "Evaluation documents, all of max_tokens."})
+    num_eval_documents: int = field(default=24, metadata={"help": "Evaluation documents, all of max_tokens."})
     min_tokens: int = field(default=512, metadata={"help": "Shortest document."})
     max_tokens: int = field(default=2048, metadata={"help": "Longest document."})
     row_tokens: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
@@ -50,13 +50,9 @@ def make_document(generator, num_tokens):
         back = np.arange(nearest, farthest + 1)  # from the first question
         places[chosen] = body - generator.choice(back, chosen.sum(), replace=False, p=(1 / back) / (1 / back).sum())
     tokens = FIRST_FILLER + generator.integers(FILLERS, size=num_tokens)
-    tokens[places], tokens[asked], tokens[asked + 1] = (
-        VALUES * keys + values,
-        FIRST_QUESTION + keys,
-        FIRST_VALUE + values,
-    )
     labels = np.full(num_tokens, IGNORE_INDEX)
-    labels[asked + 1] = tokens[asked + 1]
+    tokens[places], tokens[asked] = VALUES * keys + values, FIRST_QUESTION + keys
+    tokens[asked + 1] = labels[asked + 1] = FIRST_VALUE + values
     return tokens, labels, asked - places
 
 
@@ -99,18 +95,21 @@ def accuracy_by_distance(distances):
 def make_model(max_tokens):
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=max_tokens,
-        initializer_range=0.1,  # about hidden_size ** -0.5
+        initializer_range=0.09,  # about hidden_size ** -0.5
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    config._attn_implementation = "flashcp"
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp")
+
+
+def parse_arguments(argv=None):
+    return TrlParser((TaskArguments, TrainingArguments)).parse_args_and_config(argv)
 
 
 def train(task: TaskArguments, args: TrainingArguments) -> FlashCPTrainer:
@@ -137,4 +136,4 @@ def train(task: TaskArguments, args: TrainingArguments) -> FlashCPTrainer:
 
 
 if __name__ == "__main__":
-    train(*TrlParser((TaskArguments, TrainingArguments)).parse_args_and_config())
+    train(*parse_arguments())

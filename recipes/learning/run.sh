@@ -12,7 +12,7 @@ text=(recipes/sft.py recipes/quickstart.yaml --window 2048 --per_device_train_ba
 retrieval=(recipes/learning/retrieval.py --config recipes/learning/retrieval.yaml)
 
 python "${text[@]}" --cp_size 1 --output_dir $runs/cp1
-"${two_processes[@]}" "${text[@]}" --output_dir $runs/cp2
+"${two_processes[@]}" "${text[@]}" --strategy per_doc --output_dir $runs/cp2
 "${two_processes[@]}" "${retrieval[@]}" --output_dir $runs/whole
 "${two_processes[@]}" "${retrieval[@]}" --window 256 --output_dir $runs/windows
 python recipes/learning/figures.py $runs --figures docs/images --json $runs/learning.json
