@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_flashcp.cli.plots import COLOURS, INK, new_figure, save_figure
 
 
-VALUES = 16  # of retrieval.py: guessing is right once in so many
+GUESSING = 1 / 8  # of retrieval.py's VALUES
 LIGHT, DARK, OTHER = COLOURS[0], INK, COLOURS[1]
 
 
@@ -47,6 +47,11 @@ def accuracies(run):
     }
 
 
+def ranges(octaves):
+    """Shortest and longest distance of each; the first takes in all that are nearer than the second."""
+    return [(octave, 2 * octave - 1 if octave else octaves[1] - 1) for octave in octaves]
+
+
 def mean_over(run, octaves):
     return [sum(values) / len(octaves) for values in zip(*(run["accuracy"][octave] for octave in octaves))]
 
@@ -59,10 +64,11 @@ def print_tables(curves, whole, cut, window):
         print(f"{curves['steps'][i]:>4}{curves['cp1'][i]:>10.6f}{curves['cp2'][i]:>10.6f}{difference:>21.1e}")
     largest = max(curves["relative_difference"])
     step = curves["steps"][curves["relative_difference"].index(largest)]
-    print(f"largest relative difference: {largest:.1e}, at step {step} of {curves['steps'][-1]}\n")
+    print(f"largest relative difference: {largest:.1e}, at step {step} of {curves['steps'][-1]}")
+    print(f"none at all: {curves['relative_difference'].count(0)} of {last + 1} steps\n")
     print(f"distance, tokens   whole documents   windows of {window}")
-    for octave, values in whole["accuracy"].items():
-        print(f"{octave:>7,} to {2 * octave - 1:<5,}{values[-1]:>18.1%}{cut['accuracy'][octave][-1]:>17.1%}")
+    for low, high in ranges(list(whole["accuracy"])):
+        print(f"{low:>7,} to {high:<5,}{whole['accuracy'][low][-1]:>18.1%}{cut['accuracy'][low][-1]:>17.1%}")
 
 
 def draw_curves(curves, path):
@@ -72,12 +78,11 @@ def draw_curves(curves, path):
     losses.plot(curves["steps"], curves["cp2"], color=DARK, linewidth=1.2, label="2 processes (cp 2)")
     losses.set_ylabel("loss, nats a token")
     losses.legend(frameon=False)
-    differences.semilogy(curves["steps"], curves["relative_difference"], ".-", color=DARK, linewidth=0.8, markersize=4)
-    differences.axhline(2**-24, color=OTHER, linestyle="--", linewidth=1.2)
-    differences.annotate(
-        "one rounding in fp32", (1, 2**-24), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", color=INK
-    )
-    differences.set_ylabel("|difference| / loss")
+    differences.semilogy(curves["steps"], curves["relative_difference"], "o", color=DARK, markersize=3.5)
+    differences.axhline(2**-23, color=OTHER, linestyle="--", linewidth=1.2, label="spacing of fp32 numbers, at most")
+    differences.set_ylim(1e-8, max(1e-5, 2 * max(curves["relative_difference"])))
+    differences.legend(frameon=False)
+    differences.set_ylabel("|difference| / loss\n(0 not drawn)")
     differences.set_xlabel("optimizer step")
     finish(figure, path)
 
@@ -86,7 +91,7 @@ def draw_retrieval(whole, cut, window, path):
     figure = new_figure(11, 4.4)
     by_distance, by_step = figure.subplots(1, 2, sharey=True)
     octaves = list(whole["accuracy"])
-    labels = [f"{octave:,}–\n{2 * octave - 1:,}" for octave in octaves]
+    labels = [f"{low:,}–{high:,}" for low, high in ranges(octaves)]
     near = [octave for octave in octaves if octave < window]
     far = [octave for octave in octaves if octave >= window]
     for run, name, colour in ((whole, "whole documents", DARK), (cut, f"windows of {window} tokens", OTHER)):
@@ -97,10 +102,10 @@ def draw_retrieval(whole, cut, window, path):
             by_step.plot(run["steps"], values, style, color=colour, label=f"{name}, {where} {window} tokens")
     by_distance.axvline(len(near) - 0.5, color="#bbbbbb", linewidth=1)
     for axes in (by_distance, by_step):
-        axes.axhline(100 / VALUES, color=COLOURS[8], linestyle="--", linewidth=1, label="guessing")
+        axes.axhline(100 * GUESSING, color=COLOURS[8], linestyle="--", linewidth=1, label="guessing")
         axes.legend(frameon=False, fontsize=8)
         axes.set_ylim(0, 105)
-    by_distance.set_xticks(range(len(octaves)), labels, fontsize=7)
+    by_distance.set_xticks(range(len(octaves)), labels, fontsize=8)
     by_distance.set_xlabel("distance from the entry to its question, tokens")
     by_distance.set_ylabel("right answers in whole documents, %")
     by_step.set_xlabel("optimizer step")

@@ -31,9 +31,9 @@ IGNORE_INDEX = -100
 
 @dataclass
 class TaskArguments:
-    num_documents: int = field(default=3000, metadata={"help": "Training documents."})
+    num_documents: int = field(default=4000, metadata={"help": "Training documents."})
     num_eval_documents: int = field(default=24, metadata={"help": "Evaluation documents, all of max_tokens."})
-    min_tokens: int = field(default=512, metadata={"help": "Shortest document."})
+    min_tokens: int = field(default=384, metadata={"help": "Shortest document."})
     max_tokens: int = field(default=2048, metadata={"help": "Longest document."})
     row_tokens: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
     window: int | None = field(default=None, metadata={"help": "Cut training documents into pieces of this length."})
@@ -95,15 +95,15 @@ def accuracy_by_distance(distances):
 def make_model(max_tokens):
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=32,
         max_position_embeddings=max_tokens,
-        initializer_range=0.09,  # about hidden_size ** -0.5
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.1,  # about hidden_size ** -0.5
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp")
 
