@@ -27,6 +27,7 @@ def log_history(run):
 
 def loss_curves(runs):
     """Losses by step of one process and of two, and how far they are apart."""
+    moved = [entry["flashcp_kv_fraction"] for entry in log_history(runs / "cp2") if "loss" in entry]
     one, two = (
         {entry["step"]: entry["loss"] for entry in log_history(runs / name) if "loss" in entry}
         for name in ("cp1", "cp2")
@@ -34,7 +35,13 @@ def loss_curves(runs):
     if one.keys() != two.keys():
         raise SystemExit(f"{runs}: cp1 and cp2 have not logged the same steps.")
     relative = [abs(one[step] - two[step]) / one[step] for step in one]
-    return {"steps": list(one), "cp1": list(one.values()), "cp2": list(two.values()), "relative_difference": relative}
+    return {
+        "steps": list(one),
+        "cp1": list(one.values()),
+        "cp2": list(two.values()),
+        "relative_difference": relative,
+        "cp2_kv_fraction": sum(moved) / len(moved),
+    }
 
 
 def accuracies(run):
@@ -65,7 +72,8 @@ def print_tables(curves, whole, cut, window):
     largest = max(curves["relative_difference"])
     step = curves["steps"][curves["relative_difference"].index(largest)]
     print(f"largest relative difference: {largest:.1e}, at step {step} of {curves['steps'][-1]}")
-    print(f"none at all: {curves['relative_difference'].count(0)} of {last + 1} steps\n")
+    print(f"none at all: {curves['relative_difference'].count(0)} of {last + 1} steps")
+    print(f"KV that two processes moved: {curves['cp2_kv_fraction']:.0%} of an all-gather\n")
     print(f"distance, tokens   whole documents   windows of {window}")
     for low, high in ranges(list(whole["accuracy"])):
         print(f"{low:>7,} to {high:<5,}{whole['accuracy'][low][-1]:>18.1%}{cut['accuracy'][low][-1]:>17.1%}")
