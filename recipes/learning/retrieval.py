@@ -103,7 +103,7 @@ def make_model(max_tokens):
         head_dim=32,
         max_position_embeddings=max_tokens,
         initializer_range=0.1,  # about hidden_size ** -0.5
-        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp")
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains the runs of docs/learning.md, one after the other, then prints and draws what they show. Needs no GPU; where
-# recipes/quickstart.sh has made an environment, run it with PATH=$PWD/.venv/bin:$PATH.
+# Trains the runs of docs/learning.md on CPU, one after the other, then prints and draws what they show.
+# Needs pip install -e '.[recipes,plot]'.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 PYTHONPATH=.
+export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 
 runs=outputs/learning
-two_processes=(python -m accelerate.commands.launch --config_file recipes/accelerate/cpu_cp2.yaml)
+two_processes=(accelerate launch --config_file recipes/accelerate/cpu_cp2.yaml)
 text=(recipes/sft.py recipes/quickstart.yaml --window 2048 --per_device_train_batch_size 2 --check_gradient false
     --save_strategy steps)
 retrieval=(recipes/learning/retrieval.py --config recipes/learning/retrieval.yaml)
