@@ -187,7 +187,7 @@ def test_shards_are_the_row_rearranged(plan):
         assert torch.equal(part["shift_labels"], targets[:, index])
         assert torch.equal(part["inputs_embeds"], batch["inputs_embeds"][:, index])
         assert part["temperature"] == 0.5 and torch.equal(part["image_sizes"], batch["image_sizes"])
-        assert part["num_items_in_batch"] * plan.cp_size == (targets != -100).sum()
+        assert float(part["num_items_in_batch"]) * plan.cp_size == pytest.approx(max(int((targets != -100).sum()), 1))
     assert sorted(torch.cat([part["input_ids"][0] for part in parts]).tolist()) == row[0].tolist()
 
 

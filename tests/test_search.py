@@ -65,19 +65,19 @@ def assert_sound(lengths, cp_size, max_imbalance=1.05, max_token_imbalance=1.0, 
 caps = st.tuples(st.sampled_from([1.0, 1.02, 1.05, 1.3, 3.0, math.inf]), st.sampled_from([1.0, 1.1, 2.0, math.inf]))
 
 
-@settings(max_examples=800)
+@settings(max_examples=400)
 @given(packs(), caps, st.booleans())
 def test_small_packs(case, caps, minimize_total):
     assert_sound(*case, *caps, minimize_total)
 
 
-@settings(max_examples=800)
+@settings(max_examples=200)
 @given(packs(cp_size=7, max_documents=30, max_length=200), caps, st.booleans())
 def test_more_ranks_and_documents(case, caps, minimize_total):
     assert_sound(*case, *caps, minimize_total)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(
     st.lists(st.floats(0, 11).map(lambda power: int(math.exp(power))), min_size=1, max_size=80),
     st.integers(1, 24),

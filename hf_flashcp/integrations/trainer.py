@@ -183,8 +183,9 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(inputs))
-        # The batch's targets, and no factor for the number of processes: the ranks' losses add up to the batch's mean.
-        targets = inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * cp_size
+        # The batch's targets (1 if it has none), and no factor for the number of processes: the ranks' losses add up
+        # to the batch's mean.
+        inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * cp_size
         outputs = None
         with torch.no_grad(), self.compute_loss_context_manager(), _loss_not_scaled(self.args):
             if self._losses_by_document:
@@ -192,13 +193,17 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
                 loss = outputs["loss"]
             else:
                 loss = self.compute_loss(
-                    model, inputs, return_outputs=not prediction_loss_only, num_items_in_batch=targets
+                    model,
+                    inputs,
+                    return_outputs=not prediction_loss_only,
+                    num_items_in_batch=inputs["num_items_in_batch"],
                 )
         if isinstance(loss, tuple):
             loss, outputs = loss
-        loss = loss.detach()
+        loss, targets = loss.detach(), inputs["shift_labels"].ne(IGNORE_INDEX).sum()
         if group is not None:
             dist.all_reduce(loss, group=group)
+            dist.all_reduce(targets, group=group)
         self._evaluated.add(loss, targets)
         if outputs is None:
             return loss, None, None
