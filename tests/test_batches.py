@@ -176,7 +176,7 @@ def test_shards_are_the_row_rearranged(plan):
         "inputs_embeds": row[..., None].expand(-1, -1, 3).float(),
         "flashcp_plan": plan,
         "temperature": 0.5,
-        "image_sizes": torch.zeros(1, 2),
+        "image_sizes": torch.zeros(3, 2),
     }
     parts = shards(batch, plan.cp_size)
     targets = torch.cat([batch["labels"][:, 1:], torch.tensor([[-100]])], dim=1)
