@@ -77,6 +77,7 @@ class ContextParallelArguments:
 
 def parse_arguments(argv):
     parser = HfArgumentParser((ModelArguments, DataArguments, ContextParallelArguments, TrainingArguments))
+    parser.set_defaults(per_device_train_batch_size=1)  # a packed row is a batch
     if argv and argv[0].endswith((".yaml", ".yml")):
         settings = yaml.safe_load(Path(argv[0]).read_text())
         unknown = set(settings) - {action.dest for action in parser._actions}
@@ -210,7 +211,13 @@ def main():
         )
         name = model_args.tokenizer_name or model_args.model_name_or_path or default_tokenizer
         tokenizer = load_tokenizer(name, data_args)
-        rows, data_counts = make_packed_rows(tokenizer, data_args)
+        rows, data_counts = make_packed_rows(
+            tokenizer,
+            data_args,
+            cp_size=plugin.cp_size,
+            dp_size=training_args.world_size // plugin.cp_size,
+            gradient_accumulation_steps=training_args.gradient_accumulation_steps,
+        )
     model = make_model(model_args, data_args, tokenizer)
     tokenizer.model_max_length = max(tokenizer.model_max_length, data_args.window)
     cost_model = CostModel.from_config(model.config, cp_args.hardware) if cp_args.hardware else None
@@ -226,6 +233,7 @@ def main():
         print_data_table(data_counts)
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
+    trainer.save_state()
     if trainer.is_world_process_zero():
         metrics = summarize(trainer, result.metrics, data_counts)
         trainer.save_metrics("train", metrics)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from trl import pack_dataset
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from hf_flashcp import PackedDocuments
 from hf_flashcp.data import load_json_lines, tokenize_chats, tokenize_texts
 from hf_flashcp.data.tokenization import KEPT, LEFT_OUT, OVERLONG
 
@@ -93,8 +94,9 @@ def load_documents(data_args):
     return load_dataset("text" if suffix == "txt" else suffix, data_files=data_args.data_files, split="train"), 0
 
 
-def make_packed_rows(tokenizer, data_args):
-    """Documents packed best-fit into windows, and the counts of what became of the data's rows."""
+def make_packed_rows(tokenizer, data_args, dp_size=1, **sizes):
+    """Documents packed into windows, and the counts of what became of the data's rows. Best-fit, or, with several
+    data-parallel groups, which wait for each other, such that the packs of a step take about as long."""
     rows, corrupt_lines = load_documents(data_args)
     options = {
         "max_length": data_args.window,
@@ -105,7 +107,10 @@ def make_packed_rows(tokenizer, data_args):
         tokenized = tokenize_chats(rows, tokenizer, messages_column=data_args.messages_column, **options)
     else:
         tokenized = tokenize_texts(rows, tokenizer, text_column=data_args.text_column, **options)
-    packed = pack_dataset(tokenized.documents, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
+    if dp_size > 1:
+        packed = PackedDocuments(tokenized.documents, data_args.window, dp_size=dp_size, **sizes)
+    else:
+        packed = pack_dataset(tokenized.documents, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
     return packed, {"corrupt_lines": corrupt_lines, **tokenized.counts, "packed_rows": len(packed)}
 
 

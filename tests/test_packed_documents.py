@@ -173,6 +173,16 @@ def test_an_overlong_row_is_named():
             list(packed)
 
 
+def test_a_stream_that_fails_says_where():
+    def shards():
+        yield from [{"input_ids": [1, 2, 3]}] * 3
+        raise OSError("truncated file")
+
+    with pytest.raises(BatchError, match="failed after 3 rows, by OSError: truncated file") as raised:
+        list(PackedDocumentStream(datasets.IterableDataset.from_generator(shards), window=64))
+    assert isinstance(raised.value.__cause__, OSError)
+
+
 def test_options_that_do_not_fit():
     with pytest.raises(BatchError, match="bad_rows is 'ignore'"):
         PackedDocuments([], 8, bad_rows="ignore")

@@ -43,8 +43,8 @@ def test_accelerate_configs_are_read_and_fit(path):
         assert config.fsdp_config["fsdp_version"] == 2
 
 
-def launch(*arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+def launch(*arguments, num_processes=2):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
     command += ["--config_file", "recipes/accelerate/cpu_cp2.yaml", *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -125,6 +125,20 @@ inputs = tokenizer("import os", return_tensors="pt")
 assert model(**inputs).logits.isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path):
+    directory, _ = quickstart
+    result = launch(
+        *("recipes/sft.py", "recipes/quickstart.yaml", "--model_name_or_path", directory, "--data_files", texts),
+        *("--window", 4096, "--max_steps", 2, "--output_dir", tmp_path, "--check_gradient", "false"),
+        num_processes=4,
+    )
+    assert "flashcp_micro_step_imbalance" in result.stdout
+    metrics = metrics_of(tmp_path)
+    require_sums(metrics)
+    assert metrics["data_packed_rows"] > 2 and metrics["flashcp_last_loss"] > 0
+    assert (tmp_path / "trainer_state.json").exists()
 
 
 def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):

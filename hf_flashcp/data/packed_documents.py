@@ -337,7 +337,7 @@ class PackedDocumentStream(_Packed, IterableDataset):
     def _units(self) -> Iterator[list[dict[str, list]]]:
         """Documents, those of fewer than `cp_size` tokens together with others like them."""
         short, last = [], None
-        for index, row in enumerate(self.dataset):
+        for index, row in enumerate(_read(self.dataset)):
             try:
                 document = self._document(index, row)
             except BatchError as error:
@@ -367,6 +367,24 @@ class PackedDocumentStream(_Packed, IterableDataset):
                 self._counts.drop(len(short), tokens)
         if last is not None:
             yield last
+
+
+def _read(stream: Iterable[Any]) -> Iterator[Any]:
+    """Its rows; where it fails says after which. A stream that has failed cannot go on."""
+    rows, read = iter(stream), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise BatchError(
+                f"The stream of documents failed after {read} rows, by {type(error).__name__}: {error}. Repair the "
+                "shard that it was reading, or leave it out; to pass over single bad rows, have the stream yield them "
+                'as empty ones and set bad_rows="skip".'
+            ) from error
+        read += 1
+        yield row
 
 
 def _tokens(document: Mapping[str, list]) -> int:
