@@ -209,3 +209,11 @@ def test_the_cost_model_decides_which_packs_take_as_long():
 def test_bad_input(lengths, options, message):
     with pytest.raises(PlanError, match=message):
         pack_lengths(lengths, 20, **options)
+
+
+def test_documents_as_long_as_the_window_do_not_hold_up_the_others():
+    """They leave so much room in every step that an epoch has more packs to spare."""
+    lengths = sample_lengths("pile", 8_000)
+    report = pack_lengths(lengths, 4096, overlong="truncate", dp_size=4, gradient_accumulation_steps=2).report()
+    assert report["documents_truncated"] > 100 and report["fill_rate"] > 0.9
+    assert report["mean_delay"] < 1 and report["micro_step_imbalance"] < 1.02

@@ -10,7 +10,7 @@ group. Nothing here imports torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from .packing_steps import Waiting, arrange, pack_seconds
 
 MOST_WAITING = 0.1
 """Of the tokens that are left in an epoch. Else the last steps would have no short documents to fill up with."""
+
+
+MOST_TRIED, MOST_SPARE = 20_000, 0.2
+"""Documents of the trial that chooses how many packs an epoch has to spare, and the share that it stops at."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +205,35 @@ class EpochPacker:
         self._tokens = np.bincount(unit, tokens).astype(np.int64).tolist()
         self._seconds = np.bincount(unit, seconds).tolist()
         self._heavy = (np.bincount(unit, heavy) > 0).tolist()
-        rows = zip(self._seconds, range(len(self._tokens)), self._tokens)
-        self.num_packs = options.packs_for([Waiting(*row, 0) for row in rows])
+        self.num_packs = options.packs_for(self._waiting(range(len(self._tokens))), self._spare())
+
+    def _waiting(self, units: Iterable[int]) -> list[Waiting]:
+        return [Waiting(self._seconds[unit], unit, self._tokens[unit], 0) for unit in units]
+
+    def _spare(self) -> float:
+        """The share of packs to spare with which a trial on some of the documents does not have to pack many steps
+        again: documents that are long for the window leave more room in every step than few short ones fill."""
+        order = np.random.default_rng(0).permutation(len(self._tokens))[:MOST_TRIED].tolist()
+        spare = self.options.spare
+        while True:
+            packs = self.options.packs_for(self._waiting(order), spare)
+            steps, rest = self._steps(order, packs)
+            _, again = self._with_rest(steps, rest, packs, most=max(1, len(steps) // 50))
+            if again is not None or spare > MOST_SPARE:
+                return spare
+            spare *= 2
 
     def pack(self, seed: int = 0, epoch: int = 0) -> Packing:
         """The packs of an epoch: equal seeds and epochs give equal packs."""
         order = np.random.default_rng((seed, epoch)).permutation(len(self._tokens)).tolist()
+        packs, _ = self._with_rest(*self._steps(order, self.num_packs), self.num_packs)
+        return self._packing(packs)
+
+    def _steps(self, order: list[int], packs: int) -> tuple[list[list[list[Waiting]]], list[Waiting]]:
+        """The packs of each step, at most `packs` in all, of documents in this order, and those that had no room."""
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
-        tokens, packs = sum(self._tokens), self.num_packs
+        tokens = sum(self._tokens[unit] for unit in order)
         with tqdm(total=packs, **bar_options("Packing", "packs")) as bar:
             while packs:
                 size = min(options.step_packs, packs)
@@ -226,22 +250,26 @@ class EpochPacker:
                 tokens -= sum(document.tokens for pack in steps[-1] for document in pack)
                 bar.update(size)
         steps = [arrange(step, options.dp_size, options.gradient_accumulation_steps) for step in steps]
-        return self._packing(self._with_rest(steps, packer.take_rest()))
+        return steps, packer.take_rest()
 
-    def _with_rest(self, steps: list[list[list[Waiting]]], rest: list[Waiting]) -> list[list[Waiting]]:
-        """The packs of all steps, as many of the last ones packed together as are needed for all documents to fit."""
+    def _with_rest(
+        self, steps: list[list[list[Waiting]]], rest: list[Waiting], num_packs: int, most: int | None = None
+    ) -> tuple[list[list[Waiting]], int | None]:
+        """The packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
+        documents fit; and how many that were. `([], None)` if it would take more than `most`."""
         options, again = self.options, 1
-        if not rest and sum(map(len, steps)) == self.num_packs:
-            return [pack for step in steps for pack in step]
-        while True:
+        if not rest and sum(map(len, steps)) == num_packs:
+            return [pack for step in steps for pack in step], 0
+        while most is None or again <= most:
             kept, redone = steps[: max(len(steps) - again, 0)], steps[max(len(steps) - again, 0) :]
             documents = rest + [document for step in redone for pack in step for document in pack]
-            packs = options.place(documents, self.num_packs - sum(map(len, kept)))
+            packs = options.place(documents, num_packs - sum(map(len, kept)))
             if packs is not None:
                 packs = arrange(packs, options.dp_size, options.gradient_accumulation_steps)
-                return [pack for step in kept for pack in step] + packs
+                return [pack for step in kept for pack in step] + packs, again
             assert kept, "best fit over all documents gave the number of packs"
             again *= 2
+        return [], None
 
     def _packing(self, packs: list[list[Waiting]]) -> Packing:
         units = np.array([document.item for pack in packs for document in pack], dtype=np.int64)

@@ -77,11 +77,11 @@ class PackingOptions:
     def spare(self) -> float:
         return SPARE_PACKS[self.strategy]
 
-    def packs_for(self, documents: Sequence[Waiting]) -> int:
-        """Packs that have room for them in whatever order they come; those of whole steps if there are documents for
-        them."""
+    def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
+        """Packs that have room for them in whatever order they come, with a share of them to spare; those of whole
+        steps if there are documents for them."""
         least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
-        steps = math.ceil(least * (1 + self.spare) / self.step_packs)
+        steps = math.ceil(least * (1 + (self.spare if spare is None else spare)) / self.step_packs)
         return max(least, min(steps * self.step_packs, len(documents)))
 
     def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
