@@ -21,12 +21,15 @@ def read_config(name: str) -> Any:
         path = path / "config.json"
     try:
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("not an object in JSON")
+            return config
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RecursionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigurationError(
             f"--model {name}: no config could be read ({reason}). Give a config.json, a folder with one, or a name on "
             "the hub."

@@ -125,7 +125,7 @@ def plan_text(
         list(map(len, plan.slices)),
         *(report[key] for key in ("tokens", "pairs", "kv_received", "kv_sent")),
     ]
-    rows = [("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent")]
+    rows: list[tuple[str, ...]] = [("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent")]
     rows += [tuple(f"{value:,}" for value in row) for row in zip(range(plan.cp_size), *columns)]
     rows.append(("sum", *(f"{sum(column):,}" for column in columns)))
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,16 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
     Raises:
         ConfigurationError: it is no state of a Trainer, or one without logs.
     """
+    series: dict[str, list[tuple[int, float]]] = {}
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
+            for name, value in entry.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    series.setdefault(name, []).append((operator.index(entry["step"]), float(value)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
             f"{str(path)!r} is no {STATE} of a Trainer: {type(error).__name__}: {error}."
         ) from None
-    series: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                series.setdefault(name, []).append((entry["step"], float(value)))
     if not series:
         raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")
     return series

@@ -278,8 +278,11 @@ class EpochPacker:
         pieces = self._pieces[np.repeat(self._offsets[units] - ends + sizes, sizes) + np.arange(sizes.sum())]
         step_of = np.repeat(np.arange(len(packs)) // self.options.step_packs, [len(pack) for pack in packs])
         turn = np.array([document.step for pack in packs for document in pack], dtype=np.int64)
+        documents, starts, stops = pieces.T
         return Packing(
-            *pieces.T,
+            documents,
+            starts,
+            stops,
             offsets=np.append(0, ends)[np.append(0, np.cumsum([len(pack) for pack in packs], dtype=np.int64))],
             seconds=np.array([pack_seconds(pack) for pack in packs]),
             delays=np.repeat(np.abs(step_of - turn), sizes),

@@ -130,7 +130,7 @@ class CostModel:
         attention = np.zeros(len(lengths))
         for layers in self.layers:
             for backward in (False, True):
-                options = {"layers": layers, "window": layers.window, "backward": backward}
+                options: dict[str, Any] = {"layers": layers, "window": layers.window, "backward": backward}
                 attention += layers.count * call_seconds(kernel, squares, cp_size=len(lengths), causal=True, **options)
         return self._linear_seconds(lengths), attention
 
@@ -145,9 +145,14 @@ class CostModel:
         none = np.zeros(plan.cp_size)
         sent = sum((stage.sent.sum(0) for stage in stages), none)
         merges = [none if window else self.merge_seconds(stage.rectangles, layers, plan.cp_size) for stage in stages]
-        found = []
+        found: list[tuple[np.ndarray, ...]] = []
         for backward in (False, True):
-            options = {"cp_size": plan.cp_size, "layers": layers, "window": window, "backward": backward}
+            options: dict[str, Any] = {
+                "cp_size": plan.cp_size,
+                "layers": layers,
+                "window": window,
+                "backward": backward,
+            }
             local_pass = call_seconds(self.hardware.kernel, local, causal=True, **options)
             passes = [
                 call_seconds(self.hardware.kernel, stage.rectangles, causal=window is not None, **options)

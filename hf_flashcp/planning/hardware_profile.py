@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,8 @@ HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 _MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second")
 _MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys")
+_WHOLE = ("tile", "units", "ranks_per_node")
+_LEAST, _MOST = 1e-30, 10**30  # what is beyond would not stay finite in products
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class HardwareProfile:
         """
         try:
             kernel = dict(data["kernel"])
-            passes = {name: Pass(**kernel.pop(name)) for name in ("forward", "backward")}
+            passes: dict[str, Any] = {name: Pass(**kernel.pop(name)) for name in ("forward", "backward")}
             links = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
             profile = cls(
                 linear_flops_per_second=data["linear_flops_per_second"],
@@ -119,20 +120,17 @@ class HardwareProfile:
                 memory_bytes=data.get("memory_bytes"),
                 peak_flops_per_second=data.get("peak_flops_per_second"),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 f"The hardware profile cannot be read: {error}. hf_flashcp/planning/hardware/h100.json shows the form."
             ) from None
         for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
             for name, value in vars(part).items():
-                if (
-                    isinstance(value, str)
-                    or hasattr(value, "__dict__")
-                    or (name in _MAY_BE_LEFT_OUT and value is None)
-                ):
+                if name == "description" or hasattr(value, "__dict__") or (name in _MAY_BE_LEFT_OUT and value is None):
                     continue
-                is_number = isinstance(value, (int, float)) and math.isfinite(value)
-                if not is_number or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                least = 0 if name in _MAY_BE_ZERO else 1 if name in _WHOLE else _LEAST
+                sound = type(value) is int if name in _WHOLE else type(value) in (int, float)
+                if not sound or not least <= value <= _MOST:
                     raise ConfigurationError(
                         f"The hardware profile has {name} = {value!r}: a positive number is needed."
                     )
@@ -158,6 +156,6 @@ def _loaded(hardware: str) -> HardwareProfile:
             f"There is no hardware profile {hardware!r} ({error.strerror}): choose one of {', '.join(HARDWARE)}, or "
             "give the path of a JSON file of that form."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"The hardware profile {hardware!r} is not JSON: {error}.") from None
     return HardwareProfile.from_dict(data)

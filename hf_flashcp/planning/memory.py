@@ -325,8 +325,8 @@ def largest_window(
 
     def fits(units: int) -> bool:
         tokens = units * multiple / cp_size
-        shares = {"received": received_share * tokens, "sent": sent_share * tokens, "batch_tokens": units * multiple}
-        return estimate_memory(shape, setup, tokens, **shares).total <= memory_bytes
+        received, sent = received_share * tokens, sent_share * tokens
+        return estimate_memory(shape, setup, tokens, received, sent, units * multiple).total <= memory_bytes
 
     low, high = 0, 1
     while fits(high) and high < 2**24:

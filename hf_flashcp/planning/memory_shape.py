@@ -142,7 +142,8 @@ def _feed_forward(read, hidden: int, layers: int, *, gated: bool) -> dict[str, A
     """Widths and parameters of a layer's block, the mean over layers; all experts count as parameters."""
     matrices = 3 if gated else 2
     sizes = FeedForward.from_config(read, hidden)
-    parameters, sparse = matrices * sizes.dense, (layers - sizes.first_dense) / layers if sizes.chosen else 0
+    parameters: float = matrices * sizes.dense
+    sparse = (layers - sizes.first_dense) / layers if sizes.chosen else 0
     if sizes.chosen:
         experts = read("num_local_experts") or read("num_experts") or read("n_routed_experts") or sizes.chosen
         of_experts = matrices * (experts * sizes.expert + sizes.shared) + experts

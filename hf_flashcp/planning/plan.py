@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from ..errors import PlanError
@@ -15,6 +16,9 @@ from .volume import plan_report
 
 Slice = tuple[int, int, int]
 """`(document, start, stop)`: tokens `start` to `stop` (half-open) of one document."""
+
+MOST_TOKENS = 2**31 - 1
+"""Of a batch: cumulative sequence lengths are int32 in attention kernels."""
 
 
 def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...], int]:
@@ -26,6 +30,10 @@ def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...]
     if cp_size < 1:
         raise PlanError(f"cp_size must be at least 1, got {cp_size}.")
     checked = []
+    try:
+        lengths = iter(lengths)
+    except TypeError:
+        raise PlanError(f"lengths must be a sequence of whole numbers of tokens, got {lengths!r}.") from None
     for document, length in enumerate(lengths):
         try:
             length = operator.index(length)
@@ -41,6 +49,11 @@ def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...]
         checked.append(length)
     if not checked:
         raise PlanError("There are no documents to plan: the batch is empty.")
+    if max(sum(checked), cp_size) > MOST_TOKENS:
+        raise PlanError(
+            f"A batch holds at most {MOST_TOKENS:,} tokens, which attention kernels count in 32 bits, and has at most "
+            "as many ranks: check lengths and cp_size."
+        )
     if sum(checked) < cp_size:
         raise PlanError(
             f"The batch holds {sum(checked)} tokens for cp_size {cp_size}: every rank needs at least one token. "
@@ -218,16 +231,22 @@ class ShardPlan:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ShardPlan:
+    def from_dict(cls, data: Mapping[str, Any]) -> ShardPlan:
         """Reads [`~ShardPlan.to_dict`]'s form and validates it.
 
         Raises:
-            PlanError: a missing key, or slices or offset groups that are no partition.
+            PlanError: no dict, a missing key, anything but integers, or slices or offset groups that are no partition.
         """
+        if not isinstance(data, Mapping):
+            raise PlanError(f"A plan is read from a dict, got {type(data).__name__}.")
         missing = [key for key in ("lengths", "cp_size", "slices") if key not in data]
         if missing:
             raise PlanError(f"A plan needs the keys lengths, cp_size and slices; {', '.join(missing)} is missing.")
-        return cls(data["lengths"], data["cp_size"], data["slices"], data.get("offset_groups")).validate()
+        plan = cls(data["lengths"], data["cp_size"], data["slices"], data.get("offset_groups"))
+        nested = chain(chain.from_iterable(data["slices"]), data.get("offset_groups") or ())
+        if bool in set(map(type, chain([data["cp_size"]], data["lengths"], chain.from_iterable(nested)))):
+            raise PlanError("A plan has true or false where whole numbers belong.")
+        return plan.validate()
 
 
 def _check_offset_groups(
@@ -240,7 +259,7 @@ def _check_offset_groups(
     except TypeError:
         raise PlanError(f"offset_groups are groups of whole numbers, got {offset_groups!r}.") from None
     found = sorted(offset for group in groups for offset in group)
-    if found != list(range(1, cp_size)) or not all(groups):
+    if len(found) != cp_size - 1 or found != list(range(1, cp_size)) or not all(groups):
         raise PlanError(
             f"offset_groups are {[list(group) for group in groups]}, but for cp_size {cp_size} they hold each ring "
             f"offset from 1 to {cp_size - 1} once, and no group is empty. Leave them out for one stage."

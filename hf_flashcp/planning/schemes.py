@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Layer:
     def kernel(self, rectangles: np.ndarray, backward: bool, *, causal: bool = True, heads: int = 0) -> np.ndarray:
         """(cp_size,) seconds of one call, see [`call_seconds`]; of all query heads, or of `heads`."""
         layers = dataclasses.replace(self.layers, query_heads=heads) if heads else self.layers
-        options = {"window": hiding_window(layers, self.plan), "causal": causal, "backward": backward}
+        options: dict[str, Any] = {"window": hiding_window(layers, self.plan), "causal": causal, "backward": backward}
         return call_seconds(self.model.hardware.kernel, rectangles, cp_size=self.cp_size, layers=layers, **options)
 
     def copied(self, bytes_touched: float) -> np.ndarray:
@@ -115,7 +115,7 @@ def _all_tokens(layer: Layer) -> int:
     return -(-layer.plan.num_tokens // layer.cp_size)
 
 
-def _all_gather(given: Callable[..., int], packs: bool) -> dict[str, Callable]:
+def _all_gather(given: Callable[..., int], packs: bool) -> dict[str, Any]:
     """Gathers what each rank gives, brings it into the order of documents, and computes each slice against all of its
     document before it; in backward gradients of the gathered KV go the other way."""
 
@@ -178,7 +178,7 @@ def ring_rectangles(early: np.ndarray, late: np.ndarray, step: int) -> np.ndarra
     return rows[(rows[:, 1] > 0) & (rows[:, 2] > 0)]
 
 
-def _ring(zigzag: bool) -> dict[str, Callable]:
+def _ring(zigzag: bool) -> dict[str, Any]:
     """Each rank's KV visits all ranks; while a block is computed the next one arrives. In backward its gradients, in
     fp32, follow it, and one hop more brings them home."""
 

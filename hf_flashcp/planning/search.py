@@ -100,10 +100,12 @@ class Search:
         if not self.found:
             return False
         total = self.least().total
-        if total and self.bound is None:
+        if not total:
+            return True
+        if self.bound is None:
             caps = self.max_imbalance, self.max_token_imbalance
             self.bound = kv_lower_bound(self.lengths, self.cp_size, *caps)
-        return not total or total <= factor * self.bound
+        return total <= factor * self.bound
 
     def first_plans(self, count: int, factor: float = NEAR) -> None:
         """Plans of little total by the next `count` settings, more where none is found, fewer where one is within
@@ -149,7 +151,8 @@ class Search:
     def lower_bottleneck(self, base: Candidate, target: float, most_total: float, tries: int) -> None:
         """Looks for plans of at most `most_total` whose largest rank receives and sends little, with targets that
         follow what has been reached."""
-        met, missed, spreading = base.bottleneck, 0.0, 1.0
+        assert base.construction is not None, "a plan that was constructed"
+        met, missed, spreading = float(base.bottleneck), 0.0, 1.0
         for _ in range(tries):
             plan = self.spread(base.construction, target, spreading)
             if plan is None or plan.total > most_total:

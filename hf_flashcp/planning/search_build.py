@@ -142,8 +142,8 @@ class Construction:
             for _, document, start, stop in self.supply.loose
         }
         scale = min(self.target, max(loads.values(), default=0)) or 1
-        loads = {document: load * self.settings.load_weight / scale for document, load in loads.items()}
-        return pack(self.supply.items(), shares, budget.most_pairs, self.settings.token_weight, loads, cuts)
+        weighted = {document: load * self.settings.load_weight / scale for document, load in loads.items()}
+        return pack(self.supply.items(), shares, budget.most_pairs, self.settings.token_weight, weighted, cuts)
 
     def _closed(self, held: list[tuple[int, int, int]]) -> bool:
         self.slices.append(held)

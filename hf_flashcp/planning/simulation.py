@@ -143,8 +143,8 @@ def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.nd
             received += stage.received * width
             sent += stage.sent * width
     every_layer = model.itemsize * sum(layers.count * layers.kv_elements_per_token for layers in model.layers)
-    most = [moved.sum(0).max() / every_layer for moved in (received, sent)]
-    memory = estimate_memory(shape, setup, max(rank_tokens(plan.slices)), *most, sum(lengths))
+    most_received, most_sent = (moved.sum(0).max() / every_layer for moved in (received, sent))
+    memory = estimate_memory(shape, setup, max(rank_tokens(plan.slices)), most_received, most_sent, sum(lengths))
     return model.step_time(plan), received, memory.total
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError, UnmetCapWarning
@@ -97,6 +97,7 @@ def plan_documents(
         raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
     if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
         raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
+    slices: Sequence[Sequence[Slice]]
     match strategy:
         case "whole_doc":
             slices = whole_doc(lengths, cp_size)
