@@ -70,7 +70,7 @@ def _corrupt_lines(file: Path) -> Iterator[tuple[int, str]]:
                 continue
             try:
                 row = json.loads(line, parse_constant=_no_constant)
-            except ValueError as error:  # of JSON and of Unicode
+            except (ValueError, RecursionError) as error:  # of JSON and of Unicode
                 yield number, str(error)
             else:
                 if not isinstance(row, dict):

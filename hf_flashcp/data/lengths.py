@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PlanError
+from ..planning.plan import MOST_TOKENS
 
 
 _DISTRIBUTIONS = json.loads(Path(__file__).with_name("length_distributions.json").read_text(encoding="utf-8"))
@@ -86,7 +87,7 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
                 found = [len(value) if isinstance(value, list) else operator.index(value)]
             else:
                 found = []
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise PlanError(
                 f"{path}, line {number} has no document length: give whole numbers, or in a .jsonl file objects whose "
                 f"{column!r} is a number of tokens or the tokens."
@@ -146,4 +147,6 @@ def _whole_number(what: str, value: int, *, at_least: int) -> int:
         raise PlanError(f"{what} must be an integer, got {value!r}.") from None
     if value < at_least:
         raise PlanError(f"{what} must be at least {at_least}, got {value}.")
+    if what != "seed" and value > MOST_TOKENS:
+        raise PlanError(f"{what} must be at most {MOST_TOKENS:,}, got {value:,}.")
     return value

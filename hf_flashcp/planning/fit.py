@@ -20,6 +20,9 @@ from .strategies import plan_documents
 USABLE_MEMORY = 0.9
 """Of a device, assumed: the rest is for the CUDA context, NCCL's buffers, kernels' workspaces and fragmentation."""
 
+MOST_GPUS = 2**20
+"""Whose divisors are looked for one by one."""
+
 AS_FAST = 0.99
 """Predicted throughputs within this factor of the best count as equal: the smallest of their sizes is chosen."""
 
@@ -96,6 +99,8 @@ def choices(
     window, usable = sum(lengths), usable_bytes(hardware)
     if setup.gpus < 1:
         raise ConfigurationError(f"gpus must be at least 1, got {setup.gpus}.")
+    if setup.gpus > MOST_GPUS:
+        raise ConfigurationError(f"gpus must be at most {MOST_GPUS:,}, got {setup.gpus:,}.")
     for size in sizes or ():
         if size < 1 or setup.gpus % size:
             raise ConfigurationError(

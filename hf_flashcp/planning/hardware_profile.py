@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,8 @@ HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 _MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second")
 _MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys")
 _WHOLE = ("tile", "units", "ranks_per_node")
-_LEAST, _MOST = 1e-30, 10**30  # what is beyond would not stay finite in products
+_LARGEST = 2**31 - 1
+_LEAST, _MOST = 1e-30, 1e30  # products of what is beyond might not be finite
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,12 @@ class HardwareProfile:
             ) from None
         for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
             for name, value in vars(part).items():
-                if name == "description" or hasattr(value, "__dict__") or (name in _MAY_BE_LEFT_OUT and value is None):
+                if isinstance(value, (Kernel, Pass, Link)):
                     continue
-                least = 0 if name in _MAY_BE_ZERO else 1 if name in _WHOLE else _LEAST
-                sound = type(value) is int if name in _WHOLE else type(value) in (int, float)
-                if not sound or not least <= value <= _MOST:
+                if not _is_sound(name, value):
                     raise ConfigurationError(
-                        f"The hardware profile has {name} = {value!r}: a positive number is needed."
+                        f"The hardware profile has {name} = {reprlib.repr(value)}: a positive number is needed, for "
+                        f"{', '.join(_WHOLE)} a whole one."
                     )
         return profile
 
@@ -144,6 +145,17 @@ class HardwareProfile:
             ConfigurationError: no such name or file, or a file that is no profile.
         """
         return hardware if isinstance(hardware, HardwareProfile) else _loaded(str(hardware))
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    if name == "description":
+        return isinstance(value, str)
+    if value is None:
+        return name in _MAY_BE_LEFT_OUT
+    if name in _WHOLE:
+        return type(value) is int and 1 <= value <= _LARGEST
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and (0 if name in _MAY_BE_ZERO else _LEAST) <= value <= _MOST
 
 
 @cache

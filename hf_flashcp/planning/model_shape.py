@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,27 @@ LLAMA_3_8B = {
 """The sizes in Llama 3 8B's config.json."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED_WITH_LATENTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_SIZES = (
+    *_NEEDED,
+    *_NEEDED_WITH_LATENTS,
+    "first_k_dense_replace",
+    "head_dim",
+    "intermediate_size",
+    "kv_lora_rank",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_key_value_heads",
+    "num_local_experts",
+    "q_lora_rank",
+    "shared_expert_intermediate_size",
+    "sliding_window",
+    "vocab_size",
+)
+_LARGEST = 2**24
 
 
 @dataclass(frozen=True)
@@ -79,10 +102,11 @@ class ModelShape:
         count as full attention's projections without attention.
 
         Raises:
-            ConfigurationError: sizes that are needed are missing.
+            ConfigurationError: sizes that are needed are missing, or what is there is none.
         """
         read = config_reader(config)
-        missing = [name for name in _NEEDED if not read(name)]
+        needed = _NEEDED + _NEEDED_WITH_LATENTS if read("kv_lora_rank") else _NEEDED
+        missing = [name for name in needed if not read(name)]
         if missing:
             raise ConfigurationError(
                 f"The model's config has no {', '.join(missing)}, from which its times are predicted. Pass the config "
@@ -110,15 +134,28 @@ class ModelShape:
         return cls(2.0 * parameters, layers)
 
 
-def config_reader(config: Any) -> Callable[..., Any]:
-    """`read(name, default=None)` of a transformers config, or of the dict in a config.json: of its text model, where
-    it has several."""
+def config_reader(config: Any) -> Callable[[str], Any]:
+    """`read(name)` of a transformers config, or of the dict in a config.json: of its text model, where it has several.
+    `None` for what is not there; a ConfigurationError for what cannot be meant."""
     if isinstance(config, Mapping):
         text = config.get("text_config")
-        return text.get if isinstance(text, Mapping) else config.get
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return lambda name, default=None: getattr(config, name, default)
+        values = (text if isinstance(text, Mapping) else config).get
+    else:
+        values = functools.partial(getattr, config.get_text_config() if hasattr(config, "get_text_config") else config)
+
+    def read(name: str) -> Any:
+        value = values(name, None)
+        if name in _SIZES:
+            sound, kind = type(value) is int and 0 <= value <= _LARGEST, f"a whole number from 0 to {_LARGEST:,}"
+        elif name == "layer_types":
+            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
+        else:
+            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
+        if value is not None and not sound:
+            raise ConfigurationError(f"The model's config has {name} = {reprlib.repr(value)}: it must be {kind}.")
+        return value
+
+    return read
 
 
 def latent_projections(read, hidden: int, heads: int) -> int:

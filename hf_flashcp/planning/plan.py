@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -26,20 +27,22 @@ def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...]
     try:
         cp_size = operator.index(cp_size)
     except TypeError:
-        raise PlanError(f"cp_size must be an integer, got {cp_size!r}.") from None
+        raise PlanError(f"cp_size must be an integer, got {reprlib.repr(cp_size)}.") from None
     if cp_size < 1:
         raise PlanError(f"cp_size must be at least 1, got {cp_size}.")
     checked = []
     try:
         lengths = iter(lengths)
     except TypeError:
-        raise PlanError(f"lengths must be a sequence of whole numbers of tokens, got {lengths!r}.") from None
+        raise PlanError(
+            f"lengths must be a sequence of whole numbers of tokens, got {reprlib.repr(lengths)}."
+        ) from None
     for document, length in enumerate(lengths):
         try:
             length = operator.index(length)
         except TypeError:
             raise PlanError(
-                f"Document {document} has length {length!r}: lengths are whole numbers of tokens."
+                f"Document {document} has length {reprlib.repr(length)}: lengths are whole numbers of tokens."
             ) from None
         if length < 1:
             raise PlanError(
@@ -257,7 +260,7 @@ def _check_offset_groups(
     try:
         groups = tuple(tuple(sorted(map(operator.index, group))) for group in offset_groups)
     except TypeError:
-        raise PlanError(f"offset_groups are groups of whole numbers, got {offset_groups!r}.") from None
+        raise PlanError(f"offset_groups are groups of whole numbers, got {reprlib.repr(offset_groups)}.") from None
     found = sorted(offset for group in groups for offset in group)
     if len(found) != cp_size - 1 or found != list(range(1, cp_size)) or not all(groups):
         raise PlanError(
