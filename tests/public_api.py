@@ -22,29 +22,32 @@ def names():
 
 
 def described(name, each):
-    """One line for a function or constant, and one more for each public member of a class or module."""
+    """One line for a function, attribute or constant, and one more for each public member of a class or module."""
     if each.is_function:
         return [each.signature(name=name)]
     if each.is_attribute:
-        return [name if "property" in each.labels or each.value is None else f"{name} = {each.value}"]
+        return [f"{name} = {each.value}" if each.parent.is_module else name]
     bases = f"({', '.join(map(str, each.bases))})" if each.is_class and each.bases else ""
     lines = [f"class {each.signature(name=name) or name + bases}" if each.is_class else f"module {name}"]
     for member_name, member in each.all_members.items():
-        if not (member_name.startswith("_") or member.is_alias or member.is_module):
-            lines += [f"    {line}" for line in described(member_name, member)]
+        if not (member_name.startswith("_") or member.is_module or member.is_alias and not member.inherited):
+            target = member.final_target if member.is_alias else member
+            lines += [f"    {line}" for line in described(member_name, target)]
     return lines
 
 
 def options(command, parser):
-    """One line for a command and one for each of its options; of a group of commands, those of all."""
+    """One line for a command and one for each of its options; of a group of commands, those of all but bench."""
     lines = [f"{command}:"]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return [line for name, each in action.choices.items() for line in options(f"{command} {name}", each)]
+            named = [(name, each) for name, each in action.choices.items() if name != "bench"]
+            return [line for name, each in named for line in options(f"{command} {name}", each)]
         if not isinstance(action, argparse._HelpAction):
             notes = ["required"] if action.required else []
             notes += [f"one of {', '.join(map(str, action.choices))}"] if action.choices else []
-            notes += [] if action.default in (None, False, argparse.SUPPRESS) else [f"default {action.default}"]
+            if action.default is not None and action.default is not False and action.default != argparse.SUPPRESS:
+                notes.append(f"default {action.default}")
             written = " ".join(filter(None, (", ".join(action.option_strings), action.metavar)))
             lines.append(f"    {written}" + (f" ({'; '.join(notes)})" if notes else ""))
     return lines
