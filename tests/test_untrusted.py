@@ -22,6 +22,7 @@ from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.planning import STRATEGIES, CostModel, HardwareProfile, plan_documents
 from hf_flashcp.planning.memory_shape import MemoryShape
 from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.planning.simulation import simulate
 from tests.packs import arbitrary_plans
 
 
@@ -210,6 +211,40 @@ def test_what_is_no_hardware_profile(profile):
 @given(st.dictionaries(st.sampled_from(sorted(CONFIG)), json_values) | changed(CONFIG))
 def test_what_is_no_config(config):
     prices_or_raises(config, H100)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ranks_per_node": "8"}, "ranks_per_node = '8': a positive number"),
+        ({"ranks_per_node": 0.5}, "ranks_per_node = 0.5"),
+        ({"ranks_per_node": True}, "ranks_per_node = True"),
+        ({"linear_flops_per_second": 10**400}, "linear_flops_per_second = 1000"),
+        ({"kernel": "fast"}, "cannot be read"),
+        ({"description": ["h100"]}, "description"),
+    ],
+)
+def test_profiles_that_are_refused(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        HardwareProfile.from_dict({**H100, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": "4096"}, "hidden_size = '4096': it must be a whole number from 0 to 16,777,216"),
+        ({"intermediate_size": [1, 2]}, "intermediate_size"),
+        ({"vocab_size": 10**30}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"layer_types": {"full_attention": 1}}, "layer_types"),
+        ({"model_type": {}}, "model_type"),
+        ({"v_head_dim": None}, "no v_head_dim"),
+        ({"layer_types": ["linear_attention"]}, "no layers with attention"),
+    ],
+)
+def test_configs_that_are_refused(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        simulate([50, 20], 2, {**CONFIG, **change}, CostModel.from_config({**CONFIG, **change}, "h100"))
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"1" * 5000, b'{"hidden_size": 1e999}'])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from .plan import MOST_TOKENS
 
 
 LLAMA_3_8B = {
@@ -146,7 +147,8 @@ def config_reader(config: Any) -> Callable[[str], Any]:
     def read(name: str) -> Any:
         value = values(name, None)
         if name in _SIZES:
-            sound, kind = type(value) is int and 0 <= value <= _LARGEST, f"a whole number from 0 to {_LARGEST:,}"
+            most = MOST_TOKENS if name == "sliding_window" else _LARGEST
+            sound, kind = type(value) is int and 0 <= value <= most, f"a whole number from 0 to {most:,}"
         elif name == "layer_types":
             sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
         else:

@@ -108,6 +108,8 @@ def simulate(
         PlanError, ConfigurationError: a cp_size that cannot be simulated, fewer tokens than ranks, a bad config.
     """
     check_ranks(cp_size, model.hardware.ranks_per_node)
+    if not model.layers:
+        raise ConfigurationError("The model's config has no layers with attention, so there is nothing to simulate.")
     setup = TrainingSetup(gpus=cp_size, gradient_checkpointing=gradient_checkpointing)
     shape = MemoryShape.from_config(config)
     flops = _model_flops(lengths, model)
@@ -143,7 +145,7 @@ def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.nd
             received += stage.received * width
             sent += stage.sent * width
     every_layer = model.itemsize * sum(layers.count * layers.kv_elements_per_token for layers in model.layers)
-    most_received, most_sent = (moved.sum(0).max() / (every_layer or 1) for moved in (received, sent))
+    most_received, most_sent = (moved.sum(0).max() / every_layer for moved in (received, sent))
     memory = estimate_memory(shape, setup, max(rank_tokens(plan.slices)), most_received, most_sent, sum(lengths))
     return model.step_time(plan), received, memory.total
 
@@ -159,7 +161,7 @@ def _rival(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.nd
         forward, backward = schemes.passes(name, model, plan, layers)
         sums = [total + layers.count * (one + other) for total, one, other in zip(sums, forward, backward)]
         received = received + layers.count * scheme.received(schemes.Layer(model, layers, plan))
-    held = scheme.held(schemes.Layer(model, model.layers[0], plan)) if model.layers else 0
+    held = scheme.held(schemes.Layer(model, model.layers[0], plan))
     tokens = max(rank_tokens(plan.slices))
     memory = estimate_memory(shape, setup, tokens, held, 0, sum(lengths), kept=scheme.kept)
     return StepTime(linear, *sums), received, memory.total
