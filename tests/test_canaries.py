@@ -176,7 +176,7 @@ def test_accelerate_s_dispatcher_does_not_know_cp():
     ],
 )
 def test_trl_refuses_context_parallelism_where_we_do(module, config):
-    """trl/trainer/*_config.py: guards on cp_enabled, which FlashCPPlugin has False; integrations/trl_guards.py
-    restores them. A guard that is gone upstream may go there too."""
+    """trl/trainer/*_config.py: guards on cp_enabled, which FlashCPPlugin has False; integrations/trl_guards.py refuses
+    every trainer but SFTTrainer instead. A guard that is gone upstream says that its trainer may be let in."""
     config = getattr(importlib.import_module(f"trl.trainer.{module}"), config)
     assert "cp_enabled" in inspect.getsource(inspect.unwrap(config.__post_init__))
