@@ -7,9 +7,6 @@ operators too. (`torch.distributed._tools.mem_tracker.MemTracker` counts storage
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..doctor.workers import WorkerPool
 from ..planning.memory import TrainingSetup, estimate_memory
 from ..planning.memory_shape import MemoryShape
+from .traces import FORWARD_DONE, kept_and_peak, trace_events
 
 
 LLAMA = {
@@ -98,12 +96,12 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
         model = _wrapped(model, setup, mesh)
     handle = attach(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = _batch(lengths, config["vocab_size"])
+    batch = random_batch(lengths, config["vocab_size"])
     for _ in range(2):
         _step(model, optimizer, batch, setup)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _step(model, optimizer, batch, setup)
-    kept, peak = _kept_and_peak(profiler)
+    kept, peak = kept_and_peak(trace_events(profiler))
     states = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [*model.parameters(), *states, *batch.values()]
     before = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
@@ -156,7 +154,7 @@ def _wrapped(model, setup: TrainingSetup, mesh):
     return fully_shard(model, **options)
 
 
-def _batch(lengths, vocabulary: int) -> dict[str, torch.Tensor]:
+def random_batch(lengths, vocabulary: int) -> dict[str, torch.Tensor]:
     position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     input_ids = torch.randint(vocabulary, position_ids.shape, generator=torch.Generator().manual_seed(0))
     return {
@@ -166,33 +164,14 @@ def _batch(lengths, vocabulary: int) -> dict[str, torch.Tensor]:
     }
 
 
-_FORWARD_DONE = "forward is done"
-
-
 def _step(model, optimizer, batch, setup: TrainingSetup) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocasts):
         loss = model(**batch).loss
-    with record_function(_FORWARD_DONE):
+    with record_function(FORWARD_DONE):
         pass
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _kept_and_peak(profiler: profile) -> tuple[int, int]:
-    """Bytes allocated since the profiler started and not released: when forward was done, and at most."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    live = kept = peak = 0
-    for event in sorted((e for e in events if e["name"] in ("[memory]", _FORWARD_DONE)), key=lambda e: e["ts"]):
-        if event["name"] == _FORWARD_DONE:
-            kept = live
-        else:
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    return kept, peak
 
 
 def compare_on_ranks(config: dict[str, Any], options: dict[str, Any], lengths=LENGTHS) -> dict[str, Any]:

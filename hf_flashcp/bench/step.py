@@ -1,0 +1,211 @@
+"""A whole training step under each strategy and exchange, beside the single process, in one run.
+
+All cases take turns, round after round, on the same processes of one machine, so that whatever else the machine does
+falls on all of them alike. A step shards a packed batch, runs the model forward and backward under DDP, clips the
+gradient and updates with AdamW. The ideal is the step of one process, whose kernels are the same, over the number of
+ranks. What a step spends its time on comes from one more round, with PyTorch's profiler, on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.lengths import sample_pack
+from ..doctor.workers import WorkerFailure, WorkerPool
+from ..errors import ConfigurationError, FlashCPError
+from ..planning import STRATEGIES, plan_documents
+from .step_worker import run_turn
+from .traces import PARTS
+
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+"""The model that is trained unless another is asked for."""
+
+EXCHANGES = ("needed", "staged", "all")
+"""What is needed in one stage; in a stage for each other rank; everything, as an all-gather does."""
+
+SINGLE = "single process"
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+"""Of losses and gradient norms, relative to the single process's."""
+
+_WARM_UP = 2
+
+
+def measure(
+    corpora: Sequence[str],
+    window: int,
+    cp_size: int,
+    *,
+    config: dict[str, Any] = QWEN3,
+    strategies: Sequence[str] = tuple(name for name in STRATEGIES if name != "whole_doc"),
+    exchanges: Sequence[str] = EXCHANGES,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    threads: int = 1,
+    rounds: int = 5,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains on one pack of each corpus.
+
+    Args:
+        corpora: of `LENGTH_DISTRIBUTIONS`.
+        window: tokens of a pack.
+        cp_size: processes, on CUDA one a GPU.
+        config: what a config.json holds.
+        strategies: of [`plan_documents`].
+        exchanges: of `EXCHANGES`; with two ranks "staged" is "needed" and left out.
+        dtype: of the weights, a key of `TOLERANCES`.
+        threads: of each process, the single one too.
+        rounds: timed turns of every case, after two that are not and before one with the profiler.
+        seed: of each corpus's pack.
+
+    Returns:
+        `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
+        of the single process. A case has `strategy`, `exchange`, `loss`, `grad_norm`, medians over rounds of `seconds`
+        (slowest rank) and `tokens_per_second`, `ideal_share` (the median over rounds of the single process's time of
+        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `shares` of the ranks' time by
+        `PARTS`, which add up to 1, `profiled_seconds` and, by rank, the timeline of one `layer`.
+
+    Raises:
+        ConfigurationError: fewer GPUs than ranks.
+        PlanError: a window with fewer tokens than ranks.
+    """
+    names = [
+        (strategy, exchange)
+        for strategy in strategies
+        for exchange in exchanges
+        if exchange != "staged" or cp_size > 2 or "needed" not in exchanges
+    ]
+    if device == "cuda":
+        _require_gpus(cp_size)
+    setting = (json.dumps(config), dtype, device, threads)
+    packs = []
+    turns = len(corpora) * (_WARM_UP + rounds + 1)
+    with WorkerPool() as pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
+        for corpus in corpora:
+            lengths = sample_pack(corpus, window, seed=seed)
+            cases = [(plan_documents(lengths, 1), False)]
+            for strategy, exchange in names:
+                stages = cp_size - 1 if exchange == "staged" else None
+                plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=stages)
+                cases.append((plan, exchange == "all"))
+            found = []
+            for turn in range(_WARM_UP + rounds + 1):
+                bar.set_description(corpus)
+                order = [(place + turn) % len(cases) for place in range(len(cases))]
+                found.append(_run(pool, cp_size, setting, cases, order, turn == _WARM_UP + rounds))
+                bar.update()
+            rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
+            _check_agreement(rows, TOLERANCES[dtype])
+            packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
+    return {
+        "window": window,
+        "cp_size": cp_size,
+        "config": config,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "rounds": rounds,
+        "packs": packs,
+    }
+
+
+def _require_gpus(cp_size: int) -> None:
+    import torch
+
+    if torch.cuda.device_count() < cp_size:
+        raise ConfigurationError(
+            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
+            "many as there are, or --device cpu."
+        )
+
+
+def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]]:
+    try:
+        return pool.run(cp_size, run_turn, *arguments, timeout=3600)
+    except WorkerFailure as failure:
+        for error in failure.errors:
+            if isinstance(error, FlashCPError):
+                raise error from None
+        raise
+
+
+def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, cp_size: int) -> list[dict[str, Any]]:
+    """Rows of a table, from what every rank found in every turn, the last with the profiler."""
+    *timed, profiled = turns
+    seconds = [
+        [max(rank[index]["seconds"] for rank in turn if index in rank) for turn in timed]
+        for index in range(len(names))
+    ]
+    cases = []
+    for index, (strategy, exchange) in enumerate(names):
+        ranks = [rank[index] for rank in profiled if index in rank]
+        used = len(ranks)
+        case = {
+            "strategy": strategy,
+            "exchange": exchange,
+            "seconds": median(seconds[index]),
+            "tokens_per_second": window / median(seconds[index]),
+            "ideal_share": median(alone / used / taken for alone, taken in zip(seconds[0], seconds[index])),
+            "peak_bytes": max(rank["peak"] for rank in ranks),
+            "loss": sum(rank["loss"] for rank in ranks) / used,
+            "grad_norm": ranks[0]["grad_norm"],
+        }
+        if "parts" in ranks[0]:
+            whole = sum(sum(rank["parts"].values()) for rank in ranks)
+            case["shares"] = {part: sum(rank["parts"][part] for rank in ranks) / whole for part in PARTS}
+            case["profiled_seconds"] = max(rank["seconds"] for rank in ranks)
+            case["layer"] = [rank["layer"] for rank in ranks]
+        cases.append(case)
+    return cases
+
+
+def _check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
+    """Every case must have computed the same step; times of something else would mean nothing."""
+    for case in cases:
+        for what in ("loss", "grad_norm"):
+            assert math.isclose(case[what], cases[0][what], rel_tol=tolerance), (
+                f"{what} of {case['strategy']}, {case['exchange']}: {case[what]}, single process: {cases[0][what]}"
+            )
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table for a terminal, a block for each pack."""
+    config = found["config"]
+    lines = [
+        f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']} on "
+        f"{found['device']}; {found['window']:,} tokens, {found['cp_size']} processes of {found['threads']} threads; "
+        f"medians of {found['rounds']} rounds",
+    ]
+    for pack in found["packs"]:
+        documents, longest = len(pack["lengths"]), max(pack["lengths"])
+        lines += [
+            "",
+            f"{pack['corpus']}: {documents} documents, the longest of {longest:,} tokens",
+            f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'peak MiB':>10}  "
+            + "".join(f"{part:>11}" for part in PARTS),
+        ]
+        for case in pack["cases"]:
+            shares = "".join(f"{case['shares'][part]:11.1%}" for part in PARTS) if "shares" in case else ""
+            lines.append(
+                f"{case['strategy']:15}{case['exchange'] or '':>9}{case['tokens_per_second']:10,.0f}"
+                f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{case['peak_bytes'] / 2**20:10.1f}  {shares}"
+            )
+    return "\n".join(lines)

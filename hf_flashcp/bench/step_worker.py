@@ -1,0 +1,160 @@
+"""What a process of `bench step` does: it keeps a model from turn to turn and runs the same step under many plans."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..integrations.attach import attach
+from ..layout import shard_inputs
+from ..planning import ShardPlan
+from .attention import DTYPES, AllGatherLayout
+from .memory import random_batch
+from .traces import (
+    BACKWARD,
+    FORWARD_DONE,
+    LAYER,
+    OPTIMIZER,
+    STEP,
+    kept_and_peak,
+    layer_bars,
+    seconds_by_part,
+    trace_events,
+)
+
+
+class Trainer:
+    """A model with its optimizer, whose learning rate is 0, so that every step starts from the same weights."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, mesh: DeviceMesh | None):
+        torch.manual_seed(0)
+        values = {name: value for name, value in config.items() if name != "model_type"}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **{**values, "use_cache": False}),
+            attn_implementation="flashcp",
+            dtype=dtype,
+        )
+        model = model.to(device).train()
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        _name_forward(layers[len(layers) // 2])
+        self.mesh, self.device, self.vocabulary = mesh, device, model.config.get_text_config().vocab_size
+        self.model = model if mesh is None else DistributedDataParallel(model, process_group=mesh.get_group())
+        attach(self.model, mesh)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step(self, batch: dict[str, Any], layout: AllGatherLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of this rank, and norm of the whole batch's gradient."""
+        with record_function(STEP):
+            shard = shard_inputs(batch, self.mesh)
+            if layout is not None:
+                shard["flashcp_plan"].layout = layout
+            loss = self.model(**shard).loss
+            with record_function(FORWARD_DONE):
+                pass
+            with record_function(BACKWARD):
+                loss.backward()
+            with record_function(OPTIMIZER):
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return loss.detach(), norm
+
+    def bytes_between_steps(self) -> int:
+        """Weights, the optimizer's state, and DDP's buckets of gradients."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        states = sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
+        return weights + states + (weights if self.mesh is not None else 0)
+
+
+def _name_forward(layer: torch.nn.Module) -> None:
+    """A range `LAYER` around a layer's forward, while a profiler runs."""
+    ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        ranges.append(record_function(LAYER) if torch.autograd._profiler_enabled() else nullcontext())
+        ranges[-1].__enter__()
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(lambda *_: ranges.pop().__exit__(None, None, None))
+
+
+@functools.cache
+def _trainers(config: str, dtype: str, device: str, threads: int) -> tuple[Trainer, Trainer | None]:
+    """This process's part of the group, and on the first rank the single process too."""
+    torch.set_num_threads(threads)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    chosen = torch.device(device, rank if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(chosen)
+    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+    mesh = DeviceMesh.from_group(group, device, mesh=list(range(size)), mesh_dim_names=("cp",))
+    values = json.loads(config)
+    single = Trainer(values, DTYPES[dtype], chosen, None) if rank == 0 else None
+    return Trainer(values, DTYPES[dtype], chosen, mesh), single
+
+
+Case = tuple[ShardPlan, bool]
+"""A plan, and whether everything travels."""
+
+
+def run_turn(
+    setting: tuple[str, str, str, int], cases: list[Case], order: list[int], profiled: bool
+) -> dict[int, Any]:
+    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait.
+
+    Returns:
+        `dict`: by case what this rank found: `seconds`, `loss`, `grad_norm`; in a turn with the profiler, and on GPUs
+        always, `peak`, and on CPUs with the profiler `parts` and `layer`.
+    """
+    shared, single = _trainers(*setting)
+    found = {}
+    for index in order:
+        plan, everything = cases[index]
+        trainer = single if plan.cp_size == 1 else shared
+        if trainer is None:
+            dist.barrier()
+            dist.barrier()
+            continue
+        batch: dict[str, Any] = {"flashcp_plan": plan}
+        for name, rows in random_batch(plan.lengths, trainer.vocabulary).items():
+            batch[name] = rows.to(trainer.device)
+        layout = AllGatherLayout(plan, dist.get_rank()) if everything else None
+        dist.barrier()
+        found[index] = _measured(trainer, batch, layout, profiled)
+        dist.barrier()
+    return found
+
+
+def _measured(
+    trainer: Trainer, batch: dict[str, Any], layout: AllGatherLayout | None, profiled: bool
+) -> dict[str, Any]:
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+        before = torch.cuda.memory_allocated(trainer.device)
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled and not on_gpu else None
+    with profiler or nullcontext():
+        begin = time.perf_counter()
+        loss, norm = trainer.step(batch, layout)
+        seconds = time.perf_counter() - begin
+    row: dict[str, Any] = {"seconds": seconds, "loss": float(loss), "grad_norm": float(norm)}
+    if on_gpu:
+        row["peak"] = trainer.bytes_between_steps() + torch.cuda.max_memory_allocated(trainer.device) - before
+    elif profiler is not None:
+        events = trace_events(profiler)
+        row["peak"] = trainer.bytes_between_steps() + kept_and_peak(events)[1]
+        row["parts"], row["layer"] = seconds_by_part(events), layer_bars(events)
+    return row

@@ -1,0 +1,125 @@
+"""What is read from the traces of PyTorch's profiler: allocations, and what a step spends its time on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import profile
+
+
+FORWARD_DONE = "forward is done"
+"""A range between forward and backward."""
+
+STEP, BACKWARD, OPTIMIZER, LAYER = "step", "backward", "optimizer", "layer"
+"""Ranges of a step, its backward, what follows, and the forward of one layer."""
+
+WAIT = "flashcp: wait for"
+_ATTENTION = ("flashcp::attention", "autograd::engine::evaluate_function: _DocumentAttentionBackward")
+_LINEAR = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm")
+_NODE = "autograd::engine::evaluate_function: "
+
+PARTS = ("linear", "attention", "waiting", "gradients", "optimizer", "other")
+
+Span = tuple[float, float]
+
+
+def trace_events(profiler: profile) -> list[dict[str, Any]]:
+    """Events of a profiler that has stopped; `ts` and `dur` in microseconds, on one clock for all processes of a
+    machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+    base = trace.get("baseTimeNanoseconds", 0) / 1000
+    return [{**event, "ts": base + event["ts"]} for event in trace["traceEvents"] if "ts" in event]
+
+
+def kept_and_peak(events: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """Bytes allocated since the profiler started and not released: when forward was done, and at most."""
+    live = kept = peak = 0
+    for event in sorted((e for e in events if e["name"] in ("[memory]", FORWARD_DONE)), key=lambda e: e["ts"]):
+        if event["name"] == FORWARD_DONE:
+            kept = live
+        else:
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+    return kept, peak
+
+
+def seconds_by_part(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of a step on CPU by `PARTS`, which add up to the step's.
+
+    `linear` are matrix products outside attention, `attention` is this library without what it waits for, `waiting` is
+    for keys, values and their gradients, `gradients` for the all-reduce after the last gradient was computed,
+    `optimizer` clips and updates.
+    """
+    spans = _spans(events)
+    (step,) = spans[STEP]
+    (backward,) = spans[BACKWARD]
+    nodes = [end for name, found in spans.items() if name.startswith(_NODE) for _, end in found]
+    by_part = {
+        "waiting": [span for name, found in spans.items() if name.startswith(WAIT) for span in found],
+        "attention": [span for name in _ATTENTION for span in spans.get(name, ())],
+        "linear": [span for name in _LINEAR for span in spans.get(name, ())],
+        "optimizer": spans[OPTIMIZER],
+        "gradients": [(max(nodes), backward[1])],
+    }
+    seconds, covered = {}, []
+    for part, found in by_part.items():
+        before, covered = _length(covered), _union([*covered, *found])
+        seconds[part] = _length(covered) - before
+    seconds["other"] = step[1] - step[0] - _length(covered)
+    return {part: seconds[part] / 1e6 for part in PARTS}
+
+
+def layer_bars(events: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, float, float]]]:
+    """Forward and backward of the layer whose forward is a range `LAYER`: named ranges of attention and matrix
+    products as `(name, begin, end)` in seconds, the layer itself first.
+
+    What belongs to its backward is known from sequence numbers, which autograd gives to an operator and its node.
+    """
+    events = list(events)
+    (forward,) = _spans(events)[LAYER]
+    inside = [e for e in events if "dur" in e and forward[0] <= e["ts"] and e["ts"] + e["dur"] <= forward[1]]
+    numbers = {e["args"]["Sequence number"] for e in inside if "Sequence number" in e.get("args", ())}
+    nodes = [e for e in events if e["name"].startswith(_NODE) and e.get("args", {}).get("Sequence number") in numbers]
+    backward = min(e["ts"] for e in nodes), max(e["ts"] + e["dur"] for e in nodes)
+    spans = _spans(events)
+    found = {}
+    for direction, (begin, end) in {"forward": forward, "backward": backward}.items():
+        bars = [(LAYER, begin, end)]
+        for name, ranges in spans.items():
+            if name.startswith("flashcp: ") or name in _LINEAR:
+                label = "linear" if name in _LINEAR else name.removeprefix("flashcp: ")
+                bars += [(label, *span) for span in ranges if begin <= span[0] and span[1] <= end]
+        found[direction] = [(name, start / 1e6, stop / 1e6) for name, start, stop in bars]
+    return found
+
+
+def _spans(events: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:
+    """By name, those of the thread that runs the step (on CPU its backward too)."""
+    events = [event for event in events if "dur" in event]
+    thread = next(event["tid"] for event in events if event["name"] == STEP)
+    spans: dict[str, list[Span]] = {}
+    for event in events:
+        if event["tid"] == thread:
+            spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    return spans
+
+
+def _union(spans: list[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _length(spans: list[Span]) -> float:
+    return sum(end - begin for begin, end in spans)
