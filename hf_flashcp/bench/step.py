@@ -26,10 +26,10 @@ from .traces import PARTS
 
 QWEN3 = {
     "model_type": "qwen3",
-    "vocab_size": 2048,
+    "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -80,8 +80,10 @@ def measure(
         `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
         of the single process. A case has `strategy`, `exchange`, `loss`, `grad_norm`, medians over rounds of `seconds`
         (slowest rank) and `tokens_per_second`, `ideal_share` (the median over rounds of the single process's time of
-        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `shares` of the ranks' time by
-        `PARTS`, which add up to 1, `profiled_seconds` and, by rank, the timeline of one `layer`.
+        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `shares` of the ranks' time
+        by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU `layer` is the
+        timeline of one layer in that round, on the first corpus under the last strategy with the first exchange:
+        `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first forward on.
 
     Raises:
         ConfigurationError: fewer GPUs than ranks.
@@ -96,7 +98,8 @@ def measure(
     if device == "cuda":
         _require_gpus(cp_size)
     setting = (json.dumps(config), dtype, device, threads)
-    packs = []
+    packs: list[dict[str, Any]] = []
+    layer = None
     turns = len(corpora) * (_WARM_UP + rounds + 1)
     with WorkerPool() as pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
         for corpus in corpora:
@@ -112,6 +115,10 @@ def measure(
                 order = [(place + turn) % len(cases) for place in range(len(cases))]
                 found.append(_run(pool, cp_size, setting, cases, order, turn == _WARM_UP + rounds))
                 bar.update()
+            if layer is None and device == "cpu":
+                place, name = next((place, name) for place, name in enumerate(names, 1) if name[0] == strategies[-1])
+                layer = {"corpus": corpus, "strategy": name[0], "exchange": name[1]}
+                layer["ranks"] = _from_zero([rank[place]["layer"] for rank in found[-1]])
             rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
             _check_agreement(rows, TOLERANCES[dtype])
             packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
@@ -124,6 +131,7 @@ def measure(
         "threads": threads,
         "rounds": rounds,
         "packs": packs,
+        "layer": layer,
     }
 
 
@@ -172,9 +180,16 @@ def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, c
             whole = sum(sum(rank["parts"].values()) for rank in ranks)
             case["shares"] = {part: sum(rank["parts"][part] for rank in ranks) / whole for part in PARTS}
             case["profiled_seconds"] = max(rank["seconds"] for rank in ranks)
-            case["layer"] = [rank["layer"] for rank in ranks]
         cases.append(case)
     return cases
+
+
+def _from_zero(ranks: list[dict[str, list]]) -> list[dict[str, list]]:
+    start = min(begin for rank in ranks for _, begin, _ in rank["forward"])
+    return [
+        {name: [[bar, begin - start, end - start] for bar, begin, end in bars] for name, bars in rank.items()}
+        for rank in ranks
+    ]
 
 
 def _check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
@@ -190,15 +205,15 @@ def text(found: dict[str, Any]) -> str:
     """A table for a terminal, a block for each pack."""
     config = found["config"]
     lines = [
-        f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']} on "
-        f"{found['device']}; {found['window']:,} tokens, {found['cp_size']} processes of {found['threads']} threads; "
-        f"medians of {found['rounds']} rounds",
+        f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
+        f"{found['window']:,} tokens, {found['cp_size']} processes, {_count(found['threads'], 'thread')} each, "
+        f"{found['device']}; medians of {found['rounds']} rounds",
     ]
     for pack in found["packs"]:
         documents, longest = len(pack["lengths"]), max(pack["lengths"])
         lines += [
             "",
-            f"{pack['corpus']}: {documents} documents, the longest of {longest:,} tokens",
+            f"{pack['corpus']}: {_count(documents, 'document')}, the longest of {longest:,} tokens",
             f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'peak MiB':>10}  "
             + "".join(f"{part:>11}" for part in PARTS),
         ]
@@ -209,3 +224,7 @@ def text(found: dict[str, Any]) -> str:
                 f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{case['peak_bytes'] / 2**20:10.1f}  {shares}"
             )
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"

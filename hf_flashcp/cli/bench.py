@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
-from ..errors import PlanError
+from ..errors import ConfigurationError, PlanError
 from ..planning import STRATEGIES, ShardPlan, plan_documents
+from .doctor import load_config
 from .model_config import read_config
 from .plan import comma_separated
+from .plots import require_matplotlib
 
 
 def add_parser(commands) -> None:
@@ -104,6 +107,8 @@ def add_parser(commands) -> None:
     kernels.add_argument("--json", action="store_true")
     kernels.set_defaults(run=run_kernels)
 
+    _add_step(benches)
+
     memory = benches.add_parser("memory", help="estimated memory of small training steps, beside the measured")
     memory.add_argument("--json", action="store_true")
     memory.set_defaults(run=run_memory)
@@ -112,6 +117,47 @@ def add_parser(commands) -> None:
     agreement.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="N")
     agreement.add_argument("--json", action="store_true")
     agreement.set_defaults(run=run_agreement)
+
+
+def _add_step(benches) -> None:
+    step = benches.add_parser("step", help="time, parts and memory of a whole training step, over the ideal")
+    _add_corpora(step)
+    step.add_argument("--window", type=int, default=4096, metavar="N", help="tokens of a pack (default 4096)")
+    step.add_argument("--cp-size", type=int, default=2, metavar="N", help="processes, or GPUs (default 2)")
+    step.add_argument(
+        "--model",
+        metavar="CONFIG",
+        help="what is trained, from random weights: a model's config.json, or a folder or hub name that has one "
+        "(default: two layers like Qwen3's)",
+    )
+    strategies = [name for name in STRATEGIES if name != "whole_doc"]
+    step.add_argument(
+        "--strategies",
+        choices=STRATEGIES,
+        nargs="+",
+        default=strategies,
+        metavar="NAME",
+        help=f"default: {' '.join(strategies)}",
+    )
+    step.add_argument(
+        "--exchange",
+        choices=("needed", "staged", "all"),
+        nargs="+",
+        default=["needed", "staged", "all"],
+        help="what is needed, in one stage or in cp_size - 1 (the same on 2 ranks), or all KV; default: each of them",
+    )
+    step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights (default fp32)")
+    step.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
+    step.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default 1)")
+    step.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every case (default 5)")
+    step.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw one layer on the first two ranks (the first corpus, the last strategy, the first exchange) to a "
+        "file (.png, .svg, .pdf); on CPU; needs the extra 'plot'",
+    )
+    step.add_argument("--json", action="store_true")
+    step.set_defaults(run=run_step)
 
 
 def _add_corpora(parser: argparse.ArgumentParser) -> None:
@@ -148,9 +194,9 @@ def _layer(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**{name: getattr(arguments, name) for name in names}, "num_stages": arguments.stages}
 
 
-def _check_at_least_one(option: str, value: int) -> None:
-    if value < 1:
-        raise PlanError(f"{option} must be at least 1, got {value}.")
+def _check_at_least(least: int, option: str, value: int) -> None:
+    if value < least:
+        raise PlanError(f"{option} must be at least {least}, got {value}.")
 
 
 def _show(found: dict[str, Any], text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
@@ -182,7 +228,7 @@ def run_table2(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from ..bench.plan_quality import measure, text
 
-    _check_at_least_one("--packs", arguments.packs)
+    _check_at_least(1, "--packs", arguments.packs)
     found = measure(
         arguments.lengths_from,
         arguments.window,
@@ -204,7 +250,7 @@ def run_predicted(arguments: argparse.Namespace) -> None:
     from ..bench.predicted import measure, text
     from ..planning.model_shape import LLAMA_3_8B
 
-    _check_at_least_one("--packs", arguments.packs)
+    _check_at_least(1, "--packs", arguments.packs)
     found = measure(
         arguments.lengths_from,
         arguments.window,
@@ -220,14 +266,14 @@ def run_predicted(arguments: argparse.Namespace) -> None:
 def run_published(arguments: argparse.Namespace) -> None:
     from ..bench.published import measure, text
 
-    _check_at_least_one("--packs", arguments.packs)
+    _check_at_least(1, "--packs", arguments.packs)
     _show(measure(arguments.packs, progress=True), text, arguments.json)
 
 
 def run_packing(arguments: argparse.Namespace) -> None:
     from ..bench.packing import measure, text
 
-    _check_at_least_one("--steps", arguments.steps)
+    _check_at_least(1, "--steps", arguments.steps)
     names = ("cp_size", "dp_size", "gradient_accumulation_steps", "look_ahead")
     found = measure(
         arguments.lengths_from,
@@ -242,7 +288,7 @@ def run_packing(arguments: argparse.Namespace) -> None:
 def run_attention(arguments: argparse.Namespace) -> None:
     from ..bench.attention import measure, text
 
-    _check_at_least_one("--rounds", arguments.rounds)
+    _check_at_least(1, "--rounds", arguments.rounds)
     found = measure(
         arguments.lengths,
         arguments.cp_size,
@@ -256,7 +302,7 @@ def run_attention(arguments: argparse.Namespace) -> None:
 def run_kernels(arguments: argparse.Namespace) -> None:
     from ..bench.kernels import measure, text
 
-    _check_at_least_one("--rounds", arguments.rounds)
+    _check_at_least(1, "--rounds", arguments.rounds)
     found = measure(
         sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed),
         arguments.cp_size,
@@ -264,6 +310,32 @@ def run_kernels(arguments: argparse.Namespace) -> None:
         device=arguments.device,
     )
     _show(found, text, arguments.json)
+
+
+def run_step(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        require_matplotlib()
+    for least, name in ((1, "rounds"), (1, "threads"), (2, "cp_size")):
+        _check_at_least(least, f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if arguments.plot and arguments.device == "cuda":
+        raise ConfigurationError("--plot draws a step on CPU: leave out --device cuda, or look at a profiler's trace.")
+    from ..bench.step import QWEN3, measure, text
+
+    found = measure(
+        arguments.lengths_from,
+        arguments.window,
+        arguments.cp_size,
+        config=load_config(arguments.model).to_dict() if arguments.model else QWEN3,
+        exchanges=arguments.exchange,
+        **{name: getattr(arguments, name) for name in ("strategies", "dtype", "device", "threads", "rounds")},
+        progress=True,
+    )
+    _show(found, text, arguments.json)
+    if arguments.plot:
+        from .layer_plot import plot_layer
+
+        plot_layer(found, arguments.plot)
+        print(f"plot written to {arguments.plot}", file=sys.stderr)
 
 
 def run_memory(arguments: argparse.Namespace) -> None:
