@@ -120,7 +120,7 @@ def measure(
                 layer = {"corpus": corpus, "strategy": name[0], "exchange": name[1]}
                 layer["ranks"] = _from_zero([rank[place]["layer"] for rank in found[-1]])
             rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
-            _check_agreement(rows, TOLERANCES[dtype])
+            check_agreement(rows, TOLERANCES[dtype])
             packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
     return {
         "window": window,
@@ -192,7 +192,7 @@ def _from_zero(ranks: list[dict[str, list]]) -> list[dict[str, list]]:
     ]
 
 
-def _check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
+def check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
     """Every case must have computed the same step; times of something else would mean nothing."""
     for case in cases:
         for what in ("loss", "grad_norm"):

@@ -91,11 +91,13 @@ def _name_forward(layer: torch.nn.Module) -> None:
     layer.register_forward_hook(lambda *_: ranges.pop().__exit__(None, None, None))
 
 
-@functools.cache
-def _trainers(config: str, dtype: str, device: str, threads: int) -> tuple[Trainer, Trainer | None]:
-    """This process's part of the group, and on the first rank the single process too."""
+@functools.lru_cache(maxsize=1)
+def _trainers(
+    world: dist.ProcessGroup, config: str, dtype: str, device: str, threads: int
+) -> tuple[Trainer, Trainer | None]:
+    """This process's part of the group, and on the first rank the single process too; kept from turn to turn."""
     torch.set_num_threads(threads)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = world.rank(), world.size()
     chosen = torch.device(device, rank if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(chosen)
@@ -119,7 +121,7 @@ def run_turn(
         `dict`: by case what this rank found: `seconds`, `loss`, `grad_norm`; in a turn with the profiler, and on GPUs
         always, `peak`, and on CPUs with the profiler `parts` and `layer`.
     """
-    shared, single = _trainers(*setting)
+    shared, single = _trainers(dist.group.WORLD, *setting)
     found = {}
     for index in order:
         plan, everything = cases[index]

@@ -83,21 +83,33 @@ def layer_bars(events: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, fl
     What belongs to its backward is known from sequence numbers, which autograd gives to an operator and its node.
     """
     events = list(events)
-    (forward,) = _spans(events)[LAYER]
-    inside = [e for e in events if "dur" in e and forward[0] <= e["ts"] and e["ts"] + e["dur"] <= forward[1]]
-    numbers = {e["args"]["Sequence number"] for e in inside if "Sequence number" in e.get("args", ())}
-    nodes = [e for e in events if e["name"].startswith(_NODE) and e.get("args", {}).get("Sequence number") in numbers]
-    backward = min(e["ts"] for e in nodes), max(e["ts"] + e["dur"] for e in nodes)
     spans = _spans(events)
-    found = {}
-    for direction, (begin, end) in {"forward": forward, "backward": backward}.items():
-        bars = [(LAYER, begin, end)]
-        for name, ranges in spans.items():
-            if name.startswith("flashcp: ") or name in _LINEAR:
-                label = "linear" if name in _LINEAR else name.removeprefix("flashcp: ")
-                bars += [(label, *span) for span in ranges if begin <= span[0] and span[1] <= end]
-        found[direction] = [(name, start / 1e6, stop / 1e6) for name, start, stop in bars]
-    return found
+    (forward,) = spans[LAYER]
+    inside = [e for e in events if "dur" in e and _within((e["ts"], e["ts"] + e["dur"]), forward)]
+    numbers = {e["args"]["Sequence number"] for e in inside if "Sequence number" in e.get("args", ())}
+    nodes = [e for e in events if e["name"].startswith(_NODE) and e["args"].get("Sequence number") in numbers]
+    backward = min(e["ts"] for e in nodes), max(e["ts"] + e["dur"] for e in nodes)
+    attention = [span for name in _ATTENTION for span in spans.get(name, ())]
+    bars = {}
+    for name, ranges in spans.items():
+        if name.startswith("flashcp: "):
+            bars[name.removeprefix("flashcp: ")] = ranges
+        elif name in _LINEAR:
+            outside = [span for span in ranges if not any(_within(span, other) for other in attention)]
+            bars.setdefault("linear", []).extend(outside)
+    return {
+        direction: [
+            (name, begin / 1e6, end / 1e6)
+            for name, ranges in {LAYER: [whole], **bars}.items()
+            for begin, end in ranges
+            if _within((begin, end), whole)
+        ]
+        for direction, whole in (("forward", forward), ("backward", backward))
+    }
+
+
+def _within(span: Span, other: Span) -> bool:
+    return other[0] <= span[0] and span[1] <= other[1]
 
 
 def _spans(events: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:

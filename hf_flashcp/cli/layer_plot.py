@@ -46,11 +46,10 @@ def plot_layer(found: dict[str, Any], path: str | os.PathLike) -> None:
                 axes.broken_barh(bars, (place - 0.36, 0.72), facecolors=_COLOURS[kind], label=label)
         axes.set_yticks(range(len(ranks)), [f"rank {place}" for place in range(len(ranks))], fontsize=9)
         axes.invert_yaxis()
-        axes.set_title(f"{direction} of one layer", fontsize=10, color=INK, loc="left")
+        axes.set_title(f"{direction} of one layer, ms", fontsize=10, color=INK, loc="left")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(colors=INK, labelsize=9)
-        axes.set_xlabel("ms", fontsize=9, color=INK, loc="right")
     figure.suptitle(
         f"{layer['strategy']}, exchange: {layer['exchange']}; {found['window']:,} tokens like {layer['corpus']}, "
         f"cp_size {found['cp_size']}",
