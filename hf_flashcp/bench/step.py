@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..data.lengths import sample_pack
@@ -59,7 +60,6 @@ def measure(
     device: str = "cpu",
     threads: int = 1,
     rounds: int = 5,
-    seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Trains on one pack of each corpus.
@@ -74,7 +74,6 @@ def measure(
         dtype: of the weights, a key of `TOLERANCES`.
         threads: of each process, the single one too.
         rounds: timed turns of every case, after two that are not and before one with the profiler.
-        seed: of each corpus's pack.
 
     Returns:
         `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
@@ -103,7 +102,7 @@ def measure(
     turns = len(corpora) * (_WARM_UP + rounds + 1)
     with WorkerPool() as pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
         for corpus in corpora:
-            lengths = sample_pack(corpus, window, seed=seed)
+            lengths = sample_pack(corpus, window)
             cases = [(plan_documents(lengths, 1), False)]
             for strategy, exchange in names:
                 stages = cp_size - 1 if exchange == "staged" else None
@@ -136,8 +135,6 @@ def measure(
 
 
 def _require_gpus(cp_size: int) -> None:
-    import torch
-
     if torch.cuda.device_count() < cp_size:
         raise ConfigurationError(
             f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "

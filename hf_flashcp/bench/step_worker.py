@@ -134,7 +134,6 @@ def run_turn(
         for name, rows in random_batch(plan.lengths, trainer.vocabulary).items():
             batch[name] = rows.to(trainer.device)
         layout = AllGatherLayout(plan, dist.get_rank()) if everything else None
-        dist.barrier()
         found[index] = _measured(trainer, batch, layout, profiled)
         dist.barrier()
     return found
@@ -149,6 +148,7 @@ def _measured(
         before = torch.cuda.memory_allocated(trainer.device)
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled and not on_gpu else None
     with profiler or nullcontext():
+        dist.barrier()  # a profiler starts later here than there
         begin = time.perf_counter()
         loss, norm = trainer.step(batch, layout)
         seconds = time.perf_counter() - begin

@@ -34,8 +34,7 @@ def trace_events(profiler: profile) -> list[dict[str, Any]]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-    base = trace.get("baseTimeNanoseconds", 0) / 1000
-    return [{**event, "ts": base + event["ts"]} for event in trace["traceEvents"] if "ts" in event]
+    return [event for event in trace["traceEvents"] if "ts" in event]
 
 
 def kept_and_peak(events: Iterable[dict[str, Any]]) -> tuple[int, int]:
