@@ -41,6 +41,7 @@ def test_command(capsys, tmp_path):
         assert set(case["shares"]) == set(traces.PARTS) and min(case["shares"].values()) >= 0
         assert sum(case["shares"].values()) == pytest.approx(1)
         assert case["tokens_per_second"] == pytest.approx(64 / case["seconds"]) and case["ideal_share"] > 0
+        assert case["cpu_ideal_share"] > 0
         assert case["loss"] == pytest.approx(single["loss"], rel=1e-5)
         assert case["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
         assert case["peak_bytes"] > 0 and case["profiled_seconds"] > 0

@@ -79,8 +79,10 @@ def measure(
         `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
         of the single process. A case has `strategy`, `exchange`, `loss`, `grad_norm`, medians over rounds of `seconds`
         (slowest rank) and `tokens_per_second`, `ideal_share` (the median over rounds of the single process's time of
-        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `shares` of the ranks' time
-        by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU `layer` is the
+        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `cpu_ideal_share` (the same
+        from the CPU seconds of the busiest rank: without waiting, and without what other programs take), `shares` of
+        the ranks' time by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU
+        `layer` is the
         timeline of one layer in that round, on the first corpus under the last strategy with the first exchange:
         `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first forward on.
 
@@ -155,10 +157,10 @@ def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]
 def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, cp_size: int) -> list[dict[str, Any]]:
     """Rows of a table, from what every rank found in every turn, the last with the profiler."""
     *timed, profiled = turns
-    seconds = [
-        [max(rank[index]["seconds"] for rank in turn if index in rank) for turn in timed]
-        for index in range(len(names))
-    ]
+    seconds, cpu_seconds = (
+        [[max(rank[index][key] for rank in turn if index in rank) for turn in timed] for index in range(len(names))]
+        for key in ("seconds", "cpu_seconds")
+    )
     cases = []
     for index, (strategy, exchange) in enumerate(names):
         ranks = [rank[index] for rank in profiled if index in rank]
@@ -168,17 +170,23 @@ def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, c
             "exchange": exchange,
             "seconds": median(seconds[index]),
             "tokens_per_second": window / median(seconds[index]),
-            "ideal_share": median(alone / used / taken for alone, taken in zip(seconds[0], seconds[index])),
+            "ideal_share": _ideal_share(seconds, index, used),
             "peak_bytes": max(rank["peak"] for rank in ranks),
             "loss": sum(rank["loss"] for rank in ranks) / used,
             "grad_norm": ranks[0]["grad_norm"],
         }
         if "parts" in ranks[0]:
+            case["cpu_ideal_share"] = _ideal_share(cpu_seconds, index, used)
             whole = sum(sum(rank["parts"].values()) for rank in ranks)
             case["shares"] = {part: sum(rank["parts"][part] for rank in ranks) / whole for part in PARTS}
             case["profiled_seconds"] = max(rank["seconds"] for rank in ranks)
         cases.append(case)
     return cases
+
+
+def _ideal_share(seconds: list[list[float]], index: int, ranks: int) -> float:
+    """Median over rounds of the single process's time / ranks / the case's time."""
+    return median(alone / ranks / taken for alone, taken in zip(seconds[0], seconds[index]))
 
 
 def _from_zero(ranks: list[dict[str, list]]) -> list[dict[str, list]]:
@@ -211,14 +219,16 @@ def text(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"{pack['corpus']}: {_count(documents, 'document')}, the longest of {longest:,} tokens",
-            f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'peak MiB':>10}  "
+            f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'CPU time':>10}{'peak MiB':>10}"
             + "".join(f"{part:>11}" for part in PARTS),
         ]
         for case in pack["cases"]:
+            cpu = f"{case['cpu_ideal_share']:10.1%}" if "shares" in case else " " * 10
             shares = "".join(f"{case['shares'][part]:11.1%}" for part in PARTS) if "shares" in case else ""
             lines.append(
                 f"{case['strategy']:15}{case['exchange'] or '':>9}{case['tokens_per_second']:10,.0f}"
-                f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{case['peak_bytes'] / 2**20:10.1f}  {shares}"
+                f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{cpu}{case['peak_bytes'] / 2**20:10.1f}"
+                f"{shares}"
             )
     return "\n".join(lines)
 

@@ -118,8 +118,8 @@ def run_turn(
     """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait.
 
     Returns:
-        `dict`: by case what this rank found: `seconds`, `loss`, `grad_norm`; in a turn with the profiler, and on GPUs
-        always, `peak`, and on CPUs with the profiler `parts` and `layer`.
+        `dict`: by case what this rank found: `seconds` and `cpu_seconds` (of all threads), `loss`, `grad_norm`; in a
+        turn with the profiler, and on GPUs always, `peak`, and on CPUs with the profiler `parts` and `layer`.
     """
     shared, single = _trainers(dist.group.WORLD, *setting)
     found = {}
@@ -149,10 +149,15 @@ def _measured(
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled and not on_gpu else None
     with profiler or nullcontext():
         dist.barrier()  # a profiler starts later here than there
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         loss, norm = trainer.step(batch, layout)
-        seconds = time.perf_counter() - begin
-    row: dict[str, Any] = {"seconds": seconds, "loss": float(loss), "grad_norm": float(norm)}
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    row: dict[str, Any] = {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "loss": float(loss),
+        "grad_norm": float(norm),
+    }
     if on_gpu:
         row["peak"] = trainer.bytes_between_steps() + torch.cuda.max_memory_allocated(trainer.device) - before
     elif profiler is not None:
