@@ -46,7 +46,7 @@ class Trainer:
             dtype=dtype,
         )
         model = model.to(device).train()
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] or [model]
         _name_forward(layers[len(layers) // 2])
         self.mesh, self.device, self.vocabulary = mesh, device, model.config.get_text_config().vocab_size
         self.model = model if mesh is None else DistributedDataParallel(model, process_group=mesh.get_group())
