@@ -17,16 +17,16 @@ from ..data.lengths import LENGTH_DISTRIBUTIONS, draw_pack, read_lengths, sample
 from ..errors import ConfigurationError, PlanError
 from ..planning import HARDWARE, CostModel, HardwareProfile
 from ..planning.memory import GRADIENT_CHECKPOINTING
+from ..planning.model_shape import LLAMA_3_8B
 from ..planning.schemes import SCHEMES, why_not
 from ..planning.simulation import EXACT, RIVALS, TIMED, check_ranks, simulate
+from .estimate import GIB
 from .model_config import read_config
 from .plan import comma_separated, counted
 
 
 REFERENCE = TIMED
 """What the others are compared with."""
-
-_GIB = 2**30
 
 
 def add_parser(commands) -> None:
@@ -92,10 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         FlashCPError: a plot that cannot be drawn or written.
     """
     packs = _packs(arguments)
-    if arguments.model:
-        config = read_config(arguments.model)
-    else:
-        from ..bench.predicted import LLAMA_3_8B as config
+    config = read_config(arguments.model) if arguments.model else LLAMA_3_8B
     profiles = {name: _profile(name, arguments.ranks_per_node) for name in arguments.hardware}
     for profile in profiles.values():
         for cp_size in arguments.cp_size:
@@ -225,8 +222,8 @@ def _print(found: dict[str, Any]) -> None:
                 f"{1000 * row['attention_module_seconds']:,.1f}",
                 f"{row['attention_over_reference']:.2f}",
                 f"{row['mfu']:.1%}" if row["mfu"] == row["mfu"] else "-",
-                *(f"{row[key] / _GIB:,.2f}" for key in ("intra_node_bytes", "inter_node_bytes")),
-                f"{row['memory_bytes'] / _GIB:,.1f}",
+                *(f"{row[key] / GIB:,.2f}" for key in ("intra_node_bytes", "inter_node_bytes")),
+                f"{row['memory_bytes'] / GIB:,.1f}",
             )
         console.print(table)
         for scheme, reason in cell["left_out"].items():

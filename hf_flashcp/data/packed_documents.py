@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -252,7 +253,7 @@ class PackedDocumentStream(_Packed, IterableDataset):
 
     def _start(self) -> None:
         self._counts, self._rows_skipped = Counts(), 0
-        self._seconds: list[float] = []
+        self._seconds = array("d")
         self._delays = self._documents_out = self._max_delay = 0
         self._read = self._tokens_out = 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,10 @@ class Packing:
         - `mean_delay` and `max_delay`: optimizer steps between the one that was being filled when a document's turn
           came in the random order, and the one it is in.
         """
+        return dict(self._report)
+
+    @cached_property
+    def _report(self) -> dict[str, Any]:
         options = self.options
         return {
             "packs": len(self),

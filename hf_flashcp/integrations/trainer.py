@@ -51,7 +51,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
-        self.plan_metrics: PlanMetrics = PlanMetrics(self.args.world_size // self.get_cp_size())
+        self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
         self.flashcp: ContextParallelHandle = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -74,6 +74,16 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+
+    @property
+    def _dp_size(self) -> int:
+        """Data-parallel groups."""
+        return self.args.world_size // self.get_cp_size()
+
+    @property
+    def _dp_rank(self) -> int:
+        """The group of this process."""
+        return self.args.process_index // self.get_cp_size()
 
     def _refuse_options(self) -> None:
         if self.get_cp_size() == 1:
@@ -102,16 +112,14 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         inner = getattr(loader, "base_dataloader", loader)
         if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
             # Trainer seeds every process's workers apart, but those of a group must draw alike.
-            group = self.args.process_index // self.get_cp_size()
-            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
+            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": self._dp_rank})
         return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        groups = self.args.world_size // self.get_cp_size()
-        if batches and num_batches > 1 and groups > 1 and isinstance(self.train_dataset, IterableDataset):
+        if batches and num_batches > 1 and self._dp_size > 1 and isinstance(self.train_dataset, IterableDataset):
             require_agreement(
                 "accumulated batches",
                 {"batches": len(batches)},
@@ -132,7 +140,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
                 )
             self.train_dataset.for_run(
                 cp_size=self.get_cp_size(),
-                dp_size=self.args.world_size // self.get_cp_size(),
+                dp_size=self._dp_size,
                 gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             )
         return super().get_train_dataloader()
@@ -220,8 +228,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         cp_size = self.get_cp_size()
         if cp_size == 1 and not self._losses_by_document:
             return super().evaluation_loop(dataloader, *args, **kwargs)
-        groups, group = self.args.world_size // cp_size, self.args.process_index // cp_size
-        self._evaluated = EvaluationSums(dataloader.dataset, groups, group)
+        self._evaluated = EvaluationSums(dataloader.dataset, self._dp_size, self._dp_rank)
         # Documents are preprocessed one by one, and gathered from one rank of each group.
         self._preprocess_document, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.gather_function = functools.partial(gather_rows, accelerator=self.accelerator, cp_size=cp_size)
