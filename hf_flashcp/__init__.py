@@ -24,6 +24,7 @@ _EXPORTS = {
     "PackedDocuments": ".data",
     "RankPlan": ".layout",
     "ShardPlan": ".planning",
+    "Topology": ".planning",
     "attach": ".integrations.attach",
     "errors": None,
     "flashcp_attention": ".integrations.registration",
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from .integrations.registration import flashcp_attention
     from .integrations.trainer import FlashCPTrainer, FlashCPTrainerMixin
     from .layout import RankPlan, shard_inputs
-    from .planning import CostModel, ShardPlan, plan_documents
+    from .planning import CostModel, ShardPlan, Topology, plan_documents
 
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from ..errors import BatchError, PlanError
 from ..layout.batch import IGNORE_INDEX, content_digest
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, plan_documents
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, Topology, plan_documents
 from .features import read_documents
 
 
@@ -29,6 +29,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
         max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
         num_stages (`int`, *optional*): see [`plan_documents`].
+        topology (`Topology`, *optional*): ranks in nodes, with the strategy "search".
         pad_to_multiple_of (`int`, *optional*): C is a multiple of it. The padding is a document of its own: no other
             attends to it, and it has no targets.
         pad_token_id (`int`, *optional*, defaults to 0): in `input_ids` of padding.
@@ -64,6 +65,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         max_imbalance: float = 1.05,
         max_token_imbalance: float = 1.0,
         num_stages: int | None = None,
+        topology: Topology | None = None,
         pad_to_multiple_of: int | None = None,
         pad_token_id: int = 0,
         per_token_keys: Sequence[str] = (),
@@ -80,6 +82,9 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self.max_imbalance = max_imbalance
         self.max_token_imbalance = max_token_imbalance
         self.num_stages = num_stages
+        if topology is not None:
+            topology.require_full_nodes(cp_size)
+        self.topology = topology
         if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
             raise BatchError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}.")
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -110,6 +115,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
             max_imbalance=self.max_imbalance,
             max_token_imbalance=self.max_token_imbalance,
             num_stages=self.num_stages,
+            topology=self.topology,
         )
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         if padding:

@@ -4,6 +4,7 @@ from .cost import CostModel, StepTime
 from .hardware_profile import HARDWARE, HardwareProfile
 from .plan import ShardPlan
 from .strategies import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from .topology import Topology
 from .volume import kv_bytes
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "HardwareProfile",
     "ShardPlan",
     "StepTime",
+    "Topology",
     "kv_bytes",
     "plan_documents",
 ]

@@ -2,9 +2,10 @@
 
 How much balance is worth how much traffic depends on the link: where KV is hidden behind the local pass it is free,
 and the best plan is the best balanced one; where it is not, a rank may rather compute 5% more than wait. So plans are
-made under several caps, from nearly even to the user's own, with the busiest rank's KV or all of it kept low, and
-judged by their predicted time, next to those of every other strategy that keeps within the caps. The best of them are
-then tried with their KV travelling in more stages than one, each hidden behind the work on the stage before.
+made under several caps, from nearly even to the user's own, with the busiest rank's KV, all of it or what travels
+between nodes kept low, and judged by their predicted time, next to those of every other strategy that keeps within
+the caps. The best of them are then tried with their KV travelling in more stages than one, each hidden behind the work
+on the stage before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .cost import CostModel
 from .lower_bound import Caps
 from .plan import ShardPlan
 from .search import search
+from .search_nodes import node_plans
 from .sharding import Lengths, Slices, per_doc, per_seq, whole_doc
 from .volume import kv_traffic, rank_pairs, rank_tokens
 
@@ -44,7 +46,8 @@ def fastest(
     caps, of the plans with the least pairs on a rank."""
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
     found: dict[tuple, tuple[int, float, ShardPlan]] = {}
-    for slices in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance):
+    ranks_per_node = cost_model.hardware.ranks_per_node
+    for slices in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance, ranks_per_node):
         plan = ShardPlan(lengths, cp_size, slices)
         if plan.slices in found:
             continue
@@ -102,20 +105,18 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     return groups
 
 
-def _candidates(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float) -> Iterator[Slices]:
+def _candidates(
+    lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float, ranks_per_node: int
+) -> Iterator[Slices]:
     slack = min(max_imbalance - 1, MOST_SLACK)
     caps = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
     token_caps = sorted({1.0, max_token_imbalance})
     for token_cap in token_caps:
         for cap in [*caps, *([max_imbalance - 1] if max_imbalance - 1 > slack else [])]:
-            for minimize_total in (False, True):
-                yield search(
-                    lengths,
-                    cp_size,
-                    max_imbalance=1 + cap,
-                    max_token_imbalance=token_cap,
-                    minimize_total=minimize_total,
-                )
+            within = {"max_imbalance": 1 + cap, "max_token_imbalance": token_cap}
+            yield (flat := search(lengths, cp_size, **within))
+            yield search(lengths, cp_size, **within, minimize_total=True)
+            yield from node_plans(flat, lengths, ranks_per_node, **within)
         yield flashcp(lengths, cp_size, max_imbalance, token_cap)
     yield per_doc(lengths, cp_size)
     yield per_doc(lengths, cp_size, rotate_ranks=True)

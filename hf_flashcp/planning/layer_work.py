@@ -16,7 +16,7 @@ import numpy as np
 from .hardware_profile import Kernel
 from .model_shape import AttentionLayers
 from .plan import ShardPlan, Slice
-from .volume import full_attention_traffic, kv_traffic
+from .volume import by_link, full_attention_traffic, kv_traffic
 
 
 _NO_WINDOW = 1 << 40
@@ -58,13 +58,13 @@ def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tupl
                 np.array([tokens, [0] * cp_size]) for tokens in full_attention_traffic(cp_size, plan.slices)
             )
         else:
-            received, sent = _by_link(np.array(kv_traffic(plan, window)), ranks_per_node)
+            received, sent = by_link(kv_traffic(plan, window), ranks_per_node)
         return local, [StageWork(remote, received, sent)] if received.any() else []
     traffic = np.array(kv_traffic(plan))
     offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
     staged = _staged_rectangles(plan.slices, cp_size, groups)
     works = [
-        StageWork(rectangles, *_by_link(traffic * np.isin(offset, group), ranks_per_node))
+        StageWork(rectangles, *by_link(traffic * np.isin(offset, group), ranks_per_node))
         for rectangles, group in zip(staged, groups)
     ]
     return local, [work for work in works if work.received.any()]
@@ -100,13 +100,6 @@ def call_seconds(
     np.maximum.at(alone, rank, (longest + speed.tile_overhead_keys) * kernel.units * a_key)
     calls = np.bincount(rank, minlength=cp_size) > 0
     return np.maximum(total, alone) + kernel.call_seconds * calls
-
-
-def _by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
-    node = np.arange(len(traffic)) // ranks_per_node
-    inside = node[:, None] == node
-    parts = [traffic * which for which in (inside, ~inside)]
-    return np.array([part.sum(0) for part in parts]), np.array([part.sum(1) for part in parts])
 
 
 def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:

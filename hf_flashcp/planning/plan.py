@@ -9,11 +9,14 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from .volume import plan_report
+from .volume import by_link, kv_traffic, plan_report
 
+
+if TYPE_CHECKING:
+    from .topology import Topology
 
 Slice = tuple[int, int, int]
 """`(document, start, stop)`: tokens `start` to `stop` (half-open) of one document."""
@@ -194,13 +197,14 @@ class ShardPlan:
             raise PlanError(f"Document {min(missing)} is on no rank.")
         return self
 
-    def report(self, window: int | None = None) -> dict[str, Any]:
+    def report(self, window: int | None = None, topology: Topology | None = None) -> dict[str, Any]:
         """What the plan costs in one layer, counted exactly from its slices (FlashCP eq. 2 to 5, with point-to-point
         exchange).
 
         Args:
             window (`int`, *optional*): of a sliding-window layer, in tokens, as transformers counts it: keys that a
                 query sees, itself included. Full attention if `None`.
+            topology (`Topology`, *optional*): ranks in nodes, to count apart what stays in one.
 
         Returns:
             `dict`: per rank `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and
@@ -215,12 +219,20 @@ class ShardPlan:
             one for each stage that brings something, both ways) and `copies` of rows from buffer to buffer (see
             [`~volume.engine_calls`]). They are those of a layer that keeps the KV it receives until backward.
 
+            With a topology, also per rank `intra_node_received`, `intra_node_sent`, `inter_node_received` and
+            `inter_node_sent`: the parts of `kv_received` and `kv_sent` whose other end is on the rank's own node and
+            on others.
+
         Raises:
             PlanError: a window below 1.
         """
         if window is not None and window < 1:
             raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
-        return plan_report(self.lengths, self.cp_size, self.slices, window, self.offset_groups)
+        report = plan_report(self.lengths, self.cp_size, self.slices, window, self.offset_groups)
+        if topology is not None:
+            for way, parts in zip(("received", "sent"), by_link(kv_traffic(self, window), topology.ranks_per_node)):
+                report[f"intra_node_{way}"], report[f"inter_node_{way}"] = parts.tolist()
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable form, read back by [`~ShardPlan.from_dict`]."""

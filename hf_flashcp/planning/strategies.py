@@ -14,12 +14,14 @@ from .algorithm1 import flashcp
 from .fastest import fastest, in_stages
 from .plan import ShardPlan, Slice, check_lengths
 from .search import search
+from .search_nodes import search_in_nodes
 from .sharding import per_doc, per_seq, whole_doc
 from .volume import rank_pairs
 
 
 if TYPE_CHECKING:
     from .cost import CostModel
+    from .topology import Topology
 
 STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
 """Names that `plan_documents` takes as `strategy`."""
@@ -39,6 +41,7 @@ def plan_documents(
     minimize_total: bool = False,
     num_stages: int | None = None,
     rotate_ranks: bool = False,
+    topology: Topology | None = None,
 ) -> ShardPlan:
     """Assigns the tokens of packed documents to context-parallel ranks.
 
@@ -72,13 +75,17 @@ def plan_documents(
         rotate_ranks (`bool`, *optional*, defaults to `False`):
             With `"per_doc"`, shift the rank labels by one from document to document. The total traffic stays, the
             largest rank's share of it falls.
+        topology (`Topology`, *optional*):
+            With `"search"`, ranks in nodes: the plan whose busiest link takes the shortest, where a row between nodes
+            takes `inter_node_cost` times longer. Never busier than without. A `cost_model` goes by the
+            `ranks_per_node` of its hardware profile.
 
     Returns:
         `ShardPlan`: a validated partition.
 
     Raises:
         PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1, an
-            option that the strategy does not have.
+            option that the strategy does not have, two goals at once, ranks that do not fill their nodes.
     """
     begin, offset_groups = time.perf_counter(), None
     lengths, cp_size = check_lengths(lengths, cp_size)
@@ -89,12 +96,20 @@ def plan_documents(
         "rotate_ranks": (rotate_ranks, "per_doc"),
         "minimize_total": (minimize_total, "search"),
         "cost_model": (cost_model is not None, "search"),
+        "topology": (topology is not None, "search"),
     }
     for name, (given, owner) in options.items():
         if given and strategy != owner:
             raise PlanError(f"{name} is an option of the strategy {owner!r}, not of {strategy!r}: leave it out.")
     if minimize_total and cost_model is not None:
         raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
+    if topology is not None:
+        if minimize_total or cost_model is not None:
+            raise PlanError(
+                "topology is a goal of its own beside minimize_total and cost_model: leave those out. A cost_model "
+                "goes by the nodes of its hardware profile (ranks_per_node)."
+            )
+        topology.require_full_nodes(cp_size)
     if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
         raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
     slices: Sequence[Sequence[Slice]]
@@ -112,7 +127,7 @@ def plan_documents(
                 lengths, cp_size, cost_model, max_imbalance, max_token_imbalance, num_stages
             )
         case "search":
-            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total)
+            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total, topology)
         case _:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
     plan = ShardPlan(lengths, cp_size, slices, offset_groups).validate()
@@ -131,10 +146,15 @@ def _searched(
     max_imbalance: float,
     max_token_imbalance: float,
     minimize_total: bool,
+    topology: Topology | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
     caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
-    return tuple(map(tuple, search(lengths, cp_size, **caps, minimize_total=minimize_total)))
+    if topology is not None:
+        slices = search_in_nodes(lengths, cp_size, topology, **caps)
+    else:
+        slices = search(lengths, cp_size, **caps, minimize_total=minimize_total)
+    return tuple(map(tuple, slices))
 
 
 @functools.lru_cache(maxsize=128)

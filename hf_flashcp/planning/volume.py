@@ -280,9 +280,19 @@ def kv_traffic(plan, window: int | None = None) -> list[list[int]]:
     return _traffic(plan.cp_size, plan.slices, window)
 
 
+def by_link(traffic: Sequence[Sequence[int]] | np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(received, sent)`, (2, cp_size) each, of traffic [sender][receiver]: inside the rank's node, and from and to
+    other nodes."""
+    traffic = np.asarray(traffic)
+    node = np.arange(len(traffic)) // ranks_per_node
+    inside = node[:, None] == node
+    parts = [traffic * which for which in (inside, ~inside)]
+    return np.array([part.sum(0) for part in parts]), np.array([part.sum(1) for part in parts])
+
+
 def _traffic(cp_size, slices, window) -> list[list[int]]:
     if window is None:
-        return _full_traffic(cp_size, slices)
+        return traffic_matrix(slices).tolist()
     traffic = [[0] * cp_size for _ in range(cp_size)]
     needed = needed_keys(slices, window)
     for sender, rank_slices in enumerate(slices):
@@ -294,8 +304,10 @@ def _traffic(cp_size, slices, window) -> list[list[int]]:
     return traffic
 
 
-def _full_traffic(cp_size, slices) -> list[list[int]]:
-    """Without a window: a slice goes to every rank that has a later one of its document."""
+def traffic_matrix(slices: Sequence[Sequence[tuple[int, int, int]]]) -> np.ndarray:
+    """(cp_size, cp_size) int64: what [`kv_traffic`] counts, without a window: a slice goes to every rank that has a
+    later one of its document."""
+    cp_size = len(slices)
     pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for rank, rank_slices in enumerate(slices):
         for document, start, stop in rank_slices:
@@ -308,4 +320,4 @@ def _full_traffic(cp_size, slices) -> list[list[int]]:
             np.maximum.at(last_start, ranks, starts)
             np.add.at(traffic, ranks, (stops - starts)[:, None] * (last_start >= stops[:, None]))
     np.fill_diagonal(traffic, 0)
-    return traffic.tolist()
+    return traffic

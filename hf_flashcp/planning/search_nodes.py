@@ -1,0 +1,145 @@
+"""Strategy "search" with a `Topology`: little on the slower links between nodes.
+
+Two kinds of plans are tried beside the flat one, which knows no nodes. The flat one's ranks, grouped so that those
+which share documents share a node. And plans in two levels: the search shares documents out to nodes, each a rank with
+the budgets of all of its ranks; then each node shares out what it holds. A document that is cut between nodes lies on
+all ranks of each of them, zigzag, so that what a rank receives from other nodes and sends to them is what its node did
+in the plan of nodes; whole documents are planned by the flat search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from .plan import Slice
+from .search import Candidate, Search, search
+from .search_build import Budget
+from .sharding import Lengths, Slices, per_doc
+from .topology import Topology
+from .volume import attention_pairs, by_link, rank_pairs, rank_tokens, traffic_matrix
+
+
+TIGHTENED = (0.6, 0.4)
+"""Caps that are tried on the attention pairs of nodes: 1 plus so much of what the user allows above 1. The rest is
+room for the ranks of a node."""
+
+SETTINGS, TARGETS = 2, 3
+"""How many plans of nodes are made under each cap, and how many of little on the busiest node."""
+
+INSIDE = 2
+"""How many plans are made of the whole documents of a node."""
+
+
+def search_in_nodes(
+    lengths: Lengths, cp_size: int, topology: Topology, *, max_imbalance: float, max_token_imbalance: float
+) -> Slices:
+    """Slices of every rank: of the plans tried, within the caps, the one whose busiest link takes the shortest, a row
+    between nodes counted `inter_node_cost` times. Never busier than [`search`]'s, nor less balanced than that where
+    it does not meet the caps. Pure and deterministic.
+
+    Args:
+        lengths (`tuple[int, ...]`): tokens of each document.
+        cp_size (`int`): number of ranks, in full nodes.
+        topology (`Topology`): of the ranks. With all of them in one node, or each in its own, the plan is `search`'s.
+        max_imbalance, max_token_imbalance (`float`): see [`search`].
+    """
+    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    flat = search(lengths, cp_size, **caps)
+    found = [flat, *node_plans(flat, lengths, topology.ranks_per_node, **caps)]
+    return min(found, key=lambda slices: busiest(slices, topology))
+
+
+def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
+    """What the busiest link of any rank carries, in or out, and all links together: tokens whose KV travels, between
+    nodes times `inter_node_cost`."""
+    received, sent = by_link(traffic_matrix(slices), topology.ranks_per_node)
+    cost = np.array([[1.0], [topology.inter_node_cost]])
+    return float((cost * np.maximum(received, sent)).max()), float((cost * received).sum())
+
+
+def node_plans(
+    flat: Slices, lengths: Lengths, ranks_per_node: int, *, max_imbalance: float, max_token_imbalance: float
+) -> Iterator[Slices]:
+    """Plans that spare the links between nodes: a flat plan's ranks grouped, and one in two levels, if that is within
+    the caps or no less balanced. None where ranks do not fill several nodes of several ranks."""
+    cp_size = len(flat)
+    nodes = cp_size // ranks_per_node
+    if nodes * ranks_per_node != cp_size or 1 in (nodes, ranks_per_node):
+        return
+    yield grouped(flat, ranks_per_node)
+    budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
+    budget.most_pairs = max(budget.most_pairs, max(rank_pairs(flat)))
+    found: list[Candidate] = []
+    for part in TIGHTENED:
+        found += _of_nodes(lengths, nodes, 1 + part * (max_imbalance - 1), max_token_imbalance, budget)
+    for plan in sorted(found, key=lambda plan: plan.bottleneck):
+        slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, budget)]
+        if max(rank_pairs(slices)) <= budget.most_pairs and max(rank_tokens(slices)) <= budget.most_tokens:
+            if all(slices):
+                yield slices
+                return
+
+
+def grouped(slices: Slices, ranks_per_node: int) -> Slices:
+    """The same slices on other ranks: two ranks trade places, those first that spare most traffic between nodes, as
+    long as any do."""
+    traffic = traffic_matrix(slices)
+    traffic = traffic + traffic.T
+    ranks = np.arange(len(slices))
+    node = ranks // ranks_per_node
+    while True:
+        with_node = np.add.reduceat(traffic[:, np.argsort(node, kind="stable")], ranks[::ranks_per_node], axis=1)
+        gain = with_node[:, node] - with_node[ranks, node][:, None]
+        gain = np.where(node[:, None] == node, 0, gain + gain.T - 2 * traffic)
+        first, second = divmod(int(gain.argmax()), len(slices))
+        if gain[first, second] <= 0:
+            return [slices[rank] for rank in np.argsort(node, kind="stable")]
+        node[[first, second]] = node[[second, first]]
+
+
+def _of_nodes(
+    lengths: Lengths, nodes: int, max_imbalance: float, max_token_imbalance: float, budget: Budget
+) -> list[Candidate]:
+    looking = Search(lengths, nodes, max_imbalance, max_token_imbalance if budget.token_room else 1.0)
+    looking.budget.most_tokens = min(looking.budget.most_tokens, budget.cp_size // nodes * budget.most_tokens)
+    looking.settings = looking.settings[:SETTINGS]
+    looking.first_plans(SETTINGS)
+    if looking.found:
+        base = looking.least()
+        looking.lower_bottleneck(base, 0.85 * base.bottleneck, math.inf, TARGETS)
+    return looking.found
+
+
+def _inside(held: list[Slice], ranks: int, budget: Budget) -> Slices:
+    """What a node holds, on its ranks: zigzag what is cut, and all of it where the rest cannot be planned."""
+    whole, cut = [], []
+    for document, start, stop in held:
+        (whole if stop - start == budget.lengths[document] else cut).append((document, start, stop))
+    slices = _zigzag(cut, ranks)
+    lengths = tuple(stop for _, _, stop in whole)
+    if sum(lengths) < ranks:
+        return _zigzag(held, ranks)
+    tokens, mean_pairs = rank_tokens(slices), sum(attention_pairs(0, length) for length in lengths) / ranks
+    pairs_cap = (budget.most_pairs - max(rank_pairs(slices))) / mean_pairs
+    tokens_cap = (budget.most_tokens - max(tokens)) * ranks / sum(lengths) if budget.token_room else 1.0
+    looking = Search(lengths, ranks, max(pairs_cap, 1.0), max(tokens_cap, 1.0))
+    looking.settings = looking.settings[:INSIDE]
+    looking.first_plans(INSIDE)
+    if not looking.found:
+        return _zigzag(held, ranks)
+    # Ranks with a token less of what is cut get one more of the others.
+    planned = sorted(looking.least().slices, key=lambda pieces: sum(start - stop for _, start, stop in pieces))
+    for rank, pieces in zip(sorted(range(ranks), key=tokens.__getitem__), planned):
+        slices[rank] += [(whole[document][0], start, stop) for document, start, stop in pieces]
+    return slices
+
+
+def _zigzag(pieces: list[Slice], ranks: int) -> Slices:
+    planned = per_doc(tuple(stop - start for _, start, stop in pieces), ranks)
+    return [
+        [(pieces[index][0], pieces[index][1] + start, pieces[index][1] + stop) for index, start, stop in held]
+        for held in planned
+    ]
