@@ -22,14 +22,17 @@ from .topology import Topology
 from .volume import attention_pairs, by_link, rank_pairs, rank_tokens, traffic_matrix
 
 
-TIGHTENED = (0.6, 0.4)
+TIGHTENED = (0.8, 0.4)
 """Caps that are tried on the attention pairs of nodes: 1 plus so much of what the user allows above 1. The rest is
 room for the ranks of a node."""
 
-SETTINGS, TARGETS = 2, 3
+SETTINGS, TARGETS = 1, 4
 """How many plans of nodes are made under each cap, and how many of little on the busiest node."""
 
-INSIDE = 2
+MANY = 1000
+"""Documents beyond which one cap is tried, and one plan of each kind."""
+
+INSIDE = 1
 """How many plans are made of the whole documents of a node."""
 
 
@@ -73,7 +76,7 @@ def node_plans(
     budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
     budget.most_pairs = max(budget.most_pairs, max(rank_pairs(flat)))
     found: list[Candidate] = []
-    for part in TIGHTENED:
+    for part in TIGHTENED if len(lengths) <= MANY else TIGHTENED[:1]:
         found += _of_nodes(lengths, nodes, 1 + part * (max_imbalance - 1), max_token_imbalance, budget)
     for plan in sorted(found, key=lambda plan: plan.bottleneck):
         slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, budget)]
@@ -84,20 +87,28 @@ def node_plans(
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
-    """The same slices on other ranks: two ranks trade places, those first that spare most traffic between nodes, as
-    long as any do."""
+    """The same slices on other ranks: rank after rank trades places with the one that spares most traffic between
+    nodes, as long as any does."""
     traffic = traffic_matrix(slices)
     traffic = traffic + traffic.T
     ranks = np.arange(len(slices))
     node = ranks // ranks_per_node
-    while True:
-        with_node = np.add.reduceat(traffic[:, np.argsort(node, kind="stable")], ranks[::ranks_per_node], axis=1)
-        gain = with_node[:, node] - with_node[ranks, node][:, None]
-        gain = np.where(node[:, None] == node, 0, gain + gain.T - 2 * traffic)
-        first, second = divmod(int(gain.argmax()), len(slices))
-        if gain[first, second] <= 0:
-            return [slices[rank] for rank in np.argsort(node, kind="stable")]
-        node[[first, second]] = node[[second, first]]
+    with_node = np.add.reduceat(traffic, ranks[::ranks_per_node], axis=1)
+    settled = 0
+    while settled < len(slices):
+        for rank in ranks:
+            here = node[rank]
+            gain = with_node[rank, node] - with_node[rank, here] + with_node[:, here] - with_node[ranks, node]
+            gain = np.where(node == here, 0, gain - 2 * traffic[rank])
+            other = gain.argmax()
+            settled += 1
+            if gain[other] > 0:
+                settled, there = 0, node[other]
+                moved = traffic[:, other] - traffic[:, rank]
+                with_node[:, here] += moved
+                with_node[:, there] -= moved
+                node[rank], node[other] = there, here
+    return [slices[rank] for rank in np.argsort(node, kind="stable")]
 
 
 def _of_nodes(
@@ -105,11 +116,12 @@ def _of_nodes(
 ) -> list[Candidate]:
     looking = Search(lengths, nodes, max_imbalance, max_token_imbalance if budget.token_room else 1.0)
     looking.budget.most_tokens = min(looking.budget.most_tokens, budget.cp_size // nodes * budget.most_tokens)
-    looking.settings = looking.settings[:SETTINGS]
-    looking.first_plans(SETTINGS)
+    settings, targets = (SETTINGS, TARGETS) if len(lengths) <= MANY else (1, 1)
+    looking.settings = looking.settings[:settings]
+    looking.first_plans(settings)
     if looking.found:
         base = looking.least()
-        looking.lower_bottleneck(base, 0.85 * base.bottleneck, math.inf, TARGETS)
+        looking.lower_bottleneck(base, 0.85 * base.bottleneck, math.inf, targets)
     return looking.found
 
 
