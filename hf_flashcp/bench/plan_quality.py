@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from ..data.lengths import sample_pack
-from ..planning import STRATEGIES, ShardPlan, plan_documents
+from ..planning import STRATEGIES, ShardPlan, Topology, plan_documents
 from ..planning.lower_bound import kv_lower_bound
 
 
@@ -18,15 +18,25 @@ Planner = Callable[[Sequence[int], int], ShardPlan]
 """From lengths and cp_size to a plan."""
 
 
-def plan_quality(plan: ShardPlan) -> dict[str, Any]:
+LINKS = ("intra_node", "inter_node")
+
+
+def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str, Any]:
     """What is compared of a plan, from its [`ShardPlan.report`] for full attention.
 
     Returns:
         `dict`: `kv_total` and `bottleneck` (the largest received or sent of a rank), in tokens; `pair_imbalance` and
-        `token_imbalance` (max / mean over ranks); `tokens_equal` (within one); `slices` of all ranks.
+        `token_imbalance` (max / mean over ranks); `tokens_equal` (within one); `slices` of all ranks. With a topology
+        also `intra_node` and `inter_node`, the parts of the bottleneck: the largest received or sent of a rank inside
+        its node, and from or to others; and `inter_node_total`.
     """
-    report = plan.report()
+    report = plan.report(topology=topology)
+    by_link = {}
+    if topology is not None:
+        by_link = {link: max(report[f"{link}_received"] + report[f"{link}_sent"]) for link in LINKS}
+        by_link["inter_node_total"] = sum(report["inter_node_received"])
     return {
+        **by_link,
         **{key: report[key] for key in ("kv_total", "pair_imbalance", "token_imbalance")},
         "bottleneck": max(report["kv_received"] + report["kv_sent"]),
         "tokens_equal": max(report["tokens"]) - min(report["tokens"]) <= 1,
@@ -45,6 +55,7 @@ def measure(
     max_token_imbalance: float = 1.0,
     seed: int = 0,
     others: Mapping[str, Planner] | None = None,
+    topology: Topology | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Plans drawn packs with every strategy, in every cell: corpus, window and number of ranks.
@@ -57,6 +68,7 @@ def measure(
         max_imbalance: cap on attention pairs, max / mean over ranks.
         max_token_imbalance: cap on tokens, likewise; 1.0 for equal within one.
         others: planners beside the strategies, by name.
+        topology: ranks in nodes, to count apart what travels between nodes.
         progress: a bar on stderr if that is a terminal and the run takes longer than a second or two.
 
     Returns:
@@ -90,7 +102,7 @@ def measure(
                     begin = time.perf_counter()
                     plan = planner(lengths, cp_size)
                     seconds = time.perf_counter() - begin
-                    found[name].append({**plan_quality(plan), "plan_ms": 1000 * seconds})
+                    found[name].append({**plan_quality(plan, topology), "plan_ms": 1000 * seconds})
                 bar.update()
             cells.append(
                 {
@@ -111,6 +123,7 @@ def measure(
         "seed": seed,
         **caps,
         "cells": cells,
+        "ranks_per_node": None if topology is None else topology.ranks_per_node,
         "summary_cells": len(bounded),
         "summary": {name: _summary(name, cells, bounded) for name in planners},
     }
@@ -134,9 +147,8 @@ def _row(plans: list[dict[str, Any]], bounds: list[int], max_imbalance: float, m
     ]
     least = sum(itertools.compress(bounds, within))
     moved = sum(plan["kv_total"] for plan in itertools.compress(plans, within))
-    averaged = ("kv_total", "bottleneck", "pair_imbalance", "token_imbalance", "slices")
     return {
-        **{key: mean(plan[key] for plan in plans) for key in averaged},
+        **{key: mean(plan[key] for plan in plans) for key in plans[0] if key not in ("tokens_equal", "plan_ms")},
         "bound_ratio": moved / least if least else None,
         "within_caps": mean(within),
         "plan_ms": median(plan["plan_ms"] for plan in plans),
@@ -163,7 +175,10 @@ def _geometric_mean(values: Sequence[float | None]) -> float | None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Two tables for a terminal: every cell's KV in total and of its busiest rank, in windows; and the summary."""
+    """Two tables for a terminal: every cell's KV in total and of its busiest rank, in windows; and the summary. With a
+    topology one, of what travels inside nodes and between them."""
+    if found["ranks_per_node"] is not None:
+        return _nodes_text(found)
     names = list(found["summary"])
     width = max(14, *(len(name) + 2 for name in names))
     lines = [
@@ -198,6 +213,31 @@ def text(found: dict[str, Any]) -> str:
             f"{row['slices']:9,.0f}{row['within_caps']:8.0%}{row['plan_ms']:9.2f}"
         )
     return "\n".join(lines)
+
+
+def _nodes_text(found: dict[str, Any]) -> str:
+    parts = (*LINKS, "inter_node_total")
+    lines = [
+        f"{found['packs']} packs a cell, nodes of {found['ranks_per_node']} ranks; KV in multiples of the window",
+        "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all ranks",
+        "",
+        f"{'':40}" + "".join(f"{name:>35}" for name in found["summary"]),
+        f"{'corpus':13}{'window':>9}{'ranks':>7}{'documents':>11}"
+        + len(found["summary"]) * f"{'intra':>9}{'inter':>8}{'all inter':>11}{'ms':>7}",
+    ]
+    means: dict[str, list[list[float]]] = {name: [] for name in found["summary"]}
+    for cell in found["cells"]:
+        line = f"{cell['corpus']:13}{cell['window']:9,}{cell['cp_size']:7}{cell['documents']:11.0f}"
+        for name, row in cell["strategies"].items():
+            means[name].append([*(row[part] / cell["window"] for part in parts), row["plan_ms"]])
+            line += _node_columns(*means[name][-1])
+        lines.append(line)
+    lines.append(f"{'means':40}" + "".join(_node_columns(*map(mean, zip(*rows))) for rows in means.values()))
+    return "\n".join(lines)
+
+
+def _node_columns(inside: float, between: float, total: float, milliseconds: float) -> str:
+    return f"{inside:9.3f}{between:8.3f}{total:11.2f}{milliseconds:7.1f}"
 
 
 def _number(value: float | None, width: int) -> str:

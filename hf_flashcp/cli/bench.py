@@ -6,12 +6,12 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import ConfigurationError, PlanError
-from ..planning import STRATEGIES, ShardPlan, plan_documents
+from ..planning import STRATEGIES, Topology, plan_documents
 from .doctor import load_config
 from .model_config import read_config
 from .plan import comma_separated
@@ -41,6 +41,12 @@ def add_parser(commands) -> None:
     plan.add_argument("--packs", type=int, default=1, metavar="N", help="packs drawn in each cell (default 1)")
     plan.add_argument("--seed", type=int, default=0, metavar="N", help="of each cell's first pack (default 0)")
     plan.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean")
+    plan.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="instead: traffic inside nodes and between them, of search without a topology and with one",
+    )
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=run_plan)
 
@@ -229,21 +235,25 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from ..bench.plan_quality import measure, text
 
     _check_at_least(1, "--packs", arguments.packs)
+    caps: dict[str, Any] = {"max_imbalance": arguments.max_imbalance}
+    compared: dict[str, Any] = {}
+    if arguments.ranks_per_node is None:
+        compared["others"] = {"least total": functools.partial(plan_documents, **caps, minimize_total=True)}
+    else:
+        topology = Topology(arguments.ranks_per_node)
+        planner = functools.partial(plan_documents, **caps, topology=topology)
+        compared |= {"strategies": ["search"], "others": {"with topology": planner}, "topology": topology}
     found = measure(
         arguments.lengths_from,
         arguments.window,
         arguments.cp_size,
         arguments.packs,
         seed=arguments.seed,
-        max_imbalance=arguments.max_imbalance,
-        others={"least total": functools.partial(_least_total, max_imbalance=arguments.max_imbalance)},
+        **caps,
+        **compared,
         progress=True,
     )
     _show(found, text, arguments.json)
-
-
-def _least_total(lengths: Sequence[int], cp_size: int, max_imbalance: float) -> ShardPlan:
-    return plan_documents(lengths, cp_size, max_imbalance=max_imbalance, minimize_total=True)
 
 
 def run_predicted(arguments: argparse.Namespace) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
-from ..planning import DEFAULT_STRATEGY, HARDWARE, STRATEGIES, CostModel, ShardPlan, StepTime, plan_documents
+from ..planning import (
+    DEFAULT_STRATEGY,
+    HARDWARE,
+    STRATEGIES,
+    CostModel,
+    HardwareProfile,
+    ShardPlan,
+    StepTime,
+    Topology,
+    plan_documents,
+)
 from .model_config import read_config
 
 
@@ -51,6 +63,13 @@ def add_parser(commands) -> None:
         "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
     )
     parser.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="ranks that share a node: count apart what travels between nodes, and keep that little with the strategy "
+        "search (default: the hardware's)",
+    )
+    parser.add_argument(
         "--hardware",
         metavar="NAME",
         help=f"predict step times, and plan for them with the strategy search: {', '.join(HARDWARE)}, or a JSON file",
@@ -81,14 +100,19 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")
-    cost_model = None
+    topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
+    searched, cost_model = arguments.strategy == "search", None
     if arguments.hardware is not None:
-        cost_model = CostModel.from_config(read_config(arguments.model), arguments.hardware)
+        profile = HardwareProfile.load(arguments.hardware)
+        topology = topology or Topology(profile.ranks_per_node)
+        profile = dataclasses.replace(profile, ranks_per_node=topology.ranks_per_node)
+        cost_model = CostModel.from_config(read_config(arguments.model), profile)
     plan = plan_documents(
         lengths,
         arguments.cp_size,
         strategy=arguments.strategy,
-        cost_model=cost_model if arguments.strategy == "search" else None,
+        cost_model=cost_model if searched else None,
+        topology=topology if searched and cost_model is None else None,
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
     )
@@ -103,29 +127,37 @@ def run(arguments: argparse.Namespace) -> None:
             "strategy": arguments.strategy,
             "digest": plan.digest,
             "plan": plan.to_dict(),
-            "report": plan.report(),
+            "report": plan.report(topology=topology),
         }
         if step_time is not None:
             found["step_time"] = step_time.to_dict()
         if arguments.sliding_window is not None:
             found["sliding_window"] = arguments.sliding_window
-            found["sliding_window_report"] = plan.report(window=arguments.sliding_window)
+            found["sliding_window_report"] = plan.report(arguments.sliding_window, topology)
         print(json.dumps(found))
     else:
-        options = {"sliding_window": arguments.sliding_window, "step_time": step_time}
+        options = {"sliding_window": arguments.sliding_window, "step_time": step_time, "topology": topology}
         print(plan_text(plan, strategy=arguments.strategy, **options))
 
 
 def plan_text(
-    plan: ShardPlan, *, strategy: str, sliding_window: int | None = None, step_time: StepTime | None = None
+    plan: ShardPlan,
+    *,
+    strategy: str,
+    sliding_window: int | None = None,
+    step_time: StepTime | None = None,
+    topology: Topology | None = None,
 ) -> str:
-    """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic."""
-    report = plan.report()
-    columns = [
-        list(map(len, plan.slices)),
-        *(report[key] for key in ("tokens", "pairs", "kv_received", "kv_sent")),
-    ]
-    rows: list[tuple[str, ...]] = [("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent")]
+    """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic; where
+    ranks lie in several nodes, also what travels between these."""
+    if topology is not None and plan.cp_size <= topology.ranks_per_node:
+        topology = None
+    report = plan.report(topology=topology)
+    shown = {"tokens": "tokens", "pairs": "attention pairs", "kv_received": "KV received", "kv_sent": "KV sent"}
+    if topology is not None:
+        shown |= {"inter_node_received": "from other nodes", "inter_node_sent": "to other nodes"}
+    columns = [list(map(len, plan.slices)), *(report[key] for key in shown)]
+    rows: list[tuple[str, ...]] = [("rank", "slices", *shown.values())]
     rows += [tuple(f"{value:,}" for value in row) for row in zip(range(plan.cp_size), *columns)]
     rows.append(("sum", *(f"{sum(column):,}" for column in columns)))
     lines = [
@@ -138,6 +170,7 @@ def plan_text(
         f"attention pairs {report['pair_imbalance']:.3f}",
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
+        *([] if topology is None else [_node_line(report, topology)]),
         *([] if sliding_window is None else _window_lines(plan, sliding_window)),
         *([] if step_time is None else _time_lines(step_time)),
         f"digest                  {plan.digest}",
@@ -145,6 +178,14 @@ def plan_text(
     if max(columns[0]) <= MAX_LISTED_SLICES:
         lines += ["", *_listed_slices(plan)]
     return "\n".join(lines)
+
+
+def _node_line(report: dict[str, Any], topology: Topology) -> str:
+    inside, between = (sum(report[f"{link}_node_received"]) for link in ("intra", "inter"))
+    return (
+        f"  in nodes of {topology.ranks_per_node:<10}{inside:,} inside, {between:,} between "
+        f"({between / max(inside + between, 1):.1%})"
+    )
 
 
 def _window_lines(plan: ShardPlan, window: int) -> list[str]:

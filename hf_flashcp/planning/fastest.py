@@ -11,6 +11,7 @@ on the stage before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from .algorithm1 import flashcp
 from .cost import CostModel
@@ -113,7 +114,7 @@ def _candidates(
     token_caps = sorted({1.0, max_token_imbalance})
     for token_cap in token_caps:
         for cap in [*caps, *([max_imbalance - 1] if max_imbalance - 1 > slack else [])]:
-            within = {"max_imbalance": 1 + cap, "max_token_imbalance": token_cap}
+            within: dict[str, Any] = {"max_imbalance": 1 + cap, "max_token_imbalance": token_cap}
             yield (flat := search(lengths, cp_size, **within))
             yield search(lengths, cp_size, **within, minimize_total=True)
             yield from node_plans(flat, lengths, ranks_per_node, **within)

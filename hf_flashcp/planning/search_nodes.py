@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def search_in_nodes(
         topology (`Topology`): of the ranks. With all of them in one node, or each in its own, the plan is `search`'s.
         max_imbalance, max_token_imbalance (`float`): see [`search`].
     """
-    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    caps: dict[str, Any] = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     flat = search(lengths, cp_size, **caps)
     found = [flat, *node_plans(flat, lengths, topology.ranks_per_node, **caps)]
     return min(found, key=lambda slices: busiest(slices, topology))
@@ -127,7 +128,8 @@ def _of_nodes(
 
 def _inside(held: list[Slice], ranks: int, budget: Budget) -> Slices:
     """What a node holds, on its ranks: zigzag what is cut, and all of it where the rest cannot be planned."""
-    whole, cut = [], []
+    whole: list[Slice] = []
+    cut: list[Slice] = []
     for document, start, stop in held:
         (whole if stop - start == budget.lengths[document] else cut).append((document, start, stop))
     slices = _zigzag(cut, ranks)

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, UnmetCapWarning
 from .algorithm1 import flashcp
@@ -149,7 +149,7 @@ def _searched(
     topology: Topology | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
-    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    caps: dict[str, Any] = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     if topology is not None:
         slices = search_in_nodes(lengths, cp_size, topology, **caps)
     else:
