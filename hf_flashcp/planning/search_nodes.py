@@ -9,29 +9,29 @@ in the plan of nodes; whole documents are planned by the flat search.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from .plan import Slice
-from .search import Candidate, Search, search
+from .search import SETTINGS, Candidate, Search, search
 from .search_build import Budget
 from .sharding import Lengths, Slices, per_doc
 from .topology import Topology
 from .volume import attention_pairs, by_link, rank_pairs, rank_tokens, traffic_matrix
 
 
-TIGHTENED = (0.8, 0.4)
-"""Caps that are tried on the attention pairs of nodes: 1 plus so much of what the user allows above 1. The rest is
-room for the ranks of a node."""
+BASES = ((0, 0.9), (2, 0.6))
+"""Plans of nodes that are made first: by which of the search's settings, under which cap on attention pairs, 1 plus so
+much of what the user allows above 1. The rest is room for the ranks of a node."""
 
-SETTINGS, TARGETS = 1, 4
-"""How many plans of nodes are made under each cap, and how many of little on the busiest node."""
+TARGETS = ((0.6, 2.5), (0.7, 4.0), (0.5, 4.0))
+"""Then ones like each of them whose busiest node should receive and send so many times as much, with so much spreading
+of low positions. Both in the order of what each adds to those before it, on drawn packs."""
 
 MANY = 1000
-"""Documents beyond which one cap is tried, and one plan of each kind."""
+"""Documents beyond which only the first of each is made."""
 
 INSIDE = 1
 """How many plans are made of the whole documents of a node."""
@@ -77,8 +77,16 @@ def node_plans(
     budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
     budget.most_pairs = max(budget.most_pairs, max(rank_pairs(flat)))
     found: list[Candidate] = []
-    for part in TIGHTENED if len(lengths) <= MANY else TIGHTENED[:1]:
-        found += _of_nodes(lengths, nodes, 1 + part * (max_imbalance - 1), max_token_imbalance, budget)
+    few = None if len(lengths) <= MANY else 1
+    for setting, part in BASES[:few]:
+        caps = 1 + part * (max_imbalance - 1), max_token_imbalance if budget.token_room else 1.0
+        looking = Search(lengths, nodes, *caps)
+        looking.budget.most_tokens = min(looking.budget.most_tokens, ranks_per_node * budget.most_tokens)
+        base = looking.attempt(SETTINGS[setting])
+        if base is not None and base.construction is not None:
+            for share, spreading in TARGETS[:few]:
+                looking.spread(base.construction, share * base.bottleneck, spreading)
+        found += looking.found
     for plan in sorted(found, key=lambda plan: plan.bottleneck):
         slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, budget)]
         if max(rank_pairs(slices)) <= budget.most_pairs and max(rank_tokens(slices)) <= budget.most_tokens:
@@ -110,20 +118,6 @@ def grouped(slices: Slices, ranks_per_node: int) -> Slices:
                 with_node[:, there] -= moved
                 node[rank], node[other] = there, here
     return [slices[rank] for rank in np.argsort(node, kind="stable")]
-
-
-def _of_nodes(
-    lengths: Lengths, nodes: int, max_imbalance: float, max_token_imbalance: float, budget: Budget
-) -> list[Candidate]:
-    looking = Search(lengths, nodes, max_imbalance, max_token_imbalance if budget.token_room else 1.0)
-    looking.budget.most_tokens = min(looking.budget.most_tokens, budget.cp_size // nodes * budget.most_tokens)
-    settings, targets = (SETTINGS, TARGETS) if len(lengths) <= MANY else (1, 1)
-    looking.settings = looking.settings[:settings]
-    looking.first_plans(settings)
-    if looking.found:
-        base = looking.least()
-        looking.lower_bottleneck(base, 0.85 * base.bottleneck, math.inf, targets)
-    return looking.found
 
 
 def _inside(held: list[Slice], ranks: int, budget: Budget) -> Slices:

@@ -1,0 +1,184 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashcp import FlashCPCollator
+from hf_flashcp.bench.plan_quality import measure, text
+from hf_flashcp.cli import main
+from hf_flashcp.data.lengths import sample_pack
+from hf_flashcp.errors import PlanError
+from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, Topology, fastest, plan_documents
+from hf_flashcp.planning.fastest import node_plans
+from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.planning.search_nodes import grouped
+from tests.independent_plan_checker import assert_caps, check_plan
+from tests.packs import arbitrary_plans
+
+
+def links(plan, ranks_per_node):
+    """(4, cp_size) tokens that a rank gets inside its node and from others, and gives inside and to others, token by
+    token."""
+    owners = [np.full(length, -1) for length in plan.lengths]
+    for rank, held in enumerate(plan.slices):
+        for document, start, stop in held:
+            owners[document][start:stop] = rank
+    found = np.zeros((4, plan.cp_size), dtype=np.int64)
+    for owner in owners:
+        for holder in np.unique(owner):
+            senders = owner[: np.flatnonzero(owner == holder)[-1]]
+            senders = senders[senders != holder]
+            inside = senders // ranks_per_node == holder // ranks_per_node
+            found[0, holder] += inside.sum()
+            found[1, holder] += (~inside).sum()
+            found[2] += np.bincount(senders[inside], minlength=plan.cp_size)
+            found[3] += np.bincount(senders[~inside], minlength=plan.cp_size)
+    return found
+
+
+def busiest(plan, topology):
+    cost = topology.inter_node_cost
+    return (links(plan, topology.ranks_per_node) * np.array([[1], [cost], [1], [cost]])).max()
+
+
+@st.composite
+def packs_in_nodes(draw):
+    ranks_per_node, nodes = draw(st.sampled_from([(1, 3), (2, 1), (2, 2), (2, 4), (3, 3), (4, 2), (4, 4), (8, 2)]))
+    lengths = draw(st.lists(st.floats(0, 7.5).map(lambda power: int(math.exp(power))), min_size=1, max_size=40))
+    cp_size = ranks_per_node * nodes
+    return lengths + [1] * max(cp_size - sum(lengths), 0), cp_size, ranks_per_node
+
+
+@settings(max_examples=60)
+@given(
+    packs_in_nodes(),
+    st.sampled_from([1.0, 1.05, 1.3, math.inf]),
+    st.sampled_from([1.0, 1.1, math.inf]),
+    st.sampled_from([1, 7.7, 100.0]),
+)
+def test_plans_are_sound_and_never_busier_than_without(case, max_imbalance, max_token_imbalance, cost):
+    lengths, cp_size, ranks_per_node = case
+    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    topology = Topology(ranks_per_node, cost)
+    flat = plan_documents(lengths, cp_size, **caps)
+    plan = plan_documents(lengths, cp_size, **caps, topology=topology)
+    without = check_plan(lengths, cp_size, flat.slices)
+    most_pairs = max(max_imbalance * without["pairs"].sum() / cp_size, without["pairs"].max())
+    others = node_plans(list(map(list, flat.slices)), tuple(lengths), ranks_per_node, **caps)
+    for slices in [plan.slices, *others]:
+        counts = check_plan(lengths, cp_size, slices)
+        assert_caps(counts, max_token_imbalance)
+        assert counts["pairs"].max() <= most_pairs
+    assert busiest(plan, topology) <= busiest(flat, topology) * (1 + 1e-12)
+    if ranks_per_node in (1, cp_size):
+        assert plan == flat
+
+
+@given(arbitrary_plans(), st.integers(1, 4), st.sampled_from([None, 1, 3, 50]))
+def test_the_report_tells_links_apart(plan, ranks_per_node, window):
+    without, report = plan.report(window), plan.report(window, Topology(ranks_per_node))
+    parts = [report.pop(f"{link}_node_{way}") for way in ("received", "sent") for link in ("intra", "inter")]
+    assert report == without
+    assert np.add(parts[0], parts[1]).tolist() == report["kv_received"]
+    assert np.add(parts[2], parts[3]).tolist() == report["kv_sent"]
+    assert sum(parts[0]) == sum(parts[2]) and sum(parts[1]) == sum(parts[3])
+    if window is None:
+        assert parts == links(plan, ranks_per_node).tolist()
+
+
+@pytest.mark.parametrize("corpus, seed, at_most", [("wlb_llm", 1, 0.5), ("pile", 2, 0.8), ("prolong512k", 2, 0.9)])
+def test_nodes_spare_the_slow_links(corpus, seed, at_most):
+    lengths = sample_pack(corpus, 65536, seed=seed)
+    flat, plan = (plan_documents(lengths, 32, topology=topology) for topology in (None, Topology(8)))
+    assert busiest(plan, Topology(8)) <= at_most * busiest(flat, Topology(8))
+    assert plan.report()["pair_imbalance"] <= 1.05
+
+
+def test_documents_that_fit_in_a_node_stay_there():
+    plan = plan_documents([800] * 4, 16, topology=Topology(4))
+    assert not links(plan, 4)[1].any() and links(plan, 4)[0].any()
+
+
+def test_grouping_finds_who_shares_documents():
+    held = [[(document, 10 * place, 10 * place + 10)] for place in range(4) for document in range(6)]
+    assert links(ShardPlan([40] * 6, 24, held), 4)[1].any()
+    assert not links(ShardPlan([40] * 6, 24, grouped(held, 4)), 4)[1].any()
+
+
+def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
+    lengths = tuple(sample_pack("pile", 32768, seed=2))
+    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=4)
+    model = CostModel.from_config(LLAMA_3_8B, profile)
+    with_nodes = plan_documents(lengths, 16, cost_model=model)
+    monkeypatch.setattr(fastest, "node_plans", lambda *arguments, **options: iter(()))
+    without = fastest.fastest(lengths, 16, model, 1.05, 1.0)
+    assert model.step_time(with_nodes).seconds < 0.98 * model.step_time(without).seconds
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Topology(0), "ranks_per_node must be a whole number, at least 1, got 0"),
+        (lambda: Topology(8.0), "ranks_per_node must be a whole number, at least 1, got 8.0"),
+        (lambda: Topology(8, 0.5), "inter_node_cost is 0.5"),
+        (lambda: Topology(8, math.nan), "inter_node_cost is nan"),
+        (
+            lambda: plan_documents([99], 12, topology=Topology(8)),
+            "12 is no multiple of the topology's 8 ranks_per_node",
+        ),
+        (lambda: FlashCPCollator(12, topology=Topology(8)), "12 is no multiple of the topology's 8 ranks_per_node"),
+        (lambda: plan_documents([9], 2, strategy="per_doc", topology=Topology(8)), "topology is an option of the st"),
+        (lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)), "topology is a goal of its own"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(PlanError, match=message):
+        make()
+
+
+def test_the_collator_plans_for_nodes():
+    lengths = sample_pack("wlb_llm", 4096, seed=2)
+    batch = FlashCPCollator(16, topology=Topology(4))([{"input_ids": [1] * length} for length in lengths])
+    assert batch["flashcp_plan"] == plan_documents(lengths, 16, topology=Topology(4))
+    assert batch["flashcp_plan"] != plan_documents(lengths, 16)
+
+
+def test_the_plan_command_shows_links_apart(capsys):
+    line = ["plan", "--lengths-from", "pile", "--window", "9000", "--cp-size", "8", "--ranks-per-node", "4"]
+    plan = plan_documents(sample_pack("pile", 9000), 8, topology=Topology(4))
+    report = plan.report(topology=Topology(4))
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["digest"] == plan.digest and found["report"] == report
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    inside, between = sum(report["intra_node_received"]), sum(report["inter_node_sent"])
+    assert f"  in nodes of 4         {inside:,} inside, {between:,} between" in shown
+    last = shown.splitlines()[3].split()[-2:]
+    assert last == [f"{report[f'inter_node_{way}'][0]:,}" for way in ("received", "sent")]
+    assert main([*line[:-1], "8"]) == 0 and "other nodes" not in capsys.readouterr().out
+
+
+def test_the_hardware_s_nodes_are_the_plan_command_s(capsys, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_3_8B))
+    line = ["plan", "--lengths", "900,800,31", "--cp-size", "4", "--hardware", "h100", "--model", str(config)]
+    assert main(line) == 0 and "in nodes of" not in capsys.readouterr().out
+    assert main([*line, "--ranks-per-node", "2"]) == 0 and "in nodes of 2" in capsys.readouterr().out
+
+
+def test_bench_plan_measures_links():
+    topology = Topology(2)
+    with_topology = {"with topology": lambda lengths, cp_size: plan_documents(lengths, cp_size, topology=topology)}
+    found = measure("pile", [4096], [4], packs=1, strategies=["search"], others=with_topology, topology=topology)
+    parts = links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
+    row = found["cells"][0]["strategies"]["with topology"]
+    assert [row["intra_node"], row["inter_node"]] == [parts[::2].max(), parts[1::2].max()]
+    assert row["inter_node_total"] == parts[1].sum()
+    shown = text(found).splitlines()
+    assert shown[-2].startswith("pile") and shown[-1].startswith("means") and "with topology" in shown[3]
+    assert len({len(line) for line in shown[3:]}) == 1
