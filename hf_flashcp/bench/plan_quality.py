@@ -78,7 +78,8 @@ def measure(
         - `bound_ratio`: KV of the packs planned within the caps over their lower bound (`None` if none is, or if the
           bound is 0),
         - `within_caps`: the share of packs planned within the caps, beyond which the bound says nothing,
-        - `plan_ms`: median milliseconds of planning (a pack that this process planned before may come from a cache);
+        - `plan_ms`: median milliseconds that a core spent planning (a pack that this process planned before may come
+          from a cache);
 
         and `summary` by strategy: geometric means of `bound_ratio`, `kv_fraction` and `bottleneck_fraction` (multiples
         of the window) over the `summary_cells` cells with a bound above 0, where no plan within the caps is free
@@ -99,9 +100,9 @@ def measure(
             for lengths in drawn:
                 bounds.append(kv_lower_bound(lengths, cp_size, **caps))
                 for name, planner in planners.items():
-                    begin = time.perf_counter()
+                    begin = time.process_time()
                     plan = planner(lengths, cp_size)
-                    seconds = time.perf_counter() - begin
+                    seconds = time.process_time() - begin
                     found[name].append({**plan_quality(plan, topology), "plan_ms": 1000 * seconds})
                 bar.update()
             cells.append(

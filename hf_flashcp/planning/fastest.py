@@ -31,7 +31,8 @@ LEAST_SLACK, MOST_SLACK = 0.001, 1.0
 """No cap is tightened below 1 plus the first; parts are taken of what is allowed above 1 up to the second."""
 
 STAGED = 3
-"""How many plans are tried with more stages: those of the least time with one."""
+"""How many plans are tried with more stages: those of the least time with one, and as many that spare links between
+nodes."""
 
 
 def fastest(
@@ -46,20 +47,21 @@ def fastest(
     several; its KV travels in `num_stages` stages, or in as many as are predicted to be best. Where no plan meets the
     caps, of the plans with the least pairs on a rank."""
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
-    found: dict[tuple, tuple[int, float, ShardPlan]] = {}
+    found: dict[tuple, tuple[int, float, ShardPlan, bool]] = {}
     ranks_per_node = cost_model.hardware.ranks_per_node
-    for slices in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance, ranks_per_node):
+    for slices, of_nodes in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance, ranks_per_node):
         plan = ShardPlan(lengths, cp_size, slices)
         if plan.slices in found:
             continue
         if max(rank_tokens(plan.slices)) <= caps.most_tokens:
             beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
-            found[plan.slices] = (beyond, cost_model.step_time(plan).seconds, plan)
+            found[plan.slices] = (beyond, cost_model.step_time(plan).seconds, plan, of_nodes)
     best = sorted(found.values(), key=lambda entry: entry[:2])
     # Ties go to the first, and to fewer stages.
     staged = [
         (beyond, cost_model.step_time(choice).seconds, choice)
-        for beyond, _, plan in best[:STAGED]
+        for kind in (False, True)
+        for beyond, _, plan, _ in [entry for entry in best if entry[3] == kind][:STAGED]
         for choice in _stagings(plan, num_stages)
     ]
     return min(staged, key=lambda entry: entry[:2])[2]
@@ -108,18 +110,21 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
 
 def _candidates(
     lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float, ranks_per_node: int
-) -> Iterator[Slices]:
+) -> Iterator[tuple[Slices, bool]]:
+    """Plans, and whether each is one of [`node_plans`]."""
     slack = min(max_imbalance - 1, MOST_SLACK)
     caps = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
     token_caps = sorted({1.0, max_token_imbalance})
     for token_cap in token_caps:
         for cap in [*caps, *([max_imbalance - 1] if max_imbalance - 1 > slack else [])]:
             within: dict[str, Any] = {"max_imbalance": 1 + cap, "max_token_imbalance": token_cap}
-            yield (flat := search(lengths, cp_size, **within))
-            yield search(lengths, cp_size, **within, minimize_total=True)
-            yield from node_plans(flat, lengths, ranks_per_node, **within)
-        yield flashcp(lengths, cp_size, max_imbalance, token_cap)
-    yield per_doc(lengths, cp_size)
-    yield per_doc(lengths, cp_size, rotate_ranks=True)
-    yield per_seq(lengths, cp_size)
-    yield whole_doc(lengths, cp_size)
+            flat = search(lengths, cp_size, **within)
+            yield flat, False
+            yield search(lengths, cp_size, **within, minimize_total=True), False
+            for slices in node_plans(flat, lengths, ranks_per_node, **within):
+                yield slices, True
+        yield flashcp(lengths, cp_size, max_imbalance, token_cap), False
+    yield per_doc(lengths, cp_size), False
+    yield per_doc(lengths, cp_size, rotate_ranks=True), False
+    yield per_seq(lengths, cp_size), False
+    yield whole_doc(lengths, cp_size), False
