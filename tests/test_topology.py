@@ -53,7 +53,7 @@ def packs_in_nodes(draw):
     return lengths + [1] * max(cp_size - sum(lengths), 0), cp_size, ranks_per_node
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     packs_in_nodes(),
     st.sampled_from([1.0, 1.05, 1.3, math.inf]),

@@ -33,9 +33,6 @@ of low positions. Both in the order of what each adds to those before it, on dra
 MANY = 1000
 """Documents beyond which only the first of each is made."""
 
-INSIDE = 1
-"""How many plans are made of the whole documents of a node."""
-
 
 def search_in_nodes(
     lengths: Lengths, cp_size: int, topology: Topology, *, max_imbalance: float, max_token_imbalance: float
@@ -133,13 +130,11 @@ def _inside(held: list[Slice], ranks: int, budget: Budget) -> Slices:
     tokens, mean_pairs = rank_tokens(slices), sum(attention_pairs(0, length) for length in lengths) / ranks
     pairs_cap = (budget.most_pairs - max(rank_pairs(slices))) / mean_pairs
     tokens_cap = (budget.most_tokens - max(tokens)) * ranks / sum(lengths) if budget.token_room else 1.0
-    looking = Search(lengths, ranks, max(pairs_cap, 1.0), max(tokens_cap, 1.0))
-    looking.settings = looking.settings[:INSIDE]
-    looking.first_plans(INSIDE)
-    if not looking.found:
+    plan = Search(lengths, ranks, max(pairs_cap, 1.0), max(tokens_cap, 1.0)).attempt(SETTINGS[0])
+    if plan is None:
         return _zigzag(held, ranks)
     # Ranks with a token less of what is cut get one more of the others.
-    planned = sorted(looking.least().slices, key=lambda pieces: sum(start - stop for _, start, stop in pieces))
+    planned = sorted(plan.slices, key=lambda pieces: sum(start - stop for _, start, stop in pieces))
     for rank, pieces in zip(sorted(range(ranks), key=tokens.__getitem__), planned):
         slices[rank] += [(whole[document][0], start, stop) for document, start, stop in pieces]
     return slices
