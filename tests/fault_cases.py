@@ -24,8 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, name_missing_ranks
-from hf_flashcp.exchange import group_timeout, missing_ranks
-from hf_flashcp.exchange.kv_exchange import Transfer
+from hf_flashcp.exchange import Transfer, group_timeout, missing_ranks
 from hf_flashcp.integrations.reliable import StopTogetherCallback
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh

@@ -17,14 +17,15 @@ def step_times(plan, model):
             layers = dataclasses.replace(layers, window=None)
         for rank in range(plan.cp_size):
             attention[rank] += layers.count * sum(
-                layer_seconds(owner, rank, layers, model, backward, plan.offset_groups) for backward in (False, True)
+                layer_seconds(owner, rank, layers, model, backward, plan.offset_groups, plan.ranks_per_node)
+                for backward in (False, True)
             )
     tokens = np.array([sum((ranks == rank).sum() for ranks in owner) for rank in range(plan.cp_size)])
     linear = tokens * 3 * model.linear_flops_per_token / model.hardware.linear_flops_per_second
     return attention, attention + linear
 
 
-def layer_seconds(owner, rank, layers, model, backward, groups):
+def layer_seconds(owner, rank, layers, model, backward, groups, relaying):
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     if layers.window is not None or groups is None:
         groups = [range(1, cp_size)]
@@ -53,13 +54,14 @@ def layer_seconds(owner, rank, layers, model, backward, groups):
                     where.append([min(keys + size, most) for size in tiles_of(count, model)])
     memory = model.hardware.memory_bytes_per_second
     elements = layers.kv_heads * (layers.key_dim + layers.value_dim)
-    sent = sum(
-        seen_from(ranks, other, rank, layers.window) for ranks in owner for other in range(cp_size) if other != rank
-    )
-    edge = sent * elements * (8 + model.grad_itemsize if backward else 2 * model.itemsize) / memory
+    steps = [traffic_of(owner, layers.window, group, relaying) for group in groups]
+    copied = sum(first[rank].sum() for first, _ in steps)
+    if relaying:
+        copied += sum(first[:, rank].sum() + second[rank].sum() + second[:, rank].sum() for first, second in steps)
+    edge = copied * elements * (8 + model.grad_itemsize if backward else 2 * model.itemsize) / memory
     local = call_seconds(local, layers, model, True, backward)
     passes = [call_seconds(stage, layers, model, layers.window is not None, backward) for stage in remote]
-    wires = [wire_seconds(owner, rank, layers, model, backward, group) for group in groups]
+    wires = [wire_seconds(first, second, rank, layers, model, backward) for first, second in steps]
     clock, link = 0.0, 0.0
     if backward:
         for work, wire in zip(passes, wires):
@@ -93,32 +95,43 @@ def call_seconds(rectangles, layers, model, causal, backward):
     return kernel.call_seconds + max(together, alone)
 
 
-def wire_seconds(owner, rank, layers, model, backward, group):
-    """Tokens that others hold and this rank sees, and the other way round, node by node."""
-    cp_size = max(int(ranks.max()) for ranks in owner) + 1
-    arriving, leaving = np.zeros(cp_size), np.zeros(cp_size)
-    for ranks in owner:
-        for other in range(cp_size):
-            if (rank - other) % cp_size in group:
-                arriving[other] += seen_from(ranks, rank, other, layers.window)
-            if (other - rank) % cp_size in group:
-                leaving[other] += seen_from(ranks, other, rank, layers.window)
+def wire_seconds(first, second, rank, layers, model, backward):
+    """What others give this rank and get from it, node by node; then what is handed on inside the node."""
     profile = model.hardware
-    node = np.arange(cp_size) // profile.ranks_per_node
-    seconds = 0.0
-    for link, which in ((profile.intra_node, node == node[rank]), (profile.inter_node, node != node[rank])):
-        tokens = max(arriving[which].sum(), leaving[which].sum())
-        if tokens:
-            width = layers.kv_heads * (layers.key_dim + layers.value_dim)
-            size = model.grad_itemsize if backward else model.itemsize
-            seconds = max(seconds, link.latency_seconds + tokens * width * size / link.bytes_per_second)
-    return seconds
+    node = np.arange(len(first)) // profile.ranks_per_node
+    width = layers.kv_heads * (layers.key_dim + layers.value_dim)
+    size = model.grad_itemsize if backward else model.itemsize
+
+    def seconds(link, traffic, which):
+        tokens = max(traffic[which, rank].sum(), traffic[rank, which].sum())
+        return link.latency_seconds + tokens * width * size / link.bytes_per_second if tokens else 0.0
+
+    inside = node == node[rank]
+    together = max(seconds(profile.intra_node, first, inside), seconds(profile.inter_node, first, ~inside))
+    return together + seconds(profile.intra_node, second, node >= 0)
 
 
-def seen_from(ranks, viewer, holder, window):
-    """How many tokens of `holder` the tokens of `viewer` attend to."""
+def traffic_of(owner, window, group, relaying):
+    """Tokens that go from rank to rank, one by one, in either step; without relaying there is one."""
+    cp_size = max(int(ranks.max()) for ranks in owner) + 1
+    first, second = np.zeros((2, cp_size, cp_size))
+    for ranks in owner:
+        seen = np.array([seen_by(ranks, viewer, window) for viewer in range(cp_size)])
+        for token, holder in enumerate(ranks):
+            viewers = [other for other in np.flatnonzero(seen[:, token]) if (other - holder) % cp_size in group]
+            direct = [other for other in viewers if not relaying or other // relaying == holder // relaying]
+            first[holder, direct] += 1
+            for node in {other // relaying for other in viewers if other not in direct}:
+                middle = node * relaying + holder % relaying
+                first[holder, middle] += 1
+                second[middle, [other for other in viewers if other // relaying == node and other != middle]] += 1
+    return first, second
+
+
+def seen_by(ranks, viewer, window):
+    """Which tokens the tokens of `viewer` attend to."""
     seen = np.zeros(len(ranks) + 1, dtype=int)
     for token in np.flatnonzero(ranks == viewer):
         seen[0 if window is None else max(0, token - window + 1)] += 1
         seen[token + 1] -= 1
-    return int(((seen.cumsum()[:-1] > 0) & (ranks == holder)).sum())
+    return seen.cumsum()[:-1] > 0

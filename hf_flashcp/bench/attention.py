@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ..attention import AttentionKernel, document_attention, select_kernel
 from ..doctor.one_by_one import attend_one_by_one
-from ..exchange import kv_exchange
+from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..planning import ShardPlan, kv_bytes, plan_documents
 
@@ -188,8 +188,7 @@ class _CountingKernel:
 def _counted_transfers():
     """Counts collectives, rows received and seconds of waiting, in this process."""
     counts = {"waiting": 0.0, "collectives": 0, "rows": 0}
-    transfer = kv_exchange.Transfer
-    original_init, original_wait = transfer.__init__, transfer.wait
+    original_init, original_wait = Transfer.__init__, Transfer.wait
 
     def init(self, sent, received, *args, **kwargs):
         counts["collectives"] += 1
@@ -202,11 +201,11 @@ def _counted_transfers():
         counts["waiting"] += time.perf_counter() - begin
         return found
 
-    transfer.__init__, transfer.wait = init, wait
+    Transfer.__init__, Transfer.wait = init, wait
     try:
         yield counts
     finally:
-        transfer.__init__, transfer.wait = original_init, original_wait
+        Transfer.__init__, Transfer.wait = original_init, original_wait
 
 
 def text(found: dict[str, Any]) -> str:

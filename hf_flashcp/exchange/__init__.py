@@ -1,9 +1,10 @@
 """Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
 
 from .agreement import require_agreement
-from .kv_exchange import Transfer, kv_width, pack_rows, seconds_waited, send_grads_home, send_kv, split_rows
+from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows
 from .missing_ranks import group_timeout, name_missing_ranks
 from .ranges import named_range
+from .transfer import Transfer, seconds_waited
 
 
 __all__ = [

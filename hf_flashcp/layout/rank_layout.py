@@ -33,13 +33,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..planning import ShardPlan
 from ..planning.volume import key_ranges, needed_keys, overlaps
+from .relay import Relay, RelayedRoutes
 from .rows import Rows, distinct_groups
 from .stage import Rectangle, Stage, groups_to
 
@@ -154,8 +155,7 @@ class RankLayout:
         )
 
     def _stage(self, offsets: Sequence[int]) -> Stage:
-        sent, send_splits = self._outgoing(offsets)
-        received, recv_splits = self._received(offsets)
+        received, exchange = self._exchange(offsets)
         local = [piece[:3] for piece in self.slices]
         order = None
         ranges = key_ranges([piece[:3] for piece in received], local)
@@ -172,9 +172,7 @@ class RankLayout:
                 rectangle = rectangle._replace(q_start=rectangles.pop().q_start)
             rectangles.append(rectangle)
         return Stage(
-            sent=sent,
-            send_splits=send_splits,
-            recv_splits=recv_splits,
+            **exchange,
             local_rows=None,
             key_order=None if order is None else Rows(order),
             order_groups=() if order is None else grouped(order),
@@ -182,6 +180,20 @@ class RankLayout:
             causal=False,
             rows=Rows(rows_of(rectangles)),
         )
+
+    def _exchange(self, offsets: Sequence[int]) -> tuple[list[Piece], dict[str, Any]]:
+        """What a stage brings, and how: what [`Stage`] has of it."""
+        received, recv_splits = self._received(offsets)
+        relay: Relay | None = None
+        if self._plan.ranks_per_node is None:
+            sent, send_splits = self._outgoing(offsets)
+        else:
+            routes = RelayedRoutes(self._plan, self._rank, offsets, self._needed)
+            before = sum(map(len, self._sent))
+            self._sent.append(np.searchsorted(token_index(self._plan, self._rank), routes.sent))
+            sent, send_splits = slice(before, before + len(routes.sent)), routes.send_splits
+            recv_splits, relay = routes.recv_splits, routes.relay
+        return received, {"sent": sent, "send_splits": send_splits, "recv_splits": recv_splits, "relay": relay}
 
     def _outgoing(self, offsets: Sequence[int]) -> tuple[slice, list[int]]:
         """Notes the local rows for every destination, and says where they stand among all, and how many each gets."""
@@ -198,7 +210,7 @@ class RankLayout:
         return slice(before, before + sum(splits)), splits
 
     def _received(self, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
-        """What arrives, source after source, and how much from each."""
+        """What is needed of others, source after source, and how much of each."""
         cp_size = self._plan.cp_size
         received, splits = [], [0] * cp_size
         offset = 0

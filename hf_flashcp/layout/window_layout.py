@@ -80,10 +80,9 @@ class WindowLayout(RankLayout):
         return bands
 
     def _stage(self, offsets: Sequence[int]) -> Stage:
-        sent, send_splits = self._outgoing(offsets)
-        received, recv_splits = self._received(offsets)
+        received, exchange = self._exchange(offsets)
         bands = self._bands()
-        local_rows, local = self._local_keys(bands, offset=sum(recv_splits))
+        local_rows, local = self._local_keys(bands, offset=sum(piece.count for piece in received))
         sources = defaultdict(list)
         for piece in sorted([*received, *local]):
             sources[piece.document].append(piece)
@@ -96,9 +95,7 @@ class WindowLayout(RankLayout):
             key += stop - start
         order = concatenated(key_order)
         return Stage(
-            sent=sent,
-            send_splits=send_splits,
-            recv_splits=recv_splits,
+            **exchange,
             local_rows=local_rows,
             key_order=Rows(order),
             order_groups=grouped(order),

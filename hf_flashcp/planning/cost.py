@@ -143,7 +143,7 @@ class CostModel:
         window = hiding_window(layers, plan)
         local, stages = layer_work(plan, window, self.hardware.ranks_per_node)
         none = np.zeros(plan.cp_size)
-        sent = sum((stage.sent.sum(0) for stage in stages), none)
+        copied = sum((stage.copied for stage in stages), none)
         merges = [none if window else self.merge_seconds(stage.rectangles, layers, plan.cp_size) for stage in stages]
         found: list[tuple[np.ndarray, ...]] = []
         for backward in (False, True):
@@ -159,7 +159,7 @@ class CostModel:
                 for stage in stages
             ]
             wires = [self._stage_seconds(stage, layers, backward) for stage in stages]
-            packing = self._pack_seconds(sent, layers, backward)
+            packing = self._pack_seconds(copied, layers, backward)
             if backward:
                 copies, end = packing, _backward_end(local_pass, passes, wires) + packing
             else:
@@ -170,9 +170,11 @@ class CostModel:
         return found
 
     def _stage_seconds(self, stage: StageWork, layers: AttentionLayers, backward: bool) -> np.ndarray:
-        """(cp_size,) seconds of a stage's transfer. Gradients go home along the same ways."""
+        """(cp_size,) seconds of a stage's transfer, of both steps where nodes relay. Gradients go home along the same
+        ways."""
         width = layers.kv_elements_per_token * (self.grad_itemsize if backward else self.itemsize)
-        return self.wire_seconds(np.maximum(stage.received, stage.sent) * width)
+        second = _seconds(self.hardware.intra_node, stage.handed_on.max(0) * width)
+        return self.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
 
     def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
         """(cp_size,) seconds that a transfer takes, of (2, cp_size) bytes: inside nodes, and between them at the same

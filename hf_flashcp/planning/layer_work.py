@@ -15,6 +15,7 @@ import numpy as np
 
 from .hardware_profile import Kernel
 from .model_shape import AttentionLayers
+from .node_traffic import relayed_traffic
 from .plan import ShardPlan, Slice
 from .volume import by_link, full_attention_traffic, kv_traffic
 
@@ -29,12 +30,16 @@ class StageWork(NamedTuple):
         rectangles (`np.ndarray`): (n, 3) int64: rank, queries, keys that they all see (with a window: keys before
             them, and a causal mask).
         received, sent (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the forward: inside its
-            node, and from and to other nodes.
+            node, and from and to other nodes. Where nodes relay, in the first step.
+        handed_on (`np.ndarray`): (2, cp_size) tokens that it gets and gives in the second, inside its node.
+        copied (`np.ndarray`): (cp_size,) tokens whose KV it packs to give, and of what nodes relay puts in place.
     """
 
     rectangles: np.ndarray
     received: np.ndarray
     sent: np.ndarray
+    handed_on: np.ndarray
+    copied: np.ndarray
 
 
 def hiding_window(layers: AttentionLayers, plan: ShardPlan) -> int | None:
@@ -50,24 +55,35 @@ def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tupl
         window (`int`, *optional*): keys that a query sees. Windowed layers have one stage.
         ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
     """
-    cp_size, groups = plan.cp_size, plan.offset_groups
+    groups = plan.offset_groups
     local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
     if window is not None or groups is None or len(groups) < 2:
-        if cp_size <= ranks_per_node and window is None:
-            received, sent = (
-                np.array([tokens, [0] * cp_size]) for tokens in full_attention_traffic(cp_size, plan.slices)
-            )
-        else:
-            received, sent = by_link(kv_traffic(plan, window), ranks_per_node)
-        return local, [StageWork(remote, received, sent)] if received.any() else []
-    traffic = np.array(kv_traffic(plan))
-    offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
-    staged = _staged_rectangles(plan.slices, cp_size, groups)
-    works = [
-        StageWork(rectangles, *by_link(traffic * np.isin(offset, group), ranks_per_node))
-        for rectangles, group in zip(staged, groups)
-    ]
+        work = _stage(plan, remote, window, None, ranks_per_node)
+        return local, [work] if work.received.any() else []
+    staged = _staged_rectangles(plan.slices, plan.cp_size, groups)
+    works = [_stage(plan, rectangles, None, group, ranks_per_node) for rectangles, group in zip(staged, groups)]
     return local, [work for work in works if work.received.any()]
+
+
+def _stage(
+    plan: ShardPlan, rectangles: np.ndarray, window: int | None, group: Sequence[int] | None, ranks_per_node: int
+) -> StageWork:
+    cp_size = plan.cp_size
+    nothing = np.zeros((2, cp_size), dtype=np.int64)
+    if plan.ranks_per_node is not None:
+        first, second = relayed_traffic(plan.slices, plan.ranks_per_node, window, group)
+        received, sent = by_link(first, ranks_per_node)
+        handed_on = np.array([second.sum(0), second.sum(1)])
+        # What it hands on is packed again, what the second step brings put in place; of the first's, the rest.
+        return StageWork(rectangles, received, sent, handed_on, sent.sum(0) + handed_on.sum(0) + received.sum(0))
+    if group is not None:
+        offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
+        received, sent = by_link(np.array(kv_traffic(plan)) * np.isin(offset, group), ranks_per_node)
+    elif cp_size <= ranks_per_node and window is None:
+        received, sent = (np.array([tokens, [0] * cp_size]) for tokens in full_attention_traffic(cp_size, plan.slices))
+    else:
+        received, sent = by_link(kv_traffic(plan, window), ranks_per_node)
+    return StageWork(rectangles, received, sent, nothing, sent.sum(0))
 
 
 def call_seconds(

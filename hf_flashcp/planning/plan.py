@@ -9,14 +9,13 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import PlanError
-from .volume import by_link, kv_traffic, plan_report
+from .node_traffic import traffic_by_link
+from .topology import Topology
+from .volume import plan_report
 
-
-if TYPE_CHECKING:
-    from .topology import Topology
 
 Slice = tuple[int, int, int]
 """`(document, start, stop)`: tokens `start` to `stop` (half-open) of one document."""
@@ -84,6 +83,9 @@ class ShardPlan:
             each ring offset 1 .. cp_size - 1 in one group. In a stage with offset o a rank sends to rank + o and
             receives from rank - o (mod cp_size); while one stage is computed the next ones travel. One stage of all
             offsets if `None`.
+        ranks_per_node (`int`, *optional*): of several full nodes; ranks r with equal r // ranks_per_node share one. KV
+            that any ranks of another node need then crosses to it once and is handed on inside it; without, each rank
+            gets it from where it is. `None` too where all ranks lie in one node, or each in its own.
 
     Attributes:
         planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
@@ -92,7 +94,8 @@ class ShardPlan:
         row_lengths (`tuple[int, ...]`, *optional*): tokens of each dataset row of that batch, likewise.
 
     Raises:
-        PlanError: lengths, cp_size or offset groups that no plan can have, or slices that are not triples of integers.
+        PlanError: lengths, cp_size, offset groups or nodes that no plan can have, or slices that are not triples of
+            integers.
     """
 
     def __init__(
@@ -101,9 +104,11 @@ class ShardPlan:
         cp_size: int,
         slices: Sequence[Sequence[Slice]],
         offset_groups: Sequence[Sequence[int]] | None = None,
+        ranks_per_node: int | None = None,
     ):
         self.lengths, self.cp_size = check_lengths(lengths, cp_size)
         self.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
+        self.ranks_per_node = _check_nodes(ranks_per_node, self.cp_size)
         self.planning_seconds: float | None = None
         self.content_digest: str | None = None
         self.row_lengths: tuple[int, ...] | None = None
@@ -116,7 +121,8 @@ class ShardPlan:
         cuts = sum(map(len, self.slices)) - len(self.lengths)
         sizes = f"documents={len(self.lengths)}, tokens={self.num_tokens}, cp_size={self.cp_size}, cuts={cuts}"
         stages = "" if self.offset_groups is None else f", offset_groups={self.offset_groups}"
-        return f"ShardPlan({sizes}{stages})"
+        nodes = "" if self.ranks_per_node is None else f", ranks_per_node={self.ranks_per_node}"
+        return f"ShardPlan({sizes}{stages}{nodes})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardPlan) and self._key() == other._key()
@@ -125,7 +131,7 @@ class ShardPlan:
         return hash(self._key())
 
     def _key(self):
-        return self.lengths, self.cp_size, self.slices, self.offset_groups
+        return self.lengths, self.cp_size, self.slices, self.offset_groups, self.ranks_per_node
 
     @cached_property
     def num_tokens(self) -> int:
@@ -134,11 +140,13 @@ class ShardPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of lengths, cp_size, slices and, where they are set, offset groups; equal on every machine and Python
-        version for equal plans."""
-        parts = [self.lengths, self.cp_size, self.slices]
+        """Hash of lengths, cp_size, slices and, where they are set, offset groups and ranks per node; equal on every
+        machine and Python version for equal plans."""
+        parts: list[Any] = [self.lengths, self.cp_size, self.slices]
         if self.offset_groups is not None:
             parts.append(self.offset_groups)
+        if self.ranks_per_node is not None:
+            parts.append(self.ranks_per_node)
         canonical = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -148,7 +156,18 @@ class ShardPlan:
         Raises:
             PlanError: groups that do not hold each ring offset once.
         """
-        plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups)
+        return self._exchanged(offset_groups, self.ranks_per_node)
+
+    def with_ranks_per_node(self, ranks_per_node: int | None) -> ShardPlan:
+        """The same partition, with ranks in nodes to each of which rows cross once, or directly between ranks.
+
+        Raises:
+            PlanError: no positive whole number, or nodes that would not be full.
+        """
+        return self._exchanged(self.offset_groups, ranks_per_node)
+
+    def _exchanged(self, offset_groups: Sequence[Sequence[int]] | None, ranks_per_node: int | None) -> ShardPlan:
+        plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups, ranks_per_node)
         for name in ("planning_seconds", "content_digest", "row_lengths"):
             setattr(plan, name, getattr(self, name))
         return plan
@@ -219,9 +238,11 @@ class ShardPlan:
             one for each stage that brings something, both ways) and `copies` of rows from buffer to buffer (see
             [`~volume.engine_calls`]). They are those of a layer that keeps the KV it receives until backward.
 
-            With a topology, also per rank `intra_node_received`, `intra_node_sent`, `inter_node_received` and
-            `inter_node_sent`: the parts of `kv_received` and `kv_sent` whose other end is on the rank's own node and
-            on others.
+            With a topology, or for a plan with `ranks_per_node`, also per rank `intra_node_received`,
+            `intra_node_sent`, `inter_node_received` and `inter_node_sent`: tokens that go inside its node and between
+            nodes. They add up to `kv_received` and `kv_sent` where each rank sends to those that need it; where
+            nodes relay, tokens on their way to others are counted too, `collectives` are four a stage, and relaying
+            copies rows besides.
 
         Raises:
             PlanError: a window below 1.
@@ -229,8 +250,11 @@ class ShardPlan:
         if window is not None and window < 1:
             raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
         report = plan_report(self.lengths, self.cp_size, self.slices, window, self.offset_groups)
-        if topology is not None:
-            for way, parts in zip(("received", "sent"), by_link(kv_traffic(self, window), topology.ranks_per_node)):
+        if self.ranks_per_node is not None:
+            report["collectives"] = [2 * count for count in report["collectives"]]
+        ranks_per_node = self.ranks_per_node if topology is None else topology.ranks_per_node
+        if ranks_per_node is not None:
+            for way, parts in zip(("received", "sent"), traffic_by_link(self, ranks_per_node, window)):
                 report[f"intra_node_{way}"], report[f"inter_node_{way}"] = parts.tolist()
         return report
 
@@ -243,6 +267,8 @@ class ShardPlan:
         }
         if self.offset_groups is not None:
             data["offset_groups"] = [list(group) for group in self.offset_groups]
+        if self.ranks_per_node is not None:
+            data["ranks_per_node"] = self.ranks_per_node
         return data
 
     @classmethod
@@ -250,14 +276,16 @@ class ShardPlan:
         """Reads [`~ShardPlan.to_dict`]'s form and validates it.
 
         Raises:
-            PlanError: no dict, a missing key, anything but integers, or slices or offset groups that are no partition.
+            PlanError: no dict, a missing key, anything but integers, slices or offset groups that are no partition, or
+                nodes that are not full.
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"A plan is read from a dict, got {type(data).__name__}.")
         missing = [key for key in ("lengths", "cp_size", "slices") if key not in data]
         if missing:
             raise PlanError(f"A plan needs the keys lengths, cp_size and slices; {', '.join(missing)} is missing.")
-        plan = cls(data["lengths"], data["cp_size"], data["slices"], data.get("offset_groups"))
+        optional = data.get("offset_groups"), data.get("ranks_per_node")
+        plan = cls(data["lengths"], data["cp_size"], data["slices"], *optional)
         nested = chain(chain.from_iterable(data["slices"]), data.get("offset_groups") or ())
         if bool in set(map(type, chain([data["cp_size"]], data["lengths"], chain.from_iterable(nested)))):
             raise PlanError("A plan has true or false where whole numbers belong.")
@@ -280,6 +308,14 @@ def _check_offset_groups(
             f"offset from 1 to {cp_size - 1} once, and no group is empty. Leave them out for one stage."
         )
     return groups
+
+
+def _check_nodes(ranks_per_node: int | None, cp_size: int) -> int | None:
+    if ranks_per_node is None:
+        return None
+    topology = Topology(ranks_per_node)
+    topology.require_full_nodes(cp_size)
+    return ranks_per_node if 1 < ranks_per_node < cp_size else None
 
 
 def _maximal_slices(slices: Iterable[Slice]) -> tuple[Slice, ...]:

@@ -13,9 +13,10 @@ from ..errors import ConfigurationError, PlanError
 from . import schemes
 from .cost import BACKWARD_OF_LINEAR, CostModel, StepTime
 from .fit import step_seconds
-from .layer_work import hiding_window, layer_work
+from .layer_work import hiding_window
 from .memory import TrainingSetup, estimate_memory
 from .memory_shape import MemoryShape
+from .node_traffic import traffic_by_link
 from .plan import ShardPlan
 from .strategies import STRATEGIES, plan_documents
 from .volume import attention_pairs, rank_tokens
@@ -138,14 +139,16 @@ def _model_flops(lengths: Sequence[int], model: CostModel) -> float:
 def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.ndarray, float]:
     options = {"cost_model": model} if name == TIMED else {"strategy": name}
     plan = plan_documents(lengths, cp_size, **options)
-    received, sent = np.zeros((2, 2, cp_size))
+    received, needed, sent = np.zeros((2, cp_size)), np.zeros(cp_size), np.zeros(cp_size)
     for layers in model.layers:
         width = layers.count * layers.kv_elements_per_token * model.itemsize
-        for stage in layer_work(plan, hiding_window(layers, plan), model.hardware.ranks_per_node)[1]:
-            received += stage.received * width
-            sent += stage.sent * width
+        window = hiding_window(layers, plan)
+        received += width * traffic_by_link(plan, model.hardware.ranks_per_node, window)[0]
+        report = plan.report(window)
+        needed += width * np.array(report["kv_received"])
+        sent += width * np.array(report["kv_sent"])
     every_layer = model.itemsize * sum(layers.count * layers.kv_elements_per_token for layers in model.layers)
-    most_received, most_sent = (moved.sum(0).max() / every_layer for moved in (received, sent))
+    most_received, most_sent = (moved.max() / every_layer for moved in (needed, sent))
     memory = estimate_memory(shape, setup, max(rank_tokens(plan.slices)), most_received, most_sent, sum(lengths))
     return model.step_time(plan), received, memory.total
 

@@ -1,0 +1,105 @@
+"""Exchanges in two steps, in which rows cross to a node once ([`~layout.relay`] has the routes).
+
+The second step begins when the first is done. On a GPU both run beside the local pass, on a stream of their own. On a
+CPU somebody would have to wait for the first, so there the second begins when its result is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..layout import Stage
+from .transfer import GRADIENTS, KEYS, Transfer
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RelayedTransfer:
+    """A transfer and what follows from what it brings; awaited like a [`Transfer`]."""
+
+    def __init__(self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], device: torch.device):
+        self._first, self._follow = first, follow
+        self._result: torch.Tensor | None = None
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            stream = _stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._result = follow(first.wait())
+                self._done = stream.record_event()
+
+    def wait(self) -> torch.Tensor:
+        if self._done is None:
+            result = self._follow(self._first.wait())
+        else:
+            assert self._result is not None
+            current = torch.cuda.current_stream(self._result.device)
+            current.wait_event(self._done)
+            result = self._result
+            result.record_stream(current)
+        del self._first, self._follow, self._result
+        return result
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def relay_kv(
+    packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor
+) -> RelayedTransfer:
+    """Posts a stage's rows.
+
+    Args:
+        packed (`torch.Tensor`): (n, width), what the first step sends.
+        received (`torch.Tensor`): (n_needed, width), where what the rank needs is put, source after source.
+        result (`torch.Tensor`): what to return when it is there.
+    """
+    relay = stage.relay
+    assert relay is not None
+    arrived = packed.new_empty(sum(stage.recv_splits), packed.shape[1])
+
+    def follow(arrived: torch.Tensor) -> torch.Tensor:
+        passed = arrived.new_empty(relay.second.count, arrived.shape[1])
+        splits = relay.send_splits, relay.recv_splits
+        second = Transfer(relay.handed_on.take(arrived), passed, *splits, group, what=f"relayed {KEYS}")
+        relay.first.put(received, relay.needed.take(arrived))
+        relay.second.put(received, second.wait())
+        return result
+
+    first = Transfer(packed, arrived, stage.send_splits, stage.recv_splits, group)
+    return RelayedTransfer(first, follow, packed.device)
+
+
+def relay_grads(grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup) -> RelayedTransfer:
+    """Posts the gradients of what [`relay_kv`] brought, along the same ways back. Who handed rows on adds up what
+    comes back for each, at least in fp32, rank after rank.
+
+    Args:
+        grad (`torch.Tensor`): (n_needed, width), contiguous.
+        home (`torch.Tensor`): (n, width), where those of what the rank sent arrive.
+    """
+    relay = stage.relay
+    assert relay is not None
+    back = grad.new_empty(relay.handed_on.count, grad.shape[1])
+
+    def follow(back: torch.Tensor) -> torch.Tensor:
+        total = grad.new_zeros(
+            sum(stage.recv_splits), grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32)
+        )
+        relay.needed.put(total, relay.first.take(grad))
+        for part, rows in relay.parts:
+            rows.add(total, back[part])
+        return Transfer(total.to(grad.dtype), home, stage.recv_splits, stage.send_splits, group, what=GRADIENTS).wait()
+
+    first = Transfer(
+        relay.second.take(grad), back, relay.recv_splits, relay.send_splits, group, what=f"relayed {GRADIENTS}"
+    )
+    return RelayedTransfer(first, follow, grad.device)
