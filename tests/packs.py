@@ -1,5 +1,6 @@
 """Documents lengths that tests share: cases collected from other context-parallel projects, and drawn ones."""
 
+import numpy as np
 from hypothesis import strategies as st
 
 from hf_flashcp.planning import ShardPlan
@@ -74,3 +75,12 @@ def arbitrary_plans(draw, cp_size=None):
             if stop - start > 1:
                 slices[donor].append((document, start + 1, stop))
     return ShardPlan(lengths, cp_size, slices)
+
+
+def owners(plan):
+    """Of each document the rank of every token, (length,)."""
+    found = [np.full(length, -1) for length in plan.lengths]
+    for rank, held in enumerate(plan.slices):
+        for document, start, stop in held:
+            found[document][start:stop] = rank
+    return found

@@ -15,7 +15,7 @@ from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, plan_docu
 from hf_flashcp.planning.model_shape import AttentionLayers
 from hf_flashcp.planning.node_traffic import relayed_traffic
 from tests import attention_cases as cases
-from tests.packs import KNOWN_PACKS, arbitrary_plans
+from tests.packs import KNOWN_PACKS, arbitrary_plans, owners
 from tests.step_time_evaluator import step_times, traffic_of
 
 
@@ -80,14 +80,6 @@ def all_to_all(sent, splits):
 def from_others(arrived, splits, node):
     pieces = arrived.split(splits)
     return torch.cat([piece for rank, piece in enumerate(pieces) if rank not in node]).tolist()
-
-
-def owners(plan):
-    found = [np.full(length, -1) for length in plan.lengths]
-    for rank, held in enumerate(plan.slices):
-        for document, start, stop in held:
-            found[document][start:stop] = rank
-    return found
 
 
 @pytest.mark.parametrize("cp_size, size", [(4, 2), (6, 3)])

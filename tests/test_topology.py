@@ -17,18 +17,14 @@ from hf_flashcp.planning.fastest import node_plans
 from hf_flashcp.planning.model_shape import LLAMA_3_8B
 from hf_flashcp.planning.search_nodes import grouped
 from tests.independent_plan_checker import assert_caps, check_plan
-from tests.packs import arbitrary_plans
+from tests.packs import arbitrary_plans, owners
 
 
 def links(plan, ranks_per_node):
     """(4, cp_size) tokens that a rank gets inside its node and from others, and gives inside and to others, token by
-    token."""
-    owners = [np.full(length, -1) for length in plan.lengths]
-    for rank, held in enumerate(plan.slices):
-        for document, start, stop in held:
-            owners[document][start:stop] = rank
+    token, if each goes to every rank that needs it."""
     found = np.zeros((4, plan.cp_size), dtype=np.int64)
-    for owner in owners:
+    for owner in owners(plan):
         for holder in np.unique(owner):
             senders = owner[: np.flatnonzero(owner == holder)[-1]]
             senders = senders[senders != holder]
@@ -40,9 +36,33 @@ def links(plan, ranks_per_node):
     return found
 
 
+def relayed_links(plan, size):
+    """The same where tokens cross to a node once, in the first step; and (2, cp_size) that it gets and gives in the
+    second."""
+    first, second = np.zeros((2, plan.cp_size, plan.cp_size), dtype=np.int64)
+    for owner in owners(plan):
+        node, place = owner // size, owner % size
+        for here in np.unique(node):
+            crossing = np.flatnonzero((node != here) & (np.arange(len(owner)) < np.flatnonzero(node == here)[-1]))
+            middle = here * size + place[crossing]
+            np.add.at(first, (owner[crossing], middle), 1)
+            for holder in np.unique(owner[node == here]):
+                mine = crossing < np.flatnonzero(owner == holder)[-1]
+                np.add.at(second, (middle[mine], holder), 1)
+                inside = (node == here) & (owner != holder)
+                inside[np.flatnonzero(owner == holder)[-1] :] = False
+                np.add.at(first, (owner[inside], holder), 1)
+    np.fill_diagonal(second, 0)
+    ranks = np.arange(plan.cp_size) // size
+    inside = ranks[:, None] == ranks
+    parts = [(first * which).sum(axis) for axis in (0, 1) for which in (inside, ~inside)]
+    return np.array(parts), np.array([second.sum(0), second.sum(1)])
+
+
 def busiest(plan, topology):
     cost = topology.inter_node_cost
-    return (links(plan, topology.ranks_per_node) * np.array([[1], [cost], [1], [cost]])).max()
+    first, second = relayed_links(plan, min(topology.ranks_per_node, plan.cp_size))
+    return (first * np.array([[1], [cost], [1], [cost]])).max() + second.max()
 
 
 @st.composite
@@ -76,6 +96,8 @@ def test_plans_are_sound_and_never_busier_than_without(case, max_imbalance, max_
     assert busiest(plan, topology) <= busiest(flat, topology) * (1 + 1e-12)
     if ranks_per_node in (1, cp_size):
         assert plan == flat
+    else:
+        assert plan.ranks_per_node == ranks_per_node
 
 
 @given(arbitrary_plans(), st.integers(1, 4), st.sampled_from([None, 1, 3, 50]))
@@ -116,7 +138,9 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
     with_nodes = plan_documents(lengths, 16, cost_model=model)
     monkeypatch.setattr(fastest, "node_plans", lambda *arguments, **options: iter(()))
     without = fastest.fastest(lengths, 16, model, 1.05, 1.0)
-    assert model.step_time(with_nodes).seconds < 0.98 * model.step_time(without).seconds
+    assert model.step_time(with_nodes).seconds < model.step_time(without).seconds
+    directly = model.step_time(with_nodes.with_ranks_per_node(None))
+    assert with_nodes.ranks_per_node == 4 and model.step_time(with_nodes).seconds < 0.99 * directly.seconds
 
 
 @pytest.mark.parametrize(
@@ -131,7 +155,6 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
             "12 is no multiple of the topology's 8 ranks_per_node",
         ),
         (lambda: FlashCPCollator(12, topology=Topology(8)), "12 is no multiple of the topology's 8 ranks_per_node"),
-        (lambda: plan_documents([9], 2, strategy="per_doc", topology=Topology(8)), "topology is an option of the st"),
         (lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)), "topology is a goal of its own"),
     ],
 )
@@ -175,10 +198,27 @@ def test_bench_plan_measures_links():
     topology = Topology(2)
     with_topology = {"with topology": lambda lengths, cp_size: plan_documents(lengths, cp_size, topology=topology)}
     found = measure("pile", [4096], [4], packs=1, strategies=["search"], others=with_topology, topology=topology)
-    parts = links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
+    parts, handed_on = relayed_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
+    parts[::2] += handed_on
     row = found["cells"][0]["strategies"]["with topology"]
     assert [row["intra_node"], row["inter_node"]] == [parts[::2].max(), parts[1::2].max()]
     assert row["inter_node_total"] == parts[1].sum()
     shown = text(found).splitlines()
     assert shown[-2].startswith("pile") and shown[-1].startswith("means") and "with topology" in shown[3]
     assert len({len(line) for line in shown[3:]}) == 1
+
+
+def test_bench_nodes(capsys):
+    line = "bench nodes --lengths-from wlb_llm --cp-size 16 --tokens 256 --packs 1"
+    assert main([*line.split(), "--json"]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
+    lengths = sample_pack("wlb_llm", 4096)
+    model = CostModel.from_config(LLAMA_3_8B, "h100")
+    flat, planned = (plan_documents(lengths, 16, topology=topology) for topology in (None, Topology(8)))
+    plans = flat, flat.with_ranks_per_node(8), planned.with_ranks_per_node(None), planned
+    for row, plan in zip(cell["variants"].values(), plans):
+        parts = links(plan, 8) if plan.ranks_per_node is None else relayed_links(plan, 8)[0]
+        assert row["inter_node"] == parts[1::2].max()
+        assert row["step_seconds"] == model.step_time(plan).seconds
+    assert cell["variants"]["directly"]["over_directly"] == 1
+    assert main(line.split()) == 0 and "once to a node" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.lengths import sample_pack
-from ..planning import STRATEGIES, CostModel, HardwareProfile, plan_documents
+from ..planning import STRATEGIES, CostModel, HardwareProfile, Topology, plan_documents
 from ..planning.model_shape import LLAMA_3_8B
 
 
@@ -91,7 +91,11 @@ def _row(found: list[dict[str, float]]) -> dict[str, float]:
 
 def _predictions(lengths: Sequence[int], cp_size: int, model: CostModel) -> dict[str, dict[str, float]]:
     ideal = model.step_time(plan_documents(lengths, 1)).attention_seconds / cp_size
-    plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy) for strategy in STRATEGIES}
+    ranks_per_node = model.hardware.ranks_per_node
+    topology = None if cp_size % ranks_per_node else Topology(ranks_per_node)
+    plans = {
+        strategy: plan_documents(lengths, cp_size, strategy=strategy, topology=topology) for strategy in STRATEGIES
+    }
     plans[TIMED] = plan_documents(lengths, cp_size, cost_model=model)
     found = {}
     for strategy, plan in plans.items():

@@ -66,6 +66,16 @@ def add_parser(commands) -> None:
     predicted.add_argument("--json", action="store_true")
     predicted.set_defaults(run=run_predicted)
 
+    nodes = benches.add_parser(
+        "nodes", help="predicted steps on nodes: tokens that cross to each once, plans for nodes"
+    )
+    _add_corpora(nodes)
+    nodes.add_argument("--cp-size", type=int, nargs="+", default=[16, 32, 64], metavar="N", help="default: 16 32 64")
+    nodes.add_argument("--tokens", type=int, default=8192, metavar="N", help="of each rank (default 8192)")
+    nodes.add_argument("--packs", type=int, default=3, metavar="N", help="packs drawn in each cell (default 3)")
+    nodes.add_argument("--json", action="store_true")
+    nodes.set_defaults(run=run_nodes)
+
     published = benches.add_parser("published", help="predictions of rivals beside what the FlashCP paper measured")
     published.add_argument("--packs", type=int, default=20, metavar="N", help="packs drawn a corpus (default 20)")
     published.add_argument("--json", action="store_true")
@@ -270,6 +280,15 @@ def run_predicted(arguments: argparse.Namespace) -> None:
         hardware=arguments.hardware,
         progress=True,
     )
+    _show(found, text, arguments.json)
+
+
+def run_nodes(arguments: argparse.Namespace) -> None:
+    from ..bench.nodes import measure, text
+
+    for name in ("tokens", "packs"):
+        _check_at_least(1, f"--{name}", getattr(arguments, name))
+    found = measure(arguments.lengths_from, arguments.cp_size, arguments.tokens, arguments.packs, progress=True)
     _show(found, text, arguments.json)
 
 

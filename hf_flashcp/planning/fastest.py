@@ -44,13 +44,14 @@ def fastest(
     num_stages: int | None = None,
 ) -> ShardPlan:
     """The plan with the least predicted step time (`CostModel.step_time`) among those within the caps, the first of
-    several; its KV travels in `num_stages` stages, or in as many as are predicted to be best. Where no plan meets the
-    caps, of the plans with the least pairs on a rank."""
+    several; its KV travels in `num_stages` stages, or in as many as are predicted to be best, and crosses to each node
+    once or directly. Where no plan meets the caps, of the plans with the least pairs on a rank."""
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
     found: dict[tuple, tuple[int, float, ShardPlan, bool]] = {}
     ranks_per_node = cost_model.hardware.ranks_per_node
+    nodes = None if cp_size % ranks_per_node else ranks_per_node
     for slices, of_nodes in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance, ranks_per_node):
-        plan = ShardPlan(lengths, cp_size, slices)
+        plan = ShardPlan(lengths, cp_size, slices, None, nodes)
         if plan.slices in found:
             continue
         if max(rank_tokens(plan.slices)) <= caps.most_tokens:
@@ -62,7 +63,8 @@ def fastest(
         (beyond, cost_model.step_time(choice).seconds, choice)
         for kind in (False, True)
         for beyond, _, plan, _ in [entry for entry in best if entry[3] == kind][:STAGED]
-        for choice in _stagings(plan, num_stages)
+        for staging in _stagings(plan, num_stages)
+        for choice in dict.fromkeys([staging, staging.with_ranks_per_node(None)])
     ]
     return min(staged, key=lambda entry: entry[:2])[2]
 

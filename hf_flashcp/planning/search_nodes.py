@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .node_traffic import relayed_traffic
 from .plan import Slice
 from .search import SETTINGS, Candidate, Search, search
 from .search_build import Budget
@@ -37,9 +38,9 @@ MANY = 1000
 def search_in_nodes(
     lengths: Lengths, cp_size: int, topology: Topology, *, max_imbalance: float, max_token_imbalance: float
 ) -> Slices:
-    """Slices of every rank: of the plans tried, within the caps, the one whose busiest link takes the shortest, a row
-    between nodes counted `inter_node_cost` times. Never busier than [`search`]'s, nor less balanced than that where
-    it does not meet the caps. Pure and deterministic.
+    """Slices of every rank: of the plans tried, within the caps, the one whose busiest links take the shortest when
+    rows cross to each node once, a row between nodes counted `inter_node_cost` times. Never busier than [`search`]'s,
+    nor less balanced than that where it does not meet the caps. Pure and deterministic.
 
     Args:
         lengths (`tuple[int, ...]`): tokens of each document.
@@ -54,11 +55,13 @@ def search_in_nodes(
 
 
 def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
-    """What the busiest link of any rank carries, in or out, and all links together: tokens whose KV travels, between
-    nodes times `inter_node_cost`."""
-    received, sent = by_link(traffic_matrix(slices), topology.ranks_per_node)
+    """What the busiest link of any rank carries in the first step of the exchange and in the second, in or out, and
+    all links together: tokens whose KV travels, between nodes times `inter_node_cost`."""
+    first, second = relayed_traffic(slices, min(topology.ranks_per_node, len(slices)))
+    received, sent = by_link(first, topology.ranks_per_node)
     cost = np.array([[1.0], [topology.inter_node_cost]])
-    return float((cost * np.maximum(received, sent)).max()), float((cost * received).sum())
+    handed_on = max(second.sum(0).max(), second.sum(1).max())
+    return float((cost * np.maximum(received, sent)).max() + handed_on), float((cost * received).sum() + second.sum())
 
 
 def node_plans(

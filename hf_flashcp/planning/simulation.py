@@ -19,6 +19,7 @@ from .memory_shape import MemoryShape
 from .node_traffic import traffic_by_link
 from .plan import ShardPlan
 from .strategies import STRATEGIES, plan_documents
+from .topology import Topology
 from .volume import attention_pairs, rank_tokens
 
 
@@ -137,8 +138,11 @@ def _model_flops(lengths: Sequence[int], model: CostModel) -> float:
 
 
 def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.ndarray, float]:
-    options = {"cost_model": model} if name == TIMED else {"strategy": name}
-    plan = plan_documents(lengths, cp_size, **options)
+    if name == TIMED:
+        plan = plan_documents(lengths, cp_size, cost_model=model)
+    else:
+        topology = Topology(model.hardware.ranks_per_node)
+        plan = plan_documents(lengths, cp_size, strategy=name, topology=topology)
     received, needed, sent = np.zeros((2, cp_size)), np.zeros(cp_size), np.zeros(cp_size)
     for layers in model.layers:
         width = layers.count * layers.kv_elements_per_token * model.itemsize

@@ -75,10 +75,10 @@ def plan_documents(
         rotate_ranks (`bool`, *optional*, defaults to `False`):
             With `"per_doc"`, shift the rank labels by one from document to document. The total traffic stays, the
             largest rank's share of it falls.
-        topology (`Topology`, *optional*):
-            With `"search"`, ranks in nodes: the plan whose busiest link takes the shortest, where a row between nodes
-            takes `inter_node_cost` times longer. Never busier than without. A `cost_model` goes by the
-            `ranks_per_node` of its hardware profile.
+        topology (`Topology`, *optional*): ranks in nodes: KV crosses to each node once and is handed on there.
+            `"search"` then looks for the plan whose busiest links take the shortest, where a row between nodes takes
+            `inter_node_cost` times longer; never busier than without. A `cost_model` goes by the `ranks_per_node` of
+            its hardware profile.
 
     Returns:
         `ShardPlan`: a validated partition.
@@ -88,6 +88,7 @@ def plan_documents(
             option that the strategy does not have, two goals at once, ranks that do not fill their nodes.
     """
     begin, offset_groups = time.perf_counter(), None
+    ranks_per_node = None if topology is None else topology.ranks_per_node
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
         if not isinstance(cap, (int, float)) or math.isnan(cap) or cap < 1:
@@ -96,7 +97,6 @@ def plan_documents(
         "rotate_ranks": (rotate_ranks, "per_doc"),
         "minimize_total": (minimize_total, "search"),
         "cost_model": (cost_model is not None, "search"),
-        "topology": (topology is not None, "search"),
     }
     for name, (given, owner) in options.items():
         if given and strategy != owner:
@@ -123,14 +123,14 @@ def plan_documents(
         case "flashcp":
             slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
         case "search" if cost_model is not None:
-            slices, offset_groups = _timed(
+            slices, offset_groups, ranks_per_node = _timed(
                 lengths, cp_size, cost_model, max_imbalance, max_token_imbalance, num_stages
             )
         case "search":
             slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total, topology)
         case _:
             raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
-    plan = ShardPlan(lengths, cp_size, slices, offset_groups).validate()
+    plan = ShardPlan(lengths, cp_size, slices, offset_groups, ranks_per_node).validate()
     if num_stages is not None and cost_model is None:
         plan = in_stages(plan, num_stages)
     if strategy in ("flashcp", "search"):
@@ -158,10 +158,11 @@ def _searched(
 
 
 @functools.lru_cache(maxsize=128)
-def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None]:
-    """Slices and offset groups of [`fastest`]: a plan itself carries what differs from batch to batch."""
+def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
+    """Slices, offset groups and ranks per node of [`fastest`]: a plan itself carries what differs from batch to
+    batch."""
     plan = fastest(*arguments)
-    return plan.slices, plan.offset_groups
+    return plan.slices, plan.offset_groups, plan.ranks_per_node
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
