@@ -17,6 +17,7 @@ from hf_flashcp.attention import document_attention, function
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from tests import attention_cases as cases
 from tests import trainer_cases
+from tests.debug_cases import debug_mode
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
@@ -272,7 +273,8 @@ def compiled(packs, backend, whole):
         batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(lengths, seed=seed))
         for each in (plain, run):
             each.zero_grad()
-            each(**batch, use_cache=False).loss.backward()
+            with debug_mode(FLASHCP_DEBUG_EVERY="1"):
+                each(**batch, use_cache=False).loss.backward()
         errors.append(largest_error(gradients(model), gradients(plain)))
         graphs.append(counters["stats"]["unique_graphs"])
     breaks = {re.search(r"function `?<function (\w+)", reason).group(1) for reason in counters["graph_break"]}

@@ -27,6 +27,7 @@ import torch
 from ..exchange import kv_width, named_range, send_grads_home, send_kv, split_rows
 from ..layout import RankLayout, Rows, Stage
 from .kernels import AttentionKernel, accumulate_dtype
+from .kernels.base import merge_logsumexp
 
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _as_received(grad: torch.Tensor, stage: Stage, dtype: torch.dtype) -> tuple[
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: Rows) -> None:
     """Writes into some rows of `out` and `lse` the attention over two disjoint sets of keys, from the attention over
-    each, by their logsumexp (FlashAttention's combine step). Both are finite: every row has keys in both."""
+    each, by their logsumexp (FlashAttention's combine step)."""
     with named_range("merge"):
         _merge_rows(out, lse, part, part_lse, rows)
 
@@ -225,9 +226,8 @@ def _merge_rows(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_l
 
 def _combine(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     dtype = accumulate_dtype(out.dtype)
-    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    weight = merge_logsumexp(lse, part_lse).unsqueeze(-1)
     if out.dtype == dtype:
         out.lerp_(part.to(dtype), weight)
     else:
         out.copy_(out.to(dtype).lerp_(part.to(dtype), weight))
-    torch.logaddexp(lse, part_lse, out=lse)

@@ -15,6 +15,7 @@ from ..layout import RankPlan
 from .engine import Engine
 from .kernels import AttentionKernel, select_kernel
 from .operator import run_forward
+from .reference_check import CheckedEngine
 
 
 def document_attention(
@@ -29,6 +30,7 @@ def document_attention(
     sinks: torch.Tensor | None = None,
     keep_received: bool | None = None,
     kernel: AttentionKernel | None = None,
+    check_as: str | None = None,
 ) -> torch.Tensor:
     """Causal attention inside each document for this rank's tokens, with KV fetched from the ranks that hold it.
 
@@ -47,6 +49,8 @@ def document_attention(
         keep_received (`bool`, *optional*): whether backward finds the KV that forward received, or fetches it again;
             the same on every rank. Defaults to the plan's, see [`RankPlan`].
         kernel (`AttentionKernel`, *optional*): defaults to the best for the device and the options.
+        check_as (`str`, *optional*): the layer's name, on every rank or none: its results are compared with those of
+            the formulas in float64, see [`CheckedEngine`].
 
     Returns:
         `torch.Tensor`: (H_q, T_r, D_v), as if every document had been attended to alone on one device.
@@ -59,6 +63,8 @@ def document_attention(
         softcap,
         plan.keep_received if keep_received is None else keep_received,
     )
+    if check_as is not None:
+        engine = CheckedEngine(engine, plan, check_as, sinks)
     return _DocumentAttention.apply(query, key, value, sinks, engine)
 
 

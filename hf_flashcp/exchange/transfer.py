@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from ..errors import ConfigurationError
+from .checksums import CheckedExchange, debug_mode
 from .missing_ranks import naming
 from .ranges import named_range
 
@@ -45,8 +44,9 @@ class Transfer:
         result: torch.Tensor | None = None,
         what: str = KEYS,
     ):
-        if os.environ.get("FLASHCP_DEBUG") == "1":
-            _check_sizes(sent, send_splits, recv_splits, group)
+        self._checked = None
+        if debug_mode():
+            self._checked = CheckedExchange(sent, received, send_splits, recv_splits, group, what)
         self._sent, self._result = sent, received if result is None else result
         self._what = f"the {what} of other ranks"
         with naming(self._what):
@@ -60,32 +60,8 @@ class Transfer:
             self._work.wait()
         if self._sent.device.type == "cpu":
             _seconds_waited = (_seconds_waited or 0.0) + time.perf_counter() - begin
+        if self._checked is not None:
+            self._checked.compare()
         result = self._result
-        self._work = self._sent = self._result = None
+        self._work = self._sent = self._result = self._checked = None
         return result
-
-
-def _check_sizes(sent: torch.Tensor, send_splits: list[int], recv_splits: list[int], group: ProcessGroup) -> None:
-    """Every rank's view of one all-to-all, compared before it starts (`FLASHCP_DEBUG=1`; costs a blocking gather)."""
-    views: list = [None] * group.size()
-    mine = {"row": [*sent.shape[1:]], "dtype": str(sent.dtype), "sends": send_splits, "receives": recv_splits}
-    dist.all_gather_object(views, mine, group=group)
-    ranks = dist.get_process_group_ranks(group)
-    problems = [
-        f"rank {ranks[a]} sends {views[a]['sends'][b]} rows to rank {ranks[b]}, which expects "
-        f"{views[b]['receives'][a]}"
-        for a in range(len(views))
-        for b in range(len(views))
-        if views[a]["sends"][b] != views[b]["receives"][a]
-    ]
-    shapes = [f"{view['row']} {view['dtype']}" for view in views]
-    problems += [
-        f"rows are {shape} on rank {rank} and {shapes[0]} on rank {ranks[0]}"
-        for rank, shape in zip(ranks, shapes)
-        if shape != shapes[0]
-    ]
-    if problems:
-        raise ConfigurationError(
-            f"An exchange of KV does not fit: {'; '.join(problems)}. All ranks must run the same model on the same "
-            "batch."
-        )

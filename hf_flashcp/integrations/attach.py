@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from .. import __version__ as hf_flashcp_version
+from ..attention import layer_to_check
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import require_agreement
 from ..layout import RankPlan, shard_inputs
@@ -117,6 +119,7 @@ class ContextParallelHandle:
         self._on_plan = on_plan
         self._keep_received_kv = keep_received_kv
         self._checked = False
+        self._forwards = 0
         self._targets: torch.Tensor | None = None
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
@@ -176,6 +179,8 @@ class ContextParallelHandle:
                 advice=_SAME_BATCH,
                 error=BatchError,
             )
+        self.plan.checked_layer = layer_to_check(self._forwards, model.config.get_text_config().num_hidden_layers)
+        self._forwards += 1
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         if batch.get("labels") is not None and batch.get("shift_labels") is not None:
@@ -234,7 +239,7 @@ _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
     "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
-    "rank, and use one strategy."
+    "rank, use one strategy, and set FLASHCP_DEBUG for all or none."
 )
 
 
@@ -274,6 +279,7 @@ def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
         "plan": bound.plan.digest[:16],
         "content": bound.plan.content_digest,
         "keep_received_kv": bound.keep_received,
+        **{name: os.environ.get(name) for name in ("FLASHCP_DEBUG", "FLASHCP_DEBUG_EVERY")},
     }
 
 

@@ -105,8 +105,13 @@ def flashcp_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux if s_aux is None else s_aux.flatten(),
+        check_as=_name(module) if _is_checked(module, plan) else None,
     )
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _is_checked(module: torch.nn.Module | None, plan: RankPlan) -> bool:
+    return plan.checked_layer is not None and getattr(module, "layer_idx", None) == plan.checked_layer
 
 
 def _bound(plan: RankPlan | ShardPlan) -> RankPlan:

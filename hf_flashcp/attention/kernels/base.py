@@ -200,12 +200,27 @@ def _sum_heads(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return grad[:, 0] if grad.shape[1] == 1 else grad.sum(1, dtype=dtype)
 
 
+def merge_logsumexp(lse: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
+    """Returns what the second of two outputs over disjoint sets of keys weighs against the first, from 0 to 1, and
+    makes `lse` the logsumexp over both sets.
+
+    A row without keys has an output of 0 and a logsumexp of -inf, or of inf as FlashAttention-2 writes it: it weighs
+    nothing. FlashAttention-2 writes inf as well where data made the sum NaN; the output is NaN there, and stays NaN
+    whatever it weighs.
+    """
+    for each in (lse, part_lse):
+        each.masked_fill_(each == torch.inf, -torch.inf)
+    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)
+    torch.logaddexp(lse, part_lse, out=lse)
+    return weight
+
+
 def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over all the pieces from that over each, by their logsumexp, in the accumulate dtype."""
     out, lse = parts[0]
     for part, part_lse in parts[1:]:
-        weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
-        out, lse = torch.lerp(out.to(lse.dtype), part.to(lse.dtype), weight), torch.logaddexp(lse, part_lse)
+        weight = merge_logsumexp(lse, part_lse).unsqueeze(-1)
+        out = torch.lerp(out.to(lse.dtype), part.to(lse.dtype), weight)
     return out, lse
 
 

@@ -14,8 +14,9 @@ class CPUFlashKernel(BlockKernel):
     """PyTorch's flash kernel for CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): fp64, fp32, bf16, fp16.
 
     It aligns a causal mask top-left, so only square rectangles may use that; the others, and windows, have masks of
-    their own. It dies on zero keys, which rectangles never have; and value heads must be as wide as key heads, so
-    narrower ones are padded here. It knows no softcap.
+    their own. It dies on zero keys, which rectangles never have, and writes a logsumexp of 0 for a row whose keys are
+    all hidden, so no piece has such a row; and value heads must be as wide as key heads, so narrower ones are padded
+    here. It knows no softcap.
 
     What it likes: 768 rows and more in a call (it then takes 256 at a time, otherwise 64 or 32), and no causal flag on
     short sequences, because it computes keys in whole blocks of 512 and hides what lies behind the diagonal. So the

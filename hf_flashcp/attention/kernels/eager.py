@@ -39,7 +39,8 @@ class EagerKernel(BlockKernel):
         with torch.autocast(q.device.type, enabled=False):
             scores = self._scores(q, k, mask, scale, softcap)
             lse = scores.logsumexp(-1)
-            out = (scores - lse[..., None]).exp() @ v.to(scores.dtype)
+            finite = lse.masked_fill(lse == -torch.inf, 0)  # a row without keys has nothing, not NaN
+            out = (scores - finite[..., None]).exp() @ v.to(scores.dtype)
         return out, lse
 
     def _backward_piece(self, do, q, k, v, o, lse, mask, is_causal, scale, softcap):
