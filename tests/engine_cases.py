@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
-from hf_flashcp.attention import document_attention, function
+from hf_flashcp.attention import document_attention, function, reference_check
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from tests import attention_cases as cases
-from tests import trainer_cases
-from tests.debug_cases import debug_mode
+from tests import debug_cases, trainer_cases
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
@@ -207,6 +206,18 @@ def peak_memory(plan, shape, options):
     return live.peak, live.largest
 
 
+def largest_tensor_of_a_check(plan, most_scores):
+    """Elements of the largest tensor that a layer makes which is compared with float64; its kernel has small masks."""
+    with (
+        debug_cases.replaced(CPUFlashKernel, "_MASK_KEYS", lambda _: 64),
+        debug_cases.replaced(reference_check, "_MOST_SCORES", lambda _: most_scores),
+        transparent_forward(),
+        LiveBytes() as live,
+    ):
+        debug_cases.layer(plan, (4, 2, 8, 8))
+    return live.largest
+
+
 # Whole models
 
 
@@ -273,7 +284,7 @@ def compiled(packs, backend, whole):
         batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(lengths, seed=seed))
         for each in (plain, run):
             each.zero_grad()
-            with debug_mode(FLASHCP_DEBUG_EVERY="1"):
+            with debug_cases.debug_mode(FLASHCP_DEBUG_EVERY="1"):
                 each(**batch, use_cache=False).loss.backward()
         errors.append(largest_error(gradients(model), gradients(plain)))
         graphs.append(counters["stats"]["unique_graphs"])

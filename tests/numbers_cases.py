@@ -1,9 +1,13 @@
 """What workers run for the tests of numbers that go wrong."""
 
+import math
+
 import torch
 import torch.distributed as dist
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
+from hf_flashcp.attention.kernels import EagerKernel
+from hf_flashcp.attention.kernels.base import Piece
 from tests import attention_cases as cases
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model
@@ -47,3 +51,43 @@ def step_without_targets(cp_size, average):
     if dist.get_world_size() > 1:
         dist.barrier()
     return losses_by_step(trainer)[1], max(float(grad.abs().max()) for grad in keep.steps[0].values())
+
+
+class PiecesThatSeeNothing(EagerKernel):
+    """Keys in pieces of five, of which a causal row sees none of the last or, with a window, of the first: such rows
+    have the logsumexp `empty`."""
+
+    def __init__(self, empty, last_first):
+        self.empty, self.last_first, self.found = empty, last_first, 0
+
+    def _blocks(self, *args, **kwargs):
+        for block in super()._blocks(*args, **kwargs):
+            ((first, stop, mask),) = block.pieces
+            pieces = [
+                Piece(start, min(start + 5, stop), None if mask is None else mask[:, start - first :][:, :5])
+                for start in range(first, stop, 5)
+            ]
+            yield block._replace(pieces=pieces[::-1] if self.last_first else pieces)
+
+    def _forward_piece(self, *args):
+        out, lse = super()._forward_piece(*args)
+        self.found += int((lse == -math.inf).sum())
+        return out, lse.masked_fill(lse == -math.inf, self.empty)
+
+
+def errors_with_pieces_that_see_nothing(plan, dtype, options):
+    """For each sign and order: whether there were empty rows, and the errors of out, dq, dk, dv; and last those of the
+    kernel in one piece."""
+    inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 12, getattr(torch, dtype), 0)
+    expected = cases.reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
+    results = []
+    for kernel in (*(PiecesThatSeeNothing(*each) for each in EMPTY), cases.KERNELS["eager"]):
+        ours, index = cases.sharded_attention(plan, [each.clone() for each in inputs], kernel, **options)
+        errors = [
+            cases.relative_error(a, b) for a, b in zip(cases.gathered(ours, index, expected), expected, strict=True)
+        ]
+        results.append((getattr(kernel, "found", 0) > 0, errors))
+    return results
+
+
+EMPTY = [(sign * math.inf, last_first) for sign in (-1, 1) for last_first in (False, True)]

@@ -11,7 +11,7 @@ from hf_flashcp import plan_documents, save_attention_context_fn
 from hf_flashcp.attention import layer_to_check
 from hf_flashcp.errors import BatchError, ConfigurationError, FlashCPError
 from hf_flashcp.exchange.checksums import checksums
-from tests import debug_cases
+from tests import debug_cases, engine_cases
 
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -222,3 +222,8 @@ def test_collectives_and_bytes_are_the_documented_ones(pool):
     for seen in pool.run(3, debug_cases.collectives, *args, True):
         backward = [*head, ("sum", 8 * 66 * (20 + 2))] * 2
         assert seen == exchange + head * 2 + verdict + exchange + backward + verdict
+
+
+def test_no_tensor_has_the_size_of_all_scores(pool):
+    """Blocks of 2 heads x 3 queries x 600 keys, 2**12 scores at most; all would be 2 x 600 x 600."""
+    assert pool.run(1, engine_cases.largest_tensor_of_a_check, plan_of([600], 1), 2**12)[0] <= 2**15

@@ -1,12 +1,16 @@
-"""Numbers that go wrong stay where they are: inf and NaN in a document, batches without a target, far positions."""
+"""Numbers that go wrong stay where they are: inf and NaN in a document, rows without keys, batches without a target,
+far positions."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from hf_flashcp import plan_documents, shard_inputs
-from hf_flashcp.layout import RankLayout
+from hf_flashcp.attention.engine import _merge
+from hf_flashcp.layout import RankLayout, Rows
 from hf_flashcp.planning import STRATEGIES
 from tests import numbers_cases
 
@@ -29,6 +33,74 @@ def test_what_is_not_finite_stays_in_its_document(pool, kernel, options):
     ]
     for differences in pool.run(3, numbers_cases.differences_of_other_documents, todo, SICK, kernel, options):
         assert differences == [[0, 0, 0, 0]] * len(todo)
+
+
+# Rows of one of two outputs, by whether they have keys in the first and in the second.
+KEYS = list(itertools.product((True, False), repeat=2)) * 3
+ROWS = {"ranges": range(2, 14), "index": [*range(0, 10, 2), 11, *range(12, 18)]}
+
+
+def partial_outputs(dtype, empty):
+    """Two outputs (2, 12, 4) and logsumexps of rows that have keys or have none, and the output over both."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 12, 10), (2, 10, 4)
+    scores, values = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    parts = []
+    for which, keys in enumerate((slice(0, 6), slice(6, 10))):
+        here = torch.tensor([row[which] for row in KEYS])
+        lse = scores[..., keys].logsumexp(-1).masked_fill(~here, empty)
+        out = scores[..., keys].softmax(-1) @ values[:, keys]
+        parts.append((out.masked_fill(~here[:, None], 0).to(dtype), lse.to(torch.promote_types(dtype, torch.float32))))
+        scores[..., keys] = scores[..., keys].masked_fill(~here[:, None], -torch.inf)
+    return *parts, scores.softmax(-1).nan_to_num(0) @ values, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("second_first", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("empty", [-math.inf, math.inf])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.bfloat16, 2**-6)])
+def test_rows_without_keys_merge_as_nothing(dtype, bound, empty, rows, second_first):
+    """With keys in both parts, in either, in none; others are left alone. As FlashAttention-2 writes inf."""
+    first, second, expected, expected_lse = partial_outputs(dtype, empty)
+    if second_first:
+        first, second = second, first
+    numbers = torch.tensor(list(ROWS[rows]))
+    out, lse = torch.full((2, 20, 4), 7.0, dtype=dtype), torch.full((2, 20), 7.0, dtype=first[1].dtype)
+    out[:, numbers], lse[:, numbers] = first
+    _merge(out, lse, *second, Rows(np.array(numbers)))
+    assert float((out[:, numbers].double() - expected).abs().max()) <= bound
+    assert torch.equal(lse[:, numbers] == -math.inf, expected_lse == -math.inf)
+    assert float((lse[:, numbers].double() - expected_lse).nan_to_num(0).abs().max()) <= max(bound / 1e4, 1e-14)
+    nobody = [row not in ROWS[rows] for row in range(20)]
+    assert (out[:, nobody] == 7).all() and (lse[:, nobody] == 7).all()
+
+
+@pytest.mark.parametrize("second_first", [False, True])
+@pytest.mark.parametrize("sick_lse", [math.nan, math.inf])
+def test_a_row_that_data_made_nan_is_not_taken_for_one_without_keys(sick_lse, second_first):
+    """FlashAttention-2 writes a logsumexp of inf there too. The row is NaN, whatever it merges with, and no other."""
+    first, second, expected, _ = partial_outputs(torch.float64, math.inf)
+    sick = [row for row, keys in enumerate(KEYS) if keys[1]]
+    second[0][:, sick], second[1][:, sick] = math.nan, sick_lse
+    if second_first:
+        first, second = second, first
+    out, lse = first
+    _merge(out, lse, *second, Rows(np.arange(12)))
+    sound = [row for row in range(12) if row not in sick]
+    assert out[:, sick].isnan().all() and float((out[:, sound] - expected[:, sound]).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"sinks": True}, {"softcap": 5.0}], ids=str)
+def test_passes_in_which_rows_see_no_key(pool, options, dtype):
+    """Forward and backward of a layer, with a logsumexp of -inf and inf, the empty part first or last: as exact as in
+    one pass."""
+    plan = plan_documents([40, 7, 23], 3, strategy="per_doc")
+    for results in pool.run(3, numbers_cases.errors_with_pieces_that_see_nothing, plan, dtype, options):
+        *pieces, (_, whole) = results
+        assert len(pieces) == 4 and all(empty for empty, _ in pieces)
+        for _, errors in pieces:
+            assert all(ours <= max(1e-14, 1.05 * single) for ours, single in zip(errors, whole, strict=True))
 
 
 @pytest.mark.parametrize("world_size, cp_size, average", [(1, 1, True), (2, 2, False), (4, 2, True)])

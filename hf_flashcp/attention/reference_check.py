@@ -249,10 +249,10 @@ class _Deviations:
         ]
 
     def _place(self, row: int) -> tuple[int, int]:
-        for document, start, stop, first in self._plan.layout.slices:
-            if first <= row < first + stop - start:
-                return document, start + row - first
-        raise AssertionError(f"row {row} is in no slice")
+        document, start, _, first = max(
+            (piece for piece in self._plan.layout.slices if piece.row <= row), key=lambda piece: piece.row
+        )
+        return document, start + row - first
 
     def tell(self, layer: str, tensor: torch.Tensor) -> None:
         """Hears of all ranks; raises the same error on each if there is any deviation."""
@@ -270,7 +270,7 @@ class _Deviations:
             raise FlashCPError(
                 f"Attention of {layer} in {str(tensor.dtype).removeprefix('torch.')} is not what float64 gives: "
                 f"{'; '.join(problems)}. A kernel, the exchange or what merges them is wrong there, or memory was "
-                "overwritten: see docs/troubleshooting.md, debug mode."
+                "overwritten: see docs/troubleshooting.md, what debug mode found."
             )
 
 

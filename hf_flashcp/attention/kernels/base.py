@@ -209,7 +209,7 @@ def merge_logsumexp(lse: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
     whatever it weighs.
     """
     for each in (lse, part_lse):
-        each.masked_fill_(each == torch.inf, -torch.inf)
+        each.nan_to_num_(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
     weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)
     torch.logaddexp(lse, part_lse, out=lse)
     return weight
