@@ -58,6 +58,14 @@ def layers(todo):
         layer(*args, **options)
 
 
+def sick_key(inputs):
+    inputs[1][:, 20] = torch.nan
+
+
+def sick_value(inputs):
+    inputs[2][:, 20, 3] = torch.inf
+
+
 # Transfers that go wrong
 
 

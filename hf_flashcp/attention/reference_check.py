@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ConfigurationError, FlashCPError
-from ..exchange import add_over_ranks, debug_mode, gather_numbers, gather_rows
+from ..exchange import add_over_ranks, gather_numbers, gather_rows
 from ..layout import RankPlan
 from ..layout.rank_layout import token_index
 from ..layout.stage import Rectangle
@@ -42,14 +42,12 @@ _NAMES = ("the output", "the logsumexp", "dQ", "dK", "dV")
 
 
 def layer_to_check(forward: int, layers: int) -> int | None:
-    """Which of the model's layers is checked in its sharded forward number `forward`, from 0, and in the backward of
+    """Which of a model's `layers` is checked in its sharded forward number `forward`, from 0, and in the backward of
     that: one in every `FLASHCP_DEBUG_EVERY`th, each time the next.
 
     Raises:
         ConfigurationError: the variable is no whole number from 1.
     """
-    if not debug_mode():
-        return None
     every = os.environ.get("FLASHCP_DEBUG_EVERY", str(DEFAULT_EVERY))
     if not every.isdecimal() or int(every) == 0:
         raise ConfigurationError(f"FLASHCP_DEBUG_EVERY is {every!r}: it must be a whole number of forwards, from 1.")

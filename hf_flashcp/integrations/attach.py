@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
-from ..exchange import require_agreement
+from ..exchange import debug_mode, require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
@@ -179,8 +179,10 @@ class ContextParallelHandle:
                 advice=_SAME_BATCH,
                 error=BatchError,
             )
-        self.plan.checked_layer = layer_to_check(self._forwards, model.config.get_text_config().num_hidden_layers)
-        self._forwards += 1
+        if debug_mode():
+            layers = model.config.get_text_config().num_hidden_layers
+            self.plan.checked_layer = layer_to_check(self._forwards, layers)
+            self._forwards += 1
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         if batch.get("labels") is not None and batch.get("shift_labels") is not None:
