@@ -89,7 +89,10 @@ def call_seconds(rectangles, layers, model, causal, backward):
     products = (3 * layers.key_dim + 2 * layers.value_dim) if backward else layers.key_dim + layers.value_dim
     flops_a_key = 2 * kernel.tile * products
     speed_now = speed.flops_per_second * (kernel.causal_efficiency if causal else 1)
-    work = [(keys + speed.tile_overhead_keys) * flops_a_key for tiles in rectangles for keys in tiles]
+    overhead = speed.tile_overhead_keys
+    if causal and speed.causal_tile_overhead_keys is not None:
+        overhead = speed.causal_tile_overhead_keys
+    work = [(keys + overhead) * flops_a_key for tiles in rectangles for keys in tiles]
     together = sum(work) * layers.query_heads / speed_now
     alone = max(work) * kernel.units / speed_now
     return kernel.call_seconds + max(together, alone)

@@ -130,8 +130,8 @@ def _time_cases(
         bound = RankPlan(plan, rank, dist.group.WORLD)
         if exchange == "all":
             bound.layout = AllGatherLayout(plan, rank)
-        runs.append((bound, _inputs(bound.layout.num_tokens, shape, dtype)))
-    runs.append((None, _inputs(sum(lengths), shape, dtype) if rank == 0 else None))
+        runs.append((bound, random_inputs(bound.layout.num_tokens, shape, dtype)))
+    runs.append((None, random_inputs(sum(lengths), shape, dtype) if rank == 0 else None))
     found: dict[Any, Any] = {index: {"seconds": [], "forward": [], "waiting": []} for index in range(len(runs))}
     with _counted_transfers() as transfers:
         for turn in range(rounds + 2):
@@ -160,7 +160,7 @@ def _time_cases(
     return found
 
 
-def _inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
+def random_inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
     """Query, key and value as a model's projections leave them (a token's heads side by side), and dO."""
     heads, kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(tokens)

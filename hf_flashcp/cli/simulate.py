@@ -157,7 +157,10 @@ def _cell(name: str, profile: HardwareProfile, cp_size: int, rows, model: CostMo
     """Medians over packs, and how many times as long as with the reference a scheme takes: geometric means."""
     found = {}
     for scheme, outcomes in rows.items():
-        found[scheme] = {key: median(outcome[key] for outcome in outcomes) for key in outcomes[0]}
+        found[scheme] = {
+            key: None if value is None else median(outcome[key] for outcome in outcomes)
+            for key, value in outcomes[0].items()
+        }
         for key, part in (
             ("over_reference", "step_seconds"),
             ("attention_over_reference", "attention_module_seconds"),
@@ -221,7 +224,7 @@ def _print(found: dict[str, Any]) -> None:
                 *(f"{1000 * row[f'{part}_seconds']:,.1f}" for part in parts),
                 f"{1000 * row['attention_module_seconds']:,.1f}",
                 f"{row['attention_over_reference']:.2f}",
-                f"{row['mfu']:.1%}" if row["mfu"] == row["mfu"] else "-",
+                "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
                 *(f"{row[key] / GIB:,.2f}" for key in ("intra_node_bytes", "inter_node_bytes")),
                 f"{row['memory_bytes'] / GIB:,.1f}",
             )

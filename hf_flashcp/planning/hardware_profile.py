@@ -18,8 +18,8 @@ _FOLDER = Path(__file__).with_name("hardware")
 HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """Names of the profiles that come with the library."""
 
-_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second")
-_MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys")
+_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "causal_tile_overhead_keys")
+_MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys", "causal_tile_overhead_keys")
 _WHOLE = ("tile", "units", "ranks_per_node")
 _LARGEST = 2**31 - 1
 _LEAST, _MOST = 1e-30, 1e30  # products of what is beyond might not be finite
@@ -33,10 +33,18 @@ class Pass:
         flops_per_second (`float`): of long rectangles without a mask.
         tile_overhead_keys (`float`): what starting and ending a tile of queries costs, in keys that it could have
             attended to meanwhile.
+        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if that costs a tile more.
     """
 
     flops_per_second: float
     tile_overhead_keys: float
+    causal_tile_overhead_keys: float | None = None
+
+    def overhead_keys(self, causal: bool) -> float:
+        """Of a tile."""
+        if causal and self.causal_tile_overhead_keys is not None:
+            return self.causal_tile_overhead_keys
+        return self.tile_overhead_keys
 
 
 @dataclass(frozen=True)

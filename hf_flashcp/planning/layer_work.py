@@ -111,9 +111,10 @@ def call_seconds(
         keys, longest = tiles * before, before
     a_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
     a_key = kernel.tile * a_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
-    total = np.bincount(rank, (keys + tiles * speed.tile_overhead_keys) * layers.query_heads * a_key, cp_size)
+    overhead = speed.overhead_keys(causal)
+    total = np.bincount(rank, (keys + tiles * overhead) * layers.query_heads * a_key, cp_size)
     alone = np.zeros(cp_size)
-    np.maximum.at(alone, rank, (longest + speed.tile_overhead_keys) * kernel.units * a_key)
+    np.maximum.at(alone, rank, (longest + overhead) * kernel.units * a_key)
     calls = np.bincount(rank, minlength=cp_size) > 0
     return np.maximum(total, alone) + kernel.call_seconds * calls
 

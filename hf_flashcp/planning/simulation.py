@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Outcome:
             "repeated_seconds": max(self.step_seconds - float(totals.max()), 0.0),
             **{f"{name}_seconds": max(float(values[slowest]), 0.0) for name, values in parts.items()},
             "busiest_attention_seconds": float(parts["attention"].max()),
-            "mfu": self.mfu,
+            "mfu": None if math.isnan(self.mfu) else self.mfu,
             "intra_node_bytes": float(inside),
             "inter_node_bytes": float(between),
             "memory_bytes": self.memory_bytes,
