@@ -78,6 +78,6 @@ def test_every_output_of_the_page_of_benchmarks_has_its_commands():
     found = outputs(Path("docs/benchmarks.md").read_text(encoding="utf-8"))
     benches = {line.split()[4] for output in found for line in output.script.splitlines() if " bench " in line}
     assert benches == {
-        *("table2", "plan", "packing", "predicted", "published"),
+        *("table2", "plan", "nodes", "packing", "predicted", "published"),
         *("attention", "step", "kernels", "calibrate", "agreement", "memory"),
     }
