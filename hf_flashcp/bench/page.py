@@ -112,8 +112,9 @@ def _run(output: Output) -> str:
             raise ConfigurationError(
                 f"A command under {output.section!r} failed ({command}): {done.stderr.strip()[-500:]}"
             )
-        if done.stdout.strip():
-            printed.append(done.stdout.strip("\n"))
+        lines = [line.rstrip() for line in done.stdout.splitlines()]
+        if any(lines):
+            printed.append("\n".join(lines).strip("\n"))
     return "\n\n".join(printed) + "\n"
 
 

@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
 
 class RelayedTransfer:
-    """A transfer and what follows from what it brings; awaited like a [`Transfer`]."""
+    """A transfer and what follows from what it brings; awaited like a [`Transfer`].
 
-    def __init__(self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], device: torch.device):
-        self._first, self._follow = first, follow
+    `held` are the tensors that both use: memory of one stream that another reads must not be given away before they
+    have met.
+    """
+
+    def __init__(
+        self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], held: tuple[torch.Tensor, ...]
+    ):
+        self._first, self._follow, self._held = first, follow, held
         self._result: torch.Tensor | None = None
         self._done: torch.cuda.Event | None = None
+        device = held[0].device
         if device.type == "cuda":
             stream = _stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -39,11 +46,9 @@ class RelayedTransfer:
             result = self._follow(self._first.wait())
         else:
             assert self._result is not None
-            current = torch.cuda.current_stream(self._result.device)
-            current.wait_event(self._done)
+            torch.cuda.current_stream(self._result.device).wait_event(self._done)
             result = self._result
-            result.record_stream(current)
-        del self._first, self._follow, self._result
+        del self._first, self._follow, self._held, self._result
         return result
 
 
@@ -75,7 +80,7 @@ def relay_kv(
         return result
 
     first = Transfer(packed, arrived, stage.send_splits, stage.recv_splits, group)
-    return RelayedTransfer(first, follow, packed.device)
+    return RelayedTransfer(first, follow, (packed, arrived))
 
 
 def relay_grads(grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup) -> RelayedTransfer:
@@ -99,7 +104,6 @@ def relay_grads(grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: Pro
             rows.add(total, back[part])
         return Transfer(total.to(grad.dtype), home, stage.recv_splits, stage.send_splits, group, what=GRADIENTS).wait()
 
-    first = Transfer(
-        relay.second.take(grad), back, relay.recv_splits, relay.send_splits, group, what=f"relayed {GRADIENTS}"
-    )
-    return RelayedTransfer(first, follow, grad.device)
+    away = relay.second.take(grad)
+    first = Transfer(away, back, relay.recv_splits, relay.send_splits, group, what=f"relayed {GRADIENTS}")
+    return RelayedTransfer(first, follow, (grad, away, back, home))
