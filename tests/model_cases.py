@@ -36,6 +36,10 @@ def model_errors_with(family, lengths, strategy, options):
     return model_errors(family, lengths, strategy, **options)
 
 
+def family_errors_with(family, lengths, strategies, options):
+    return family_errors(family, lengths, strategies, **options)
+
+
 def family_errors(family, lengths, strategies, **options):
     """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
     with float64_throughout():
@@ -72,6 +76,7 @@ def model_errors(
     lora=None,
     features=None,
     reference="sdpa",
+    topology=None,
 ):
     """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
     features = features or make_documents(lengths, prompt=prompt)
@@ -88,7 +93,7 @@ def model_errors(
         model.train()
     cp_size = dist.get_world_size()
     attach(model, cp_mesh())
-    batch = FlashCPCollator(cp_size, strategy=strategy)(features)
+    batch = FlashCPCollator(cp_size, strategy=strategy, topology=topology)(features)
 
     expected_loss, expected = per_document_gradients(reference, features)
     shard = shard_inputs(batch, cp_mesh())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_flashcp.planning import STRATEGIES
+from hf_flashcp.planning import STRATEGIES, Topology
 from tests import model_cases
 from tests.models import CONFIGS, FAMILIES, HYBRIDS
 from tests.packs import KNOWN_PACKS
@@ -35,6 +35,17 @@ def test_families(pool, cp_size, family):
     """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss with every strategy."""
     for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, STRATEGIES):
         assert error < FP64
+
+
+def test_nodes(pool):
+    """Keys, values and their gradients cross to each node once: windows, softcap, sinks, and forward run again."""
+    nodes = {"topology": Topology(2)}
+    for checkpointing in (None, False, True):
+        options = {**nodes, "checkpointing": checkpointing}
+        check(pool.run(4, model_cases.model_errors_with, "llama", LENGTHS, "per_doc", options), FP64)
+    for family in ("gemma2", "gpt_oss"):
+        for error in pool.run(4, model_cases.family_errors_with, family, LENGTHS, ["per_doc"], nodes):
+            assert error < FP64
 
 
 @pytest.mark.parametrize("family", ["phi3, longrope", "llama, dynamic"])
