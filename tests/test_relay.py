@@ -98,6 +98,17 @@ def test_attention_is_exact(pool, cp_size, size):
             assert max(error) < 1e-12, (case, error)
 
 
+def test_what_travels_is_what_the_report_says(pool):
+    plan = plan_documents(KNOWN_PACKS["mixed"], 4, strategy="per_doc").with_ranks_per_node(2)
+    report = plan.report()
+    sums = [np.add(report[f"intra_node_{way}"], report[f"inter_node_{way}"]) for way in ("received", "sent")]
+    for rank, calls in enumerate(pool.run(4, cases.counted_traffic, plan, (4, 2, 8, 12))):
+        forward, backward = calls[:2], calls[2:]
+        assert report["collectives"][rank] == len(calls) == 4
+        assert [sum(call[way] for call in forward) for way in ("received", "sent")] == [sums[0][rank], sums[1][rank]]
+        assert [sum(call[way] for call in backward) for way in ("sent", "received")] == [sums[0][rank], sums[1][rank]]
+
+
 @settings(max_examples=30)
 @given(arbitrary_plans(6), st.sampled_from([2, 3]), st.sampled_from([None, 1, 20]), st.booleans(), st.integers(1, 6))
 def test_prediction_is_what_counting_tiles_and_tokens_gives(plan, size, window, staged, hardware_size):
