@@ -77,6 +77,8 @@ def model_errors(
     features=None,
     reference="sdpa",
     topology=None,
+    num_stages=None,
+    keep_received_kv=None,
 ):
     """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
     features = features or make_documents(lengths, prompt=prompt)
@@ -92,8 +94,8 @@ def model_errors(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
     cp_size = dist.get_world_size()
-    attach(model, cp_mesh())
-    batch = FlashCPCollator(cp_size, strategy=strategy, topology=topology)(features)
+    attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
+    batch = FlashCPCollator(cp_size, strategy=strategy, topology=topology, num_stages=num_stages)(features)
 
     expected_loss, expected = per_document_gradients(reference, features)
     shard = shard_inputs(batch, cp_mesh())

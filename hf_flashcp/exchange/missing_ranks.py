@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import queue
 import re
 import socket
 import sys
@@ -124,16 +125,39 @@ def verdict_of_others() -> str | None:
 def within(seconds: float, function: Callable[[], Any]) -> Any:
     """The function's result, or `None` if it takes longer or the store is gone: a call to a store whose process is
     stopped never returns."""
-    results: list = []
+    helper = _idle_helpers.pop() if _idle_helpers else _Helper()
+    helper.functions.put(function)
+    try:
+        result, error = helper.outcomes.get(timeout=seconds)
+    except queue.Empty:
+        return None  # the thread is left to a call that may never return
+    _idle_helpers.append(helper)
+    if error is not None and not isinstance(error, (dist.DistError, RuntimeError)):
+        raise error
+    return result
 
-    def run():
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            results.append(function())
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+class _Helper:
+    """A thread that calls functions one after the other."""
+
+    def __init__(self) -> None:
+        self.functions: queue.SimpleQueue = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="flashcp-helper", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            function = self.functions.get()
+            try:
+                outcome = function(), None
+            except Exception as error:
+                outcome = None, error
+            self.outcomes.put(outcome)
+            del function, outcome  # not kept until the next call
+
+
+_idle_helpers: list[_Helper] = []
+os.register_at_fork(after_in_child=_idle_helpers.clear)  # threads do not live on in a forked process
 
 
 def watch_for_roll_calls() -> _Watch:

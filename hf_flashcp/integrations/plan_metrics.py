@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ..exchange import seconds_waited
 from ..planning import ShardPlan
+from ..planning.volume import plan_costs
 
 
 class PlanMetrics:
@@ -23,9 +24,9 @@ class PlanMetrics:
         self._interval = _Sums()
 
     def add(self, plan: ShardPlan) -> None:
-        report = plan.report()
+        costs = plan_costs(plan.lengths, plan.cp_size, plan.slices)
         for sums in (self._run, self._interval):
-            sums.add(report, plan)
+            sums.add(costs, plan)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -75,14 +76,14 @@ class _Sums:
             self.begun += seconds
             self.waited_before += waited
 
-    def add(self, report: dict, plan: ShardPlan) -> None:
+    def add(self, costs: dict, plan: ShardPlan) -> None:
         if self.begun is None:
             self.begin()
         self.ended = None
         self.packs += 1
         self.tokens += plan.num_tokens
         for key in self.reported:
-            self.reported[key] += report[key]
+            self.reported[key] += costs[key]
         if plan.planning_seconds is not None:
             self.timed += 1
             self.planning_seconds += plan.planning_seconds

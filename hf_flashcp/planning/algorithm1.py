@@ -13,6 +13,7 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
+import heapq
 import math
 
 from .sharding import Lengths, Slices, assign_whole, give_empty_ranks_a_token, per_doc
@@ -58,14 +59,19 @@ def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> Non
     Only whole documents and what is left of them can move; a rank above its share always has enough of them, since the
     Per-Doc documents' tokens are equal within one on all ranks.
     """
-    while True:
-        donor = max(range(len(tokens)), key=lambda rank: (tokens[rank] - shares[rank], -rank))
-        if tokens[donor] <= shares[donor]:
-            return
-        receiver = max(range(len(tokens)), key=lambda rank: (shares[rank] - tokens[rank], -rank))
-        owed = min(tokens[donor] - shares[donor], shares[receiver] - tokens[receiver])
+    above = [(share - held, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held > share]
+    below = [(held - share, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held < share]
+    heapq.heapify(above)
+    heapq.heapify(below)
+    while above:
+        (surplus, donor), (deficit, receiver) = heapq.heappop(above), heapq.heappop(below)
+        owed = -max(surplus, deficit)
         tokens[donor] -= owed
         tokens[receiver] += owed
+        if surplus + owed:
+            heapq.heappush(above, (surplus + owed, donor))
+        if deficit + owed:
+            heapq.heappush(below, (deficit + owed, receiver))
         by_length = sorted(pieces[donor], key=lambda piece: (piece[2] - piece[1], piece))
         for document, start, stop in by_length:
             if not owed:

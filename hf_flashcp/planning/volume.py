@@ -85,7 +85,23 @@ def plan_report(
     window: int | None = None,
     offset_groups: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """See [`ShardPlan.report`]. A token is sent once to every other rank that needs it."""
+    """See [`ShardPlan.report`]."""
+    costs = plan_costs(lengths, cp_size, slices, window)
+    if window is None or window >= max(lengths):
+        collectives, kernel_calls, copies = engine_calls(cp_size, slices, offset_groups)
+    else:
+        collectives, kernel_calls, copies = _window_calls(slices, window, costs["kv_sent"])
+    return {**costs, "collectives": collectives, "kernel_calls": kernel_calls, "copies": copies}
+
+
+def plan_costs(
+    lengths: Sequence[int],
+    cp_size: int,
+    slices: Sequence[Sequence[tuple[int, int, int]]],
+    window: int | None = None,
+) -> dict[str, Any]:
+    """The report but for what each rank calls: in a time that grows with the number of slices alone, where there is no
+    window. A token is sent once to every other rank that needs it."""
     tokens, pairs = [0] * cp_size, [0] * cp_size
     for rank, rank_slices in enumerate(slices):
         for _, start, stop in rank_slices:
@@ -97,10 +113,6 @@ def plan_report(
         traffic = _traffic(cp_size, slices, window)
         sent = [sum(row) for row in traffic]
         received = [sum(column) for column in zip(*traffic)]
-    if window is None or window >= max(lengths):
-        collectives, kernel_calls, copies = engine_calls(cp_size, slices, offset_groups)
-    else:
-        collectives, kernel_calls, copies = _window_calls(slices, window, sent)
     kv_total = sum(received)
     kv_all_gather = (cp_size - 1) * sum(lengths)
     return {
@@ -113,9 +125,6 @@ def plan_report(
         "kv_total": kv_total,
         "kv_all_gather": kv_all_gather,
         "kv_fraction": kv_total / kv_all_gather if kv_all_gather else 0.0,
-        "collectives": collectives,
-        "kernel_calls": kernel_calls,
-        "copies": copies,
         "token_imbalance": max(tokens) * cp_size / sum(tokens),
         "pair_imbalance": max(pairs) * cp_size / sum(pairs),
     }
@@ -202,12 +211,12 @@ def engine_calls(
     for document in sorted(pieces):
         if len(pieces[document]) == 1:
             continue
-        receivers, holders = dict.fromkeys(range(cp_size), 0), 0
+        receivers, holders = dict.fromkeys((rank for *_, rank in pieces[document]), 0), 0
         for _, _, rank in sorted(pieces[document], reverse=True):
             receivers[rank] |= holders
             holders |= 1 << rank
         for sender, mask in receivers.items():
-            for receiver in range(cp_size):
+            for receiver in receivers:
                 if receiver != sender and mask >> receiver & 1:
                     travels[receiver][sender].append(document)
     groups = [range(1, cp_size)] if offset_groups is None else offset_groups
@@ -233,7 +242,7 @@ def _arrive_right(receiver, sources, travels, pieces) -> bool:
     for place, source in enumerate(sources):
         for document in travels[receiver][source]:
             places[document].append(place)
-    arrivals = [travels[receiver][source] for source in sources]
+    arrivals, among = [travels[receiver][source] for source in sources], set(sources)
     for document, where in places.items():
         for place, following in zip(where, where[1:]):
             if following != place + 1 or arrivals[place][-1] != document or arrivals[following][0] != document:
@@ -241,13 +250,10 @@ def _arrive_right(receiver, sources, travels, pieces) -> bool:
         if len(where) > 1:
             ordered = sorted(pieces[document])
             own = [(document, start, stop) for start, stop, rank in ordered if rank == receiver]
-            arrived = [
-                (document, start, stop - start)
-                for source in sources
-                for start, stop, rank in ordered
-                if rank == source and start < own[-1][1]
-            ]
-            if key_ranges(arrived, own) is None:
+            arrived = sorted(
+                (rank, start, stop) for start, stop, rank in ordered if rank in among and start < own[-1][1]
+            )
+            if key_ranges([(document, start, stop - start) for _, start, stop in arrived], own) is None:
                 return False
     return True
 

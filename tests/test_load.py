@@ -1,0 +1,136 @@
+"""Long runs and many random cases: `python -m pytest -m load`. A sample of each runs with all other tests.
+
+What fails names its seed and number: `check_random_plan(seed, number)` and `random_training(seed, number)` of
+`tests/load_cases.py` give the same case again.
+"""
+
+import secrets
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
+from hf_flashcp.doctor.workers import WorkerPool
+from hf_flashcp.planning import STRATEGIES, plan_documents
+from hf_flashcp.planning.volume import plan_costs
+from tests import load_cases, model_cases
+from tests.independent_plan_checker import assert_caps, check_plan
+from tests.test_models import FP64, check
+
+
+CACHES = ("_causal_mask", "_window_edge_mask", "_rounds", "_searched", "_timed")
+COUNTS = ("process groups", "open files", "threads", "Python threads", "store keys")
+
+
+def assert_nothing_grows(found):
+    """Counts and what the library keeps are equal at every measurement, but for caches that still fill."""
+    for one, other in zip(found, found[1:]):
+        assert {name: one[name] for name in COUNTS} == {name: other[name] for name in COUNTS}
+        for name, size in other["kept"].items():
+            assert size == one["kept"][name] or name.endswith(CACHES) and size <= 128, (name, size)
+
+
+def growth(found, name):
+    """Per step, of a line through the measurements."""
+    return np.polyfit([each["step"] for each in found], [each[name] for each in found], 1)[0]
+
+
+def test_a_short_training_leaves_nothing_behind(pool):
+    for found in pool.run(2, load_cases.soak, 30, 10, 2):
+        assert_nothing_grows(found)
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
+    """Memory and Python's objects from step 500 on, when caches are full; one plan in 128 could stay unseen."""
+    with WorkerPool() as pool:
+        pool.run(cp_size, exec, "import tests.load_cases", timeout=600)  # long on a busy machine
+        ranks = pool.run(cp_size, load_cases.soak, 2000, 100, timeout=3600)
+    with capsys.disabled():
+        print(f"\n\n2,000 steps at cp_size {cp_size}, rank 0\n\n step      MB   objects" + "  ".join(["", *COUNTS]))
+        for each in ranks[0]:
+            counts = "  ".join(f"{each[name]:{len(name)}}" for name in COUNTS)
+            print(f"{each['step']:5} {each['MB']:7.1f} {each['objects']:9,}  {counts}")
+    late = [[each for each in found if each["step"] >= 500] for found in ranks]
+    kb, objects = ([growth(found, name) for found in late] for name in ("MB", "objects"))
+    with capsys.disabled():
+        print(f"\nfrom step 500 on, a step: at most {1000 * max(kb):.2f} kB and {max(objects):.3f} objects on a rank")
+    for found in late:
+        assert_nothing_grows(found)
+    assert max(kb) < 0.002 and max(objects) < 0.5
+
+
+@pytest.mark.load
+def test_twenty_thousand_random_plans(capsys):
+    seed = secrets.randbits(32)
+    with capsys.disabled():
+        for number in tqdm(range(20_000), desc=f"random plans, seed {seed}", unit=" plans"):
+            try:
+                load_cases.check_random_plan(seed, number)
+            except Exception:
+                print(f"\ncheck_random_plan({seed}, {number}) failed")
+                raise
+
+
+def check_training(pool, seed, number):
+    """The largest error through a loss in fp64."""
+    world_size, args = load_cases.random_training(seed, number)
+    results = pool.run(world_size, load_cases.training_errors, *args)
+    try:
+        check(results, FP64)
+    except AssertionError:
+        print(f"\nrandom_training({seed}, {number}): {world_size} ranks, {args}\n{results}")
+        raise
+    return max(max(errors[:2]) for errors in results)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_few_random_trainings_are_exact(pool, number):
+    """Lengths, windows, stages and kept or fetched KV drawn together; `test_models` has each family on one pack."""
+    check_training(pool, 0, number)
+
+
+@pytest.mark.load
+def test_five_hundred_random_trainings_are_exact(pool, capsys):
+    seed = secrets.randbits(32)
+    with capsys.disabled():
+        progress = tqdm(range(500), desc=f"random trainings, seed {seed}", unit=" trainings")
+        errors = [check_training(pool, seed, number) for number in progress]
+        print(f"\nlargest relative error of a gradient: {max(errors):.1e}")
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sixteen_processes_are_exact(sixteen, strategy):
+    """On however few cores there are."""
+    for error in sixteen.run(16, model_cases.family_errors, "gemma3", [70, 3, 40, 1, 25, 33], [strategy]):
+        assert error < FP64
+
+
+@pytest.fixture(scope="module")
+def sixteen():
+    with WorkerPool() as workers:
+        yield workers
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("name", LENGTH_DISTRIBUTIONS)
+def test_a_thousand_ranks(name, capsys):
+    """4,194,304 tokens on 1,024 ranks: the partition, the caps, and what a few of them send each other."""
+    lengths = sample_pack(name, 2**22, seed=0)
+    plan = plan_documents(lengths, 1024)
+    counts = check_plan(lengths, 1024, plan.slices)
+    assert_caps(counts, 1.0)
+    imbalance = counts["pairs"].max() / counts["pairs"].mean()
+    assert imbalance <= 1.05
+    costs = plan_costs(lengths, 1024, plan.slices)
+    assert costs["kv_received"] == counts["received"].tolist() and costs["kv_sent"] == counts["sent"].tolist()
+    travels = load_cases.check_layouts(plan, [0, 1, 2, 511, 512, 1022, 1023])
+    with capsys.disabled():
+        print(
+            f"\n{name}: {len(lengths):,} documents, {sum(map(len, plan.slices)):,} slices, planned in "
+            f"{plan.planning_seconds:.2f} s; pairs {imbalance:.4f} of the mean, KV {costs['kv_fraction']:.4f} of an "
+            f"all-gather; {travels:,} tokens travel between the seven ranks"
+        )
