@@ -44,22 +44,22 @@ def test_a_short_training_leaves_nothing_behind(pool):
 @pytest.mark.load
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
-    """Memory and Python's objects from step 500 on, when caches are full; one plan in 128 could stay unseen."""
+    """Memory and Python's objects too, from step 500 on, when caches are full. 2 kB are the token ids of a pack."""
     with WorkerPool() as pool:
         pool.run(cp_size, exec, "import tests.load_cases", timeout=600)  # long on a busy machine
         ranks = pool.run(cp_size, load_cases.soak, 2000, 100, timeout=3600)
+    late = [[each for each in found if each["step"] >= 500] for found in ranks]
+    kb = [1000 * growth(found, "MB") for found in late]
+    objects = [growth(found, "objects") for found in late]
     with capsys.disabled():
-        print(f"\n\n2,000 steps at cp_size {cp_size}, rank 0\n\n step      MB   objects" + "  ".join(["", *COUNTS]))
+        print(f"\n\ncp_size {cp_size}, rank 0\n\n step      MB   objects  {'  '.join(COUNTS)}")
         for each in ranks[0]:
             counts = "  ".join(f"{each[name]:{len(name)}}" for name in COUNTS)
             print(f"{each['step']:5} {each['MB']:7.1f} {each['objects']:9,}  {counts}")
-    late = [[each for each in found if each["step"] >= 500] for found in ranks]
-    kb, objects = ([growth(found, name) for found in late] for name in ("MB", "objects"))
-    with capsys.disabled():
-        print(f"\nfrom step 500 on, a step: at most {1000 * max(kb):.2f} kB and {max(objects):.3f} objects on a rank")
+        print(f"\nfrom step 500 on, on any rank: at most {max(kb):.2f} kB and {max(objects):.3f} objects a step")
     for found in late:
         assert_nothing_grows(found)
-    assert max(kb) < 0.002 and max(objects) < 0.5
+    assert max(kb) < 2 and max(objects) < 0.5
 
 
 @pytest.mark.load
