@@ -1,7 +1,10 @@
 """Ranks that differ: the same error on all of them, naming ranks and difference, well before any timeout."""
 
+import threading
+
 import pytest
 
+from hf_flashcp.exchange.missing_ranks import within
 from tests import agreement_cases
 
 
@@ -70,3 +73,21 @@ def test_debug_mode_checks_every_exchange(pool):
 def test_a_failed_agreement_does_not_spoil_the_next(pool, world_size):
     pool.run(world_size, agreement_cases.different_batches if world_size > 2 else agreement_cases.different_strategies)
     assert pool.errors(world_size, agreement_cases.agree_many_times, 3) == [None] * world_size
+
+
+def test_calls_to_the_store_share_a_thread_until_one_does_not_return():
+    first = within(60, threading.get_ident)
+    assert within(60, threading.get_ident) == first != threading.get_ident()
+    end, late = threading.Event(), []
+    assert within(0.01, lambda: late.append(threading.current_thread()) or end.wait()) is None
+    assert within(60, threading.get_ident) != first
+    end.set()
+    late[0].join(60)
+    assert late[0].ident == first and not late[0].is_alive()
+
+
+def test_a_store_that_is_gone_answers_nothing():
+    def gone():
+        raise RuntimeError("Broken pipe")
+
+    assert within(60, gone) is None and within(60, lambda: 1) == 1

@@ -130,7 +130,8 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     try:
         result, error = helper.outcomes.get(timeout=seconds)
     except queue.Empty:
-        return None  # the thread is left to a call that may never return
+        helper.functions.put(None)  # its thread ends if the call ever returns
+        return None
     _idle_helpers.append(helper)
     if error is not None and not isinstance(error, (dist.DistError, RuntimeError)):
         raise error
@@ -138,7 +139,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 class _Helper:
-    """A thread that calls functions one after the other."""
+    """A thread that calls functions one after the other, until it is given `None`."""
 
     def __init__(self) -> None:
         self.functions: queue.SimpleQueue = queue.SimpleQueue()
@@ -146,8 +147,7 @@ class _Helper:
         threading.Thread(target=self._run, name="flashcp-helper", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            function = self.functions.get()
+        while (function := self.functions.get()) is not None:
             try:
                 outcome = function(), None
             except Exception as error:
