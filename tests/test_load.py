@@ -20,6 +20,7 @@ from tests.test_models import FP64, check
 
 
 CACHES = ("_causal_mask", "_window_edge_mask", "_rounds", "_searched", "_timed")
+IMPORTS = "import tests.load_cases"  # what workers begin with: long on a busy machine
 COUNTS = ("process groups", "open files", "threads", "Python threads", "store keys")
 
 
@@ -46,7 +47,7 @@ def test_a_short_training_leaves_nothing_behind(pool):
 def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
     """Memory and Python's objects too, from step 500 on, when caches are full. 2 kB are the token ids of a pack."""
     with WorkerPool() as pool:
-        pool.run(cp_size, exec, "import tests.load_cases", timeout=600)  # long on a busy machine
+        pool.run(cp_size, exec, IMPORTS, timeout=600)
         ranks = pool.run(cp_size, load_cases.soak, 2000, 100, timeout=3600)
     late = [[each for each in found if each["step"] >= 500] for found in ranks]
     kb = [1000 * growth(found, "MB") for found in late]
@@ -112,6 +113,7 @@ def test_sixteen_processes_are_exact(sixteen, strategy):
 @pytest.fixture(scope="module")
 def sixteen():
     with WorkerPool() as workers:
+        workers.run(16, exec, IMPORTS, timeout=600)
         yield workers
 
 
