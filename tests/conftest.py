@@ -1,4 +1,5 @@
 import os
+from multiprocessing import forkserver
 
 import hypothesis
 import pytest
@@ -16,6 +17,8 @@ hypothesis.settings.load_profile("default")
 def pool():
     from hf_flashcp.doctor.workers import WorkerPool
 
+    forkserver.set_forkserver_preload(["trl", "peft", "hf_flashcp.integrations.trainer"])
+    forkserver.ensure_running()
     workers = WorkerPool()
     yield workers
     workers.close()

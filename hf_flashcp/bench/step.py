@@ -102,7 +102,8 @@ def measure(
     packs: list[dict[str, Any]] = []
     layer = None
     turns = len(corpora) * (_WARM_UP + rounds + 1)
-    with WorkerPool() as pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
+    pool = WorkerPool("spawn") if device == "cuda" else WorkerPool()
+    with pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
         for corpus in corpora:
             lengths = sample_pack(corpus, window)
             cases = [(plan_documents(lengths, 1), False)]

@@ -33,9 +33,14 @@ class WorkerFailure(AssertionError):
 
 
 class WorkerPool:
-    """Processes on this machine's CPU, started when they are first needed; `close` ends them."""
+    """Processes on this machine, started when they are first needed; `close` ends them.
 
-    def __init__(self):
+    Args:
+        start_method: of `multiprocessing`; "spawn" if they use a GPU, which a forked process may not be able to.
+    """
+
+    def __init__(self, start_method: str = "forkserver" if sys.platform == "linux" else "spawn"):
+        self._start_method = start_method
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
         self._store = None
@@ -66,7 +71,7 @@ class WorkerPool:
     def outcomes(self, world_size: int, function: Callable, *args: Any, timeout: float = TIMEOUT) -> list[tuple]:
         """`(True, result, None)` or `(False, exception, traceback)` by rank."""
         while len(self._workers) < world_size:
-            self._start_worker(len(self._workers))
+            self._start_worker(len(self._workers), function.__module__)
         if self._world is None or self._world[0] != world_size:
             self._world = (world_size, self._port(), f"world-{next(self._worlds)}")
         message = pickle.dumps((self._world, function, args))
@@ -103,8 +108,10 @@ class WorkerPool:
             connection.close()
         self._workers, self._world = [], None
 
-    def _start_worker(self, rank):
-        context = multiprocessing.get_context("spawn")
+    def _start_worker(self, rank, module):
+        context = multiprocessing.get_context(self._start_method)
+        if self._start_method == "forkserver":
+            context.set_forkserver_preload(["torch", module])  # imported once, and shared
         connection, child = context.Pipe()
         log = Path(self._directory.name) / f"worker-{rank}.log"
         process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=False)
@@ -133,8 +140,10 @@ def _worker_main(rank, connection, log):
     sys.stdout = sys.stderr = stream
     faulthandler.enable()
 
+    import numpy as np
     import torch
 
+    np.random.seed()  # forked from one process, they would draw alike
     torch.set_num_threads(1)
     current = None
     while True:
