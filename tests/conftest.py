@@ -1,5 +1,6 @@
 import os
 from multiprocessing import forkserver
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,7 +18,8 @@ hypothesis.settings.load_profile("default")
 def pool():
     from hf_flashcp.doctor.workers import WorkerPool
 
-    forkserver.set_forkserver_preload(["trl", "peft", "hf_flashcp.integrations.trainer"])
+    cases = [f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_cases.py")]
+    forkserver.set_forkserver_preload(["trl", "hf_flashcp.integrations.trainer", *cases])
     forkserver.ensure_running()
     workers = WorkerPool()
     yield workers

@@ -4,6 +4,7 @@ Each case is a world of its own: forked from a server that has imported everythi
 """
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -226,6 +227,7 @@ def _free_port():
 
 def _run(file, rank, world_size, port, rank_0_holds_store, timeout, function, args, kwargs):
     torch.set_num_threads(1)
+    gc.freeze()
     missing_ranks.ANSWER = timedelta(seconds=4)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), ACCELERATE_USE_CPU="true")
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
