@@ -22,15 +22,22 @@ from tests.vision_language_cases import qwen2_5_vl
 
 
 def test_importing_is_all_it_takes_in_either_order():
-    for imports in (
-        "import hf_flashcp, transformers.modeling_utils",
-        "import transformers.modeling_utils, hf_flashcp",
-        "import hf_flashcp, transformers; transformers.PreTrainedModel",
-    ):
-        code = (
-            "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as names; assert 'document_cp' in names"
-        )
-        subprocess.run([sys.executable, "-c", f"{imports}; {code}"], check=True)
+    code = """
+import os, sys
+import accelerate, torch._dynamo
+for imports in (
+    "import hf_flashcp, transformers.modeling_utils",
+    "import transformers.modeling_utils, hf_flashcp",
+    "import hf_flashcp, transformers; transformers.PreTrainedModel",
+):
+    if os.fork() == 0:
+        assert not {"hf_flashcp", "transformers"} & set(sys.modules)
+        exec(imports)
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as names
+        os._exit("document_cp" not in names)
+    assert os.wait()[1] == 0, imports
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_way_to_choose_it(tmp_path):
