@@ -15,12 +15,17 @@ hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")
-def pool():
-    from hf_flashcp.doctor.workers import WorkerPool
-
+def forked():
+    """Processes that multiprocessing's forkserver starts have imported everything already."""
     cases = [f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_cases.py")]
     forkserver.set_forkserver_preload(["trl", "hf_flashcp.integrations.trainer", *cases])
     forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
+def pool(forked):
+    from hf_flashcp.doctor.workers import WorkerPool
+
     workers = WorkerPool()
     yield workers
     workers.close()

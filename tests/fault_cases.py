@@ -191,7 +191,6 @@ def outcomes(directory, world_size, function, *args, rank_0_holds_store=False, t
     """By rank: `("returned", value)`, the name and message of what it raised, or `("ended", exit code)` if it died;
     `None` if it did not end by itself. Waits for all but the victim."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "trl", "hf_flashcp.integrations.trainer", "tests.fault_cases"])
     store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [Path(directory, f"outcome-{rank}") for rank in range(world_size)]
     port = store.port if store else _free_port()
@@ -263,7 +262,6 @@ def main(directory):
     if os.environ["RANK"] == "0":
         Path(directory, f"result-{attempt}").write_text(result[0])
     dist.barrier()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,19 @@ Nothing here measures time; a case fails if it does not end within `OUTER_SECOND
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 from packaging.version import Version
+from torch.distributed import run as torchrun
 
 from tests import fault_cases
 from tests.fault_cases import STEPS, outcomes, train
+from tests.launch_cases import ROOT, run_forked
 
 
-ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.xdist_group("faults")]
 resumes = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="transformers 5.17 loads optimizer state to the device 'cpu:0', which torch.load does not know",
@@ -176,22 +175,13 @@ def test_every_process_group_has_the_configured_timeout(tmp_path):
 def test_torchrun_restarts_and_resumes(tmp_path, undisturbed):
     """`--max-restarts 1`: rank 1 is killed after its third step; the second attempt ends with the same parameters.
     With the rendezvous' own store it would find the addresses of the first attempt's processes, most times."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "tests.fault_cases", str(tmp_path)]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
+    arguments = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.fault_cases"]
+    run_forked(
+        torchrun.main,
+        [*arguments, str(tmp_path)],
+        tmp_path / "log",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )
-    assert result.returncode == 0, result.stderr[-4000:]
     assert not (tmp_path / "result-0").exists()
     assert (tmp_path / "result-1").read_text() == undisturbed()[0]
 

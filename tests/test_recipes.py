@@ -1,4 +1,7 @@
-"""The recipes as a user runs them: `accelerate launch` with their configurations, shortened, on two processes."""
+"""The recipes as a user runs them: `accelerate launch` with their configurations, shortened, on two processes.
+
+Each script is started once as a user does it; runs of the same script with other arguments are forked.
+"""
 
 import importlib
 import json
@@ -7,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .accelerate_state import fresh_accelerate
+from .launch_cases import ROOT, accelerate, run_forked
 
 
-ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.xdist_group("recipes")]
 KEYS = {
     "train_loss",
     "flashcp_first_loss",
@@ -43,13 +46,22 @@ def test_accelerate_configs_are_read_and_fit(path):
         assert config.fsdp_config["fsdp_version"] == 2
 
 
-def launch(*arguments, num_processes=2):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    command += ["--config_file", "recipes/accelerate/cpu_cp2.yaml", *map(str, arguments)]
+CPU = ["--config_file", "recipes/accelerate/cpu_cp2.yaml"]
+
+
+def launch(*arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *CPU, *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+def launch_sft(directory, *arguments, num_processes=2):
+    """Forked; `directory` is the output's. What was printed."""
+    launcher = [*CPU, "--num_processes", str(num_processes), "recipes/sft.py"]
+    arguments = [*launcher, *map(str, arguments), "--output_dir", str(directory)]
+    return run_forked(accelerate, arguments, directory / "log")
 
 
 def metrics_of(directory):
@@ -62,9 +74,16 @@ def require_sums(metrics):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
+    """On every fifth file of its corpus, which is made here as sft.py makes it."""
     directory = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes"))
+        corpus, text_rows = importlib.import_module("stdlib_corpus"), importlib.import_module("text_rows")
+        files = list(corpus.source_files())
+        patch.setattr(corpus, "source_files", lambda: files[::5])
+        text_rows.use_default_data(text_rows.DataArguments(cache_dir=str(directory / "cache")), needs_tokenizer=True)
     result = launch(
-        *("recipes/sft.py", "recipes/quickstart.yaml", "--window", 4096, "--max_steps", 6),
+        *("recipes/sft.py", "recipes/quickstart.yaml", "--window", 2048, "--max_steps", 6),
         *("--output_dir", directory / "model", "--cache_dir", directory / "cache"),
     )
     return directory / "model", result
@@ -129,12 +148,13 @@ assert model(**inputs).logits.isfinite().all()
 
 def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path):
     directory, _ = quickstart
-    result = launch(
-        *("recipes/sft.py", "recipes/quickstart.yaml", "--model_name_or_path", directory, "--data_files", texts),
-        *("--window", 4096, "--max_steps", 2, "--output_dir", tmp_path, "--check_gradient", "false"),
+    printed = launch_sft(
+        tmp_path,
+        *("recipes/quickstart.yaml", "--model_name_or_path", directory, "--data_files", texts),
+        *("--window", 4096, "--max_steps", 2, "--check_gradient", "false"),
         num_processes=4,
     )
-    assert "flashcp_micro_step_imbalance" in result.stdout
+    assert "flashcp_micro_step_imbalance" in printed
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
     assert metrics["data_packed_rows"] > 2 and metrics["flashcp_last_loss"] > 0
@@ -147,16 +167,17 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
     conversations = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
     with chats.open("a") as lines:
         lines.write('{"messages": null}\n{"messages": [{"role": "user", "content": "Nobody answers."}]}\n{"messa\n')
-    launch(
-        *("recipes/sft.py", "recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
-        *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "chat"),
+    launch_sft(
+        tmp_path,
+        *("recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
+        *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache"),
         *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 4),
         *("--dtype", "float64", "--warmup_steps", 0),
     )
-    metrics = metrics_of(tmp_path / "chat")
+    metrics = metrics_of(tmp_path)
     require_sums(metrics)
     assert metrics["data_corrupt_lines"] == metrics["data_missing"] == metrics["data_no_assistant"] == 1
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     kept = [chat for chat in conversations if len(tokenizer.apply_chat_template(chat)["input_ids"]) <= 1024]
     assert 0 < len(kept) == metrics["data_documents"] == metrics["data_rows"] - metrics["data_too_long"] - 2
     answers = [message["content"] for chat in kept for message in chat if message["role"] == "assistant"]
@@ -166,17 +187,18 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
 
 
 def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
-    launch(
-        *("recipes/sft.py", "recipes/long_window.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
-        *("--window", 2048, "--output_dir", tmp_path / "long", "--max_steps", 3, "--dtype", "float64"),
+    launch_sft(
+        tmp_path,
+        *("recipes/long_window.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 2048, "--max_steps", 2, "--dtype", "float64"),
     )
-    metrics = metrics_of(tmp_path / "long")
+    metrics = metrics_of(tmp_path)
     require_sums(metrics)
     assert metrics["data_split"] > 0 and metrics["data_tokens_left_out"] == 0
     assert metrics["data_documents"] > metrics["data_rows"]
     assert metrics["flashcp_gradient_error"] < 1e-6
     assert math.isfinite(metrics["flashcp_last_loss"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = AutoModelForCausalLM.from_pretrained(quickstart[0])
     assert model.config.rope_parameters == {
         **before.config.rope_parameters,
@@ -189,17 +211,18 @@ def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
 
 
 def test_an_adapter_is_saved_for_plain_peft(quickstart, texts, tmp_path):
-    launch(
-        *("recipes/sft.py", "recipes/lora.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
-        *("--window", 1024, "--output_dir", tmp_path / "lora", "--max_steps", 3, "--lora_r", 4, "--dtype", "float64"),
+    launch_sft(
+        tmp_path,
+        *("recipes/lora.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 1024, "--max_steps", 2, "--lora_r", 4, "--dtype", "float64"),
     )
-    metrics = metrics_of(tmp_path / "lora")
+    metrics = metrics_of(tmp_path)
     require_sums(metrics)
     assert metrics["flashcp_gradient_error"] < 1e-6
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "lora" / "model.safetensors").exists()
-    assert "flashcp" not in (tmp_path / "lora" / "adapter_config.json").read_text()
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    assert "flashcp" not in (tmp_path / "adapter_config.json").read_text()
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert model.peft_config["default"].r == 4
     tokens = torch.arange(32)[None]
     with torch.no_grad():

@@ -1,0 +1,61 @@
+"""`accelerate launch` and torchrun in processes forked from one that has imported everything: their own code, but that
+no interpreter is started."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def accelerate(arguments):
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
+def run_forked(main, arguments, output, **environment):
+    """What `main` and the processes that it launches print, into the file `output`; fails if one of them does."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run, args=(main, arguments, output, environment)
+    )
+    process.start()
+    process.join(300)
+    process.kill()
+    process.join()
+    text = output.read_text()
+    assert process.exitcode == 0, text[-4000:]
+    return text
+
+
+def _run(main, arguments, output, environment):
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.chdir(ROOT)
+    os.environ.update(environment, ACCELERATE_USE_CPU="true")
+    torchrun.elastic_launch = _forking_launch
+    main(arguments)
+
+
+def _forking_launch(config, entrypoint):
+    config.start_method = "fork"
+    return elastic_launch(config, _python)
+
+
+def _python(_, *arguments):
+    """What the interpreter does with a script, or with -m, and its arguments; the first is -u."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    is_module = arguments[0] == "-m"
+    sys.argv = list(arguments[is_module:])
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    else:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
