@@ -9,4 +9,4 @@ echo "Installing into .venv (about a minute) ..."
 
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+.venv/bin/python -m pytest -n 2 --dist loadgroup "$@"

@@ -1,5 +1,6 @@
 import doctest
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -282,3 +283,14 @@ def test_readme_examples():
     readme = Path(__file__).parent.parent / "README.md"
     results = doctest.testfile(str(readme), module_relative=False)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_plans_are_the_same_under_any_hash_seed():
+    """Each rank of a launcher has its own; workers of a pool share one."""
+    code = "from hf_flashcp.planning import STRATEGIES, plan_documents\n"
+    code += "print([plan_documents([40, 3, 17, 9, 25, 1, 30, 7], 3, strategy=name).digest for name in STRATEGIES])"
+    found = {
+        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in "01"
+    }
+    assert len(found) == 1
