@@ -82,28 +82,11 @@ def sharded_attention(
     return [out.detach(), *(leaf.grad for leaf in leaves)], index
 
 
-def shared_reference(lengths, inputs, sinks=False, **options):
-    """`reference_attention` in fp64, each document on one of the ranks, longest first in turn."""
-    inputs = [tensor.double() for tensor in inputs]
-    if dist.get_world_size() == 1:
-        return reference_attention(lengths, *inputs, sinks=sinks, **options)
-    by_length = sorted(range(len(lengths)), key=lambda document: -lengths[document])
-    mine = by_length[dist.get_rank() :: dist.get_world_size()]
-    tokens = torch.arange(sum(lengths)).split(lengths)
-    index = torch.cat([tokens[document] for document in mine] or [tokens[0][:0]])
-    query, key, value, grad_out = parts = [tensor.index_select(1, index) for tensor in inputs]
-    if mine:
-        parts = reference_attention([lengths[document] for document in mine], *parts, sinks=sinks, **options)
-    else:
-        parts = [grad_out, query, key, value, *([make_sinks(query.shape[0]) * 0] if sinks else [])]
-    return gathered(parts, index, [inputs[3], *inputs[:3]])
-
-
 @lru_cache(maxsize=2)
 def _inputs_and_reference(lengths, shape, dtype, seed, options):
     """Kept from one plan to the next: the reference takes longer than what is tested."""
     inputs = make_inputs(lengths, *shape, getattr(torch, dtype), seed)
-    return inputs, shared_reference(list(lengths), inputs, **dict(options))
+    return inputs, reference_attention(list(lengths), *(tensor.double() for tensor in inputs), **dict(options))
 
 
 def attention_error(

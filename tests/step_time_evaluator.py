@@ -115,19 +115,23 @@ def wire_seconds(first, second, rank, layers, model, backward):
 
 
 def traffic_of(owner, window, group, relaying):
-    """Tokens that go from rank to rank, one by one, in either step; without relaying there is one."""
+    """Tokens that go from rank to rank in either step; without relaying there is one."""
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     first, second = np.zeros((2, cp_size, cp_size))
     for ranks in owner:
         seen = np.array([seen_by(ranks, viewer, window) for viewer in range(cp_size)])
-        for token, holder in enumerate(ranks):
-            viewers = [other for other in np.flatnonzero(seen[:, token]) if (other - holder) % cp_size in group]
-            direct = [other for other in viewers if not relaying or other // relaying == holder // relaying]
-            first[holder, direct] += 1
-            for node in {other // relaying for other in viewers if other not in direct}:
+        for holder in np.unique(ranks):
+            needed = seen & (ranks == holder)
+            viewers = [viewer for viewer in range(cp_size) if (viewer - holder) % cp_size in group]
+            for viewer in viewers:
+                if not relaying or viewer // relaying == holder // relaying:
+                    first[holder, viewer] += needed[viewer].sum()
+            for node in {viewer // relaying for viewer in viewers} - {holder // relaying} if relaying else ():
                 middle = node * relaying + holder % relaying
-                first[holder, middle] += 1
-                second[middle, [other for other in viewers if other // relaying == node and other != middle]] += 1
+                there = [viewer for viewer in viewers if viewer // relaying == node]
+                first[holder, middle] += needed[there].any(0).sum()
+                for viewer in there:
+                    second[middle, viewer] += needed[viewer].sum() if viewer != middle else 0
     return first, second
 
 
