@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
     except FlashCPError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a file is called
         return 2
     except BrokenPipeError:  # `flashcp plan ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

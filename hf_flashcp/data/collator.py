@@ -87,6 +87,12 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self.topology = topology
         if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
             raise BatchError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}.")
+        if not isinstance(pad_token_id, int) or not -(2**63) <= pad_token_id < 2**63:
+            raise BatchError(f"pad_token_id must be a token of the vocabulary, got {pad_token_id!r}.")
+        if isinstance(per_token_keys, str) or not {*map(type, per_token_keys)} <= {str}:
+            raise BatchError(f"per_token_keys must be a list of names, got {per_token_keys!r}.")
+        if taken := [key for key in per_token_keys if key in ("input_ids", "labels", "position_ids")]:
+            raise BatchError(f"per_token_keys has {', '.join(taken)}: every batch has them, leave them out.")
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pad_token_id = pad_token_id
         self.per_token_keys = tuple(per_token_keys)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
+
+import numpy as np
 
 from ..errors import BatchError
 from ..layout.batch import IGNORE_INDEX
@@ -13,24 +16,31 @@ from ..layout.batch import IGNORE_INDEX
 LOSS_MASKS = ("completion_mask", "assistant_masks")
 
 TOKEN_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask", *LOSS_MASKS)
-"""With one value for each token."""
+"""With one whole number for each token."""
+
+_WHOLE = (*TOKEN_COLUMNS, "seq_lengths")
 
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
     """The documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
     `per_token_keys`."""
-    if feature.get("input_ids") is None or len(feature["input_ids"]) == 0:
+    if not isinstance(feature, Mapping):
         raise BatchError(
-            f"Feature {index} has no tokens in input_ids, only {', '.join(sorted(feature)) or 'nothing'}. Drop empty "
-            "documents, or check which columns the trainer keeps (remove_unused_columns)."
+            f"Feature {index} is of type {type(feature).__name__}, not a mapping of columns: pass a list of rows."
         )
-    if missing := [key for key in per_token_keys if feature.get(key) is None]:
-        raise BatchError(
-            f"Feature {index} has no {', '.join(missing)}, which per_token_keys asks for: its columns are "
-            f"{', '.join(sorted(feature))}. Give every row one, and keep the column (remove_unused_columns)."
-        )
+    columns = ", ".join(sorted(map(str, feature)))
     wanted = (*TOKEN_COLUMNS, *per_token_keys)
-    row = {key: _as_list(feature[key]) for key in wanted if feature.get(key) is not None}
+    row = {key: _numbers(index, key, feature[key]) for key in wanted if feature.get(key) is not None}
+    if not row.get("input_ids"):
+        raise BatchError(
+            f"Feature {index} has no tokens in input_ids, only {columns or 'nothing'}. Drop empty documents, or check "
+            "which columns the trainer keeps (remove_unused_columns)."
+        )
+    if missing := [key for key in per_token_keys if key not in row]:
+        raise BatchError(
+            f"Feature {index} has no {', '.join(missing)}, which per_token_keys asks for: its columns are {columns}. "
+            "Give every row one, and keep the column (remove_unused_columns)."
+        )
     length = len(row["input_ids"])
     for key, values in row.items():
         if len(values) != length:
@@ -38,10 +48,11 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
                 f"Feature {index} has {length} input_ids but {len(values)} {key}: they go token by token, and labels "
                 "are shifted later."
             )
-    _require_no_padding(index, row.pop("attention_mask", None))
-    row["labels"] = _labels(row.pop("labels", row["input_ids"]), [row.pop(key, None) for key in LOSS_MASKS])
-    bounds = pairwise(accumulate(_lengths(index, feature, row), initial=0))
-    return [{key: values[start:stop] for key, values in row.items()} for start, stop in bounds]
+    _require_no_padding(index, row.get("attention_mask"))
+    row["labels"] = _labels(row.get("labels", row["input_ids"]), [row.get(key) for key in LOSS_MASKS])
+    bounds = [*pairwise(accumulate(_lengths(index, feature, row), initial=0))]
+    kept = ("input_ids", "labels", "position_ids", *per_token_keys)
+    return [{key: row[key][start:stop] for key in kept if key in row} for start, stop in bounds]
 
 
 def _require_no_padding(index: int, mask: list[int] | None) -> None:
@@ -68,7 +79,7 @@ def _labels(labels: list[int], masks: list[list[int] | None]) -> list[int]:
 def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) -> list[int]:
     length = len(row["input_ids"])
     if feature.get("seq_lengths") is not None:
-        lengths = _as_list(feature["seq_lengths"])
+        lengths = _numbers(index, "seq_lengths", feature["seq_lengths"])
         if sum(lengths) != length or min(lengths) < 1:
             raise BatchError(
                 f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, for {length} tokens. "
@@ -82,5 +93,20 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
     return [length]
 
 
-def _as_list(values: Any) -> list:
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+def _numbers(index: int, key: str, values: Any) -> list:
+    """A column's values: whole numbers, but for those that `per_token_keys` names."""
+    try:
+        found = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
+    except (TypeError, ValueError, RuntimeError):  # ragged rows, or a tensor without data
+        found = np.array(None)
+    if found.ndim == 1 and found.dtype.kind in "biuf":
+        if key not in _WHOLE:
+            return found.tolist()
+        with np.errstate(invalid="ignore"):
+            whole = found.astype(np.int64)
+        if (whole == found).all():
+            return whole.tolist()
+    raise BatchError(
+        f"Feature {index} has {key} = {reprlib.repr(values)}, of type {type(values).__name__}: give a list or array "
+        f"with a {'whole ' if key in _WHOLE else ''}number of at most 64 bits for each token."
+    )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 BACKEND = "flashcp"
+_SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
 _ANY = object()
 _REFUSED_ARGUMENTS = (
     (
@@ -92,19 +93,22 @@ class FlashCPPlugin(ParallelismConfig):
             self.strategy = os.environ.get("FLASHCP_STRATEGY", DEFAULT_STRATEGY)
         if self.strategy not in STRATEGIES:
             raise ConfigurationError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+        for name in _SIZES:
+            size = getattr(self, name)
+            if size is None:
+                size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+                size = int(size) if size.isdecimal() else size
+            if not isinstance(size, int) or size < 1:
+                raise ConfigurationError(f"{name} must be a positive integer, got {size!r}.")
+            setattr(self, name, size)
+            if size > 1 and name in ("tp_size", "sp_size"):
+                raise ConfigurationError(f"{name} is {size}: flashcp does not combine with it. Set {name} to 1.")
         cp_size = self.cp_size
-        if cp_size is None:
-            cp_size = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
-        if not isinstance(cp_size, int) or cp_size < 1:
-            raise ConfigurationError(f"cp_size must be a positive integer, got {cp_size!r}.")
         # The base class knows only its own backend and its restrictions: it validates the rest with cp_size 1.
         self.cp_size, self.cp_backend = 1, "torch"
         super().__post_init__()
         self.cp_backend = BACKEND
         self._set_size("cp", cp_size)
-        for size, what in ((self.tp_size, "tp_size"), (self.sp_size, "sp_size")):
-            if size > 1:
-                raise ConfigurationError(f"{what} is {size}: flashcp does not combine with it. Set {what} to 1.")
 
     @property
     def cp_enabled(self) -> bool:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import PlanError, UnmetCapWarning
 from .algorithm1 import flashcp
+from .cost import CostModel
 from .fastest import fastest, in_stages
-from .plan import ShardPlan, Slice, check_lengths
+from .plan import MOST_TOKENS, ShardPlan, Slice, check_lengths
 from .search import search
 from .search_nodes import search_in_nodes
 from .sharding import per_doc, per_seq, whole_doc
+from .topology import Topology
 from .volume import rank_pairs
 
-
-if TYPE_CHECKING:
-    from .cost import CostModel
-    from .topology import Topology
 
 STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
 """Names that `plan_documents` takes as `strategy`."""
@@ -88,11 +87,10 @@ def plan_documents(
             option that the strategy does not have, two goals at once, ranks that do not fill their nodes.
     """
     begin, offset_groups = time.perf_counter(), None
-    ranks_per_node = None if topology is None else topology.ranks_per_node
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
-        if not isinstance(cap, (int, float)) or math.isnan(cap) or cap < 1:
-            raise PlanError(f"{name} is {cap!r}: it is max / mean over ranks, a number not below 1.")
+        if not isinstance(cap, (int, float)) or not (1 <= cap <= MOST_TOKENS or cap == math.inf):
+            raise PlanError(f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, a number not below 1.")
     options = {
         "rotate_ranks": (rotate_ranks, "per_doc"),
         "minimize_total": (minimize_total, "search"),
@@ -101,9 +99,15 @@ def plan_documents(
     for name, (given, owner) in options.items():
         if given and strategy != owner:
             raise PlanError(f"{name} is an option of the strategy {owner!r}, not of {strategy!r}: leave it out.")
+    if cost_model is not None and not isinstance(cost_model, CostModel):
+        raise PlanError(
+            f"cost_model is {reprlib.repr(cost_model)}: make one by CostModel.from_config(config, hardware)."
+        )
     if minimize_total and cost_model is not None:
         raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
     if topology is not None:
+        if not isinstance(topology, Topology):
+            raise PlanError(f"topology is {reprlib.repr(topology)}: make one by Topology(ranks_per_node).")
         if minimize_total or cost_model is not None:
             raise PlanError(
                 "topology is a goal of its own beside minimize_total and cost_model: leave those out. A cost_model "
@@ -112,6 +116,7 @@ def plan_documents(
         topology.require_full_nodes(cp_size)
     if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
         raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
+    ranks_per_node = None if topology is None else topology.ranks_per_node
     slices: Sequence[Sequence[Slice]]
     match strategy:
         case "whole_doc":
