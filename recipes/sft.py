@@ -50,7 +50,12 @@ class ModelArguments(ModelConfig):
         super().__post_init__()
         for name in ("config_overrides", "rope_parameters"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+                try:
+                    setattr(self, name, json.loads(getattr(self, name)))
+                except ValueError as error:
+                    raise SystemExit(
+                        f"{name} is no JSON: {error}. Give a dict such as '{{\"factor\": 2.0}}'."
+                    ) from None
         name = self.model_name_or_path
         if name is not None and name.startswith((".", "/")) and not Path(name).is_dir():
             raise SystemExit(
@@ -79,13 +84,23 @@ def parse_arguments(argv):
     parser = HfArgumentParser((ModelArguments, DataArguments, ContextParallelArguments, TrainingArguments))
     parser.set_defaults(per_device_train_batch_size=1)  # a packed row is a batch
     if argv and argv[0].endswith((".yaml", ".yml")):
-        settings = yaml.safe_load(Path(argv[0]).read_text())
-        unknown = set(settings) - {action.dest for action in parser._actions}
+        settings = read_settings(argv[0])
+        unknown = set(map(str, settings)) - {action.dest for action in parser._actions}
         if unknown:
             raise SystemExit(f"{argv[0]}: unknown arguments {', '.join(sorted(unknown))}. See sft.py --help.")
         parser.set_defaults(**settings)
         argv = argv[1:]
     return parser.parse_args_into_dataclasses(argv)
+
+
+def read_settings(file):
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise SystemExit(f"{file} cannot be read: {error}") from None
+    if settings is not None and not isinstance(settings, dict):
+        raise SystemExit(f"{file} has no settings: write lines such as `window: 4096`.")
+    return settings or {}
 
 
 def make_model(model_args, data_args, tokenizer):

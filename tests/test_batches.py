@@ -103,6 +103,22 @@ def test_values_of_tokens_are_sharded_along():
         assert torch.equal(part["token_type"], 10 * part["input_ids"])
 
 
+def test_masks_are_columns_like_others_where_they_are_asked_for():
+    features = [
+        {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]},
+        {"input_ids": [4, 5], "completion_mask": [0, 1]},
+    ]
+    batch = FlashCPCollator(2, per_token_keys=["completion_mask"])(features)
+    assert batch["completion_mask"].tolist() == [[0, 1, 1, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
+
+
+def test_whole_numbers_may_be_floats():
+    features = [{"input_ids": np.array([1.0, 2.0, 3.0]), "attention_mask": torch.ones(3)}]
+    batch = FlashCPCollator(2)(features)
+    assert batch["input_ids"].tolist() == [[1, 2, 3]] and batch["input_ids"].dtype == torch.int64
+
+
 def test_the_collator_is_stateless_and_survives_a_spawned_worker():
     collator = pickle.loads(pickle.dumps(FlashCPCollator(2, strategy="per_seq")))
     assert collator(DOCUMENTS)["flashcp_plan"] == plan_documents([4, 2, 3], 2, strategy="per_seq")
@@ -126,6 +142,22 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], BatchError, "masks 1 of 2 tokens"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give their lengths as seq_lengths"),
         ([{"input_ids": [1, 2], "completion_mask": [1]}], BatchError, "2 input_ids but 1 completion_mask"),
+        (
+            [{"input_ids": [1, 2.5]}],
+            BatchError,
+            r"Feature 0 has input_ids = \[1, 2.5\], of type list: give a list or array",
+        ),
+        ([{"input_ids": [1, None]}], BatchError, "a whole number of at most 64 bits"),
+        ([{"input_ids": [1, 2**63]}], BatchError, "a whole number of at most 64 bits"),
+        ([{"input_ids": [[1, 2], [3]]}], BatchError, "a whole number of at most 64 bits"),
+        ([{"input_ids": 5}], BatchError, "of type int: give a list or array"),
+        ([{"input_ids": [1, 2], "labels": ["a", "b"]}], BatchError, "labels = .*a whole number"),
+        ([{"input_ids": [1, 2], "attention_mask": ["a", "b"]}], BatchError, "attention_mask = .*a whole number"),
+        ([{"input_ids": [1, 2], "seq_lengths": 2}], BatchError, "seq_lengths = 2, of type int"),
+        ([{"input_ids": torch.ones(2, device="meta")}], BatchError, "of type Tensor"),
+        ([[1, 2]], BatchError, "Feature 0 is of type list, not a mapping of columns"),
+        ({"input_ids": [[1, 2]]}, BatchError, "Feature 0 is of type str"),
+        ([{2: 3, "a": 4}], BatchError, "only 2, a"),
     ],
 )
 def test_bad_documents_are_named(features, error, message):
@@ -141,6 +173,12 @@ def test_bad_collator_arguments(arguments, message):
         FlashCPCollator(2, strategy="zigzag")
     with pytest.raises(BatchError, match="pad_to_multiple_of"):
         FlashCPCollator(2, pad_to_multiple_of=0)
+    with pytest.raises(BatchError, match="pad_token_id must be a token of the vocabulary, got None"):
+        FlashCPCollator(2, pad_token_id=None)
+    with pytest.raises(BatchError, match="per_token_keys must be a list of names, got 'weight'"):
+        FlashCPCollator(2, per_token_keys="weight")
+    with pytest.raises(BatchError, match="per_token_keys has labels: every batch has them"):
+        FlashCPCollator(2, per_token_keys=["weight", "labels"])
     with pytest.raises(BatchError, match="Feature 0 has no weight, which per_token_keys asks for"):
         FlashCPCollator(2, per_token_keys=["weight"])(DOCUMENTS)
     with pytest.raises(BatchError, match="return_tensors"):

@@ -229,6 +229,9 @@ def test_bytes_on_the_wire():
         ([8], 2, {"strategy": "zigzag"}, "Unknown strategy 'zigzag'"),
         ([8], 2, {"max_imbalance": 0.9}, "max_imbalance is 0.9"),
         ([8], 2, {"max_token_imbalance": float("nan")}, "max_token_imbalance is nan"),
+        ([8], 2, {"max_imbalance": 10**400}, "max_imbalance is 1000"),
+        ([8], 2, {"cost_model": "h100"}, "cost_model is 'h100': make one by CostModel.from_config"),
+        ([8], 2, {"cost_model": {}}, "cost_model is {}: make one by"),
         ([8], 2, {"strategy": "per_seq", "rotate_ranks": True}, "rotate_ranks is an option of the strategy 'per_doc'"),
     ],
 )

@@ -340,10 +340,26 @@ def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path)
         assert ("{% generation %}" in found or "{%- generation %}" in found) == marked
 
 
-def test_unknown_arguments_in_the_yaml_are_named(recipes, tmp_path):
-    (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-3\n")
-    with pytest.raises(SystemExit, match="unknown arguments learning_rat"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"learning_rat: 1.0e-3\n", "unknown arguments learning_rat"),
+        (b"1: 2\n", "unknown arguments 1"),
+        (b"- window\n", "has no settings"),
+        (b"window: [\n", "cannot be read: while parsing"),
+        (b"\xff", "cannot be read"),
+        (b"rope_parameters: '{'\n", "rope_parameters is no JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_yaml_file_is_named(recipes, tmp_path, text, message):
+    (tmp_path / "config.yaml").write_bytes(text)
+    with pytest.raises(SystemExit, match=message):
         recipes("sft").parse_arguments([str(tmp_path / "config.yaml")])
+
+
+def test_a_yaml_file_may_be_empty(recipes, tmp_path):
+    (tmp_path / "config.yaml").write_text("# nothing yet\n")
+    assert recipes("sft").read_settings(tmp_path / "config.yaml") == {}
 
 
 @pytest.mark.parametrize("name", ["chat_sft", "long_window", "lora"])

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and metrics need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = arguments.run(arguments) or 0
         sys.stdout.flush()

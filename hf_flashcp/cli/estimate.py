@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,7 +14,7 @@ from ..planning.fit import Choice, best, choices, usable_bytes
 from ..planning.memory import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
 from ..planning.memory_shape import MemoryShape
 from .model_config import read_config
-from .plan import _aligned, counted
+from .plan import _aligned, counted, json_text
 
 
 GIB = 2**30
@@ -97,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"plot written to {arguments.plot}", file=sys.stderr)
     shape = MemoryShape.from_config(config)
     if arguments.json:
-        print(json.dumps(_as_dict(shape, setup, lengths, usable, found, chosen, reason, modes)))
+        print(json_text(_as_dict(shape, setup, lengths, usable, found, chosen, reason, modes)))
     else:
         print(_text(shape, setup, lengths, hardware, found, chosen, reason, shown, modes))
     sys.stdout.flush()  # before an error on the other stream

@@ -17,9 +17,9 @@ def read_config(name: str) -> Any:
         ConfigurationError: nothing there, or nothing that can be read.
     """
     path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
     try:
+        if path.is_dir():
+            path = path / "config.json"
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(config, dict):

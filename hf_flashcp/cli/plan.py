@@ -117,11 +117,6 @@ def run(arguments: argparse.Namespace) -> None:
         max_token_imbalance=arguments.max_token_imbalance,
     )
     step_time = cost_model.step_time(plan) if cost_model else None
-    if arguments.plot:
-        from .plan_plot import plot_plan
-
-        plot_plan(plan, arguments.plot, strategy=arguments.strategy)
-        print(f"plot written to {arguments.plot}", file=sys.stderr)
     if arguments.json:
         found = {
             "strategy": arguments.strategy,
@@ -134,10 +129,16 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.sliding_window is not None:
             found["sliding_window"] = arguments.sliding_window
             found["sliding_window_report"] = plan.report(arguments.sliding_window, topology)
-        print(json.dumps(found))
+        text = json_text(found)
     else:
         options = {"sliding_window": arguments.sliding_window, "step_time": step_time, "topology": topology}
-        print(plan_text(plan, strategy=arguments.strategy, **options))
+        text = plan_text(plan, strategy=arguments.strategy, **options)
+    if arguments.plot:
+        from .plan_plot import plot_plan
+
+        plot_plan(plan, arguments.plot, strategy=arguments.strategy)
+        print(f"plot written to {arguments.plot}", file=sys.stderr)
+    print(text)
 
 
 def plan_text(
@@ -223,6 +224,11 @@ def _listed_slices(plan: ShardPlan) -> list[str]:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+
+
+def json_text(found: Any) -> str:
+    """JSON, with null for numbers that are not finite, which it does not have."""
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None))
 
 
 def counted(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from .plan import json_text
 
 
 STATE = "trainer_state.json"
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         page = Path(arguments.html) if arguments.html else path.with_name("report.html")
         write_page(page, series, summary, title=path.parent.name)
     if arguments.json:
-        print(json.dumps({"state": str(path), "summary": summary}))
+        print(json_text({"state": str(path), "summary": summary}))
     else:
         for name, values in summary.items():
             print(f"{name:32} last {values['last']:.6g}, mean {values['mean']:.6g}, {values['entries']} entries")
@@ -65,13 +66,16 @@ def find_state(run_dir: Path) -> Path:
     Raises:
         ConfigurationError: there is none.
     """
-    if run_dir.is_file():
-        return run_dir
-    checkpoints = [path for path in run_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for folder in (run_dir, *checkpoints):
-        if (folder / STATE).is_file():
-            return folder / STATE
+    try:
+        if run_dir.is_file():
+            return run_dir
+        checkpoints = [path for path in run_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+        checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        for folder in (run_dir, *checkpoints):
+            if (folder / STATE).is_file():
+                return folder / STATE
+    except OSError as error:
+        raise ConfigurationError(f"Cannot look for a {STATE} in {str(run_dir)!r}: {error.strerror}.") from None
     raise ConfigurationError(
         f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Give the output_dir of a run that has saved a "
         "checkpoint, or call trainer.save_state() after training."
@@ -89,7 +93,9 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
         for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
             for name, value in entry.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                    series.setdefault(name, []).append((operator.index(entry["step"]), float(value)))
+                    step = operator.index(entry["step"])
+                    float(step)  # or an OverflowError: plots have floats
+                    series.setdefault(name, []).append((step, float(value)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
             f"{str(path)!r} is no {STATE} of a Trainer: {type(error).__name__}: {error}."

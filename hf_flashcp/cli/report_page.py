@@ -8,6 +8,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import FlashCPError
 from .plots import COLOURS, INK, new_figure
 
@@ -35,6 +37,9 @@ PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Learning rate", ("learning_rate",), ""),
 )
 
+_MOST_DRAWN = 1e100
+"""Beyond which a value is left out of plots, as infinite ones are: matplotlib cannot place its ticks."""
+
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -60,7 +65,7 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
         title=html.escape(title), steps=f"{steps:,}", figures="\n".join(figures), summary=_summary_table(summary)
     )
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise FlashCPError(f"Cannot write the page to {str(path)!r}: {error.strerror}.") from None
 
@@ -70,10 +75,12 @@ def _draw(heading: str, series: Series) -> str:
     figure = new_figure(6.2, 2.9)
     axes = figure.subplots()
     for (name, points), colour in zip(series.items(), COLOURS):
-        steps, values = zip(*points)
+        steps, values = np.array(points, dtype=float).T
+        values[~(abs(values) < _MOST_DRAWN)] = np.nan
         few = len(points) < 40
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=name)
-    axes.set_title(heading, fontsize=11, color=INK, loc="left")
+        style = {"color": colour, "linewidth": 1.6, "marker": "o" if few else None, "markersize": 3}
+        axes.plot(steps, values, label=_as_drawn(name), **style)
+    axes.set_title(_as_drawn(heading), fontsize=11, color=INK, loc="left")
     axes.set_xlabel("step", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0, colors=INK)
@@ -85,6 +92,11 @@ def _draw(heading: str, series: Series) -> str:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+
+
+def _as_drawn(name: str) -> str:
+    """Without formulas, and without what is no text."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _summary_table(summary: dict[str, dict[str, Any]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from statistics import mean, median
@@ -22,7 +21,7 @@ from ..planning.schemes import SCHEMES, why_not
 from ..planning.simulation import EXACT, RIVALS, TIMED, check_ranks, simulate
 from .estimate import GIB
 from .model_config import read_config
-from .plan import comma_separated, counted
+from .plan import comma_separated, counted, json_text
 
 
 REFERENCE = TIMED
@@ -123,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         plot_simulation(found, arguments.plot)
         print(f"plot written to {arguments.plot}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         _print(found)
 
