@@ -200,6 +200,7 @@ def test_pages_of_strange_logs(tmp_path, entry):
         "plan --lengths 64,20 --cp-size 2 --sliding-window 0 --plot new.svg",
         "plan --lengths 9,9 --cp-size 2 --hardware h100 --model {long}",
         "plan --lengths 9,9 --cp-size 2 --hardware h100 --model {lines}",
+        "simulate --lengths 9,9 --cp-size 2 --ranks-per-node 999999999999999999999",
         "report {long}",
         "report {lines}",
         "report {steps}",

@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, PlanError
 from ..planning import HARDWARE, CostModel, HardwareProfile
 from ..planning.memory import GRADIENT_CHECKPOINTING
 from ..planning.model_shape import LLAMA_3_8B
+from ..planning.plan import MOST_TOKENS
 from ..planning.schemes import SCHEMES, why_not
 from ..planning.simulation import EXACT, RIVALS, TIMED, check_ranks, simulate
 from .estimate import GIB
@@ -147,8 +148,10 @@ def _profile(name: str, ranks_per_node: int | None) -> HardwareProfile:
     profile = HardwareProfile.load(name)
     if ranks_per_node is None:
         return profile
-    if ranks_per_node < 1:
-        raise ConfigurationError(f"--ranks-per-node must be at least 1, got {ranks_per_node}.")
+    if not 1 <= ranks_per_node <= MOST_TOKENS:
+        raise ConfigurationError(
+            f"--ranks-per-node must be at least 1 and at most {MOST_TOKENS:,}, got {ranks_per_node}."
+        )
     return dataclasses.replace(profile, ranks_per_node=ranks_per_node)
 
 

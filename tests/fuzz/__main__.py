@@ -1,6 +1,7 @@
 """`python -m tests.fuzz TARGET --seconds 600`: a property of tests/test_fuzz.py, fed by coverage (needs atheris)."""
 
 import argparse
+import importlib.util
 import os
 import random
 import re
@@ -16,6 +17,8 @@ import tests.conftest  # noqa: F401
 
 TARGETS = ("collator", "planner", "plan_json", "command_line", "config")
 SEEDS = 128
+LIMITS = ("-timeout=60", "-rss_limit_mb=3072", "-len_control=0", "-max_len=8192")
+"""Seconds that an input may take, MiB of the process; and inputs as long as they like from the start."""
 SLOW = [f"hf_flashcp.planning.{name}" for name in ("search_build", "search_pack", "search_repair", "search_supply")]
 """Followed for the planner alone."""
 
@@ -24,13 +27,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=600, metavar="N", help="default: %(default)s")
-    parser.add_argument("--timeout", type=int, default=60, metavar="N", help="seconds an input may take (default 60)")
-    parser.add_argument("--memory", type=int, default=3072, metavar="MIB", help="of the process (default 3072)")
     parser.add_argument("--folder", type=Path, default="outputs/fuzz", help="of inputs that are kept (%(default)s)")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="an input that was kept: show its values")
     arguments = parser.parse_args()
     if arguments.replay:
         return replay(arguments.target, arguments.replay.read_bytes())
+    if importlib.util.find_spec("atheris") is None:
+        parser.error("atheris is not installed: pip install 'hf_flashcp[dev,fuzz]'")
     folder = arguments.folder / arguments.target
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for seed in range(SEEDS):
@@ -39,12 +42,14 @@ def main():
     begin = time.monotonic()
     while (left := round(begin + arguments.seconds - time.monotonic())) > 0:
         tried = 0
-        for line in lines_of(lambda: fuzz(arguments, folder, left)):
+        for line in lines_of(lambda: fuzz(arguments.target, folder, left)):
             print(line, end="", flush=True)
             if status := re.match(r"#(\d+)\s.*cov: (\d+)", line):
                 tried, edges = int(status[1]), max(edges, int(status[2]))
             elif found := re.match(r"finding: (.*)|==\d+== ?(ERROR: libFuzzer: [^(]*)", line):
                 findings.add(found[1] or found[2].strip())
+        if not tried:
+            sys.exit("It ended before the first input, as said above.")
         inputs += tried
     print(
         f"{arguments.target}: {inputs:,} inputs in {time.monotonic() - begin:.0f} s, {edges:,} edges, "
@@ -68,11 +73,11 @@ def lines_of(function):
     os.waitpid(child, 0)
 
 
-def fuzz(arguments, folder, seconds):
+def fuzz(name, folder, seconds):
     import atheris
 
-    with atheris.instrument_imports(include=["hf_flashcp"], exclude=[] if arguments.target == "planner" else SLOW):
-        feed = target(arguments.target)
+    with atheris.instrument_imports(include=["hf_flashcp"], exclude=[] if name == "planner" else SLOW):
+        feed = target(name)
     seen = set()
 
     def one(data):
@@ -89,9 +94,8 @@ def fuzz(arguments, folder, seconds):
                 kept.write_bytes(data)
                 print(f"finding: {finding}: {str(error)[:200]!r}, kept in {kept}", file=sys.stderr, flush=True)
 
-    limits = [f"-max_total_time={seconds}", f"-timeout={arguments.timeout}", f"-rss_limit_mb={arguments.memory}"]
-    options = ["-len_control=0", "-max_len=8192", f"-artifact_prefix={folder}/"]
-    atheris.Setup([sys.argv[0], *limits, *options, str(folder / "corpus")], one)
+    options = [*LIMITS, f"-max_total_time={seconds}", f"-artifact_prefix={folder}/"]
+    atheris.Setup([sys.argv[0], *options, str(folder / "corpus")], one)
     atheris.Fuzz()
 
 
