@@ -100,8 +100,8 @@ def _numbers(index: int, key: str, values: Any) -> list:
     except (TypeError, ValueError, RuntimeError):  # ragged rows, or a tensor without data
         found = np.array(None)
     if found.ndim == 1 and found.dtype.kind in "biuf":
-        if key not in _WHOLE:
-            return found.tolist()
+        if key not in _WHOLE or found.dtype == np.int64:
+            return values if isinstance(values, list) else found.tolist()
         with np.errstate(invalid="ignore"):
             whole = found.astype(np.int64)
         if (whole == found).all():
