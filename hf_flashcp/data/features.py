@@ -99,7 +99,7 @@ def _numbers(index: int, key: str, values: Any) -> list:
         found = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
     except (TypeError, ValueError, RuntimeError):  # ragged rows, or a tensor without data
         found = np.array(None)
-    if found.ndim == 1 and found.dtype.kind in "biuf":
+    if found.ndim == 1 and found.dtype.kind in "biuf" and not (found.dtype == np.uint64 and (found >= 2**63).any()):
         if key not in _WHOLE or found.dtype == np.int64:
             return values if isinstance(values, list) else found.tolist()
         with np.errstate(invalid="ignore"):

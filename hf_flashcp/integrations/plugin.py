@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class FlashCPPlugin(ParallelismConfig):
             size = getattr(self, name)
             if size is None:
                 size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
-                size = int(size) if size.isdecimal() else size
+                with contextlib.suppress(ValueError):
+                    size = int(size)
             if not isinstance(size, int) or size < 1:
                 raise ConfigurationError(f"{name} must be a positive integer, got {size!r}.")
             setattr(self, name, size)

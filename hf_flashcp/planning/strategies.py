@@ -90,7 +90,9 @@ def plan_documents(
     lengths, cp_size = check_lengths(lengths, cp_size)
     for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
         if not isinstance(cap, (int, float)) or not (1 <= cap <= MOST_TOKENS or cap == math.inf):
-            raise PlanError(f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, a number not below 1.")
+            raise PlanError(
+                f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, a number not below 1 (no cap: infinity)."
+            )
     options = {
         "rotate_ranks": (rotate_ranks, "per_doc"),
         "minimize_total": (minimize_total, "search"),

@@ -37,8 +37,9 @@ CONFIG = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
+large = st.sampled_from([2**31, 2**63, 10**30])
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([2**31, 10**30]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | large,
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=3),
     max_leaves=6,
 )
