@@ -89,7 +89,7 @@ def plan_dicts(draw):
     cuts = draw(st.lists(st.integers(0, len(offsets)), max_size=3).map(sorted))
     groups = [offsets[start:stop] for start, stop in pairwise([0, *cuts, len(offsets)]) if start < stop]
     found["offset_groups"] = draw(st.sampled_from([None, groups]))
-    return draw(mostly(changed(found), st.just(found), one_in=4))
+    return draw(mostly(changed(found), st.just(found), one_in=2))
 
 
 lengths = spoiled(
