@@ -182,7 +182,7 @@ def test_bad_collator_arguments(arguments, message):
     with pytest.raises(BatchError, match="Feature 0 has no weight, which per_token_keys asks for"):
         FlashCPCollator(2, per_token_keys=["weight"])(DOCUMENTS)
     with pytest.raises(BatchError, match="has weight = .*: give a list or array with a number of at most 64 bits"):
-        FlashCPCollator(2, per_token_keys=["weight"])([{"input_ids": [1, 2], "weight": [1, 2**63]}])
+        FlashCPCollator(2, per_token_keys=["weight"])([{"input_ids": [1, 2], "weight": [2**63, 2**63]}])
     with pytest.raises(BatchError, match="return_tensors"):
         FlashCPCollator(2)(DOCUMENTS, return_tensors="np")
 

@@ -101,7 +101,7 @@ def _numbers(index: int, key: str, values: Any) -> list:
         found = np.array(None)
     if found.ndim == 1 and found.dtype.kind in "biuf" and not (found.dtype == np.uint64 and (found >= 2**63).any()):
         if key not in _WHOLE or found.dtype == np.int64:
-            return values if isinstance(values, list) else found.tolist()
+            return values if isinstance(values, list) and found.dtype == np.int64 else found.tolist()
         with np.errstate(invalid="ignore"):
             whole = found.astype(np.int64)
         if (whole == found).all():
