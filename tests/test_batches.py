@@ -173,6 +173,8 @@ def test_bad_collator_arguments(arguments, message):
         FlashCPCollator(2, strategy="zigzag")
     with pytest.raises(BatchError, match="pad_to_multiple_of"):
         FlashCPCollator(2, pad_to_multiple_of=0)
+    with pytest.raises(BatchError, match="pad_to_multiple_of must be a positive integer, at most 16,777,216"):
+        FlashCPCollator(2, pad_to_multiple_of=2**31)
     with pytest.raises(BatchError, match="pad_token_id must be a token of the vocabulary, got None"):
         FlashCPCollator(2, pad_token_id=None)
     with pytest.raises(BatchError, match="per_token_keys must be a list of names, got 'weight'"):

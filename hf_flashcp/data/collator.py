@@ -15,6 +15,10 @@ from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, Topology, plan_d
 from .features import read_documents
 
 
+MOST_PADDING = 2**24
+"""Of `pad_to_multiple_of`: longer padding would fill the memory before anything is said about it."""
+
+
 class FlashCPCollator(DataCollatorWithFlattening):
     """Flattens documents as `DataCollatorWithFlattening` does, and plans how ranks share them.
 
@@ -85,8 +89,12 @@ class FlashCPCollator(DataCollatorWithFlattening):
         if topology is not None:
             topology.require_full_nodes(cp_size)
         self.topology = topology
-        if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
-            raise BatchError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}.")
+        if pad_to_multiple_of is not None and (
+            not isinstance(pad_to_multiple_of, int) or not 1 <= pad_to_multiple_of <= MOST_PADDING
+        ):
+            raise BatchError(
+                f"pad_to_multiple_of must be a positive integer, at most {MOST_PADDING:,}, got {pad_to_multiple_of!r}."
+            )
         if not isinstance(pad_token_id, int) or not -(2**63) <= pad_token_id < 2**63:
             raise BatchError(f"pad_token_id must be a token of the vocabulary, got {pad_token_id!r}.")
         if isinstance(per_token_keys, str) or not {*map(type, per_token_keys)} <= {str}:
