@@ -146,14 +146,17 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Topology(0), "ranks_per_node must be a whole number, at least 1, got 0"),
-        (lambda: Topology(8.0), "ranks_per_node must be a whole number, at least 1, got 8.0"),
+        (lambda: Topology(0), "ranks_per_node must be a whole number from 1 to 2,147,483,647, got 0"),
+        (lambda: Topology(8.0), "ranks_per_node must be a whole number from 1 to 2,147,483,647, got 8.0"),
+        (lambda: Topology(2**63), "got 9223372036854775808"),
         (lambda: Topology(8, 0.5), "inter_node_cost is 0.5"),
         (lambda: Topology(8, math.nan), "inter_node_cost is nan"),
         (
             lambda: plan_documents([99], 12, topology=Topology(8)),
             "12 is no multiple of the topology's 8 ranks_per_node",
         ),
+        (lambda: FlashCPCollator(16, topology=8), "topology is 8: make one by"),
+        (lambda: plan_documents([99], 16, topology=8), "topology is 8: make one by"),
         (lambda: FlashCPCollator(12, topology=Topology(8)), "12 is no multiple of the topology's 8 ranks_per_node"),
         (lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)), "topology is a goal of its own"),
     ],

@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening
 from ..errors import BatchError, PlanError
 from ..layout.batch import IGNORE_INDEX, content_digest
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, Topology, plan_documents
+from ..planning.topology import check_topology
 from .features import read_documents
 
 
@@ -33,7 +34,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
         max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
         num_stages (`int`, *optional*): see [`plan_documents`].
-        topology (`Topology`, *optional*): ranks in nodes, with the strategy "search".
+        topology (`Topology`, *optional*): ranks in nodes, to each of which keys and values cross once.
         pad_to_multiple_of (`int`, *optional*): C is a multiple of it. The padding is a document of its own: no other
             attends to it, and it has no targets.
         pad_token_id (`int`, *optional*, defaults to 0): in `input_ids` of padding.
@@ -87,7 +88,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self.max_token_imbalance = max_token_imbalance
         self.num_stages = num_stages
         if topology is not None:
-            topology.require_full_nodes(cp_size)
+            check_topology(topology, cp_size)
         self.topology = topology
         if pad_to_multiple_of is not None and (
             not isinstance(pad_to_multiple_of, int) or not 1 <= pad_to_multiple_of <= MOST_PADDING

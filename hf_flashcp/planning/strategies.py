@@ -18,7 +18,7 @@ from .plan import MOST_TOKENS, ShardPlan, Slice, check_lengths
 from .search import search
 from .search_nodes import search_in_nodes
 from .sharding import per_doc, per_seq, whole_doc
-from .topology import Topology
+from .topology import Topology, check_topology
 from .volume import rank_pairs
 
 
@@ -108,14 +108,12 @@ def plan_documents(
     if minimize_total and cost_model is not None:
         raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
     if topology is not None:
-        if not isinstance(topology, Topology):
-            raise PlanError(f"topology is {reprlib.repr(topology)}: make one by Topology(ranks_per_node).")
         if minimize_total or cost_model is not None:
             raise PlanError(
                 "topology is a goal of its own beside minimize_total and cost_model: leave those out. A cost_model "
                 "goes by the nodes of its hardware profile (ranks_per_node)."
             )
-        topology.require_full_nodes(cp_size)
+        check_topology(topology, cp_size)
     if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
         raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
     ranks_per_node = None if topology is None else topology.ranks_per_node

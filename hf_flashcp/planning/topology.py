@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 
 from ..errors import PlanError
@@ -10,6 +11,8 @@ from ..errors import PlanError
 
 INTER_NODE_COST = 7.7
 """370 GB/s over NVLink against 48 GB/s over a 400 Gb/s card, as the hardware profile "h100" has them."""
+
+_MOST_RANKS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,11 @@ class Topology:
     inter_node_cost: float = INTER_NODE_COST
 
     def __post_init__(self):
-        if type(self.ranks_per_node) is not int or self.ranks_per_node < 1:
-            raise PlanError(f"ranks_per_node must be a whole number, at least 1, got {self.ranks_per_node!r}.")
+        if type(self.ranks_per_node) is not int or not 1 <= self.ranks_per_node <= _MOST_RANKS:
+            raise PlanError(
+                f"ranks_per_node must be a whole number from 1 to {_MOST_RANKS:,}, got "
+                f"{reprlib.repr(self.ranks_per_node)}."
+            )
         cost = self.inter_node_cost
         if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 1 <= cost < math.inf:
             raise PlanError(
@@ -50,3 +56,10 @@ class Topology:
                 f"cp_size {cp_size} is no multiple of the topology's {self.ranks_per_node} ranks_per_node: its nodes "
                 "would not be full. Make it a multiple, or at most one node's ranks, or leave topology out."
             )
+
+
+def check_topology(topology: Topology, cp_size: int) -> None:
+    """Raises a `PlanError` if it is none, or so many ranks do not fill its nodes."""
+    if not isinstance(topology, Topology):
+        raise PlanError(f"topology is {reprlib.repr(topology)}: make one by Topology(ranks_per_node).")
+    topology.require_full_nodes(cp_size)
