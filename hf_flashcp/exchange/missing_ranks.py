@@ -208,7 +208,7 @@ class _Watch:
         # Before Python is taken down: a thread that comes back from the store into an interpreter that ends aborts it.
         atexit.unregister(self.stop)
         self._end.set()
-        self._thread.join(2 * _POLL)
+        self._thread.join(5 * _POLL)
 
     def learn_hosts(self) -> None:
         keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
