@@ -45,7 +45,8 @@ def test_a_short_training_leaves_nothing_behind(pool):
 @pytest.mark.load
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
-    """Memory and Python's objects too, from step 1000 on, when caches and the allocator are full. 2 kB are the token ids of a pack."""
+    """Memory and Python's objects too, from step 1000 on, when caches are full and the allocator has what it needs.
+    2 kB are the token ids of a pack."""
     with WorkerPool() as pool:
         pool.run(cp_size, exec, IMPORTS, timeout=600)
         ranks = pool.run(cp_size, load_cases.soak, 2000, 100, timeout=3600)

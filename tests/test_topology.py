@@ -187,6 +187,8 @@ def test_the_plan_command_shows_links_apart(capsys):
     last = shown.splitlines()[3].split()[-2:]
     assert last == [f"{report[f'inter_node_{way}'][0]:,}" for way in ("received", "sent")]
     assert main([*line[:-1], "8"]) == 0 and "other nodes" not in capsys.readouterr().out
+    assert main([*line, "--strategy", "per_doc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["ranks_per_node"] == 4
 
 
 def test_the_hardware_s_nodes_are_the_plan_command_s(capsys, tmp_path):

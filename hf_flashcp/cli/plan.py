@@ -66,8 +66,8 @@ def add_parser(commands) -> None:
         "--ranks-per-node",
         type=int,
         metavar="N",
-        help="ranks that share a node: count apart what travels between nodes, and keep that little with the strategy "
-        "search (default: the hardware's)",
+        help="ranks that share a node, to which KV crosses once: count apart what travels between nodes, and keep "
+        "that little with the strategy search (default: the hardware's)",
     )
     parser.add_argument(
         "--hardware",
@@ -100,11 +100,11 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")
-    topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
+    given = topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
     searched, cost_model = arguments.strategy == "search", None
     if arguments.hardware is not None:
         profile = HardwareProfile.load(arguments.hardware)
-        topology = topology or Topology(profile.ranks_per_node)
+        topology = given or Topology(profile.ranks_per_node)
         profile = dataclasses.replace(profile, ranks_per_node=topology.ranks_per_node)
         cost_model = CostModel.from_config(read_config(arguments.model), profile)
     plan = plan_documents(
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.cp_size,
         strategy=arguments.strategy,
         cost_model=cost_model if searched else None,
-        topology=topology if searched and cost_model is None else None,
+        topology=None if searched and cost_model is not None else given,
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
     )
