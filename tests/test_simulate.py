@@ -30,7 +30,7 @@ from hf_flashcp.planning.memory_shape import MemoryShape
 from hf_flashcp.planning.model_shape import AttentionLayers
 from hf_flashcp.planning.schemes import SCHEMES, Layer, passes, ring_pieces, ring_rectangles, shared_tokens
 from hf_flashcp.planning.simulation import EXACT, RIVALS, TIMED, simulate
-from tests.packs import KNOWN_PACKS, packs
+from tests.packs import KNOWN_PACKS, owners, packs
 from tests.step_time_evaluator import call_seconds as counted_call
 
 
@@ -136,14 +136,6 @@ def test_collectives_cross_to_a_node_once(cp_size, ranks_per_node, crossing):
     assert between.sum() == (10 * cp_size / ranks_per_node if crossing else 0)
 
 
-def tokens_of(plan):
-    owner = [np.full(length, -1) for length in plan.lengths]
-    for rank, held in enumerate(plan.slices):
-        for document, start, stop in held:
-            owner[document][start:stop] = rank
-    return owner
-
-
 @settings(max_examples=40)
 @given(packs(max_documents=5, max_length=60), st.sampled_from(["ring", "zigzag_ring"]))
 def test_ring_steps_compute_each_pair_once(case, name):
@@ -154,7 +146,7 @@ def test_ring_steps_compute_each_pair_once(case, name):
     early, late = ring_pieces(plan)
     for step in range(1, cp_size):
         expected = []
-        for ranks in tokens_of(plan):
+        for ranks in owners(plan):
             for rank in range(cp_size):
                 block = np.flatnonzero(ranks == (rank - step) % cp_size)
                 seen = [int((block < query).sum()) for query in np.flatnonzero(ranks == rank)]
@@ -182,11 +174,11 @@ def test_kernels_are_what_counting_tiles_gives(pack, name):
                 heads = dataclasses.replace(MHA, query_heads=MHA.query_heads // cp_size)
                 calls = [(True, [causal(length) for length in lengths])]
             elif name == "zigzag_ring":
-                mine = [np.flatnonzero(ranks == rank) for ranks in tokens_of(plan)]
+                mine = [np.flatnonzero(ranks == rank) for ranks in owners(plan)]
                 calls = [(True, [causal(len(own)) for own in mine if len(own)])]
                 for other in set(range(cp_size)) - {rank}:
                     full = []
-                    for own, ranks in zip(mine, tokens_of(plan)):
+                    for own, ranks in zip(mine, owners(plan)):
                         seen = [keys for query in own if (keys := (np.flatnonzero(ranks == other) < query).sum())]
                         full += [[seen[0]] * -(-len(seen) // tile)] if seen else []
                     calls.append((False, full))
@@ -270,7 +262,7 @@ def test_memory_of_gathered_kv():
 @pytest.mark.parametrize("pack", [sample_pack("pile", 16384), KNOWN_PACKS["mixed"], [64] * 8])
 def test_what_the_padded_all_gather_shares(pack):
     plan = plan_of("flashcp_paper", pack, 4)
-    owner = tokens_of(plan)
+    owner = owners(plan)
     last = [ranks[-1] for ranks in owner]
     shared = [0] * 4
     for ranks, rank_of_last in zip(owner, last):

@@ -3,8 +3,7 @@
 Two kinds of plans are tried beside the flat one, which knows no nodes. The flat one's ranks, grouped so that those
 which share documents share a node. And plans in two levels: the search shares documents out to nodes, each a rank with
 the budgets of all of its ranks; then each node shares out what it holds. A document that is cut between nodes lies on
-all ranks of each of them, zigzag, so that what a rank receives from other nodes and sends to them is what its node did
-in the plan of nodes; whole documents are planned by the flat search.
+all ranks of each of them, zigzag, so that they share what crosses; whole documents are planned by the flat search.
 """
 
 from __future__ import annotations
