@@ -39,7 +39,10 @@ class EmulatedVarlen(VarlenKernel):
 
     def _check(self, query, key, value, sequences, *more):
         assert query.shape[2] == key.shape[2] == value.shape[2] and query.shape[2] % 8 == 0
-        assert all(tensor.stride(-1) == 1 for tensor in (query, key, value, *more))
+        for tensor in (query, key, value, *more):
+            assert tensor.stride(-1) == 1
+            steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+            assert all(step * tensor.element_size() % 16 == 0 for step in steps), "kernels load 16 bytes at a time"
         for cumulative, longest, rows, least in (
             (sequences.cu_seqlens_q, sequences.max_q, query.shape[0], 2),
             (sequences.cu_seqlens_k, sequences.max_k, key.shape[0], 1),

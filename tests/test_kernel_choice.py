@@ -1,7 +1,4 @@
-"""Which kernel runs a layer, and that the vendors' kernels are called as their interfaces say."""
-
-import sys
-import types
+"""Which kernel runs a layer, and why the others do not. How they are called is tests/test_vendor_kernels.py's."""
 
 import pytest
 import torch
@@ -10,15 +7,13 @@ from hf_flashcp.attention.kernels import (
     CAPABILITIES,
     EXPERIMENTAL,
     TESTED,
-    FlashAttn2Kernel,
-    TorchFlashKernel,
     capabilities,
     explain_kernels,
+    load_kernel_library,
     select_kernel,
-    varlen,
 )
-from hf_flashcp.errors import FlashCPError
-from tests.kernel_cases import CAUSAL, FP64, FULL, SCALE, EmulatedVarlen, difference, make, run, textbook
+from hf_flashcp.errors import ConfigurationError, FlashCPError
+from tests import vendor_kernels
 
 
 CHOICES = [
@@ -59,10 +54,87 @@ def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch, installed, c
         assert installed in dict(explain_kernels("cuda"))["flash_attn_2"]
 
 
-def test_flash_attention_3_and_4_go_before_where_they_are_activated(monkeypatch):
+def gpu(monkeypatch, *capability):
+    """This machine has a GPU of that compute capability."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+
+
+def activate(monkeypatch, name):
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: name, raising=False)
+
+
+def chosen(**known):
+    return select_kernel(torch.device("cuda"), **{"dtype": torch.bfloat16, "key_dim": 128, "value_dim": 128, **known})
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
+def test_flash_attention_4_is_called_directly_where_it_is_activated(monkeypatch, capability):
+    """Never through PyTorch's operators, which it has taken over."""
+    gpu(monkeypatch, *capability)
+    assert chosen().name == "torch_flash"
+    activate(monkeypatch, "FA4")
+    assert chosen().name == "flash_attn_4"
+    assert dict(explain_kernels("cuda"))["torch_flash"] == "is replaced by FA4, which was activated in PyTorch"
+
+
+def test_flash_attention_3_runs_where_its_operators_are_registered(monkeypatch):
+    gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: "2.8.3")
-    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4", raising=False)
-    assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16).name == "torch_flash"
+    assert chosen().name == "flash_attn_2"
+    with vendor_kernels.flash_attn_3():
+        assert chosen().name == "flash_attn_3"
+        assert select_kernel(torch.device("cuda"), 30.0, dtype=torch.bfloat16).name == "flash_attn_2"
+    assert "needs its library" in dict(explain_kernels("cuda"))["flash_attn_3"]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_flash_attention_3_needs_a_hopper_gpu(monkeypatch, capability):
+    gpu(monkeypatch, *capability)
+    with vendor_kernels.flash_attn_3():
+        assert chosen().name == "torch_flash"
+        said = "needs a GPU of compute capability 9.x (Hopper); this one has {}.{}".format(*capability)
+        assert dict(explain_kernels("cuda"))["flash_attn_3"] == said
+
+
+@pytest.mark.parametrize("name, capability", [("FA3", (8, 0)), ("FA3", (10, 0)), ("FA4", (8, 0)), ("FA4", (12, 0))])
+def test_what_was_activated_and_cannot_run_is_an_error(monkeypatch, name, capability):
+    """Not a silent fall back to the formulas: PyTorch's own kernel has been replaced."""
+    gpu(monkeypatch, *capability)
+    activate(monkeypatch, name)
+    with vendor_kernels.flash_attn_3():
+        with pytest.raises(ConfigurationError, match=f"{name} was activated in PyTorch, but it needs a GPU of .*this"):
+            chosen()
+        assert select_kernel(torch.device("cpu"), dtype=torch.bfloat16).name == "cpu_flash"
+
+
+@pytest.mark.parametrize("key_dim, value_dim", [(128, 128), (192, 128), (192, 192), (256, 256), (64, 224)])
+def test_flash_attention_3_is_not_deterministic_for_the_widest_heads(monkeypatch, key_dim, value_dim):
+    gpu(monkeypatch, 9, 0)
+    wide = max(key_dim, value_dim) > 192
+    known = {"key_dim": key_dim, "value_dim": value_dim}
+    with vendor_kernels.flash_attn_3():
+        assert chosen(**known, deterministic=False).name == "flash_attn_3"
+        assert chosen(**known, deterministic=True).name == ("torch_flash" if wide else "flash_attn_3")
+        if wide:
+            reason = dict(explain_kernels("cuda", **known, deterministic=True))["flash_attn_3"]
+            assert reason == f"has deterministic gradients for heads up to 192 wide, not {max(key_dim, value_dim)}"
+
+
+def test_kernel_libraries_that_cannot_be_loaded(monkeypatch, tmp_path):
+    with pytest.raises(ConfigurationError, match="missing.so does not exist: pass the path of FlashAttention-3's."):
+        load_kernel_library(tmp_path / "missing.so")
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigurationError, match="needs a PyTorch build with CUDA; this one is"):
+        load_kernel_library(tmp_path / "_C.so")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigurationError, match="cannot be loaded: .*nvidia-cuda-runtime-cu12"):
+        load_kernel_library(tmp_path / "_C.so")
+    (tmp_path / "_C.so.xz").write_bytes(b"not compressed")
+    with pytest.raises(ConfigurationError, match="is not a whole .xz file"):
+        load_kernel_library(tmp_path / "_C.so.xz")
 
 
 def test_where_no_kernel_can_run_the_error_says_so():
@@ -76,7 +148,7 @@ def test_a_gpu_without_a_fused_kernel_is_told_once(caplog):
         assert select_kernel(torch.device("cuda"), dtype=torch.float64, key_dim=64, value_dim=64).name == "eager"
         select_kernel(torch.device("cpu"), 30.0)
     (message,) = caplog.messages
-    assert "slow and memory hungry: cpu_flash runs on CPU only; flash_attn_2" in message
+    assert "slow and memory hungry: cpu_flash runs on CPU only; flash_attn_4" in message
     assert "torch_flash takes float16, bfloat16, not float64" in message
 
 
@@ -84,6 +156,8 @@ def test_kernels_that_no_gpu_has_run_are_experimental():
     statuses = {name: capability.status for name, capability in CAPABILITIES.items()}
     assert statuses == {
         "cpu_flash": TESTED,
+        "flash_attn_4": EXPERIMENTAL,
+        "flash_attn_3": EXPERIMENTAL,
         "flash_attn_2": EXPERIMENTAL,
         "torch_flash": EXPERIMENTAL,
         "eager": TESTED,
@@ -101,111 +175,3 @@ def test_kernels_are_made_deterministic_on_request():
         assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16) is chosen[True]
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_pytorchs_flash_is_called_as_its_schema_says():
-    """On the meta device: shapes, arguments and their order, forward and backward; nothing is computed."""
-    for rectangles, causal, window in (
-        (CAUSAL["squares"], True, None),
-        (CAUSAL["bands"], True, 5),
-        (FULL["one"], False, None),
-    ):
-        inputs = [x.to("meta") for x in make((4, 2, 12, 8), rectangles, torch.bfloat16)]
-        out, lse = TorchFlashKernel().forward(*inputs[:3], rectangles, causal=causal, scale=SCALE, window=window)
-        rows = sum(r.q_stop - r.q_start for r in rectangles)
-        assert out.shape == (4, rows, 8) and lse.shape == (4, rows) and lse.dtype == torch.float32
-        query, key, value, grad_out = inputs
-        grads = [torch.zeros(x.shape, device="meta") for x in (query, key, value)]
-        TorchFlashKernel(deterministic=True).backward(
-            grad_out,
-            query,
-            key,
-            value,
-            torch.empty_like(grad_out),
-            torch.empty(query.shape[:2], device="meta"),
-            rectangles,
-            causal=causal,
-            scale=SCALE,
-            window=window,
-            **dict(zip(("grad_query", "grad_key", "grad_value"), grads)),
-        )
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_flash_attn_is_called_as_its_interface_says(monkeypatch):
-    """A stand-in with the signatures of flash-attn 2.7 and 2.8, which computes by the formulas: not the package."""
-    emulated, seen = EmulatedVarlen(), []
-
-    def _flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-        block_table=None,
-        leftpad_k=None,
-        seqused_k=None,
-        zero_tensors=False,
-    ):
-        assert dropout_p == 0.0 and window_size_right == (0 if causal else -1)
-        sequences = varlen.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        window = None if window_size_left < 0 else window_size_left + 1
-        out, lse = emulated._forward_call(q, k, v, sequences, causal, softmax_scale, window, softcap or None)
-        return out, lse, None, torch.zeros(2)
-
-    def _flash_attn_varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        rng_state=None,
-        zero_tensors=False,
-    ):
-        seen.append(deterministic)
-        sequences = varlen.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        window = None if window_size_left < 0 else window_size_left + 1
-        arguments = (dout, q, k, v, out, softmax_lse, sequences, causal, softmax_scale, window, softcap or None)
-        for buffer, grad in zip((dq, dk, dv), emulated._backward_call(*arguments)):
-            buffer.copy_(grad)
-
-    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
-    interface._flash_attn_varlen_forward = _flash_attn_varlen_forward
-    interface._flash_attn_varlen_backward = _flash_attn_varlen_backward
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    for rectangles, options in (
-        (CAUSAL["squares"], {"causal": True, "softcap": 2.0}),
-        (CAUSAL["bands"], {"causal": True, "window": 5}),
-        (FULL["prefixes of two"], {"causal": False}),
-    ):
-        inputs = make((4, 2, 12, 8), rectangles)
-        ours = run(FlashAttn2Kernel(deterministic=True), inputs, rectangles, **options)
-        assert difference(ours, textbook(inputs, rectangles, **options)) < FP64
-    assert set(seen) == {True}

@@ -26,6 +26,7 @@ import torch
 
 from ..exchange import kv_width, named_range, send_grads_home, send_kv, split_rows
 from ..layout import RankLayout, Rows, Stage
+from .determinism import deterministic_algorithms
 from .kernels import AttentionKernel, accumulate_dtype
 from .kernels.base import merge_logsumexp
 
@@ -48,6 +49,7 @@ class Engine(NamedTuple):
     softcap: float | None
     keep_received: bool
 
+    @deterministic_algorithms(False)
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -78,6 +80,7 @@ class Engine(NamedTuple):
             out = out * (without - lse).exp().unsqueeze(-1)
         return out.to(query.dtype), lse, received
 
+    @deterministic_algorithms(False)
     def backward(
         self,
         grad_out: torch.Tensor,

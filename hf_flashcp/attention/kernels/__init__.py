@@ -5,6 +5,9 @@ from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, explain_kernels, s
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
 from .flash_attn2 import FlashAttn2Kernel
+from .flash_attn3 import FlashAttn3Kernel
+from .flash_attn4 import FlashAttn4Kernel
+from .library import load_kernel_library
 from .torch_flash import TorchFlashKernel
 from .varlen import VarlenKernel
 
@@ -17,9 +20,12 @@ __all__ = [
     "CPUFlashKernel",
     "EagerKernel",
     "FlashAttn2Kernel",
+    "FlashAttn3Kernel",
+    "FlashAttn4Kernel",
     "TorchFlashKernel",
     "VarlenKernel",
     "accumulate_dtype",
     "explain_kernels",
+    "load_kernel_library",
     "select_kernel",
 ]

@@ -10,11 +10,13 @@ from importlib import metadata
 
 import torch
 
-from ...errors import UnsupportedModelError
+from ...errors import ConfigurationError, UnsupportedModelError
 from .base import AttentionKernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
 from .flash_attn2 import FlashAttn2Kernel
+from .flash_attn3 import FlashAttn3Kernel
+from .flash_attn4 import FlashAttn4Kernel
 from .torch_flash import TorchFlashKernel
 
 
@@ -27,17 +29,19 @@ _ALL = (*_HALF, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Capability:
-    """What a kernel can do. Windows, and value heads of another width than key heads, all of them can; sinks are no
-    matter of theirs, because they enter the logsumexp after the merge.
+    """What a kernel can do. All of them can do windows, and value heads of another width than key heads. Sinks are
+    not their concern: they enter the logsumexp after the merge.
 
     Attributes:
         make (`Callable`): the kernel, from `deterministic`.
         devices (`tuple[str, ...]`): device types; empty for all.
-        dtypes (`tuple[torch.dtype, ...]`): of queries, keys and values.
-        max_head_dim (`int`, *optional*): of keys and values.
+        dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
+        max_head_dim (`int`, *optional*): the widest head of keys or values.
         softcap (`bool`): whether it has one.
         status (`str`): whether the test suite has passed on the device.
         missing (`Callable`, *optional*): why it cannot run on this machine, `None` if it can.
+        max_deterministic_head_dim (`int`, *optional*): the widest head whose gradients it can make bitwise
+            reproducible; `None` if that is no limit.
     """
 
     make: Callable[[bool], AttentionKernel]
@@ -47,6 +51,7 @@ class Capability:
     softcap: bool
     status: str
     missing: Callable[[], str | None] = lambda: None
+    max_deterministic_head_dim: int | None = None
 
     def reason_against(
         self,
@@ -55,9 +60,10 @@ class Capability:
         dtype: torch.dtype | None,
         key_dim: int | None,
         value_dim: int | None,
+        deterministic: bool = False,
     ) -> str | None:
         """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. What
-        is `None` is not known and not held against it, but for the softcap."""
+        is `None` is not known and not held against it, except for the softcap."""
         if self.devices and device_type not in self.devices:
             return f"runs on {' and '.join(_DEVICE_NAMES.get(device, device) for device in self.devices)} only"
         if softcap is not None and not self.softcap:
@@ -67,6 +73,9 @@ class Capability:
         widest = max(key_dim or 0, value_dim or 0)
         if self.max_head_dim is not None and widest > self.max_head_dim:
             return f"takes heads up to {self.max_head_dim} wide, not {widest}"
+        most = self.max_deterministic_head_dim
+        if deterministic and most is not None and widest > most:
+            return f"has deterministic gradients for heads up to {most} wide, not {widest}"
         return self.missing()
 
 
@@ -77,13 +86,32 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _wrong_gpu(*generations: tuple[int, str]) -> str | None:
+    """Why this machine's GPU is none of the `(major compute capability, name)`; a machine without one says nothing
+    about the machine that is asked about."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if major in (wanted for wanted, _ in generations):
+        return None
+    names = " or ".join(f"{wanted}.x ({name})" for wanted, name in generations)
+    return f"needs a GPU of compute capability {names}; this one has {major}.{minor}"
+
+
 def _old_gpu() -> str | None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 (Ampere) or later"
     return None
 
 
+def _activated() -> str | None:
+    """What the user has put in the place of PyTorch's own FlashAttention-2: "FA3", "FA4" or `None`."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+
+
 def _no_flash_in_torch() -> str | None:
+    if _activated() is not None:
+        return f"is replaced by {_activated()}, which was activated in PyTorch"
     # On a machine without a GPU it says nothing of the machine that is asked about.
     if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
         return "is not part of this build of PyTorch"
@@ -97,11 +125,19 @@ def _no_flash_attn() -> str | None:
     major, minor = (int(part) for part in installed.split(".")[:2])
     if major != 2 or minor < 7:
         return f"needs flash-attn 2.7 or a later 2, not {installed}"
-    # FA3 and FA4 take the place of PyTorch's own kernel behind the calls of torch_flash.
-    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    if activated is not None:
-        return f"gives way to {activated}, which was activated in PyTorch"
     return _old_gpu()
+
+
+def _no_flash_attn_3() -> str | None:
+    if not hasattr(torch.ops.flash_attn_3, "bwd"):
+        return 'needs its library: install it and call torch.nn.attention.activate_flash_attention_impl("FA3")'
+    return _wrong_gpu((9, "Hopper"))
+
+
+def _no_flash_attn_4() -> str | None:
+    if _activated() != "FA4":
+        return 'needs flash-attn-4: install it and call torch.nn.attention.activate_flash_attention_impl("FA4")'
+    return _wrong_gpu((9, "Hopper"), (10, "Blackwell"))
 
 
 @cache
@@ -115,6 +151,8 @@ def _installed_flash_attn() -> str | None:
 # Best first.
 CAPABILITIES: dict[str, Capability] = {
     "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, None, False, TESTED),
+    "flash_attn_4": Capability(FlashAttn4Kernel, ("cuda",), _HALF, 128, False, EXPERIMENTAL, _no_flash_attn_4),
+    "flash_attn_3": Capability(FlashAttn3Kernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_attn_3, 192),
     "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, 256, True, EXPERIMENTAL, _no_flash_attn),
     "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_in_torch),
     "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, None, True, TESTED),
@@ -128,17 +166,19 @@ def explain_kernels(
     dtype: torch.dtype | None = None,
     key_dim: int | None = None,
     value_dim: int | None = None,
+    deterministic: bool = False,
 ) -> list[tuple[str, str | None]]:
     """`(name, reason)` of every kernel, best first: why it cannot run such a layer, or `None` for those that can.
 
     Args:
         device_type (`str`): `"cpu"` or `"cuda"`; this machine need not have it.
-        softcap (`float`, *optional*): of the layer.
-        dtype (`torch.dtype`, *optional*): of queries, keys and values; `None` if not known, like the sizes.
+        softcap (`float`, *optional*): the layer's.
+        dtype (`torch.dtype`, *optional*): dtype of queries, keys and values; `None` if not known, like the sizes.
         key_dim (`int`, *optional*), value_dim (`int`, *optional*): width of their heads.
+        deterministic (`bool`, *optional*): whether gradients must be bitwise equal from run to run.
     """
     return [
-        (name, capability.reason_against(device_type, softcap, dtype, key_dim, value_dim))
+        (name, capability.reason_against(device_type, softcap, dtype, key_dim, value_dim, deterministic))
         for name, capability in CAPABILITIES.items()
     ]
 
@@ -160,20 +200,34 @@ def select_kernel(
             fused ones of CUDA are slower with it. Defaults to `torch.are_deterministic_algorithms_enabled()`.
 
     Raises:
-        UnsupportedModelError: none can.
+        UnsupportedModelError: no kernel can.
+        ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
     """
-    explained = explain_kernels(device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
+    wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim}
+    explained = explain_kernels(device.type, softcap, **known, deterministic=wanted)
+    if device.type == "cuda":
+        _check_activated()
     for name, reason in explained:
         if reason is None:
             if name == "eager" and device.type == "cuda":
                 _say_why_slow(tuple(f"{other} {why}" for other, why in explained if why is not None))
-            wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
             return _kernel(name, wanted)
     reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
     raise UnsupportedModelError(
         f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "
         "float32."
     )
+
+
+def _check_activated() -> None:
+    name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
+    reason = name and CAPABILITIES[name].missing()
+    if reason:
+        raise ConfigurationError(
+            f"{_activated()} was activated in PyTorch, but it {reason}. Call "
+            "torch.nn.attention.restore_flash_attention_impl() to use PyTorch's own FlashAttention-2."
+        )
 
 
 @cache

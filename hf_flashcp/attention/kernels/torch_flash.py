@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
+from ..determinism import deterministic_algorithms
 from .varlen import VarlenKernel
 
 
@@ -14,8 +12,8 @@ class TorchFlashKernel(VarlenKernel):
     """`aten::_flash_attention_forward` and its backward, which `torch.nn.attention.varlen` calls too: CUDA, fp16 and
     bf16, heads up to 256 wide, windows, grouped queries; no softcap. Needs no other package.
 
-    After `torch.nn.attention.activate_flash_attention_impl("FA3")` or `("FA4")` PyTorch sends the same calls to
-    FlashAttention-3 or 4, with their limits of GPU and head width."""
+    `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention-3 or 4 behind the same operators; then
+    [`FlashAttn3Kernel`] or [`FlashAttn4Kernel`] calls those directly, and this kernel is not used."""
 
     name = "torch_flash"
 
@@ -37,7 +35,9 @@ class TorchFlashKernel(VarlenKernel):
         # Read with dropout only.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
         unused = torch.empty(0, device=query.device)
-        with _deterministic_algorithms(self.deterministic):
+        # Backward takes its deterministic path where PyTorch's global switch is on
+        # (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+        with deterministic_algorithms(self.deterministic):
             return torch.ops.aten._flash_attention_backward(
                 grad_out,
                 query,
@@ -55,24 +55,9 @@ class TorchFlashKernel(VarlenKernel):
             )
 
 
-def _window_sizes(causal: bool, window: int | None) -> dict[str, int]:
-    """Keys to the left and right of the aligned one; -1 for all."""
+def _window_sizes(causal: bool, window: int | None) -> dict[str, int | None]:
+    """Keys to the left and right of the aligned one; `None` for all."""
     return {
-        "window_size_left": -1 if window is None else window - 1,
-        "window_size_right": 0 if causal else -1,
+        "window_size_left": None if window is None else window - 1,
+        "window_size_right": 0 if causal else None,
     }
-
-
-@contextmanager
-def _deterministic_algorithms(on: bool) -> Iterator[None]:
-    """PyTorch's backward takes its deterministic path where this global switch is on
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu)."""
-    if not on:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,42 @@
+"""The calls that a GPU would get, through PyTorch's meta kernels: shapes, dtypes and arguments, but no numbers.
+
+With a CUDA build of PyTorch the tensors are fake CUDA tensors, which know their device, on machines without a GPU too;
+with a CPU build they are meta tensors.
+"""
+
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_flashcp.attention.kernels import varlen
+from tests.kernel_cases import SCALE, make
+
+
+FAKE = torch.device("cuda" if torch.version.cuda else "meta")
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """Tensors made inside on `FAKE` have no numbers. What kernels keep for later calls is cleared before and after."""
+    varlen._rounds.cache_clear()
+    try:
+        with FakeTensorMode() if torch.version.cuda else contextlib.nullcontext():
+            yield
+    finally:
+        varlen._rounds.cache_clear()
+
+
+def forward_and_backward(kernel, shape, rectangles, **options):
+    """A kernel's out and logsumexp for bf16 tensors on `FAKE`, inside [`fake_cuda`]; nothing is computed."""
+    query, key, value, grad_out = (
+        torch.empty_like(tensor, dtype=torch.bfloat16, device=FAKE) for tensor in make(shape, rectangles)
+    )
+    found = kernel.forward(query, key, value, rectangles, scale=SCALE, **options)
+    whole = torch.empty_like(grad_out), torch.empty(query.shape[:2], device=FAKE)
+    grads = {
+        name: torch.zeros(tensor.shape, device=FAKE)
+        for name, tensor in (("grad_query", query), ("grad_key", key), ("grad_value", value))
+    }
+    kernel.backward(grad_out, query, key, value, *whole, rectangles, scale=SCALE, **options, **grads)
+    return found

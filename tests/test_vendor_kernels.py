@@ -1,0 +1,132 @@
+"""The vendors' kernels are called as their interfaces say, and what they return is used as they mean it."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_flashcp.attention.kernels import (
+    EagerKernel,
+    FlashAttn2Kernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    TorchFlashKernel,
+    varlen,
+)
+from hf_flashcp.layout import Rectangle
+from hf_flashcp.planning import plan_documents
+from tests import determinism_cases, vendor_kernels
+from tests.fake_cuda import FAKE, fake_cuda, forward_and_backward
+from tests.kernel_cases import CAUSAL, FP64, FULL, EmulatedVarlen, difference, make, run, textbook
+
+
+# How the vendor is stood in for, the kernel that calls it, and whether it has a softcap.
+VENDORS = {
+    "flash-attn 2": (vendor_kernels.flash_attn_2, FlashAttn2Kernel, True),
+    "FlashAttention-3": (vendor_kernels.flash_attn_3, FlashAttn3Kernel, False),
+    **{
+        f"flash-attn-4 {version}": (functools.partial(vendor_kernels.flash_attn_4, version), FlashAttn4Kernel, False)
+        for version in vendor_kernels.FA4
+    },
+}
+CALLS = [
+    (CAUSAL["squares"], {"causal": True}),
+    (CAUSAL["squares"], {"causal": True, "window": 6}),
+    (CAUSAL["bands"], {"causal": True, "window": 1}),
+    (CAUSAL["bands"], {"causal": True}),
+    (FULL["disjoint keys"], {"causal": False}),
+    (FULL["prefixes of two"], {"causal": False}),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", VENDORS)
+def test_calls_fit_the_vendors_interface_and_results_are_exact(name, deterministic):
+    stand_in, kernel, softcap = VENDORS[name]
+    calls = CALLS + [(CAUSAL["squares"], {"causal": True, "softcap": 2.0})] * softcap
+    with stand_in() as vendor:
+        for rectangles, options in calls:
+            for shape in ((4, 2, 12, 8), (3, 3, 8, 8)):
+                inputs = make(shape, rectangles)
+                ours = run(kernel(deterministic=deterministic), inputs, rectangles, **options)
+                assert difference(ours, textbook(inputs, rectangles, **options)) < FP64, (options, shape)
+    assert vendor.forwards == vendor.backwards >= 2 * len(calls)
+    assert vendor.deterministic == {deterministic}
+
+
+def received_rows(rows, heads, key_dim, value_dim):
+    """Keys and values as they arrive from another rank: those of a token side by side, all heads' keys first."""
+    packed = torch.randn(rows, heads * (key_dim + value_dim), generator=torch.Generator().manual_seed(0))
+    keys, values = packed.bfloat16().split([heads * key_dim, heads * value_dim], dim=1)
+    return keys.unflatten(1, (heads, key_dim)).transpose(0, 1), values.unflatten(1, (heads, value_dim)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", [EmulatedVarlen, FlashAttn2Kernel])
+@pytest.mark.parametrize("heads, key_dim, value_dim", [(3, 12, 16), (1, 4, 8), (5, 20, 24), (2, 8, 8), (3, 16, 12)])
+def test_what_a_kernel_gets_is_aligned(kernel, heads, key_dim, value_dim):
+    """Values begin behind 3 x 12 keys, at byte 72 of a row: not where 16 bytes can be loaded. The stand-ins check."""
+    key, value = received_rows(20, heads, key_dim, value_dim)
+    query, grad_out = (torch.randn(9, heads, width).bfloat16().transpose(0, 1) for width in (key_dim, value_dim))
+    inputs, rectangles = (query, key, value, grad_out), [Rectangle(0, 9, 0, 20)]
+    with vendor_kernels.flash_attn_2():
+        ours = run(kernel(), inputs, rectangles, causal=False)
+    expected = run(EagerKernel(), inputs, rectangles, causal=False)
+    assert difference(ours, expected) < 2e-2  # rounded to bf16
+
+
+def test_aligned_rows_are_not_copied():
+    key, value = received_rows(20, 2, 16, 16)
+    for tensor, given in zip(varlen._rows_first(key, value), (key, value)):
+        assert tensor.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("rectangles, options", CALLS, ids=str)
+def test_pytorchs_flash_takes_our_calls(rectangles, options):
+    """Through its meta kernels, on fake CUDA tensors where PyTorch has CUDA: arguments and their order, shapes,
+    dtypes and devices, forward and backward; nothing is computed. A side without a bound is `None`, never -1, which
+    would be a bound for some of the implementations that can stand behind these operators."""
+    with fake_cuda(), seen_windows() as windows:
+        kernel = TorchFlashKernel(deterministic=True)
+        out, lse = forward_and_backward(kernel, (4, 2, 12, 8), rectangles, **options)
+    rows = sum(r.q_stop - r.q_start for r in rectangles)
+    assert out.shape == (4, rows, 8) and out.dtype == torch.bfloat16 and out.device.type == FAKE.type
+    assert lse.shape == (4, rows) and lse.dtype == torch.float32
+    left = options["window"] - 1 if "window" in options else None
+    assert set(windows) == {(left, 0 if options["causal"] else None)}
+
+
+class seen_windows(TorchDispatchMode):
+    """A list of the windows that flash operators are called with."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.found = []
+        return self.found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_flash_attention" in func.__name__:
+            self.found.append((kwargs.get("window_size_left"), kwargs.get("window_size_right")))
+        return func(*args, **(kwargs or {}))
+
+
+# Deterministic algorithms
+
+
+def test_a_deterministic_layer_sorts_no_index_and_fills_no_memory(pool):
+    """With PyTorch's switch on in forward and backward: index operators and new tensors inside the engine do not see
+    it, since rows are distinct and all of them are written. The switch is as before afterwards."""
+    names = set()
+    for inside, restored in pool.run(
+        4, determinism_cases.switches_in_a_layer, plan_documents([40] * 14, 4, strategy="per_doc")
+    ):
+        names |= {name for name, *_ in inside}
+        assert restored == (True, True)
+        assert {(on, filled) for _, on, filled in inside} == {(False, False)}
+    assert names >= {"index_add_", "index_copy_", "index_select", "new_empty"}
+
+
+def test_pytorchs_flash_backward_alone_sees_the_switch():
+    seen = determinism_cases.switches_in_pytorchs_flash()
+    assert {name for name, on, filled in seen if on} == {"_flash_attention_backward"}
+    assert ("_flash_attention_backward", True, False) in seen
