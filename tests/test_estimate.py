@@ -294,6 +294,7 @@ def test_command_prints_a_table(capsys, config):
     assert "\ncp_size 8: the smallest that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
         assert f"\n  {part}" in out or f"\n{part}" in out
+    assert "\nin the last layer's backward: 27.1, of which attention workspace 5.1\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1
     assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
