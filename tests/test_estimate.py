@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -9,8 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_flashcp.bench.memory import CASES, LLAMA, RANK_CASES, compare, compare_on_ranks
 from hf_flashcp.errors import ConfigurationError
+from hf_flashcp.layout import RankPlan
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
+from hf_flashcp.planning.attention_memory import attention_backward, backward_buffers, backward_workspace
 from hf_flashcp.planning.fit import Choice, best, choices, cp_sizes, usable_bytes
+from hf_flashcp.planning.layer_work import largest_calls
 from hf_flashcp.planning.memory import PARTS, MemoryEstimate, TrainingSetup, estimate_memory, largest_window
 from hf_flashcp.planning.memory_shape import MemoryShape
 from hf_flashcp.planning.model_shape import LLAMA_3_8B
@@ -56,6 +60,14 @@ def test_received_kv_is_held_where_one_document_is_shared(pool):
     config = {**LLAMA, "num_key_value_heads": 8}
     for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (1024,)):
         assert_near(found, within=0.02)
+
+
+def test_estimate_where_attention_is_the_peak(pool):
+    narrow = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = {**LLAMA, **narrow, "num_key_value_heads": 8, "head_dim": 32}
+    for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (4096,)):
+        assert found["moment"] == "last layer's backward"
+        assert_near(found, within=0.05)
 
 
 _FOUR_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -126,6 +138,113 @@ def test_largest_window_is_the_largest(mode):
     assert largest_window(SHAPE, setup, 8, 1e9) == 0
 
 
+def test_workspace_of_flash_attention_2():
+    # 32 query heads and 8 KV heads of 128, 16,384 queries against 114,688 keys.
+    buffers = backward_buffers(SHAPE, 16384, 114688)
+    assert buffers["expanded dk, dv"] == 2 * 2 * 114688 * 32 * 128 == pytest.approx(1.88e9, rel=1e-3)
+    assert buffers["dq_accum"] == 4 * (16384 + 128) * 32 * 128 == pytest.approx(0.27e9, rel=3e-3)
+    assert buffers["softmax_d"] == 4 * (16384 + 128) * 32
+    assert buffers["dk, dv"] == 2 * 2 * 114688 * 8 * 128 == pytest.approx(0.47e9, rel=1e-3)
+    assert buffers["dq"] == 2 * 16384 * 32 * 128
+    assert buffers["padded inputs"] == 0
+    assert backward_workspace(SHAPE, 16384, 114688) == sum(buffers.values())
+
+
+def test_workspace_expands_keys_of_grouped_queries_alone():
+    grouped = backward_buffers(SHAPE, 1000, 4000)
+    equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 4000)
+    assert equal["expanded dk, dv"] == 0
+    assert equal["dk, dv"] == grouped["expanded dk, dv"] == 4 * grouped["dk, dv"]
+    assert equal["dq_accum"] == grouped["dq_accum"]
+
+
+@pytest.mark.parametrize(
+    "key_dim, value_dim, width, rounded, padded",
+    [
+        (80, 80, 80, 96, 0),
+        (192, 192, 192, 192, 0),
+        (160, 160, 160, 192, 0),
+        # Padded with zeros: value, output and its gradient; all five.
+        (192, 128, 192, 192, 2 * 100 * 32 + 700 * 8),
+        (12, 12, 16, 32, 3 * 100 * 32 + 2 * 700 * 8),
+    ],
+)
+def test_workspace_pads_heads(key_dim, value_dim, width, rounded, padded):
+    buffers = backward_buffers(replace(SHAPE, key_dim=key_dim, value_dim=value_dim), 100, 700, sequences=3)
+    assert buffers["dq_accum"] == 4 * (100 + 3 * 128) * 32 * rounded
+    assert buffers["dq"] == 2 * 100 * 32 * width
+    assert buffers["padded inputs"] == 2 * padded * width
+
+
+def test_only_gpus_have_a_workspace():
+    def most(shape=SHAPE, **options):
+        estimate = estimate_memory(shape, TrainingSetup(gpus=8, **options), 16384, 114688, 16384)
+        return max(parts["attention workspace"] for parts in estimate.moments.values())
+
+    assert most() == sum(backward_buffers(SHAPE, 16384, 114688).values())
+    assert most(device="cpu") == 0
+    # FlashAttention-2 takes neither fp32 nor wider heads.
+    assert most(dtype="float32", mixed_precision="no") == 0
+    assert most(replace(SHAPE, key_dim=512, value_dim=512)) == 0
+
+
+def test_estimate_of_one_long_document_has_the_workspace():
+    setup = TrainingSetup(gpus=8, gradient_checkpointing="full")
+    (choice,) = choices(LLAMA_3_8B, H100, setup, [131072], [8])
+    (on_cpu,) = choices(LLAMA_3_8B, H100, replace(setup, device="cpu"), [131072], [8])
+    parts = choice.memory.moments["last layer's backward"]
+    assert parts["attention workspace"] == pytest.approx(backward_workspace(SHAPE, 16384, 114688, 2), rel=0.01)
+    assert sum(parts.values()) - sum(on_cpu.memory.moments["last layer's backward"].values()) > 1e9
+    # With few logits to hold, it decides how much fits.
+    small = {**LLAMA_3_8B, "vocab_size": 1024}
+    (choice,) = choices(small, H100, setup, [131072], [8])
+    (on_cpu,) = choices(small, H100, replace(setup, device="cpu"), [131072], [8])
+    assert choice.memory.peak == "last layer's backward" and choice.memory.parts["attention workspace"] > 2.5e9
+    assert choice.largest_window < on_cpu.largest_window
+
+
+def test_points_of_attention_s_backward():
+    setup = TrainingSetup(gpus=8)
+    arguments = {"received": 40000, "sent": 5000, "sequences": 1, "freed": 0}
+    c, kv, queries = 2, SHAPE.kv_width, 1000 * SHAPE.query_heads * SHAPE.key_dim
+
+    def points(stage_keys, kept):
+        return attention_backward(SHAPE, setup, 1000, stage_keys=stage_keys, kept=kept, **arguments)
+
+    stage, cast, local, end = points(40000, kept=True)
+    always = 4 * (queries + 1000 * kv) + c * 1000 * (SHAPE.query_heads * SHAPE.value_dim + 2 * SHAPE.hidden)
+    assert stage.temporary == always + c * kv * 5000 + 4 * kv * 40000
+    assert cast.temporary - stage.temporary == c * kv * 40000 and cast.workspace == 0
+    assert local.temporary == always + c * kv * 45000
+    assert local.workspace == backward_workspace(SHAPE, 1000, 1000)
+    assert end.temporary == always + c * (queries + 1000 * kv) and end.workspace == 0
+    # Fetched again, KV is held until its stage is computed.
+    assert points(40000, kept=False)[0].temporary - stage.temporary == c * kv * 40000
+    # Of two equal stages the second has the gradients of the first under way.
+    second = points(20000, kept=True)[0]
+    assert stage.temporary - second.temporary == (4 - c) * kv * 20000
+    assert second.workspace == backward_workspace(SHAPE, 1000, 20000)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("groups", [None, [[1], [2, 3]]])
+def test_largest_calls_are_those_of_the_layouts(window, groups):
+    plan = plan_documents([3000, 500, 40, 40, 516], 4, strategy="per_doc").with_offset_groups(groups)
+    layers = [replace(CostModel.from_config(LLAMA_3_8B, H100).layers[0], window=window)]
+    layouts = [RankPlan(plan, rank, FourRanks()).layout_for(window) for rank in range(4)]
+    stages = [stage for layout in layouts for stage in layout.stages(torch.device("cpu"))]
+    keys = [stage.received if stage.key_order is None else stage.key_order.count for stage in stages]
+    calls = [layout.local for layout in layouts] + [stage.rectangles for stage in stages]
+    found_keys, found_sequences = largest_calls(plan, layers)
+    assert found_keys == max(keys)
+    assert max(map(len, calls)) <= found_sequences <= max(map(len, plan.slices))
+
+
+class FourRanks:
+    def size(self):
+        return 4
+
+
 def test_choices_use_the_cost_model_s_times():
     lengths = [30000, 20000, 15536]
     found = choices(LLAMA_3_8B, H100, TrainingSetup(gpus=8), lengths)
@@ -175,6 +294,7 @@ def test_command_prints_a_table(capsys, config):
     assert "\ncp_size 8: the smallest that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
         assert f"\n  {part}" in out or f"\n{part}" in out
+    assert "\nin the last layer's backward: 27.1, of which attention workspace 5.1\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1
     assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
@@ -188,6 +308,7 @@ def test_command_as_json(capsys, config):
     assert (code, err) == (0, "") and found["cp_size"] == 8 and found["window"] == 65536 and found["documents"] > 1
     (choice,) = found["choices"]
     assert choice["memory"]["total"] == pytest.approx(sum(choice["memory"]["parts"].values()), abs=8)
+    assert all(list(parts) == list(PARTS) for parts in choice["memory"]["moments"].values())
     assert set(found["gradient_checkpointing"]) == {"none", "full", "attention-saving"}
 
 
@@ -235,6 +356,8 @@ def test_a_config_without_sizes(capsys, tmp_path):
 def test_unknown_setup():
     with pytest.raises(ConfigurationError, match="sharding is 'zero3': choose one of fsdp2, ddp"):
         TrainingSetup(sharding="zero3")
+    with pytest.raises(ConfigurationError, match="device is 'tpu': choose one of cuda, cpu"):
+        TrainingSetup(device="tpu")
 
 
 def test_estimating_imports_no_torch(config):

@@ -83,7 +83,7 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
     from ..integrations.attach import attach
 
-    setup = TrainingSetup(**{"sharding": "ddp", **options})
+    setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
     values = {name: value for name, value in config.items() if name != "model_type"}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(

@@ -11,7 +11,15 @@ from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import ConfigurationError, PlanError
 from ..planning import HARDWARE, HardwareProfile
 from ..planning.fit import Choice, best, choices, usable_bytes
-from ..planning.memory import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
+from ..planning.memory import (
+    DTYPES,
+    GRADIENT_CHECKPOINTING,
+    MIXED_PRECISIONS,
+    SHARDINGS,
+    WORKSPACE,
+    MemoryEstimate,
+    TrainingSetup,
+)
 from ..planning.memory_shape import MemoryShape
 from .model_config import read_config
 from .plan import _aligned, counted, json_text
@@ -181,11 +189,22 @@ def _text(shape, setup, lengths, hardware, found, chosen, reason, shown, modes) 
             verdict,
             "",
             f"memory with cp_size {shown.cp_size}, GiB a GPU, at its highest: {shown.memory.peak}",
-            *(f"  {line}" for line in _aligned([(name.ljust(11), size) for name, size in parts])),
+            *(f"  {line}" for line in _aligned([(name.ljust(19), size) for name, size in parts])),
+            *_with_workspace(shown.memory),
             "",
             *_aligned([(row[0].ljust(22), *row[1:]) for row in with_modes]),
         ]
     )
+
+
+def _with_workspace(memory: MemoryEstimate) -> list[str]:
+    """The moment with the attention workspace, unless it is the peak, where the parts above show it."""
+    moments = {name: parts for name, parts in memory.moments.items() if parts[WORKSPACE]}
+    if not moments or memory.peak in moments:
+        return []
+    name = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = moments[name]
+    return ["", f"in the {name}: {_gib(sum(parts.values()))}, of which {WORKSPACE} {_gib(parts[WORKSPACE])}"]
 
 
 def _gib(size: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import ConfigurationError, PlanError
 from .cost import CostModel, StepTime
 from .hardware_profile import HardwareProfile
+from .layer_work import largest_calls
 from .memory import MemoryEstimate, TrainingSetup, estimate_memory, largest_window
 from .memory_shape import MemoryShape
 from .plan import ShardPlan
@@ -18,7 +19,7 @@ from .strategies import plan_documents
 
 
 USABLE_MEMORY = 0.9
-"""Of a device, assumed: the rest is for the CUDA context, NCCL's buffers, kernels' workspaces and fragmentation."""
+"""The assumed share of a device: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and fragmentation."""
 
 MOST_GPUS = 2**20
 """Whose divisors are looked for one by one."""
@@ -128,10 +129,16 @@ def _choice(
     window = sum(lengths)
     tokens = max(plan.report()["tokens"])
     received, sent = _moved(plan, cost_model)
-    memory = estimate_memory(shape, setup, tokens, received, sent, window)
+    keys, sequences = largest_calls(plan, cost_model.layers)
+    memory = estimate_memory(shape, setup, tokens, received, sent, window, stage_keys=keys, sequences=sequences)
     time = cost_model.step_time(plan)
     seconds = step_seconds(time, setup.gradient_checkpointing)
-    shares = {"received_share": received / tokens, "sent_share": sent / tokens}
+    shares = {
+        "received_share": received / tokens,
+        "sent_share": sent / tokens,
+        "stage_share": keys / tokens,
+        "sequence_share": sequences / tokens,
+    }
     return Choice(
         cp_size=cp_size,
         memory=memory,

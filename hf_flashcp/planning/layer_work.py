@@ -17,7 +17,7 @@ from .hardware_profile import Kernel
 from .model_shape import AttentionLayers
 from .node_traffic import relayed_traffic
 from .plan import ShardPlan, Slice
-from .volume import by_link, full_attention_traffic, kv_traffic
+from .volume import by_link, full_attention_traffic, kv_traffic, traffic_matrix
 
 
 _NO_WINDOW = 1 << 40
@@ -77,13 +77,30 @@ def _stage(
         # What it hands on is packed again, what the second step brings put in place; of the first's, the rest.
         return StageWork(rectangles, received, sent, handed_on, sent.sum(0) + handed_on.sum(0) + received.sum(0))
     if group is not None:
-        offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
-        received, sent = by_link(np.array(kv_traffic(plan)) * np.isin(offset, group), ranks_per_node)
+        received, sent = by_link(np.array(kv_traffic(plan)) * np.isin(_ring_offsets(cp_size), group), ranks_per_node)
     elif cp_size <= ranks_per_node and window is None:
         received, sent = (np.array([tokens, [0] * cp_size]) for tokens in full_attention_traffic(cp_size, plan.slices))
     else:
         received, sent = by_link(kv_traffic(plan, window), ranks_per_node)
     return StageWork(rectangles, received, sent, nothing, sent.sum(0))
+
+
+def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
+    """Returns `(keys, sequences)`: the most keys that a stage attends to, and the most rectangles that one kernel call
+    takes, on any rank and in any of the layers."""
+    keys, sequences = [0], [0]
+    for window in {hiding_window(each, plan) for each in layers}:
+        if window is None:
+            local, remote = _full_rectangles(plan.slices)
+            groups = [range(plan.cp_size)] if plan.offset_groups is None else plan.offset_groups
+            traffic, offset = traffic_matrix(plan.slices), _ring_offsets(plan.cp_size)
+            keys += [int((traffic * np.isin(offset, group)).sum(0).max()) for group in groups]
+        else:
+            local, remote = _window_rectangles(plan.slices, window)
+            rank, queries, before = remote.T
+            keys.append(int(np.bincount(rank, queries + before, plan.cp_size).max()))  # a band for each rectangle
+        sequences += [int(np.bincount(each[:, 0], minlength=plan.cp_size).max()) for each in (local, remote)]
+    return max(keys), max(sequences)
 
 
 def call_seconds(
@@ -117,6 +134,11 @@ def call_seconds(
     np.maximum.at(alone, rank, (longest + overhead) * kernel.units * a_key)
     calls = np.bincount(rank, minlength=cp_size) > 0
     return np.maximum(total, alone) + kernel.call_seconds * calls
+
+
+def _ring_offsets(cp_size: int) -> np.ndarray:
+    """(cp_size, cp_size): how many ranks a receiver lies behind a sender in the ring, [sender][receiver]."""
+    return (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
 
 
 def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from .attention_memory import BackwardPoint, attention_backward
 from .memory_shape import MemoryShape
 from .volume import MOST_KEPT
 
@@ -21,8 +22,20 @@ SHARDINGS = ("fsdp2", "ddp")
 GRADIENT_CHECKPOINTING = ("none", "full", "attention-saving")
 DTYPES = {"bfloat16": 2, "float32": 4}
 MIXED_PRECISIONS = ("bf16", "no")
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "received KV", "gathered", "temporary")
-"""Of which every moment's memory is the sum."""
+DEVICES = ("cuda", "cpu")
+WORKSPACE = "attention workspace"
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "received KV",
+    "gathered",
+    "temporary",
+    WORKSPACE,
+)
+"""The parts that add up to the memory of every moment."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class TrainingSetup:
         mixed_precision (`str`): accelerate's. With "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers
             them in bf16; DDP runs under autocast.
         gradient_checkpointing (`str`): "none", "full", or "attention-saving" (`save_attention_context_fn`).
+        device (`str`): "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu",
+            where there is none.
     """
 
     gpus: int = 1
@@ -43,6 +58,7 @@ class TrainingSetup:
     dtype: str = "bfloat16"
     mixed_precision: str = "bf16"
     gradient_checkpointing: str = "none"
+    device: str = "cuda"
 
     def __post_init__(self):
         choices = {
@@ -50,6 +66,7 @@ class TrainingSetup:
             "dtype": tuple(DTYPES),
             "mixed_precision": MIXED_PRECISIONS,
             "gradient_checkpointing": GRADIENT_CHECKPOINTING,
+            "device": DEVICES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -117,12 +134,14 @@ class _Layer:
         attention_result: of that, attention's output and logsumexp.
         shared_input: of that, the layer's input.
         backward: what backward has at most beside it, in the feed-forward block, weight gradients apart.
+        block: of `kept`, what the feed-forward block and its norm keep, which their backward frees.
     """
 
     kept: float
     attention_result: float
     shared_input: float
     backward: float
+    block: float
 
 
 def estimate_memory(
@@ -133,6 +152,8 @@ def estimate_memory(
     sent: float = 0,
     batch_tokens: int = 0,
     kept: bool | None = None,
+    stage_keys: float | None = None,
+    sequences: float = 1,
 ) -> MemoryEstimate:
     """Memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has as default.
 
@@ -144,6 +165,9 @@ def estimate_memory(
         batch_tokens (`int`): of the whole batch, which every rank reads.
         kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
             library does.
+        stage_keys (`float`, *optional*): tokens whose KV the largest stage of a layer attends to; by default there is
+            one stage, with all that the rank receives.
+        sequences (`float`): sequences in one kernel call, at most.
     """
     layer = _layer(shape, setup)
     w, c, s = setup.weight_bytes, setup.compute_bytes, setup.stream_bytes
@@ -174,21 +198,22 @@ def estimate_memory(
     embedding, of_layer = shape.embedding_parameters, shape.layer_parameters
     state = {"weights": w * shape.parameters / shards, "optimizer": 2 * w * shape.parameters / shards}
     grads_of_head = 0 if setup.sharding == "fsdp2" and shape.tied else embedding + shape.hidden
-    # fp32 queries, keys and values collect attention's gradients, which are then cast; received ones travel home.
-    exchange = (4 + c) * received * shape.kv_width + c * sent * shape.kv_width
-    attention = tokens * (
-        (4 + c) * (shape.query_heads * shape.key_dim + shape.kv_width)
-        + c * shape.query_heads * shape.value_dim
-        + 2 * input_bytes
+    in_attention = attention_backward(
+        shape,
+        setup,
+        tokens,
+        received,
+        sent,
+        received if stage_keys is None else stage_keys,
+        sequences,
+        kept=kept,
+        freed=tokens * layer.block,
     )
-    after_mlp = layer.kept - _block_bytes(shape, setup)
-    fetched = 0 if kept_kv else c * received * shape.kv_width
-    in_attention = attention + exchange + fetched - tokens * (layer.kept - after_mlp)
-    in_layer = max(tokens * layer.backward, in_attention)
+    in_layer = max((BackwardPoint(tokens * layer.backward), *in_attention), key=lambda point: point.total)
     gathered = _gathered(shape, setup)
     batch = 8 * (3 * batch_tokens + 4 * tokens)
 
-    def moment(gradients, activations, logits=0, kv=0, gathered=0, temporary=0):
+    def moment(gradients, activations, logits=0, kv=0, gathered=0, temporary=0, workspace=0):
         values = {
             **state,
             "gradients": w * gradients / shards,
@@ -197,6 +222,7 @@ def estimate_memory(
             "received KV": kv,
             "gathered": gathered,
             "temporary": temporary + batch,
+            WORKSPACE: workspace,
         }
         return {part: values[part] for part in PARTS}
 
@@ -212,19 +238,21 @@ def estimate_memory(
         ),
         "last layer's backward": moment(
             grads_of_head,
-            stack - tokens * head + tokens * of_one,
+            stack - tokens * head + tokens * of_one - in_layer.freed,
             0,
             all_kv + kv_of_one,
             gathered["backward"],
-            in_layer + w * of_layer / 3 * (shards == 1),
+            in_layer.temporary + w * of_layer / 3 * (shards == 1),
+            in_layer.workspace,
         ),
         "first layer's backward": moment(
             everything - embedding * (not shape.tied) - of_layer * 2 / 3,
-            one + tokens * rope,
+            one + tokens * rope - in_layer.freed,
             0,
             kv_of_each + kv_of_one,
             gathered["first layer"],
-            in_layer,
+            in_layer.temporary,
+            in_layer.workspace,
         ),
         "embedding's backward": moment(
             everything,
@@ -265,7 +293,7 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     more_norms = (shape.norms - 2) * shape.norm_bytes(shape.hidden, s)
     # The gradients of both factors of the gated product stand beside them.
     backward = (2 if shape.gated else 1) * c * shape.intermediate + 2 * s * shape.hidden
-    return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward)
+    return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
 def _gathered(shape: MemoryShape, setup: TrainingSetup) -> dict[str, float]:
@@ -313,6 +341,8 @@ def largest_window(
     *,
     received_share: float = 0,
     sent_share: float = 0,
+    stage_share: float | None = None,
+    sequence_share: float = 0,
     multiple: int = 1024,
 ) -> int:
     """The most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
@@ -321,12 +351,23 @@ def largest_window(
         cp_size (`int`): ranks that share the row.
         memory_bytes (`float`): what a device has for training.
         received_share (`float`), sent_share (`float`): tokens received and sent for each of the rank's own.
+        stage_share (`float`, *optional*), sequence_share (`float`): likewise `stage_keys` and `sequences` of
+            [`estimate_memory`].
     """
 
     def fits(units: int) -> bool:
         tokens = units * multiple / cp_size
-        received, sent = received_share * tokens, sent_share * tokens
-        return estimate_memory(shape, setup, tokens, received, sent, units * multiple).total <= memory_bytes
+        estimate = estimate_memory(
+            shape,
+            setup,
+            tokens,
+            received_share * tokens,
+            sent_share * tokens,
+            units * multiple,
+            stage_keys=None if stage_share is None else stage_share * tokens,
+            sequences=sequence_share * tokens,
+        )
+        return estimate.total <= memory_bytes
 
     low, high = 0, 1
     while fits(high) and high < 2**24:

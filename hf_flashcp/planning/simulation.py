@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, PlanError
 from . import schemes
 from .cost import BACKWARD_OF_LINEAR, CostModel, StepTime
 from .fit import step_seconds
-from .layer_work import hiding_window
+from .layer_work import hiding_window, largest_calls
 from .memory import TrainingSetup, estimate_memory
 from .memory_shape import MemoryShape
 from .node_traffic import traffic_by_link
@@ -154,7 +154,17 @@ def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.nd
         sent += width * np.array(report["kv_sent"])
     every_layer = model.itemsize * sum(layers.count * layers.kv_elements_per_token for layers in model.layers)
     most_received, most_sent = (moved.max() / every_layer for moved in (needed, sent))
-    memory = estimate_memory(shape, setup, max(rank_tokens(plan.slices)), most_received, most_sent, sum(lengths))
+    keys, sequences = largest_calls(plan, model.layers)
+    memory = estimate_memory(
+        shape,
+        setup,
+        max(rank_tokens(plan.slices)),
+        most_received,
+        most_sent,
+        sum(lengths),
+        stage_keys=keys,
+        sequences=sequences,
+    )
     return model.step_time(plan), received, memory.total
 
 

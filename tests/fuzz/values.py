@@ -207,6 +207,7 @@ setups = optional(
     sharding=st.sampled_from(["fsdp2", "ddp"]),
     gradient_checkpointing=st.sampled_from(["none", "full", "attention-saving"]),
     mixed_precision=st.sampled_from(["bf16", "no"]),
+    device=st.sampled_from(["cuda", "cpu"]),
 )
 sizes = mostly(st.integers(1, 4), json_values)
 environments = optional(
