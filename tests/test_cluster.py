@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_flashcp.doctor import cluster
+from hf_flashcp.doctor import cluster, layer_errors
 from hf_flashcp.errors import ConfigurationError
 
 
@@ -54,17 +54,17 @@ def with_wrong_data():
 
 
 def with_a_wrong_layer():
-    original = cluster.document_attention
+    original = layer_errors.document_attention
 
     def scaled(*args, **kwargs):
         out = original(*args, **kwargs)
         return out * 1.01 if dist.get_rank() == 0 else out
 
-    cluster.document_attention = scaled
+    layer_errors.document_attention = scaled
     try:
         checked()
     finally:
-        cluster.document_attention = original
+        layer_errors.document_attention = original
 
 
 def with_another_version():

@@ -18,19 +18,16 @@ import torch.distributed as dist
 import transformers
 
 from .. import __version__
-from ..attention import document_attention, select_kernel
+from ..attention import select_kernel
 from ..errors import ConfigurationError
 from ..exchange import require_agreement
-from ..layout import RankPlan
-from ..planning import plan_documents
-from .one_by_one import attend_one_by_one
+from .layer_errors import LayerCase, layer_errors
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LENGTHS = (700, 260, 64, 31, 1)
-HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+CASE = LayerCase()
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Relative Frobenius norms of out, dQ, dK and dV against every document alone. bf16 is held against twice the error
 of bf16 on one device."""
@@ -151,52 +148,14 @@ def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
     found = {}
     exact = torch.float64 if device.type == "cpu" else torch.float32
     for dtype in (exact, torch.bfloat16):
-        errors, alone, kernel = _layer_errors(group, device, dtype)
+        kernel = select_kernel(device, dtype=dtype, key_dim=CASE.head_dim, value_dim=CASE.head_dim)
+        errors, alone = layer_errors(CASE, group, device, dtype, kernel)
         limit = LIMITS.get(dtype) or 2 * max(alone)
         worst = max(_gathered(max(errors)))
-        found[str(dtype).removeprefix("torch.")] = {"kernel": kernel, "error": worst, "limit": limit}
+        found[str(dtype).removeprefix("torch.")] = {"kernel": kernel.name, "error": worst, "limit": limit}
         problem = None
         if not max(errors) <= limit:
             where = f"rank {dist.get_rank()} ({socket.gethostname()})"
-            problem = f"attention in {dtype} with the kernel {kernel} is off by {max(errors):.1e} on {where}"
+            problem = f"attention in {dtype} with the kernel {kernel.name} is off by {max(errors):.1e} on {where}"
         _everywhere(problem and f"{problem}, more than {limit:.1e}: report it with the versions of torch and the GPU")
     return found
-
-
-def _layer_errors(
-    group: ProcessGroup, device: torch.device, dtype: torch.dtype
-) -> tuple[list[float], list[float], str]:
-    """`(ours, one device's, kernel)`: errors of out, dQ, dK and dV of this rank's tokens, and of one device in the
-    same dtype, against fp64."""
-    plan = RankPlan(plan_documents(LENGTHS, group.size(), strategy="per_doc"), group.rank(), group)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(heads, sum(LENGTHS), HEAD_DIM, generator=generator, dtype=torch.float64).to(device, dtype)
-        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    ]
-    reference = _alone([tensor.double() for tensor in inputs])
-    index = plan.layout.token_index.to(device)
-    leaves = [tensor.index_select(1, index).requires_grad_() for tensor in inputs[:3]]
-    kernel = select_kernel(device, dtype=dtype, key_dim=HEAD_DIM, value_dim=HEAD_DIM)
-    out = document_attention(*leaves, plan, kernel=kernel)
-    out.backward(inputs[3].index_select(1, index))
-    ours = [out.detach(), *(leaf.grad for leaf in leaves)]
-    single = _alone(inputs)
-    return (
-        [_error(a, b.index_select(1, index)) for a, b in zip(ours, reference)],
-        [_error(a, b) for a, b in zip(single, reference)],
-        kernel.name,
-    )
-
-
-def _alone(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
-    out = attend_one_by_one(*leaves, LENGTHS)
-    out.backward(inputs[3])
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    norm = reference.double().norm()
-    return float((ours.double() - reference.double()).norm() / norm) if norm > 0 else 0.0

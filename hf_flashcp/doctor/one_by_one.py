@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def attend_one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
 ) -> torch.Tensor:
     """Causal attention of one document after the other, by `scaled_dot_product_attention`.
 
@@ -17,10 +17,18 @@ def attend_one_by_one(
         query (`torch.Tensor`): (H_q, C, D).
         key, value (`torch.Tensor`): (H_kv, C, D).
         lengths (`Sequence[int]`): tokens of each document; they add up to C.
+        window (`int`, *optional*): keys that a query sees, itself included; by a mask of length x length.
 
     Returns:
         `torch.Tensor`: (H_q, C, D).
     """
     parts = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)))
-    outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0] for part in parts]
-    return torch.cat(outs, dim=1)
+    return torch.cat([_attend(*part, window)[0] for part in parts], dim=1)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    if window is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    length = query.shape[2]
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)

@@ -33,6 +33,10 @@ class WorkerFailure(AssertionError):
         self.errors = errors
 
 
+class LostWorker(RuntimeError):
+    """A worker that died or did not answer in time."""
+
+
 class WorkerPool:
     """Processes on this machine, started when they are first needed; `close` ends them.
 
@@ -131,7 +135,7 @@ class WorkerPool:
             reason = f"died with exit code {process.exitcode}"
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         text = f"worker {rank} {reason}; the end of its output:\n{tail}"
-        return False, RuntimeError(text), text, "lost"
+        return False, LostWorker(text), text, "lost"
 
 
 def _worker_main(rank, connection, log):

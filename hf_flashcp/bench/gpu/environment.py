@@ -1,0 +1,85 @@
+"""Step "device": versions, and what the device can reach at most."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from ...attention.kernels import CAPABILITIES, explain_kernels
+from ..turns import median_seconds
+from .settings import Found, Record, Run, Settings
+
+
+PACKAGES = (
+    "hf_flashcp",
+    "torch",
+    "transformers",
+    "accelerate",
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "liger-kernel",
+)
+
+
+def device(run: Run, settings: Settings) -> Found:
+    found = Found()
+    (tables,) = run(1, _look)
+    for title, records in tables.items():
+        found.add(title, *records)
+    return found
+
+
+def _look(settings: Settings) -> dict[str, list[Record]]:
+    chosen = settings.prepare()
+    return {
+        "Versions": _versions(),
+        "Device": [_device(chosen) | _ceilings(chosen, settings)],
+        "Kernels for bf16 heads of 128": [
+            {"kernel": name, "runs here": "yes" if reason is None else f"no, it {reason}", "status": status}
+            for (name, reason), status in zip(
+                explain_kernels(chosen.type, dtype=torch.bfloat16, key_dim=128, value_dim=128),
+                (capability.status for capability in CAPABILITIES.values()),
+            )
+        ],
+    }
+
+
+def _versions() -> list[Record]:
+    found = [{"package": "Python", "version": platform.python_version()}]
+    for name in PACKAGES:
+        try:
+            found.append({"package": name, "version": metadata.version(name)})
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found.append({"package": "CUDA of PyTorch", "version": torch.version.cuda})
+        found.append({"package": "cuDNN", "version": str(torch.backends.cudnn.version())})
+    return found
+
+
+def _device(chosen: torch.device) -> Record:
+    if chosen.type == "cpu":
+        return {"name": platform.processor() or platform.machine()}
+    properties = torch.cuda.get_device_properties(chosen)
+    return {
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory GiB": properties.total_memory / 2**30,
+    }
+
+
+def _ceilings(chosen: torch.device, settings: Settings) -> Record:
+    size = settings.sized(2**30, 2**22)
+    width = settings.sized(8192, 256)
+    source = torch.zeros(size, dtype=torch.uint8, device=chosen)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(width, width, device=chosen).bfloat16() for _ in range(2))
+    seconds = median_seconds(5, chosen, copy=lambda: target.copy_(source), matmul=lambda: left @ right)
+    return {
+        "copy TB/s": 2 * size / seconds["copy"] / 1e12,
+        f"bf16 matmul of {width} TFLOP/s": 2 * width**3 / seconds["matmul"] / 1e12,
+    }

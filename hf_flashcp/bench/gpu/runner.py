@@ -1,0 +1,194 @@
+"""Runs steps one after the other, each in fresh processes and within its time: one that fails costs only itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...doctor.workers import LostWorker, WorkerFailure, WorkerPool
+from ...errors import ConfigurationError, FlashCPError
+from .settings import Found, Settings, Step
+
+
+TOTAL_SECONDS = 540
+"""Of a whole run; steps that would begin later are left out."""
+
+PASSED, FAILED, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
+    "passed",
+    "failed",
+    "out of memory",
+    "out of time",
+    "crashed",
+    "not run",
+)
+
+Row = dict[str, Any]
+"""A step as it is written to `steps.jsonl`: `step`, `status`, `seconds`, `limit`, `message`, `problems`, `cut`,
+`tables`, `more`, and `machine`: where it ran."""
+
+
+class Results:
+    """Rows in `steps.jsonl` of a folder, or in memory alone.
+
+    Raises:
+        ConfigurationError: the folder has rows of another machine.
+    """
+
+    def __init__(self, folder: Path | None, machine: dict[str, str]):
+        self.machine = machine
+        self._file = folder / "steps.jsonl" if folder is not None else None
+        self._rows: dict[str, Row] = {}
+        if self._file is not None and self._file.exists():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._rows[row["step"]] = row
+            if other := next((row["machine"] for row in self._rows.values() if row["machine"] != machine), None):
+                raise ConfigurationError(
+                    f"{self._file} has results of {_named(other)}, and this is {_named(machine)}: give another "
+                    "--output, or delete the file."
+                )
+
+    def has_passed(self, step: str) -> bool:
+        return self._rows.get(step, {}).get("status") == PASSED
+
+    def add(self, row: Row) -> None:
+        self._rows[row["step"]] = row
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def rows(self, steps: Iterable[Step]) -> list[Row]:
+        return [self._rows[step.name] for step in steps if step.name in self._rows]
+
+
+def _named(machine: dict[str, str]) -> str:
+    return ", ".join(machine.values())
+
+
+def run_steps(
+    steps: Sequence[Step],
+    settings: Settings,
+    pools: Pools,
+    results: Results,
+    on_row: Callable[[Step, Row | None], None],
+) -> None:
+    """Runs those that have not passed yet. `on_row(step, None)` is called before each, and with its row after it."""
+    begin = time.monotonic()
+    for step in steps:
+        if results.has_passed(step.name):
+            continue
+        on_row(step, None)
+        left = begin + TOTAL_SECONDS - time.monotonic()
+        if left < 1:
+            row = row_of(step, results.machine, NOT_RUN, 0.0, message=f"the run's {TOTAL_SECONDS} seconds are over")
+        else:
+            row = _run_step(step, settings, results.machine, pools, min(step.seconds, left))
+        results.add(row)
+        on_row(step, row)
+
+
+def row_of(
+    step: Step, machine: dict[str, str], status: str, seconds: float, found: Found | None = None, message: str = ""
+) -> Row:
+    found = found or Found()
+    return {
+        "step": step.name,
+        "status": status,
+        "seconds": round(seconds, 1),
+        "limit": step.seconds,
+        "message": message,
+        "problems": found.problems,
+        "cut": found.cut,
+        "tables": found.tables,
+        "more": found.more,
+        "machine": machine,
+    }
+
+
+def _run_step(step: Step, settings: Settings, machine: dict[str, str], pools: Pools, limit: float) -> Row:
+    begin = time.monotonic()
+    settings = settings.until(begin + limit)
+    pool = pools.new()
+
+    def run(processes: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return pool.run(processes, function, settings, *args, timeout=max(settings.seconds_left(), 0.1))
+
+    found, message = None, ""
+    try:
+        found = step.run(run, settings)
+        status = FAILED if found.problems else PASSED
+    except WorkerFailure as failure:
+        error = next(error for error in failure.errors if error is not None)
+        status = status_of(error, settings)
+        message = f"{error}" if isinstance(error, FlashCPError) else str(failure)[-2000:]
+    except Exception as error:  # a step must not end the run
+        status, message = status_of(error, settings), f"{type(error).__name__}: {error}"
+    finally:
+        pool.close()
+    return row_of(step, machine, status, time.monotonic() - begin, found, message)
+
+
+def status_of(error: BaseException, settings: Settings) -> str:
+    if isinstance(error, LostWorker):
+        return OUT_OF_TIME if settings.seconds_left() <= 0 else CRASHED
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    return FAILED
+
+
+class Pools:
+    """Worker pools, a new one for each step, so that nothing of one step is left in memory for the next.
+
+    Workers are forked from a server that has imported everything and never touched the GPU. Where a GPU cannot be
+    used like that, they are spawned.
+
+    Raises:
+        ConfigurationError: PyTorch sees no GPU.
+    """
+
+    def __init__(self, device: str):
+        self._device = device
+        self._method: dict[str, str] = {}
+        self.device_name = "CPU (rehearsal)"
+        if device == "cuda":
+            # Asked through the driver's management library, CUDA is not started in the server.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        if hasattr(os, "fork"):
+            forkserver.set_forkserver_preload(["hf_flashcp.bench.gpu.steps", "hf_flashcp.integrations.trainer"])
+            forkserver.ensure_running()
+        if device == "cuda":
+            self.device_name = self._gpu_name()
+
+    def new(self) -> WorkerPool:
+        return WorkerPool(device=self._device, **self._method)
+
+    def machine(self) -> dict[str, str]:
+        """What must be equal for results to stand in one file."""
+        return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
+
+    def _gpu_name(self) -> str:
+        for method in ({}, {"start_method": "spawn"}):
+            with WorkerPool(**method) as pool:
+                ((right, name, _),) = pool.outcomes(1, _gpu_name, timeout=60)
+            if right and name is not None:
+                self._method = method
+                return name
+        raise ConfigurationError(
+            "PyTorch sees no GPU here: run this on a machine with one, or rehearse with --device cpu."
+        )
+
+
+def _gpu_name() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    torch.zeros(1, device="cuda").item()
+    return torch.cuda.get_device_name()

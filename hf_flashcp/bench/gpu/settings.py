@@ -1,0 +1,114 @@
+"""What every step of `flashcp bench gpu` is told, and what it returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ...attention.kernels import explain_kernels, load_kernel_library
+
+
+Record = dict[str, Any]
+"""A row of a table: by column, numbers and texts."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step runs. Workers get it with every call.
+
+    Attributes:
+        device (`str`): "cuda", or "cpu" to rehearse.
+        kernel_library (`str`, *optional*): FlashAttention-3's library, see [`load_kernel_library`].
+        deadline (`float`): `time.monotonic()`, equal in all processes of a machine, at which the step is ended.
+    """
+
+    device: str
+    kernel_library: str | None = None
+    deadline: float = float("inf")
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether sizes are so small that a CPU finishes in seconds: figures then mean nothing."""
+        return self.device == "cpu"
+
+    def sized(self, on_gpu: Any, rehearsed: Any) -> Any:
+        return rehearsed if self.rehearses else on_gpu
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def until(self, deadline: float) -> Settings:
+        return replace(self, deadline=deadline)
+
+    def prepare(self) -> torch.device:
+        """In a worker: loads what was brought along and names the device of this process."""
+        if self.kernel_library is not None:
+            load_kernel_library(self.kernel_library)
+        if self.device == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+class Run(Protocol):
+    """Calls `function(settings, *args)` in that many processes; returns results by rank."""
+
+    def __call__(self, processes: int, function: Callable[..., Any], *args: Any) -> list[Any]: ...
+
+
+class Step(NamedTuple):
+    """A part of the run that fails alone.
+
+    Attributes:
+        name (`str`): what `--steps` takes.
+        group (`str`): "correctness", "timing" or, for several GPUs, "cluster".
+        seconds (`int`): its time limit.
+        shows (`str`): what it establishes, in a few words.
+        run (`Callable`): from a [`Run`] and the settings a [`Found`].
+    """
+
+    name: str
+    group: str
+    seconds: int
+    shows: str
+    run: Callable[[Run, Settings], Found]
+
+
+class Found:
+    """A step's results.
+
+    Attributes:
+        tables (`dict[str, list[Record]]`): by title, in the order in which they are shown.
+        problems (`list[str]`): what is not as it should be; with any the step has failed.
+        cut (`list[str]`): what was left out because the time was over.
+        more (`dict[str, Any]`): JSON that is saved and not shown.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[Record]] = {}
+        self.problems: list[str] = []
+        self.cut: list[str] = []
+        self.more: dict[str, Any] = {}
+
+    def add(self, title: str, *records: Record) -> None:
+        self.tables.setdefault(title, []).extend(records)
+
+    def require(self, right: bool, problem: str) -> None:
+        if not right:
+            self.problems.append(problem)
+
+    def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
+        """Whether so many seconds are left for `name`, which is noted as cut if not."""
+        if settings.seconds_left() < seconds:
+            self.cut.append(name)
+            return False
+        return True
+
+
+def fused_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> list[str]:
+    """Kernels other than the formulas that can run such a layer here, best first."""
+    explained = explain_kernels(device.type, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
+    return [name for name, reason in explained if reason is None and name != "eager"]
