@@ -7,9 +7,7 @@ that one device shows for every rank of a plan what kernels and copies cost.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from ..exchange.kv_exchange import pack_rows
 from ..layout import RankLayout, Rectangle
 from ..planning import ShardPlan, plan_documents
 from .attention import DTYPES
+from .turns import median_seconds
 
 
 def measure(
@@ -51,9 +50,8 @@ def measure(
         rows: dict[str, list[float]] = {"one_call": [], "kernels": [], "engine": []}
         for rank in range(cp_size):
             work = _RankWork(plan, rank, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen)
-            for name, seconds in _in_turns(
-                rounds, chosen, one_call=work.one_call, kernels=work.kernels, engine=work.engine
-            ):
+            timed = median_seconds(rounds, chosen, one_call=work.one_call, kernels=work.kernels, engine=work.engine)
+            for name, seconds in timed.items():
                 rows[name].append(seconds)
         found[strategy] = rows
     return {
@@ -68,25 +66,6 @@ def measure(
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "strategies": found,
     }
-
-
-def _in_turns(rounds: int, device: torch.device, **functions: Callable[[], Any]):
-    """`(name, median seconds)`; every round runs each once, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            _wait_for(device)
-            begin = time.perf_counter()
-            function()
-            _wait_for(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return [(name, median(found)) for name, found in seconds.items()]
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _Ready:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS
 from ..planning import Topology, plan_documents
+from .bench_gpu import add_gpu
 from .bench_measured import add_measured
 from .bench_options import add_corpora, check_at_least, show
 from .model_config import read_config
@@ -90,6 +91,7 @@ def add_parser(commands) -> None:
     packing.set_defaults(run=run_packing)
 
     add_measured(benches)
+    add_gpu(benches)
 
     page = benches.add_parser("page", help="run the commands of docs/benchmarks.md again and write what they print")
     page.add_argument("page", nargs="?", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE")

@@ -41,11 +41,17 @@ class WorkerPool:
     """Processes on this machine, started when they are first needed; `close` ends them.
 
     Args:
-        start_method: of `multiprocessing`; "spawn" if they use a GPU, which a forked process may not be able to.
+        start_method: of `multiprocessing`.
+        device: "cpu", or "cuda" for workers that use this machine's GPUs, which they share if there are fewer GPUs
+            than workers. The server that workers are forked from must not initialise CUDA: what it imports may ask
+            whether there is a GPU, but not more.
     """
 
-    def __init__(self, start_method: str = "forkserver" if sys.platform == "linux" else "spawn"):
-        self._start_method = start_method
+    def __init__(self, start_method: str = "forkserver" if sys.platform == "linux" else "spawn", device: str = "cpu"):
+        self._start_method, self._device = start_method, device
+        if device == "cuda":
+            # Otherwise `torch.cuda.is_available()` initialises CUDA, which a forked process cannot do again.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
         self._store = None
@@ -119,7 +125,7 @@ class WorkerPool:
             context.set_forkserver_preload(["torch", module])  # imported once, and shared
         connection, child = context.Pipe()
         log = Path(self._directory.name) / f"worker-{rank}.log"
-        process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=False)
+        process = context.Process(target=_worker_main, args=(rank, child, str(log), self._device), daemon=False)
         process.start()
         child.close()
         self._workers.append((process, connection, log))
@@ -138,7 +144,7 @@ class WorkerPool:
         return False, LostWorker(text), text, "lost"
 
 
-def _worker_main(rank, connection, log):
+def _worker_main(rank, connection, log, device):
     stream = open(log, "w", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -162,7 +168,7 @@ def _worker_main(rank, connection, log):
         try:
             if world != current:
                 current = None
-                _join_world(rank, *world)
+                _join_world(rank, device, *world)
                 current = world
             outcome = (True, function(*args), None)
             message = pickle.dumps(outcome)
@@ -181,7 +187,8 @@ def _failure(error):
         return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
 
 
-def _join_world(rank, world_size, port, name):
+def _join_world(rank, device, world_size, port, name):
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -193,8 +200,14 @@ def _join_world(rank, world_size, port, name):
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
-        ACCELERATE_USE_CPU="true",
     )
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        # accelerate would give DDP the local rank as the number of its GPU (prepare_model in accelerator.py).
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group(
         "gloo",
         store=dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False)),

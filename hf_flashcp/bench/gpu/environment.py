@@ -12,16 +12,7 @@ from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings
 
 
-PACKAGES = (
-    "hf_flashcp",
-    "torch",
-    "transformers",
-    "accelerate",
-    "triton",
-    "flash-attn",
-    "flash-attn-4",
-    "liger-kernel",
-)
+PACKAGES = ("hf_flashcp", "torch", "transformers", "accelerate", "triton", "flash-attn", "flash-attn-4")
 
 
 def device(run: Run, settings: Settings) -> Found:

@@ -16,7 +16,7 @@ from ...attention.kernels import CAPABILITIES, AttentionKernel, EagerKernel
 from ...attention.kernels.base import hidden
 from ...doctor.layer_errors import relative_error
 from ...layout import Rectangle
-from .settings import Found, Record, Run, Settings, fused_kernels
+from .settings import Found, Run, Settings, fused_kernels
 
 
 TIMES = 2.0

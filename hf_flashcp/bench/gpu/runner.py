@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -108,10 +109,19 @@ def row_of(
         "message": message,
         "problems": found.problems,
         "cut": found.cut,
-        "tables": found.tables,
-        "more": found.more,
+        "tables": _numbers(found.tables),
+        "more": _numbers(found.more),
         "machine": machine,
     }
+
+
+def _numbers(value: Any) -> Any:
+    """The same with `None` for what is not a number: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: _numbers(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_step(step: Step, settings: Settings, machine: dict[str, str], pools: Pools, limit: float) -> Row:

@@ -1,0 +1,155 @@
+"""Steps for several GPUs, which all ranks of a launch run together: what one GPU cannot show.
+
+Every step is called by every rank of the process group and returns the same on each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ...attention import document_attention, select_kernel
+from ...data import FlashCPCollator
+from ...doctor.cluster import check_cluster
+from ...exchange import send_grads_home, send_kv
+from ...exchange.kv_exchange import kv_width
+from ...integrations.attach import attach
+from ...layout import RankPlan
+from ...planning import plan_documents
+from ..kernels import _RankWork
+from ..turns import median_seconds
+from .settings import Found, Settings
+
+
+ROUNDS = 5
+
+
+class Ranks(NamedTuple):
+    """Where a rank stands: its context-parallel group of all ranks, and its device."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+
+
+def slowest(seconds: dict[str, float]) -> dict[str, float]:
+    """Each entry's largest value over all ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, seconds)
+    return {name: max(rank[name] for rank in found) for name in seconds}
+
+
+def links(ranks: Ranks, settings: Settings) -> Found:
+    """Collectives, links inside and between nodes, and a layer's errors."""
+    found = Found()
+    checked = check_cluster(ranks.group, ranks.device, megabytes=settings.sized(64, 1))
+    found.more["ranks"] = checked["ranks"]
+    for kind, link in checked["links"].items():
+        record = {
+            "between ranks of": "one node" if kind == "node" else "several nodes",
+            "GB/s": link["bytes_per_second"] / 1e9,
+            "slowest GB/s": link["slowest_bytes_per_second"] / 1e9,
+            "slowest pair": " -> ".join(map(str, link["slowest_pair"])),
+            "latency us": 1e6 * link["latency_seconds"],
+        }
+        found.add("Links, all ranks sending and receiving at once", record)
+    for dtype, layer in checked["layer"].items():
+        found.add("One layer over all ranks against its documents alone", {"dtype": dtype, **layer})
+    return found
+
+
+def exchange(ranks: Ranks, settings: Settings) -> Found:
+    """How much of the exchange the kernels hide: the layer, the layer without exchange, and the exchange alone."""
+    found, size = Found(), dist.get_world_size()
+    shape = settings.sized((32, 8, 128), (4, 2, 16))
+    for tokens in settings.sized((4096, 16384), (64,)):
+        for stages in dict.fromkeys((1, size - 1)):
+            plan = plan_documents([size * tokens], size, strategy="per_doc", num_stages=stages)
+            bound = RankPlan(plan, ranks.group.rank(), ranks.group)
+            kernel = select_kernel(ranks.device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
+            work = _RankWork(plan, bound.rank, kernel, shape, torch.bfloat16, ranks.device)
+            leaves = [tensor.detach().requires_grad_() for tensor in (work.query, work.key, work.value)]
+
+            def layer(leaves=leaves, bound=bound, kernel=kernel, work=work) -> None:
+                out = document_attention(*leaves, bound, kernel=kernel)
+                torch.autograd.grad(out, leaves, work.grad_out)
+
+            def wire(work=work, bound=bound) -> None:
+                _transfers_alone(work, bound)
+
+            seconds = slowest(median_seconds(ROUNDS, ranks.device, layer=layer, ready=work.engine, wire=wire))
+            exposed = max(seconds["layer"] - seconds["ready"], 0.0)
+            record = {
+                "tokens per rank": tokens,
+                "stages": stages,
+                "layer ms": 1000 * seconds["layer"],
+                "without exchange ms": 1000 * seconds["ready"],
+                "exchange alone ms": 1000 * seconds["wire"],
+                "hidden": max(0.0, 1 - exposed / seconds["wire"]) if seconds["wire"] else 1.0,
+            }
+            found.add("One document over all ranks, forward and backward, slowest rank", record)
+    return found
+
+
+def _transfers_alone(work: _RankWork, bound: RankPlan) -> None:
+    transfers = send_kv(work.key, work.value, work.layout, bound.group)
+    received = [transfer.wait() for transfer in transfers]
+    width = kv_width(work.key, work.value)
+    home = work.key.new_empty(work.layout.send_rows(work.key.device).count, width)
+    back = [
+        send_grads_home(keys[: stage.received].contiguous(), home[stage.sent], stage, bound.group)
+        for keys, stage in zip(received, work.stages)
+    ]
+    for transfer in back:
+        transfer.wait()
+
+
+def groups(ranks: Ranks, settings: Settings) -> Found:
+    """A training step whose exchange shares DDP's process group, and one whose exchange has its own."""
+    found, size = Found(), dist.get_world_size()
+    shared = dist.new_group(list(range(size)), backend=settings.sized("nccl", "gloo"))
+    for what, own in (("shared with DDP", shared), ("its own", ranks.group)):
+        step, model = _model_step(own, shared, ranks.device, settings)
+        seconds = slowest(median_seconds(ROUNDS, ranks.device, step=step))["step"]
+        norm = float(torch.stack([p.grad.float().norm() for p in model.parameters()]).norm())
+        found.add("A training step", {"the exchange's group": what, "ms": 1000 * seconds, "gradient norm": norm})
+    first, second = (record["gradient norm"] for record in found.tables["A training step"])
+    found.require(abs(first / second - 1) < 1e-3, f"gradient norms differ: {first} and {second}")
+    return found
+
+
+def _model_step(own: dist.ProcessGroup, shared: dist.ProcessGroup, device: torch.device, settings: Settings):
+    size = dist.get_world_size()
+    width, layers = settings.sized(2048, 128), settings.sized(8, 2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+    )
+    config._attn_implementation = "flashcp"
+    model = LlamaForCausalLM(config).to(device, torch.bfloat16).train()
+    wrapped = DistributedDataParallel(model, process_group=shared)
+    mesh = DeviceMesh.from_group(own, device.type, mesh=list(range(size)), mesh_dim_names=("cp",))
+    attach(wrapped, mesh)
+    tokens = settings.sized(8192, 64) * size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1024, (tokens,), generator=generator).tolist()
+    batch = FlashCPCollator(size, strategy="per_doc")(
+        [{"input_ids": ids[: -tokens // 4]}, {"input_ids": ids[-tokens // 4 :]}]
+    )
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+    def step() -> None:
+        wrapped.zero_grad()
+        wrapped(**moved).loss.backward()
+
+    return step, model

@@ -1,0 +1,179 @@
+"""Step "host": whether the host waits for the device, and how much it launches for how much work.
+
+A layer at few tokens is bound by launches: then the host's time is above the device's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ...attention import select_kernel
+from ...data import FlashCPCollator
+from ...integrations.attach import attach
+from ...layout import shard_inputs
+from ...planning import plan_documents
+from ..kernels import _RankWork
+from ..turns import median_seconds
+from .settings import Found, Record, Run, Settings
+
+
+ROUNDS = 5
+_LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+)
+
+
+def host(run: Run, settings: Settings) -> Found:
+    return run(1, _look)[0]
+
+
+def _look(settings: Settings) -> Found:
+    device, found = settings.prepare(), Found()
+    for tokens in settings.sized((1024, 4096, 16384), (64, 256)):
+        if found.has_time(settings, settings.sized(3, 0), f"{tokens} tokens"):
+            title = "One attention layer of a rank, forward and backward, seven stages"
+            found.add(title, _launches(tokens, settings, device))
+    for what, function, must in (
+        ("a layer", _layer(settings, device), True),
+        ("shard_inputs", _shard(device), False),
+        ("a model's forward and backward", _model_step(device), False),
+    ):
+        said = _first_wait(function, device)
+        nowhere = settings.sized("nowhere", "a CPU does not wait")
+        found.add("Where the host waits for the device", {"part": what, "first wait": said or nowhere})
+        found.require(not (must and said), f"{what} waits for the device: {said}")
+    return found
+
+
+def _rank_work(tokens: int, settings: Settings, device: torch.device) -> _RankWork:
+    """The first of eight ranks with so many tokens each, all of one document, in as many stages as there can be."""
+    plan = plan_documents([8 * tokens], 8, strategy="per_doc", num_stages=7)
+    shape = settings.sized((32, 8, 128), (4, 2, 16))
+    kernel = select_kernel(device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
+    return _RankWork(plan, 0, kernel, shape, torch.bfloat16, device)
+
+
+def _launches(tokens: int, settings: Settings, device: torch.device) -> Record:
+    work = _rank_work(tokens, settings, device)
+    work.engine()
+    seconds = median_seconds(ROUNDS, device, engine=work.engine)["engine"]
+    issued = []
+    for _ in range(ROUNDS):
+        _wait_for(device)
+        begin = time.perf_counter()
+        work.engine()
+        issued.append(time.perf_counter() - begin)
+    _wait_for(device)
+    return {
+        "tokens per rank": tokens,
+        "device ms": 1000 * seconds,
+        "host ms": 1000 * median(issued),
+        "host / device": median(issued) / seconds,
+        "launches": _count_launches(work.engine, device),
+        "dispatches": _count_dispatches(work.engine),
+    }
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _count_launches(function: Callable[[], Any], device: torch.device) -> int:
+    """Kernels and copies that CUDA is asked for."""
+    if device.type == "cpu":
+        return 0
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+        _wait_for(device)
+    return sum(event.name in _LAUNCHES for event in profiler.events())
+
+
+def _count_dispatches(function: Callable[[], Any]) -> int:
+    with _Dispatches() as mode:
+        function()
+    return mode.count
+
+
+class _Dispatches(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
+    """What PyTorch says of the first operation inside that waits for the device; the function has run once before."""
+    function()
+    if device.type == "cpu":
+        return None
+    _wait_for(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError as error:
+        return f"{' '.join(str(error).split())[:120]} ({_place(error)})"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of this library, or of any."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    ours = [frame for frame in frames if "hf_flashcp" in frame[0] and "bench" not in frame[0]]
+    file, line = (ours or frames)[-1]
+    return f"{'/'.join(file.split('/')[-3:])}:{line}"
+
+
+def _layer(settings: Settings, device: torch.device) -> Callable[[], Any]:
+    return _rank_work(settings.sized(4096, 64), settings, device).engine
+
+
+def _batch(device: torch.device, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [{"input_ids": torch.randint(512, (n,), generator=generator).tolist()} for n in (300, 150 + seed, 31)]
+    batch = FlashCPCollator(1)(rows)
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _shard(device: torch.device) -> Callable[[], Any]:
+    batches = iter([_batch(device, seed) for seed in range(2)])
+    return lambda: shard_inputs(next(batches), None)
+
+
+def _model_step(device: torch.device) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+    )
+    config._attn_implementation = "flashcp"
+    model = LlamaForCausalLM(config).to(device, torch.bfloat16).train()
+    attach(model, None)
+    batches = iter([_batch(device, seed) for seed in range(2)])
+    return lambda: model(**next(batches)).loss.backward()

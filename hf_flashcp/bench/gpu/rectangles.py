@@ -1,0 +1,191 @@
+"""Steps "plans" and "rectangles": what kernels and copies cost under a plan, and what the kernels reach alone.
+
+No wire is needed for either: every rank's rectangles run in turn on one device, with received KV standing ready, and
+the slowest rank stands for the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ...attention.kernels import CAPABILITIES, AttentionKernel
+from ...attention.kernels.varlen import _rounds
+from ...data.lengths import sample_pack
+from ...layout import RankLayout, Rectangle
+from ...planning import ShardPlan, plan_documents
+from ..kernels import _RankWork
+from ..turns import median_seconds
+from .settings import Found, Record, Run, Settings, fused_kernels
+
+
+SHAPE = (32, 8, 128)
+"""Query heads, KV heads, head dim: those of an 8B model."""
+
+CP_SIZE = 8
+STRATEGIES = ("search", "per_doc")
+TILE = 128
+"""Queries of a kernel's block, for counting how many it starts."""
+
+
+def _packs(settings: Settings) -> dict[str, list[int]]:
+    window = settings.sized(131072, 2048)
+    packs = {
+        "pile": sample_pack("pile", window),
+        "wlb_llm": sample_pack("wlb_llm", window),
+        "one document": [window],
+    }
+    return packs if not settings.rehearses else {"pile": packs["pile"]}
+
+
+def _shape(settings: Settings) -> tuple[int, int, int]:
+    return settings.sized(SHAPE, (4, 2, 32))
+
+
+def plans(run: Run, settings: Settings) -> Found:
+    return run(1, _time_plans)[0]
+
+
+def _time_plans(settings: Settings) -> Found:
+    device, found, shape = settings.prepare(), Found(), _shape(settings)
+    for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
+        for pack, lengths in _packs(settings).items():
+            for strategy in STRATEGIES:
+                # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
+                flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
+                needed = settings.sized(1 + flops / 200e12, 0)
+                if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
+                    plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
+                    record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
+                    found.add(
+                        f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
+                        f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
+                        {"pack": pack, "strategy": strategy, "kernel": name, **record},
+                    )
+    return found
+
+
+def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+    ranks = []
+    for rank in range(plan.cp_size):
+        work = _RankWork(plan, rank, kernel, shape, torch.bfloat16, device)
+        ranks.append(median_seconds(1, device, one=work.one_call, kernels=work.kernels, engine=work.engine))
+    one, kernels, engine = ([times[name] for times in ranks] for name in ("one", "kernels", "engine"))
+    return {
+        "one call ms": 1000 * max(one),
+        "kernels ms": 1000 * max(kernels),
+        "with copies ms": 1000 * max(engine),
+        "kernels / one call": sum(kernels) / sum(one),
+        "copies / one call": (sum(engine) - sum(kernels)) / sum(one),
+    }
+
+
+def rectangles(run: Run, settings: Settings) -> Found:
+    return run(1, _time_rectangles)[0]
+
+
+def _time_rectangles(settings: Settings) -> Found:
+    device, found, shape = settings.prepare(), Found(), _shape(settings)
+    names = fused_kernels(device, torch.bfloat16, shape[2], shape[2])
+    tokens = settings.sized(16384, 256)
+    alone = {
+        f"causal {tokens:,}": ([Rectangle(0, tokens, 0, tokens)], True),
+        f"full {tokens:,} x {7 * tokens:,}": ([Rectangle(0, tokens, 0, 7 * tokens)], False),
+    }
+    for name in names:
+        for what, (one, causal) in alone.items():
+            if found.has_time(settings, settings.sized(2, 0), f"{what}, {name}"):
+                title = f"Speed of one call, {shape[0]}/{shape[1]} heads of {shape[2]}, bf16"
+                record = _speed(CAPABILITIES[name].make(False), one, causal, shape, device)
+                found.add(title, {"rectangle": what, "kernel": name, **record})
+    for strategy in STRATEGIES:
+        plan = plan_documents(_packs(settings)["pile"], CP_SIZE, strategy=strategy)
+        for name in names:
+            if found.has_time(settings, settings.sized(2, 0), f"length classes, {strategy}, {name}"):
+                record = _classes(plan, CAPABILITIES[name].make(False), shape, device)
+                title = f"A stage of the Pile pack under cp {CP_SIZE}, in one call and by lengths of queries, forward"
+                found.add(title, {"strategy": strategy, "kernel": name, **record})
+    return found
+
+
+def _tensors(todo: Sequence[Rectangle], shape: tuple[int, int, int], device: torch.device) -> list[torch.Tensor]:
+    """query, key, value and grad_out for rectangles."""
+    heads, kv_heads, width = shape
+    rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
+    sizes = [(rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)]
+    return [torch.randn(*size, width, device=device).bfloat16().transpose(0, 1) for size in sizes]
+
+
+def _speed(
+    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: tuple[int, int, int], device: torch.device
+) -> Record:
+    query, key, value, grad_out = _tensors(todo, shape, device)
+    options: dict[str, Any] = {"causal": causal, "scale": shape[2] ** -0.5}
+    out, lse = kernel.forward(query, key, value, tuple(todo), **options)
+    grads = {
+        f"grad_{name}": torch.zeros_like(tensor, dtype=torch.float32)
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+    }
+
+    def backward() -> None:
+        kernel.backward(grad_out, query, key, value, out, lse, tuple(todo), **options, **grads)
+
+    seconds = median_seconds(
+        5, device, forward=lambda: kernel.forward(query, key, value, tuple(todo), **options), backward=backward
+    )
+    pairs = sum((r.q_stop - r.q_start) * (r.k_stop - r.k_start) / (2 if causal else 1) for r in todo)
+    flops = 4 * shape[0] * shape[2] * pairs
+    return {
+        "forward ms": 1000 * seconds["forward"],
+        "TFLOP/s": flops / seconds["forward"] / 1e12,
+        "backward ms": 1000 * seconds["backward"],
+        "backward TFLOP/s": 2.5 * flops / seconds["backward"] / 1e12,
+    }
+
+
+def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+    """The rank and stage with the most blocks that have no queries, run whole and grouped by length of queries."""
+    layouts = [RankLayout(plan, rank) for rank in range(plan.cp_size)]
+    stages = [
+        stage.rectangles for layout in layouts for stage in layout.stages(torch.device("cpu")) if stage.rectangles
+    ]
+    todo = max(stages, key=lambda stage: started_blocks(stage, shape[0]) - useful_blocks(stage, shape[0]))
+    groups = list(length_classes(todo))
+    query, key, value, _ = _tensors(todo, shape, device)
+    options: dict[str, Any] = {"causal": False, "scale": shape[2] ** -0.5}
+
+    def call(part: Sequence[Rectangle]) -> None:
+        kernel.forward(query, key, value, tuple(part), **options)
+
+    seconds = median_seconds(5, device, one=lambda: call(todo), classes=lambda: [call(group) for group in groups])
+    return {
+        "rectangles": len(todo),
+        "blocks": started_blocks(todo, shape[0]),
+        "useful": useful_blocks(todo, shape[0]),
+        "one call ms": 1000 * seconds["one"],
+        "classes": len(groups),
+        "blocks by class": sum(started_blocks(group, shape[0]) for group in groups),
+        "by class ms": 1000 * seconds["classes"],
+    }
+
+
+def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
+    """The rectangles grouped by the power of two that their number of queries reaches, in order inside a group."""
+    classes: dict[int, list[Rectangle]] = {}
+    for rectangle in todo:
+        blocks = -(-(rectangle.q_stop - rectangle.q_start) // TILE)
+        classes.setdefault((blocks - 1).bit_length(), []).append(rectangle)
+    yield from classes.values()
+
+
+def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
+    """Blocks that the kernel's calls start: in each as many for every sequence as the longest needs, for each head."""
+    calls = [found.sequences for found in _rounds(tuple(todo), torch.device("cpu"))]
+    return heads * sum((len(call.cu_seqlens_q) - 1) * -(-call.max_q // TILE) for call in calls)
+
+
+def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:
+    """Those that have queries."""
+    return heads * sum(-(-(rectangle.q_stop - rectangle.q_start) // TILE) for rectangle in todo)

@@ -1,0 +1,61 @@
+"""What a run found, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .runner import PASSED, Row
+
+
+def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
+    """A summary of the steps, then what each found.
+
+    Args:
+        shows: by step what it establishes.
+    """
+    machine = rows[0]["machine"] if rows else {}
+    summary = [
+        {"step": row["step"], "result": row["status"], "s": row["seconds"], "shows": shows.get(row["step"], "")}
+        for row in rows
+    ]
+    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), table(summary)]
+    for row in rows:
+        parts += [f"{title}\n\n{table(records)}" for title, records in row["tables"].items() if title]
+        notes = [f"- {problem}" for problem in row["problems"]]
+        if row["cut"]:
+            notes.append(f"- left out for lack of time: {', '.join(row['cut'])}")
+        if row["message"]:
+            notes.append(f"- {row['message']}")
+        if notes:
+            parts.append(
+                "\n".join(
+                    [f"{row['step']} {row['status']}:" if row["status"] != PASSED else row["step"] + ":", *notes]
+                )
+            )
+    return "\n\n".join(parts)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Records with a line of column names above them, numbers to the right."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    lines = [names, *([shown(record.get(name, "")) for name in names] for record in records)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    left = [all(isinstance(record.get(name, ""), str) for record in records) for name in names]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_left else cell.rjust(width) for cell, width, is_left in zip(line, widths, left)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def shown(value: Any) -> str:
+    """A number in at most four significant digits, whole ones in full."""
+    if value is None:
+        return "not finite"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.1e}"

@@ -1,0 +1,63 @@
+"""Step "streams": transfers over NCCL, which one rank can post to itself, and `check_cluster` on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...doctor.cluster import check_cluster
+from ...exchange import Transfer
+from ...exchange.relay import RelayedTransfer
+from .settings import Found, Record, Run, Settings
+
+
+TURNS = 20
+
+
+def streams(run: Run, settings: Settings) -> Found:
+    found = Found()
+    (transfers,) = run(1, _transfers)
+    for record in transfers:
+        found.add("Transfers of one rank to itself", record)
+        found.require(
+            record["wrong turns"] == 0, f"{record['wrong turns']} of {record['turns']} {record['what']} wrong"
+        )
+    checked = run(2, _check_cluster)[0]
+    for dtype, layer in checked["layer"].items():
+        found.add("check_cluster on two processes", {"dtype": dtype, **layer})
+    return found
+
+
+def _transfers(settings: Settings) -> list[Record]:
+    device = settings.prepare()
+    backend = settings.sized("nccl", "gloo")
+    group = dist.new_group([0], backend=backend)
+    rows = settings.sized(4096, 64)
+    found = []
+    for what, transfer in (("transfers", _transfer), ("two-step transfers", _relayed)):
+        wrong = 0
+        for turn in range(TURNS):
+            # Beside work on the main stream, which sends wait for and results are used by.
+            sent = torch.randn(rows, 64, device=device)
+            sent = sent @ torch.eye(64, device=device) + turn
+            posted = transfer(sent, group)
+            torch.randn(rows, 256, device=device) @ torch.randn(256, 256, device=device)
+            wrong += not torch.equal(posted.wait(), sent)
+        found.append({"what": what, "backend": backend, "rows": rows, "turns": TURNS, "wrong turns": wrong})
+    dist.destroy_process_group(group)
+    return found
+
+
+def _transfer(sent: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
+    return Transfer(sent, torch.empty_like(sent), [len(sent)], [len(sent)], group)
+
+
+def _relayed(sent: torch.Tensor, group: dist.ProcessGroup) -> RelayedTransfer:
+    first = _transfer(sent, group)
+    return RelayedTransfer(first, lambda arrived: _transfer(arrived, group).wait(), (sent,))
+
+
+def _check_cluster(settings: Settings) -> dict[str, Any]:
+    return check_cluster(dist.group.WORLD, settings.prepare(), megabytes=settings.sized(8, 1))

@@ -1,0 +1,153 @@
+"""Step "trainer": the first gradient of `FlashCPTrainer`, its ranks sharing the device, against documents alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from ...attention import save_attention_context_fn
+from ...data import FlashCPCollator
+from ...integrations.gradient_check import gradient_error, per_document_gradients
+from ...integrations.plugin import FlashCPPlugin
+from ...integrations.trainer import FlashCPTrainer
+from .settings import Found, Record, Run, Settings
+
+
+SIZES = (2, 4)
+EXACT = 1e-5
+"""Largest relative error of a parameter's gradient in float32."""
+
+TIMES = 2.0
+"""Largest error in bf16, over that of one process in bf16; both against float32."""
+
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "plain": {"gradient_checkpointing": True},
+    "attention kept": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "context_fn": save_attention_context_fn},
+    },
+}
+
+
+def trainer(run: Run, settings: Settings) -> Found:
+    found = Found()
+    for size in settings.sized(SIZES, (2,)):
+        if not found.has_time(settings, 10, f"{size} ranks"):
+            break
+        for record in run(size, _steps)[0]:
+            found.add("First gradient of a training run, largest relative error of a parameter", record)
+            found.require(
+                record["error"] <= record["bound"],
+                f"the gradient in {record['dtype']} with checkpointing {record['checkpointing']} on {size} ranks is "
+                f"off by {record['error']:.1e}, more than {record['bound']:.1e}",
+            )
+    return found
+
+
+def _steps(settings: Settings) -> list[Record]:
+    device = settings.prepare()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = {name: value for name, value in _batch(settings).items()}
+        exact = _gradients(_model("sdpa", dtype, settings).float().to(device), batch, device)
+        bound = EXACT
+        if dtype == torch.bfloat16:
+            single = _gradients(_model("sdpa", dtype, settings).to(device), batch, device)
+            bound = TIMES * gradient_error(single, exact)
+        for name, options in CHECKPOINTING.items():
+            if settings.rehearses and (name == "plain" or dtype == torch.bfloat16 and name == "none"):
+                continue
+            error = gradient_error(_first_gradient(dtype, options, settings), exact)
+            found.append(
+                {
+                    "ranks": dist.get_world_size(),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "checkpointing": name,
+                    "error": error,
+                    "bound": bound,
+                }
+            )
+    return found
+
+
+def _model(attention: str, dtype: torch.dtype, settings: Settings) -> LlamaForCausalLM:
+    """The same weights at every call, rounded to `dtype`; heads of 64."""
+    width = settings.sized(512, 128)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+    )
+    config._attn_implementation = attention
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def _documents(settings: Settings) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = settings.sized((900, 300, 77, 3, 500), (50, 20, 3))
+    return [{"input_ids": torch.randint(1024, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def _batch(settings: Settings) -> dict[str, Any]:
+    return FlashCPCollator(1)(_documents(settings))
+
+
+def _gradients(model: LlamaForCausalLM, batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return per_document_gradients(model, [moved])
+
+
+class _KeepFirstGradient(TrainerCallback):
+    gradient: dict[str, torch.Tensor] | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
+    """Through a Trainer with DDP over gloo, whose processes may share one GPU; the learning rate is 0."""
+    _forget_accelerate()
+    size, documents, keep = dist.get_world_size(), _documents(settings), _KeepFirstGradient()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            **settings.sized({"ddp_backend": "gloo"}, {"use_cpu": True}),
+            report_to=[],
+            save_strategy="no",
+            max_steps=1,
+            max_grad_norm=0,
+            learning_rate=0.0,
+            optim="sgd",
+            disable_tqdm=True,
+            per_device_train_batch_size=len(documents),
+            parallelism_config=FlashCPPlugin(cp_size=size),
+            **options,
+        )
+        FlashCPTrainer(
+            model=_model("flashcp", dtype, settings),
+            args=arguments,
+            train_dataset=documents,
+            data_collator=FlashCPCollator(size, strategy="per_doc"),
+            callbacks=[keep],
+        ).train()
+    assert keep.gradient is not None
+    return keep.gradient
+
+
+def _forget_accelerate() -> None:
+    """accelerate keeps one set-up per process; every run here has its own."""
+    reset: list[Callable[[], None]] = [lambda: AcceleratorState._reset_state(True)]
+    for forget in (*reset, GradientState._reset_state, PartialState._reset_state):
+        forget()

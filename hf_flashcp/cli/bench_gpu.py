@@ -1,0 +1,104 @@
+"""`flashcp bench gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_gpu(benches) -> None:
+    gpu = benches.add_parser(
+        "gpu",
+        help="all that one run on a GPU can establish: correctness first, then speed",
+        description="Runs steps one after the other, each within its own time and in processes of its own, so that "
+        "one that fails costs only itself. Takes at most nine minutes on one GPU. Started by torchrun on several GPUs "
+        "it adds what one cannot show. docs/gpu.md says how to read the figures.",
+    )
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda (default), or cpu to rehearse")
+    gpu.add_argument(
+        "--steps",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these steps, or groups of them: correctness, timing, cluster (default: all)",
+    )
+    gpu.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write steps.jsonl, report.txt and profile.json there; steps that have passed there are not run again",
+    )
+    gpu.add_argument(
+        "--kernel-library", metavar="FILE", help="FlashAttention-3's library, brought along; .xz is unpacked first"
+    )
+    gpu.add_argument("--json", action="store_true", help="print each step as a line of JSON, and nothing else")
+    gpu.set_defaults(run=run_gpu)
+
+
+def run_gpu(arguments: argparse.Namespace) -> int:
+    """Returns 0 if all steps passed, else 1."""
+    from ..attention.kernels import load_kernel_library
+    from ..bench.gpu.launch import is_first, join, launched_ranks, run_together
+    from ..bench.gpu.runner import PASSED, Pools, Results, run_steps
+    from ..bench.gpu.settings import Settings
+    from ..bench.gpu.steps import CLUSTER_STEPS, STEPS, choose
+
+    together = launched_ranks() > 1
+    chosen = choose(arguments.steps, STEPS + CLUSTER_STEPS * together)
+    library = arguments.kernel_library and str(load_kernel_library(arguments.kernel_library))
+    settings = Settings(arguments.device, library)
+    results = None
+    if is_first():
+        pools = Pools(arguments.device)
+        results = Results(arguments.output, pools.machine())
+        with _Progress(chosen, arguments.json) as progress:
+            run_steps([step for step in chosen if step in STEPS], settings, pools, results, progress)
+    if together:
+        ranks = join(settings)
+        with _Progress(chosen, arguments.json) as progress:
+            run_together([step for step in chosen if step in CLUSTER_STEPS], settings, ranks, results, progress)
+    if results is None:
+        return 0
+    rows = results.rows(chosen)
+    _write(rows, chosen, arguments)
+    return 0 if all(row["status"] == PASSED for row in rows) else 1
+
+
+def _write(rows: list[dict[str, Any]], chosen: list[Any], arguments: argparse.Namespace) -> None:
+    from ..bench.gpu.report import text
+
+    report = text(rows, {step.name: step.shows for step in chosen})
+    if arguments.output is not None:
+        (arguments.output / "report.txt").write_text(report + "\n", encoding="utf-8")
+        for row in rows:
+            if "profile" in row["more"]:
+                profile = json.dumps(row["more"]["profile"], indent=2)
+                (arguments.output / "profile.json").write_text(profile + "\n", encoding="utf-8")
+    if not arguments.json:
+        print(report)
+
+
+class _Progress:
+    """A bar over the steps, and with `--json` a line after each."""
+
+    def __init__(self, steps: list[Any], as_json: bool):
+        self._count, self._as_json = len(steps), as_json
+
+    def __enter__(self) -> _Progress:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self._count, unit="step", leave=False, disable=None, file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def __call__(self, step: Any, row: dict[str, Any] | None) -> None:
+        self._bar.set_description(step.name)
+        if row is not None:
+            self._bar.update()
+            if self._as_json:
+                print(json.dumps(row), flush=True)

@@ -1,0 +1,262 @@
+"""`flashcp bench gpu`, rehearsed on CPU: every step runs, and one that goes wrong costs only itself."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_flashcp.attention.kernels import CPUFlashKernel
+from hf_flashcp.bench.gpu import kernels, launch, rectangles, runner
+from hf_flashcp.bench.gpu.report import shown, table, text
+from hf_flashcp.bench.gpu.runner import Pools, Results, run_steps
+from hf_flashcp.bench.gpu.settings import Found, Settings, Step
+from hf_flashcp.bench.gpu.steps import CLUSTER_STEPS, CORRECTNESS, STEPS, choose
+from hf_flashcp.cli import main
+from hf_flashcp.errors import ConfigurationError
+from hf_flashcp.layout import Rectangle
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(forked, tmp_path_factory):
+    """The command's exit code, what it printed, and its folder."""
+    folder = tmp_path_factory.mktemp("gpu") / "new"
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_flashcp", "bench", "gpu", "--device", "cpu", "--output", folder],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, folder
+
+
+def test_every_step_passes_a_rehearsal(rehearsal):
+    code, out, folder = rehearsal
+    rows = rows_of(folder)
+    assert [(row["step"], row["status"], row["problems"], row["cut"]) for row in rows] == [
+        (step.name, "passed", [], []) for step in STEPS
+    ]
+    assert code == 0 and (folder / "report.txt").read_text() == out
+    for row, step in zip(rows, STEPS):
+        assert row["tables"] and all(records for records in row["tables"].values())
+        assert all(title in out for title in row["tables"]) and step.shows in out
+
+
+def test_steps_that_have_passed_are_not_run_again(rehearsal, capsys):
+    _, out, folder = rehearsal
+    before = (folder / "steps.jsonl").read_text()
+    assert main(["bench", "gpu", "--device", "cpu", "--output", str(folder), "--steps", "device", "host"]) == 0
+    assert (folder / "steps.jsonl").read_text() == before
+    assert "host" in capsys.readouterr().out
+
+
+def test_limits_fit_into_nine_minutes_and_correctness_into_three():
+    assert sum(step.seconds for step in STEPS) <= runner.TOTAL_SECONDS == 540
+    assert sum(step.seconds for step in STEPS if step.group == CORRECTNESS) <= 180
+
+
+# What goes wrong
+
+
+def succeed(settings, value):
+    return value
+
+
+def fail_on_purpose(settings):
+    raise ConfigurationError("this machine is wrong")
+
+
+def stumble(settings):
+    return [][1]
+
+
+def use_too_much(settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def crash(settings):
+    os._exit(3)
+
+
+def take_for_ever(settings):
+    time.sleep(60)
+
+
+def step_of(name, function, *args, seconds=20):
+    def run(run, settings):
+        found = Found()
+        found.add("Values", {"value": run(1, function, *args)[0]})
+        return found
+
+    return Step(name, CORRECTNESS, seconds, "nothing", run)
+
+
+def unhappy(run, settings):
+    found = Found()
+    found.require(True, "never said")
+    found.require(False, "two and two are five")
+    assert not found.has_time(settings.until(time.monotonic()), 1, "the rest")
+    return found
+
+
+def test_a_step_that_goes_wrong_costs_only_itself(forked):
+    steps = [
+        step_of("a", fail_on_purpose),
+        step_of("b", stumble),
+        step_of("c", use_too_much),
+        step_of("d", crash),
+        step_of("e", take_for_ever, seconds=1),
+        Step("f", CORRECTNESS, 20, "", unhappy),
+        step_of("g", succeed, 5),
+    ]
+    seen = []
+    results = Results(None, {"device": "a CPU"})
+    run_steps(steps, Settings("cpu"), Pools("cpu"), results, lambda step, row: seen.append((step.name, row is None)))
+    assert seen == [(name, waiting) for name in "abcdefg" for waiting in (True, False)]
+    rows = results.rows(steps)
+    statuses = ["failed", "failed", "out of memory", "crashed", "out of time", "failed", "passed"]
+    assert [row["status"] for row in rows] == statuses
+    for row, said in zip(rows, ("this machine is wrong", "IndexError", "20 GiB", "exit code 3", "in time", "", "")):
+        assert said in row["message"]
+    assert rows[0]["message"] == "this machine is wrong"
+    assert rows[5]["problems"] == ["two and two are five"] and rows[5]["cut"] == ["the rest"]
+    assert rows[6]["tables"] == {"Values": [{"value": 5}]}
+    report = text(rows, {step.name: step.shows for step in steps})
+    for said in ("two and two are five", "left out for lack of time: the rest", "exit code 3", "Values"):
+        assert said in report
+
+
+def test_a_failed_step_is_run_again_and_a_run_ends_in_time(forked, tmp_path, monkeypatch):
+    machine = {"device": "a CPU"}
+    steps = [step_of("a", succeed, 1), step_of("b", fail_on_purpose)]
+    run_steps(steps, Settings("cpu"), Pools("cpu"), Results(tmp_path, machine), lambda *_: None)
+    assert [row["status"] for row in rows_of(tmp_path)] == ["passed", "failed"]
+    monkeypatch.setattr(runner, "TOTAL_SECONDS", 0)
+    steps = [step_of("a", succeed, 2), step_of("b", succeed, 3)]
+    results = Results(tmp_path, machine)
+    run_steps(steps, Settings("cpu"), Pools("cpu"), results, lambda *_: None)
+    assert [row["status"] for row in results.rows(steps)] == ["passed", "not run"]
+    assert results.rows(steps)[0]["tables"] == {"Values": [{"value": 1}]}
+    with pytest.raises(ConfigurationError, match="has results of a CPU, and this is an H100: give another --output"):
+        Results(tmp_path, {"device": "an H100"})
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--steps", "nonsense", "host"], "There is no step nonsense: choose from"),
+        (["--device", "cpu", "--kernel-library", "missing.so"], "The kernel library missing.so does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(capsys, options, said):
+    assert main(["bench", "gpu", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_is_told(forked, capsys):
+    assert main(["bench", "gpu", "--steps", "device"]) == 2
+    assert "PyTorch sees no GPU here: run this on a machine with one, or rehearse" in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    """2% too much of one gradient in one piece, which no other test of the step sees."""
+    right = CPUFlashKernel._backward_piece
+
+    def wrong(self, *args):
+        dq, dk, dv = right(self, *args)
+        return dq, dk * 1.02, dv
+
+    monkeypatch.setattr(CPUFlashKernel, "_backward_piece", wrong)
+    problems = kernels._check(Settings("cpu"))["problems"]
+    assert problems and all(problem.startswith("dK of cpu_flash") for problem in problems)
+
+
+# Several ranks
+
+
+def rehearse_together():
+    ranks = launch.join(Settings("cpu"))
+    results = Results(None, {"device": "CPUs"}) if launch.is_first() else None
+    launch.run_together(CLUSTER_STEPS, Settings("cpu"), ranks, results, lambda *_: None)
+    return results and results.rows(CLUSTER_STEPS)
+
+
+def fail_on_one_rank():
+    def run(ranks, settings):
+        if not launch.is_first():
+            raise ConfigurationError("this rank is wrong")
+        return Found()
+
+    step = CLUSTER_STEPS[0]._replace(run=run)
+    results = Results(None, {"device": "CPUs"}) if launch.is_first() else None
+    launch.run_together([step], Settings("cpu"), launch.join(Settings("cpu")), results, lambda *_: None)
+    return results and results.rows([step])
+
+
+def test_steps_of_several_ranks(pool):
+    rows, nothing = pool.run(2, rehearse_together)
+    assert nothing is None
+    assert [(row["step"], row["status"]) for row in rows] == [(step.name, "passed") for step in CLUSTER_STEPS]
+    assert {"shared with DDP", "its own"} == {
+        record["the exchange's group"] for record in rows[2]["tables"]["A training step"]
+    }
+
+
+def test_a_rank_that_fails_is_named(pool):
+    (row,), _ = pool.run(2, fail_on_one_rank)
+    assert row["status"] == "failed" and row["message"] == "rank 1: ConfigurationError: this rank is wrong"
+
+
+def test_cluster_steps_need_a_launch():
+    assert "links" in {step.name for step in choose(["cluster", "device"], STEPS + CLUSTER_STEPS)}
+    with pytest.raises(ConfigurationError, match="There is no step cluster"):
+        choose(["cluster"], STEPS)
+    assert [step.name for step in choose(["host", "correctness"], STEPS)][-1] == "host"
+
+
+# Counts and tables
+
+
+def test_blocks_are_counted_call_by_call():
+    """32 heads, blocks of 128 queries. Disjoint keys share a call, in which every sequence gets as many blocks as the
+    longest; prefixes of the same keys take calls of their own."""
+    disjoint = [Rectangle(0, 1024, 0, 10), Rectangle(1024, 1025, 10, 20), Rectangle(1025, 1153, 20, 30)]
+    assert rectangles.started_blocks(disjoint, 32) == 32 * 3 * 8
+    assert rectangles.useful_blocks(disjoint, 32) == 32 * (8 + 1 + 1)
+    assert [len(group) for group in rectangles.length_classes(disjoint)] == [1, 2]
+    assert sum(rectangles.started_blocks(group, 32) for group in rectangles.length_classes(disjoint)) == 32 * 10
+    prefixes = [Rectangle(0, 1024, 0, 10), Rectangle(1024, 1025, 0, 20)]
+    assert rectangles.started_blocks(prefixes, 32) == rectangles.useful_blocks(prefixes, 32) == 32 * 9
+
+
+def test_tables():
+    records = [{"name": "a", "value": 1234567, "ratio": 0.123456}, {"name": "long", "ratio": 1e-15}]
+    assert table(records).splitlines() == [
+        "name      value    ratio",
+        "a     1,234,567   0.1235",
+        "long             1.0e-15",
+    ]
+    assert [shown(value) for value in (0.0, 12345.6, 1e9, 3, "x")] == ["0", "12,346", "1.0e+09", "3", "x"]
+
+
+def test_what_is_not_finite_is_null_in_json():
+    found = Found()
+    found.add("Errors", {"error": float("inf"), "bound": 1.0}, {"error": float("nan"), "bound": 1.0})
+    row = runner.row_of(STEPS[0], {"device": "a CPU"}, "failed", 1.0, found)
+    assert [record["error"] for record in json.loads(json.dumps(row, allow_nan=False))["tables"]["Errors"]] == [
+        None
+    ] * 2
+    assert "not finite" in text([row], {})
