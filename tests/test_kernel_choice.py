@@ -148,7 +148,7 @@ def test_a_gpu_without_a_fused_kernel_is_told_once(caplog):
         assert select_kernel(torch.device("cuda"), dtype=torch.float64, key_dim=64, value_dim=64).name == "eager"
         select_kernel(torch.device("cpu"), 30.0)
     (message,) = caplog.messages
-    assert "slow and memory hungry: cpu_flash runs on CPU only; flash_attn_4" in message
+    assert "exact but slow on a GPU: cpu_flash runs on CPU only; flash_attn_4" in message
     assert "torch_flash takes float16, bfloat16, not float64" in message
 
 

@@ -233,7 +233,8 @@ def _check_activated() -> None:
 @cache
 def _say_why_slow(reasons: tuple[str, ...]) -> None:
     logging.getLogger(__name__).warning(
-        f"Attention runs through the formulas, right but slow and memory hungry: {'; '.join(reasons)}."
+        f"Attention runs through the formulas, which are exact but slow on a GPU: {'; '.join(reasons)}. docs/gpu.md "
+        "says what each kernel takes and how to install it."
     )
 
 
