@@ -22,7 +22,7 @@ from ..planning import CostModel, HardwareProfile, plan_documents
 from ..planning.model_shape import AttentionLayers
 from . import calibration_worker as worker
 from .attention import DTYPES
-from .calibration_fit import Call, fit_kernel, fit_line, root_mean_square
+from .calibration_fit import Call, copy_rate, error_summary, fit_kernel, fit_line, root_mean_square
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -130,7 +130,7 @@ def measure(
                 },
             }
         )
-    error = {name: _error([_ratio(row, name) for row in rows]) for name in CLOCKS}
+    error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
     profile["error"] = {"layers": len(rows), **error}
     return {
         "window": window,
@@ -155,12 +155,6 @@ def _ratio(row: dict[str, Any], clock: str) -> float:
     return row[clock]["predicted"] / row[clock]["measured"]
 
 
-def _error(ratios: Sequence[float]) -> dict[str, float]:
-    errors = [abs(ratio - 1) for ratio in ratios]
-    within = sum(error <= 0.1 for error in errors) / len(errors)
-    return {"median": median(errors), "largest": max(errors), "within_10_percent": within}
-
-
 def _calls() -> list[tuple[bool, tuple[tuple[int, int], ...]]]:
     squares = {(length,) * times for length in LENGTHS for times in (1, max(_WHOLE // length, 1))}
     causal = [(True, tuple((length, length) for length in lengths)) for lengths in sorted(squares)]
@@ -173,11 +167,6 @@ def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float
 
 
 def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype: str) -> dict[str, Any]:
-    itemsize = DTYPES[dtype].itemsize
-    accumulated = max(itemsize, 4)
-    merged = layers.query_heads * layers.value_dim * (2 * accumulated + itemsize)
-    packed = layers.kv_elements_per_token * 2 * itemsize
-    moved = sum(count * (merged + packed) for count in ROWS)
     latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
     flops = [2 * TOKENS * width * width / seconds for width, (seconds,) in zip(WIDTHS, products)]
     link = {"bytes_per_second": rate, "latency_seconds": latency}
@@ -186,7 +175,7 @@ def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype
     return {
         "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
         "linear_flops_per_second": median(flops),
-        "memory_bytes_per_second": moved / sum(map(sum, copies)),
+        "memory_bytes_per_second": copy_rate(ROWS, copies, layers, DTYPES[dtype].itemsize),
         "kernel": {**{name: getattr(kernel, name) for name in sizes}, **passes},
         "links": {"intra_node": link, "inter_node": link},
     }

@@ -123,21 +123,32 @@ def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> l
 
 
 def _copies(count: int, shape: Shape, dtype: str) -> Run:
-    query, key, value, _ = (tensor.detach() for tensor in random_inputs(2 * count, shape, dtype))
-    rows = Rows(torch.arange(count, 2 * count).numpy())
-    out = torch.zeros_like(query, dtype=accumulate_dtype(query.dtype))
-    lse = torch.zeros(query.shape[:2], dtype=out.dtype)
-    part, part_lse = query[:, :count].clone(), torch.zeros_like(lse[:, :count])
-    packed = key.new_empty(count, kv_width(key, value))
+    inputs = [tensor.detach() for tensor in random_inputs(2 * count, shape, dtype)[:3]]
+    merge, pack = copies(*inputs, Rows(torch.arange(count, 2 * count).numpy()))
 
     def run() -> tuple[float, float]:
         begin = cpu_clock()
-        engine_module._merge(out, lse, part, part_lse, rows)
+        merge()
         middle = cpu_clock()
-        pack_rows(key, value, rows, packed)
+        pack()
         return middle - begin, cpu_clock() - middle
 
     return run
+
+
+def copies(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Returns two functions: one merges a partial output into some rows of the output of `query`, as the engine does,
+    the other packs the KV of those rows."""
+    out = torch.zeros_like(query, dtype=accumulate_dtype(query.dtype))
+    lse = torch.zeros(query.shape[:2], dtype=out.dtype, device=query.device)
+    part, part_lse = query[:, : rows.count].clone(), torch.zeros_like(lse[:, : rows.count])
+    packed = key.new_empty(rows.count, kv_width(key, value))
+    return (
+        lambda: engine_module._merge(out, lse, part, part_lse, rows),
+        lambda: pack_rows(key, value, rows, packed),
+    )
 
 
 def time_transfers(bytes_moved: Sequence[int], rounds: int) -> list[list[float]]:

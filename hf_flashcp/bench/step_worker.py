@@ -50,7 +50,7 @@ class Trainer:
         _name_forward(layers[len(layers) // 2])
         self.mesh, self.device, self.vocabulary = mesh, device, model.config.get_text_config().vocab_size
         self.model = model if mesh is None else DistributedDataParallel(model, process_group=mesh.get_group())
-        attach(self.model, mesh)
+        self.handle = attach(self.model, mesh)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step(self, batch: dict[str, Any], layout: AllGatherLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,13 +64,18 @@ class Trainer:
                 pass
             with record_function(BACKWARD):
                 loss.backward()
-            with record_function(OPTIMIZER):
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            norm = self.update()
+        return loss.detach(), norm
+
+    def update(self) -> torch.Tensor:
+        """Clips the gradient, updates the weights and waits for the device. Returns the gradient's norm."""
+        with record_function(OPTIMIZER):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return loss.detach(), norm
+        return norm
 
     def bytes_between_steps(self) -> int:
         """Weights, the optimizer's state, and DDP's buckets of gradients."""

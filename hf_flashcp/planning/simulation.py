@@ -115,7 +115,7 @@ def simulate(
         raise ConfigurationError("The model's config has no layers with attention, so there is nothing to simulate.")
     setup = TrainingSetup(gpus=cp_size, gradient_checkpointing=gradient_checkpointing)
     shape = MemoryShape.from_config(config)
-    flops = _model_flops(lengths, model)
+    flops = model_flops(lengths, model)
     found = {}
     for name in names:
         if name in RIVALS:
@@ -130,7 +130,8 @@ def simulate(
     return found
 
 
-def _model_flops(lengths: Sequence[int], model: CostModel) -> float:
+def model_flops(lengths: Sequence[int], model: CostModel) -> float:
+    """Returns the floating-point operations of one training step, as [`Outcome`] counts them for its MFU."""
     forward = sum(lengths) * model.linear_flops_per_token
     for layers in model.layers:
         pairs = sum(attention_pairs(0, length, layers.window) for length in lengths)

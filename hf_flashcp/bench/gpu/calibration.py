@@ -1,0 +1,241 @@
+"""Step "calibrate": a hardware profile of this GPU from timed parts, and how well it predicts whole attention layers.
+
+Parts are single kernel calls, copies and linear layers. Layers are those of every rank of some plans, one rank after
+the other, with received KV standing ready. All measurements are saved as they are. Links between GPUs cannot be
+measured on one, and are those of the packaged profile.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...data.lengths import sample_pack
+from ...errors import ConfigurationError
+from ...planning import CostModel, HardwareProfile, ShardPlan, plan_documents
+from ...planning.hardware_profile import Kernel
+from ...planning.model_shape import AttentionLayers
+from ..calibration_fit import Call, copy_rate, error_summary, fit_device_kernel, root_mean_square
+from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
+from .hardware import OUT_OF_MEMORY, packaged_hardware
+from .settings import Found, Record, Run, Settings
+
+
+class Pack(NamedTuple):
+    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+
+    corpus: str
+    strategy: str
+    window: int
+    seed: int
+
+
+_TOKENS = 16_384
+
+GPU = Sizes(
+    shape=(32, 8, 128),
+    calls=(
+        *((True, ((length, length),)) for length in (128, 256, 512, 1024, 2048, 4096, 8192, _TOKENS, 2 * _TOKENS)),
+        *(
+            (True, ((length, length),) * (_TOKENS // length))
+            for length in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+        ),
+        *(
+            (True, tuple((length, length) for length in sample_pack(corpus, _TOKENS)))
+            for corpus in ("pile", "wlb_llm")
+        ),
+        *(
+            (False, ((queries, keys),))
+            for queries in (128, 512, 2048, 8192, _TOKENS)
+            for keys in (128, 1024, 4096, _TOKENS, 4 * _TOKENS)
+        ),
+        (False, ((16, 128),) * 128),
+        (False, ((16, 1024),) * 64),
+        (False, ((64, 128),) * 128),
+        (False, ((64, 1024),) * 64),
+        (False, ((256, 1024),) * 32),
+        (False, ((256, 4096),) * 16),
+        (False, ((1024, 4096),) * 8),
+        (False, ((1024, 16_384),) * 4),
+    ),
+    rows=(2048, 8192, 16_384),
+    tokens=8192,
+    widths=((4096, 4096), (4096, 14_336), (14_336, 4096)),
+    cp_size=8,
+    rounds=4,
+)
+GPU_PACKS = (
+    Pack("pile", "search", 131_072, 0),
+    Pack("pile", "per_doc", 131_072, 0),
+    Pack("wlb_llm", "search", 131_072, 1),
+    Pack("wlb_llm", "per_doc", 131_072, 1),
+    Pack("wlb_llm", "search", 131_072, 0),
+    Pack("wlb_llm", "per_doc", 131_072, 0),
+)
+"""The last two have one document of 94,000 tokens, and take the longest."""
+
+REHEARSED = Sizes(
+    shape=(4, 2, 16),
+    calls=(
+        *((True, ((length, length),)) for length in (16, 64, 128, 256)),
+        *((True, ((length, length),) * (256 // length)) for length in (16, 64)),
+        *((False, ((queries, keys),)) for queries in (16, 64, 256) for keys in (64, 256)),
+        (False, ((16, 64),) * 8),
+    ),
+    rows=(256,),
+    tokens=64,
+    widths=((64, 64),),
+    cp_size=4,
+    rounds=1,
+)
+REHEARSED_PACKS = (Pack("pile", "search", 512, 0), Pack("wlb_llm", "per_doc", 512, 0))
+
+FEWEST_CALLS = 12
+"""Kernel calls without which nothing is fitted."""
+
+KERNEL, SPEEDS = "Attention kernel, fitted to single calls", "Other speeds"
+LAYERS = "Attention layer of the slowest rank, forward and backward"
+ERRORS, CALLS = "Error of the predicted layers", "Kernel calls"
+
+
+def calibrate(run: Run, settings: Settings) -> Found:
+    found = Found()
+    sizes, packs = settings.sized((GPU, GPU_PACKS), (REHEARSED, REHEARSED_PACKS))
+    (parts,) = run(1, time_parts, sizes)
+    plans = {
+        f"{pack.corpus}, {pack.strategy}, seed {pack.seed}": plan_documents(
+            sample_pack(pack.corpus, pack.window, seed=pack.seed), sizes.cp_size, strategy=pack.strategy
+        )
+        for pack in packs
+    }
+    (timed,) = run(1, time_layers, sizes, plans)
+    found.cut += parts.pop("cut") + timed["cut"]
+    layers = [{**pack._asdict(), "cp_size": sizes.cp_size, "seconds": s} for pack, s in zip(packs, timed["layers"])]
+    found.more["measurements"] = {**parts, "layers": layers}
+    profile = _fit(found, parts, sizes)
+    _compare(found, profile, sizes, packs, list(plans.values()), timed["layers"])
+    if profile is not None:
+        found.more["profile"] = profile
+    return found
+
+
+def _fit(found: Found, parts: dict[str, Any], sizes: Sizes) -> dict[str, Any] | None:
+    """Returns the profile, without its errors, if the parts suffice for one."""
+    calls = []
+    for call in parts["calls"]:
+        if "forward" in call:
+            calls.append(Call(call["causal"], call["rectangles"], call["forward"], call["backward"]))
+            continue
+        queries, keys = np.sum(call["rectangles"], 0).tolist()
+        shape = {"rectangles": len(call["rectangles"]), "queries": queries, "keys": keys}
+        found.add(CALLS, {"causal": "yes" if call["causal"] else "no", **shape, "ms": OUT_OF_MEMORY})
+    if len(calls) < FEWEST_CALLS or {call.causal for call in calls} != {False, True}:
+        found.cut.append(f"fit of the profile: only {len(calls)} kernel calls were timed")
+        return None
+    layers = _attention(sizes)
+    try:
+        kernel, ratios = fit_device_kernel(calls, layers, units=parts["units"])
+    except ConfigurationError as error:  # scipy is not installed
+        found.problems.append(f"{error} The measurements are saved.")
+        return None
+    profile = _profile(kernel, parts, layers)
+    for name, column in zip(("forward", "backward"), ratios.T):
+        speed = getattr(kernel, name)
+        record: Record = {
+            "direction": name,
+            "TFLOP/s": speed.flops_per_second / 1e12,
+            "tile overhead, keys": speed.tile_overhead_keys,
+            "under a causal mask, keys": speed.overhead_keys(causal=True),
+            "error of calls, rms": root_mean_square(column),
+            "largest": float(abs(column - 1).max()),
+        }
+        found.add(KERNEL, record)
+    speeds: Record = {
+        "speed under a causal mask": kernel.causal_efficiency,
+        "us per call": 1e6 * kernel.call_seconds,
+        "linear TFLOP/s": profile["linear_flops_per_second"] / 1e12,
+        "copies TB/s": profile["memory_bytes_per_second"] / 1e12,
+    }
+    found.add(SPEEDS, speeds)
+    return profile
+
+
+def _attention(sizes: Sizes) -> AttentionLayers:
+    heads, kv_heads, width = sizes.shape
+    return AttentionLayers(1, heads, kv_heads, width, width)
+
+
+def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> dict[str, Any]:
+    """The form of the packaged profiles, see [`HardwareProfile.from_dict`]."""
+    packaged = packaged_hardware(parts["device"])
+    base = HardwareProfile.load(packaged or "h100")
+    assumed = f"assumed: as in {packaged}.json" if packaged else "assumed: an H100's, there is no profile of this GPU"
+    copies, products = parts["copies"], parts["products"]
+    flops = [2 * one["tokens"] * one["inputs"] * one["outputs"] / one["seconds"] for one in products]
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    fitted = ("tile", "units", "call_seconds", "causal_efficiency")
+    moved = [(one["merge"], one["pack"]) for one in copies]
+    heads, kv_heads, width = parts["shape"]
+    profile = {
+        "description": (
+            f"{parts['device']}, kernel {parts['kernel']}, {parts['dtype']}, {heads}/{kv_heads} heads of {width}; "
+            "measured by flashcp bench gpu"
+        ),
+        "sources": {
+            "kernel, linear_flops_per_second, memory_bytes_per_second": "measured",
+            "kernel.tile": "assumed",
+            "kernel.units, memory_bytes": "reported by PyTorch",
+            **{name: assumed for name in ("peak_flops_per_second", "links", "ranks_per_node")},
+        },
+        "linear_flops_per_second": median(flops),
+        "memory_bytes_per_second": copy_rate([one["rows"] for one in copies], moved, layers, DTYPE.itemsize),
+        "kernel": {**{name: getattr(kernel, name) for name in fitted}, **passes},
+        "links": {name: vars(getattr(base, name)) for name in ("intra_node", "inter_node")},
+        "ranks_per_node": base.ranks_per_node,
+    }
+    if packaged:
+        profile["peak_flops_per_second"] = base.peak_flops_per_second
+    else:
+        del profile["sources"]["peak_flops_per_second"]
+    if parts["memory_bytes"]:
+        profile["memory_bytes"] = parts["memory_bytes"]
+    return profile
+
+
+def _compare(
+    found: Found,
+    profile: dict[str, Any] | None,
+    sizes: Sizes,
+    packs: tuple[Pack, ...],
+    plans: list[ShardPlan],
+    timed: list[list[float] | str],
+) -> None:
+    """Adds a record of each layer, with what the profile predicts for it if there is one, and to the profile its
+    error."""
+    model = None
+    if profile is not None:
+        layers, size = (_attention(sizes),), DTYPE.itemsize
+        model = CostModel(HardwareProfile.from_dict(profile), 0.0, layers, size, size)
+    ratios = []
+    for pack, plan, seconds in zip(packs, plans, timed):
+        record: Record = {"corpus": pack.corpus, "strategy": pack.strategy}
+        record |= {"documents": len(plan.lengths), "longest": max(plan.lengths)}
+        if isinstance(seconds, str):
+            record["measured ms"] = seconds
+        else:
+            record["measured ms"] = 1000 * max(seconds)
+        if model is not None:
+            time = model.step_time(plan)
+            predicted = float((time.attention + time.copies).max())
+            record["predicted ms"] = 1000 * predicted
+            if not isinstance(seconds, str):
+                ratios.append(predicted / max(seconds))
+                record["predicted / measured"] = ratios[-1]
+        found.add(LAYERS, record)
+    if profile is not None:
+        error = error_summary(ratios) if ratios else {}
+        profile["error"] = {"layers": len(ratios), "seconds": error}
+        if ratios:
+            found.add(ERRORS, {name.replace("_", " "): value for name, value in profile["error"]["seconds"].items()})

@@ -1,0 +1,232 @@
+"""What the step "calibrate" times on the device: kernel calls, copies, linear layers, and whole attention layers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...attention import AttentionKernel, select_kernel
+from ...attention.kernels import accumulate_dtype
+from ...layout import Rectangle, Rows
+from ...planning import ShardPlan
+from ..calibration_worker import Shape, copies
+from ..kernels import _RankWork
+from ..turns import median_seconds
+from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
+from .settings import Found, Settings
+
+
+DTYPE = torch.bfloat16
+RUN = 64
+"""Rows of a range, where copied rows are many ranges."""
+
+WARM_UP, TIMED = 0.15, 0.3
+"""Shares of the time left that kernel calls may take: once each, and then in rounds."""
+
+FOR_FIT = 3.0
+"""Seconds that timing layers on a GPU leaves for the fit."""
+
+Work = tuple[bool, tuple[tuple[int, int], ...]]
+"""A kernel call: whether it is causal, and the queries and keys of each rectangle."""
+
+
+class Sizes(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        shape (`Shape`): query heads, KV heads and head dim of all calls and layers.
+        calls (`tuple[Work, ...]`): kernel calls.
+        rows (`tuple[int, ...]`): how many rows are merged and packed at once.
+        tokens (`int`): rows that linear layers read.
+        widths (`tuple[tuple[int, int], ...]`): what linear layers read and write for each.
+        cp_size (`int`): ranks of the plans.
+        rounds (`int`): timed turns of each, fewer where time is short.
+    """
+
+    shape: Shape
+    calls: tuple[Work, ...]
+    rows: tuple[int, ...]
+    tokens: int
+    widths: tuple[tuple[int, int], ...]
+    cp_size: int
+    rounds: int
+
+
+def time_parts(settings: Settings, sizes: Sizes) -> dict[str, Any]:
+    """Times kernel calls, copies and linear layers, in a worker.
+
+    Returns:
+        `dict`, JSON-serializable: the `device`'s name, its `units` and `memory_bytes`, the `kernel`'s name and
+        `shape`; and with their seconds `calls`, `copies` and `products`. Calls that did not fit in memory have no
+        seconds. `cut` is as in [`Found`].
+    """
+    device = settings.prepare()
+    kernel = _kernel(device, sizes)
+    found: dict[str, Any] = {"device": device_name(device), "units": 1, "memory_bytes": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found.update(units=properties.multi_processor_count, memory_bytes=properties.total_memory)
+    found.update(kernel=kernel.name, shape=list(sizes.shape), dtype="bf16", calls=[], copies=[], products=[])
+    cut = Found()
+    if cut.has_time(settings, settings.sized(5, 0.1), "copies, linear layers and kernel calls"):
+        found["products"] = _time_products(sizes, device)
+        found["copies"] = _time_copies(sizes, device)
+        found["calls"] = _time_calls(cut, settings, sizes, kernel, device)
+    return {**found, "cut": cut.cut}
+
+
+def _kernel(device: torch.device, sizes: Sizes) -> AttentionKernel:
+    return select_kernel(device, dtype=DTYPE, key_dim=sizes.shape[2], value_dim=sizes.shape[2])
+
+
+def _random(shape: Shape, rows: int, keys: int, device: torch.device) -> list[torch.Tensor]:
+    """Query, key, value and dO as a model's projections leave them: a token's heads side by side."""
+    heads, kv_heads, width = shape
+    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
+    return [torch.randn(*size, width, dtype=DTYPE, device=device).transpose(0, 1) for size in sizes]
+
+
+def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+    """Linear layers, forward."""
+    found = []
+    for inputs, outputs in sizes.widths:
+        rows, weight = (torch.randn(n, inputs, dtype=DTYPE, device=device) for n in (sizes.tokens, outputs))
+
+        def product(rows=rows, weight=weight) -> None:
+            torch.nn.functional.linear(rows, weight)
+
+        seconds = median_seconds(sizes.rounds, device, product=product)["product"]
+        found.append({"tokens": sizes.tokens, "inputs": inputs, "outputs": outputs, "seconds": seconds})
+    return found
+
+
+def _time_copies(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+    """Merging and packing rows: those of one range, and every other `RUN` rows, which go by index on a GPU."""
+    query, key, value, _ = _random(sizes.shape, 2 * max(sizes.rows), 2 * max(sizes.rows), device)
+    found = []
+    for count in sizes.rows:
+        numbers = np.arange(count)
+        for ranges, rows in (("one", numbers + count), ("many", numbers + numbers // RUN * RUN)):
+            tensors = (tensor[:, : 2 * count] for tensor in (query, key, value))
+            merge, pack = copies(*tensors, Rows(rows, device))
+            seconds = median_seconds(sizes.rounds, device, merge=merge, pack=pack)
+            found.append({"rows": count, "ranges": ranges, **seconds})
+    return found
+
+
+def _time_calls(
+    found: Found, settings: Settings, sizes: Sizes, kernel: AttentionKernel, device: torch.device
+) -> list[dict[str, Any]]:
+    """Each call alone, the most work first: so the host, which only launches kernels, is ahead of the device from
+    there on, and small calls are timed without the launches' latency."""
+    begin, left = time.monotonic(), settings.seconds_left()
+    warm_up = settings.until(begin + WARM_UP * left)
+    inputs = _Inputs(sizes, kernel, device)
+    ordered = sorted(sizes.calls, key=_pairs, reverse=True)
+    rows, functions = [], {}
+    for number, (causal, rectangles) in enumerate(ordered):
+        if not found.has_time(warm_up, 0, f"{len(ordered) - number} of {len(ordered)} kernel calls, the smallest"):
+            break
+        forward, backward = inputs.functions(causal, rectangles)
+        rows.append({"causal": causal, "rectangles": [list(pair) for pair in rectangles]})
+        if fits_in_memory(lambda forward=forward, backward=backward: (forward(), backward())):
+            functions[f"forward {number}"], functions[f"backward {number}"] = forward, backward
+    one_round = time.monotonic() - begin
+    rounds = max(int(min(sizes.rounds, TIMED * left / one_round - 1)), 1)
+    for name, seconds in median_seconds(rounds, device, **functions).items():
+        direction, number = name.split()
+        rows[int(number)][direction] = seconds
+    return rows
+
+
+def _pairs(call: Work) -> float:
+    causal, rectangles = call
+    return sum(queries * keys for queries, keys in rectangles) / (2 if causal else 1)
+
+
+class _Inputs:
+    """Tensors that all kernel calls share; a call takes as many of their rows as it needs."""
+
+    def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
+        queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
+        self.kernel = kernel
+        self.query, self.key, self.value, self.grad_out = _random(sizes.shape, queries, keys, device)
+        self.out = torch.zeros_like(self.query)
+
+    def functions(
+        self, causal: bool, pairs: Sequence[tuple[int, int]]
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Returns forward and backward of a call, see [`Work`]. Backward allocates and clears the gradients that it
+        adds to, as a layer does."""
+        rectangles: list[Rectangle] = []
+        queries = keys = 0
+        for count, against in pairs:
+            rectangles.append(Rectangle(queries, queries + count, keys, keys + against))
+            queries, keys = queries + count, keys + against
+        query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
+        key, value = self.key[:, :keys], self.value[:, :keys]
+        dtype = accumulate_dtype(query.dtype)
+        # About what random scores give; times do not depend on it.
+        lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
+        options: dict[str, Any] = {"causal": causal, "scale": query.shape[2] ** -0.5}
+
+        def forward() -> None:
+            self.kernel.forward(query, key, value, tuple(rectangles), **options)
+
+        def backward() -> None:
+            grads = {
+                f"grad_{name}": torch.zeros_like(tensor, dtype=dtype)
+                for name, tensor in (("query", query), ("key", key), ("value", value))
+            }
+            self.kernel.backward(grad_out, query, key, value, out, lse, tuple(rectangles), **options, **grads)
+
+        return forward, backward
+
+
+def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]) -> dict[str, Any]:
+    """Times the attention layer of every rank of some plans, by name, in a worker.
+
+    Returns:
+        `dict`, JSON-serializable: `layers`, for each plan the seconds of every rank's forward and backward, or why
+        there are none; `cut` as in [`Found`].
+    """
+    device = settings.prepare()
+    settings = settings.until(settings.deadline - settings.sized(FOR_FIT, 0.0))
+    found = Found()
+    kernel = _kernel(device, sizes)
+    layers = [
+        _by_rank(found, settings, plan, sizes, kernel, device, f"layer of {name}") for name, plan in plans.items()
+    ]
+    return {"layers": layers, "cut": found.cut}
+
+
+def _by_rank(
+    found: Found,
+    settings: Settings,
+    plan: ShardPlan,
+    sizes: Sizes,
+    kernel: AttentionKernel,
+    device: torch.device,
+    name: str,
+) -> list[float] | str:
+    seconds: list[float] = []
+    needed = settings.sized(1.0, 0.05)
+    for rank in range(plan.cp_size):
+        if not found.has_time(settings, needed, name):
+            return "out of time"
+        begin = time.monotonic()
+
+        def run(rank=rank) -> None:
+            work = _RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
+            seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
+
+        if not fits_in_memory(run):
+            return OUT_OF_MEMORY
+        # Ranks have about the same work: a plan that takes too long is given up after its first rank.
+        needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
+    return seconds
