@@ -125,7 +125,7 @@ def test_a_step_that_goes_wrong_costs_only_itself(forked):
     results = Results(None, {"device": "a CPU"})
     run_steps(steps, Settings("cpu"), Pools("cpu"), results, lambda step, row: seen.append((step.name, row is None)))
     assert seen == [(name, waiting) for name in "abcdefg" for waiting in (True, False)]
-    rows = results.rows(steps)
+    rows = results.rows("abcdefg")
     statuses = ["failed", "failed", "out of memory", "crashed", "out of time", "failed", "passed"]
     assert [row["status"] for row in rows] == statuses
     for row, said in zip(rows, ("this machine is wrong", "IndexError", "20 GiB", "exit code 3", "in time", "", "")):
@@ -147,8 +147,8 @@ def test_a_failed_step_is_run_again_and_a_run_ends_in_time(forked, tmp_path, mon
     steps = [step_of("a", succeed, 2), step_of("b", succeed, 3)]
     results = Results(tmp_path, machine)
     run_steps(steps, Settings("cpu"), Pools("cpu"), results, lambda *_: None)
-    assert [row["status"] for row in results.rows(steps)] == ["passed", "not run"]
-    assert results.rows(steps)[0]["tables"] == {"Values": [{"value": 1}]}
+    assert [row["status"] for row in results.rows("ab")] == ["passed", "not run"]
+    assert results.rows("a")[0]["tables"] == {"Values": [{"value": 1}]}
     with pytest.raises(ConfigurationError, match="has results of a CPU, and this is an H100: give another --output"):
         Results(tmp_path, {"device": "an H100"})
 
@@ -191,7 +191,7 @@ def rehearse_together():
     ranks = launch.join(Settings("cpu"))
     results = Results(None, {"device": "CPUs"}) if launch.is_first() else None
     launch.run_together(CLUSTER_STEPS, Settings("cpu"), ranks, results, lambda *_: None)
-    return results and results.rows(CLUSTER_STEPS)
+    return results and results.rows(step.name for step in CLUSTER_STEPS)
 
 
 def fail_on_one_rank():
@@ -203,7 +203,7 @@ def fail_on_one_rank():
     step = CLUSTER_STEPS[0]._replace(run=run)
     results = Results(None, {"device": "CPUs"}) if launch.is_first() else None
     launch.run_together([step], Settings("cpu"), launch.join(Settings("cpu")), results, lambda *_: None)
-    return results and results.rows([step])
+    return results and results.rows([step.name])
 
 
 def test_steps_of_several_ranks(pool):

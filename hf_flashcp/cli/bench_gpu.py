@@ -62,7 +62,7 @@ def run_gpu(arguments: argparse.Namespace) -> int:
             run_together([step for step in chosen if step in CLUSTER_STEPS], settings, ranks, results, progress)
     if results is None:
         return 0
-    rows = results.rows(chosen)
+    rows = results.rows(step.name for step in chosen)
     _write(rows, chosen, arguments)
     return 0 if all(row["status"] == PASSED for row in rows) else 1
 

@@ -67,8 +67,8 @@ class Results:
             with self._file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
-    def rows(self, steps: Iterable[Step]) -> list[Row]:
-        return [self._rows[step.name] for step in steps if step.name in self._rows]
+    def rows(self, names: Iterable[str]) -> list[Row]:
+        return [self._rows[name] for name in names if name in self._rows]
 
 
 def _named(machine: dict[str, str]) -> str:

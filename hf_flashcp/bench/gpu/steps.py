@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from ...errors import ConfigurationError
 from . import cluster
+from .calibration import calibrate
 from .compiled import compile
 from .environment import device
 from .host import host
 from .kernels import kernels
 from .layers import layer
+from .model_step import model_step
 from .rectangles import plans, rectangles
 from .settings import Found, Settings, Step
 from .streams import streams
@@ -29,6 +31,8 @@ STEPS = (
     Step("plans", TIMING, 100, "kernels and copies of eight ranks against one call on their work", plans),
     Step("rectangles", TIMING, 30, "speed of each kernel; long and short rectangles in one call", rectangles),
     Step("host", TIMING, 30, "where the host waits, and what it launches", host),
+    Step("step", TIMING, 70, "a step of 1B parameters beside its documents alone; memory", model_step),
+    Step("calibrate", TIMING, 40, "a hardware profile, and how it predicts layers", calibrate),
     Step("compile", TIMING, 60, "compiled layers on two packs", compile),
 )
 """Their limits add up to less than a run may take."""
