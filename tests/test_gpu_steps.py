@@ -150,7 +150,7 @@ def test_calibration():
 
 
 def test_calibration_where_memory_runs_out(monkeypatch):
-    functions, engine = calibration_timing._Inputs.functions, calibration_timing._RankWork.engine
+    functions, engine = calibration_timing._Inputs.functions, calibration_timing.RankWork.engine
     layers = []
 
     def raises():
@@ -165,7 +165,7 @@ def test_calibration_where_memory_runs_out(monkeypatch):
         return raises() if self.layout is layers[0] else engine(self)
 
     monkeypatch.setattr(calibration_timing._Inputs, "functions", largest_raises)
-    monkeypatch.setattr(calibration_timing._RankWork, "engine", first_raises)
+    monkeypatch.setattr(calibration_timing.RankWork, "engine", first_raises)
     found = rehearse(calibration.calibrate)
     assert found["problems"] == [] and "profile" in found["more"]
     (call,) = found["tables"][calibration.CALLS]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_flashcp import attach
 from hf_flashcp.attention.kernels import (
     CAPABILITIES,
     EXPERIMENTAL,
@@ -14,6 +15,7 @@ from hf_flashcp.attention.kernels import (
 )
 from hf_flashcp.errors import ConfigurationError, FlashCPError
 from tests import vendor_kernels
+from tests.models import build_model
 
 
 CHOICES = [
@@ -103,9 +105,12 @@ def test_what_was_activated_and_cannot_run_is_an_error(monkeypatch, name, capabi
     """Not a silent fall back to the formulas: PyTorch's own kernel has been replaced."""
     gpu(monkeypatch, *capability)
     activate(monkeypatch, name)
+    said = f"{name} was activated in PyTorch, but it needs a GPU of .*this one has {capability[0]}"
     with vendor_kernels.flash_attn_3():
-        with pytest.raises(ConfigurationError, match=f"{name} was activated in PyTorch, but it needs a GPU of .*this"):
+        with pytest.raises(ConfigurationError, match=said):
             chosen()
+        with pytest.raises(ConfigurationError, match=said):
+            attach(build_model("llama"), None)
         assert select_kernel(torch.device("cpu"), dtype=torch.bfloat16).name == "cpu_flash"
 
 

@@ -49,7 +49,7 @@ def measure(
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
         rows: dict[str, list[float]] = {"one_call": [], "kernels": [], "engine": []}
         for rank in range(cp_size):
-            work = _RankWork(plan, rank, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen)
+            work = RankWork(plan, rank, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen)
             timed = median_seconds(rounds, chosen, one_call=work.one_call, kernels=work.kernels, engine=work.engine)
             for name, seconds in timed.items():
                 rows[name].append(seconds)
@@ -78,8 +78,8 @@ class _Ready:
         return self._keys
 
 
-class _RankWork:
-    """One rank's layer, on random tensors."""
+class RankWork:
+    """One rank's layer, on random tensors, with received KV standing ready."""
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 
 from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
+from ..attention.kernels import check_activated_kernel
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import debug_mode, require_agreement
 from ..layout import RankPlan, shard_inputs
@@ -76,12 +77,14 @@ def attach(
 
     Raises:
         UnsupportedModelError: the model's gradients would not be exact, and why.
-        ConfigurationError: the Accelerator or mesh does not fit.
+        ConfigurationError: the Accelerator or mesh does not fit, or the attention kernel that was activated in PyTorch
+            does not run on this GPU.
 
     A forward raises a [`BatchError`] for batches that cannot be sharded, or that differ between ranks.
     """
     inner = _transformers_model(model)
     check_model(inner)
+    check_activated_kernel()
     mesh = accelerator_or_mesh
     if isinstance(accelerator_or_mesh, Accelerator):
         mesh, plugin = _accelerator_mesh(accelerator_or_mesh)

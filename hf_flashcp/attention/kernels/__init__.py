@@ -1,7 +1,14 @@
 """Attention kernels behind one interface, and the table that says which one runs a layer."""
 
 from .base import AttentionKernel, accumulate_dtype
-from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, explain_kernels, select_kernel
+from .capabilities import (
+    CAPABILITIES,
+    EXPERIMENTAL,
+    TESTED,
+    check_activated_kernel,
+    explain_kernels,
+    select_kernel,
+)
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
 from .flash_attn2 import FlashAttn2Kernel
@@ -25,6 +32,7 @@ __all__ = [
     "TorchFlashKernel",
     "VarlenKernel",
     "accumulate_dtype",
+    "check_activated_kernel",
     "explain_kernels",
     "load_kernel_library",
     "select_kernel",

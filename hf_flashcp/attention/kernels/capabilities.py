@@ -207,7 +207,7 @@ def select_kernel(
     known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim}
     explained = explain_kernels(device.type, softcap, **known, deterministic=wanted)
     if device.type == "cuda":
-        _check_activated()
+        check_activated_kernel()
     for name, reason in explained:
         if reason is None:
             if name == "eager" and device.type == "cuda":
@@ -220,7 +220,12 @@ def select_kernel(
     )
 
 
-def _check_activated() -> None:
+def check_activated_kernel() -> None:
+    """Checks that what the user activated in PyTorch runs on this machine's GPU.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
     name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
     reason = name and CAPABILITIES[name].missing()
     if reason:

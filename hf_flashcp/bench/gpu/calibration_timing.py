@@ -15,7 +15,7 @@ from ...attention.kernels import accumulate_dtype
 from ...layout import Rectangle, Rows
 from ...planning import ShardPlan
 from ..calibration_worker import Shape, copies
-from ..kernels import _RankWork
+from ..kernels import RankWork
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
 from .settings import Found, Settings
@@ -222,7 +222,7 @@ def _by_rank(
         begin = time.monotonic()
 
         def run(rank=rank) -> None:
-            work = _RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
+            work = RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
             seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
 
         if not fits_in_memory(run):

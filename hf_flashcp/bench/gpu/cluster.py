@@ -21,7 +21,7 @@ from ...exchange.kv_exchange import kv_width
 from ...integrations.attach import attach
 from ...layout import RankPlan
 from ...planning import plan_documents
-from ..kernels import _RankWork
+from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Settings
 
@@ -71,7 +71,7 @@ def exchange(ranks: Ranks, settings: Settings) -> Found:
             plan = plan_documents([size * tokens], size, strategy="per_doc", num_stages=stages)
             bound = RankPlan(plan, ranks.group.rank(), ranks.group)
             kernel = select_kernel(ranks.device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
-            work = _RankWork(plan, bound.rank, kernel, shape, torch.bfloat16, ranks.device)
+            work = RankWork(plan, bound.rank, kernel, shape, torch.bfloat16, ranks.device)
             leaves = [tensor.detach().requires_grad_() for tensor in (work.query, work.key, work.value)]
 
             def layer(leaves=leaves, bound=bound, kernel=kernel, work=work) -> None:
@@ -95,7 +95,7 @@ def exchange(ranks: Ranks, settings: Settings) -> Found:
     return found
 
 
-def _transfers_alone(work: _RankWork, bound: RankPlan) -> None:
+def _transfers_alone(work: RankWork, bound: RankPlan) -> None:
     transfers = send_kv(work.key, work.value, work.layout, bound.group)
     received = [transfer.wait() for transfer in transfers]
     width = kv_width(work.key, work.value)

@@ -20,7 +20,7 @@ from ...data import FlashCPCollator
 from ...integrations.attach import attach
 from ...layout import shard_inputs
 from ...planning import plan_documents
-from ..kernels import _RankWork
+from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings
 
@@ -58,12 +58,12 @@ def _look(settings: Settings) -> Found:
     return found
 
 
-def _rank_work(tokens: int, settings: Settings, device: torch.device) -> _RankWork:
+def _rank_work(tokens: int, settings: Settings, device: torch.device) -> RankWork:
     """The first of eight ranks with so many tokens each, all of one document, in as many stages as there can be."""
     plan = plan_documents([8 * tokens], 8, strategy="per_doc", num_stages=7)
     shape = settings.sized((32, 8, 128), (4, 2, 16))
     kernel = select_kernel(device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
-    return _RankWork(plan, 0, kernel, shape, torch.bfloat16, device)
+    return RankWork(plan, 0, kernel, shape, torch.bfloat16, device)
 
 
 def _launches(tokens: int, settings: Settings, device: torch.device) -> Record:

@@ -16,7 +16,7 @@ from ...attention.kernels.varlen import _rounds
 from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...planning import ShardPlan, plan_documents
-from ..kernels import _RankWork
+from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings, fused_kernels
 
@@ -70,7 +70,7 @@ def _time_plans(settings: Settings) -> Found:
 def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
     ranks = []
     for rank in range(plan.cp_size):
-        work = _RankWork(plan, rank, kernel, shape, torch.bfloat16, device)
+        work = RankWork(plan, rank, kernel, shape, torch.bfloat16, device)
         ranks.append(median_seconds(1, device, one=work.one_call, kernels=work.kernels, engine=work.engine))
     one, kernels, engine = ([times[name] for times in ranks] for name in ("one", "kernels", "engine"))
     return {
