@@ -14,6 +14,7 @@ from hf_flashcp.attention.kernels import (
     TorchFlashKernel,
     varlen,
 )
+from hf_flashcp.bench.kernels import RankWork
 from hf_flashcp.layout import Rectangle
 from hf_flashcp.planning import plan_documents
 from tests import determinism_cases, vendor_kernels
@@ -108,6 +109,18 @@ class seen_windows(TorchDispatchMode):
         if "_flash_attention" in func.__name__:
             self.found.append((kwargs.get("window_size_left"), kwargs.get("window_size_right")))
         return func(*args, **(kwargs or {}))
+
+
+# The formulas run under autocast, which meta tensors have none of.
+@pytest.mark.parametrize("kernel", [TorchFlashKernel, EagerKernel] if torch.version.cuda else [TorchFlashKernel])
+@pytest.mark.parametrize("strategy, stages", [("per_doc", 1), ("per_doc", 3), ("search", 1)])
+def test_a_ranks_layer_stays_on_its_device(strategy, stages, kernel):
+    """Packing, kernels, merges and additions of every rank, on fake CUDA tensors where PyTorch has CUDA: tensors of
+    two devices would be refused."""
+    plan = plan_documents([300, 40, 70, 9, 12, 33], 4, strategy=strategy, num_stages=stages)
+    for rank in range(4):
+        with fake_cuda():
+            RankWork(plan, rank, kernel(), (4, 2, 16), torch.bfloat16, FAKE).engine()
 
 
 # Deterministic algorithms
