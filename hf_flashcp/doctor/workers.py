@@ -37,11 +37,13 @@ class WorkerPool:
     """Processes on this machine, started when they are first needed; `close` ends them.
 
     Args:
-        start_method: of `multiprocessing`; "spawn" if they use a GPU, which a forked process may not be able to.
+        start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
+        device: "cpu", or "cuda" for workers that use this machine's GPUs, which they share if there are fewer GPUs
+            than workers.
     """
 
-    def __init__(self, start_method: str = "forkserver" if sys.platform == "linux" else "spawn"):
-        self._start_method = start_method
+    def __init__(self, start_method: str | None = None, device: str = "cpu"):
+        self._start_method, self._device = start_method or _default_start_method(device), device
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
         self._store = None
@@ -115,7 +117,7 @@ class WorkerPool:
             context.set_forkserver_preload(["torch", module])  # imported once, and shared
         connection, child = context.Pipe()
         log = Path(self._directory.name) / f"worker-{rank}.log"
-        process = context.Process(target=_worker_main, args=(rank, child, str(log)), daemon=False)
+        process = context.Process(target=_worker_main, args=(rank, child, str(log), self._device), daemon=False)
         process.start()
         child.close()
         self._workers.append((process, connection, log))
@@ -134,7 +136,21 @@ class WorkerPool:
         return False, RuntimeError(text), text, "lost"
 
 
-def _worker_main(rank, connection, log):
+def _default_start_method(device):
+    """The server that workers are forked from must not initialise CUDA, which they could not do again. Imports there
+    ask whether there is a GPU; only NVML can answer without CUDA."""
+    if sys.platform != "linux":
+        return "spawn"
+    if device == "cuda":
+        import torch
+
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        if torch.cuda._device_count_nvml() < 0:
+            return "spawn"
+    return "forkserver"
+
+
+def _worker_main(rank, connection, log, device):
     stream = open(log, "w", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -158,7 +174,7 @@ def _worker_main(rank, connection, log):
         try:
             if world != current:
                 current = None
-                _join_world(rank, *world)
+                _join_world(rank, device, *world)
                 current = world
             outcome = (True, function(*args), None)
             message = pickle.dumps(outcome)
@@ -177,7 +193,8 @@ def _failure(error):
         return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text))
 
 
-def _join_world(rank, world_size, port, name):
+def _join_world(rank, device, world_size, port, name):
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -189,8 +206,15 @@ def _join_world(rank, world_size, port, name):
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
-        ACCELERATE_USE_CPU="true",
     )
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.init()  # in a process without CUDA a DeviceMesh would take the local rank as the number of its GPU
+        # accelerate would give DDP the local rank as the number of its GPU (prepare_model in accelerator.py).
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group(
         "gloo",
         store=dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False)),
