@@ -132,6 +132,7 @@ def test_pytorchs_flash_is_called_as_its_schema_says():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.devices("cpu", "cuda")
 def test_flash_attn_is_called_as_its_interface_says(monkeypatch):
     """A stand-in with the signatures of flash-attn 2.7 and 2.8, which computes by the formulas: not the package."""
     emulated, seen = EmulatedVarlen(), []

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from hf_flashcp.attention.kernels import CPUFlashKernel, EagerKernel, cpu_flash, varlen
 from hf_flashcp.layout import Rectangle
+from tests.device import DEVICE, ON_CPU, fused_kernels, make_kernel
 from tests.kernel_cases import CAUSAL, FP64, FULL, SCALE, SHAPES, EmulatedVarlen, difference, make, run, textbook
+
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
+of_the_cpu_kernel = pytest.mark.skipif(not ON_CPU, reason="measures the kernel for CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +34,7 @@ class SmallBlocks(CPUFlashKernel):
 
 
 KERNELS = {
-    "cpu_flash": CPUFlashKernel,
-    "cpu_flash in small blocks": SmallBlocks,
+    **({"cpu_flash": CPUFlashKernel, "cpu_flash in small blocks": SmallBlocks} if ON_CPU else {}),
     "eager": EagerKernel,
     "varlen": EmulatedVarlen,
 }
@@ -56,6 +60,7 @@ def test_full_rectangles_are_exact(kernel, rectangles):
         assert difference(run(KERNELS[kernel](), inputs, rectangles, causal=False), reference) < FP64, shape
 
 
+@of_the_cpu_kernel
 @pytest.mark.parametrize("threads, fold", [(1, 6), (2, 6), (3, 3), (4, 3), (5, 2), (7, 1), (40, 1)])
 def test_every_thread_has_a_head_to_itself(threads, fold):
     """12 heads, 2 KV heads: as many of a group's six share rows as leave a head for each thread."""
@@ -112,24 +117,23 @@ def test_arbitrary_rectangles_are_exact(data):
         row += rows
     inputs = make((4, 2, 8, 8), rectangles)
     reference = textbook(inputs, rectangles, causal=False)
-    for kernel in (SmallBlocks(), EmulatedVarlen()):
+    for kernel in (SmallBlocks() if ON_CPU else EagerKernel(), EmulatedVarlen()):
         assert difference(run(kernel, inputs, rectangles, causal=False), reference) < FP64
 
 
 def test_rounds_are_as_few_as_overlapping_keys_need():
-    device = torch.device("cpu")
-    rounds = varlen._rounds(tuple(FULL["prefixes of two"]), device)
+    rounds = varlen._rounds(tuple(FULL["prefixes of two"]), DEVICE)
     assert [(r.sequences.max_q, r.sequences.max_k) for r in rounds] == [(4, 5), (17, 30), (3, 40)]
     assert [r.sequences.cu_seqlens_k.tolist() for r in rounds] == [[0, 5, 6], [0, 17, 47], [0, 40]]
-    assert len(varlen._rounds(tuple(FULL["disjoint keys"]), device)) == 1
+    assert len(varlen._rounds(tuple(FULL["disjoint keys"]), DEVICE)) == 1
 
 
 def test_rows_without_gaps_are_not_copied_and_rounds_are_built_once():
     documents = tuple(CAUSAL["squares"])
-    (only,) = varlen._rounds(documents, torch.device("cpu"))
+    (only,) = varlen._rounds(documents, DEVICE)
     assert (only.q_rows, only.k_rows, only.out_rows) == (slice(0, 120),) * 3
     equal = tuple(Rectangle(*rectangle) for rectangle in documents)
-    assert varlen._rounds(equal, torch.device("cpu")) is varlen._rounds(documents, torch.device("cpu"))
+    assert varlen._rounds(equal, DEVICE) is varlen._rounds(documents, DEVICE)
     kernel = EmulatedVarlen()
     run(kernel, make((4, 2, 8, 8), documents), documents, causal=True)
     assert kernel.calls == [3, 3]  # one call each way, of three sequences
@@ -139,6 +143,7 @@ def relative_errors(ours, reference):
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, reference)]
 
 
+@of_the_cpu_kernel
 @pytest.mark.parametrize("shape", [(4, 1, 64, 64), (2, 2, 32, 32), (4, 2, 32, 32), (8, 1, 32, 32)])
 @pytest.mark.parametrize(
     "rows, keys, causal, window", [(700, 700, True, None), (900, 900, True, 300), (300, 600, False, None)]
@@ -169,7 +174,15 @@ def test_reduced_precision_is_no_worse_than_one_plain_call(shape, rows, keys, ca
 
 def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
     """Keys in 1 to 16 calls, outputs merged in fp32 and gradients summed there: relative error against fp64."""
-    keys, kernel = 1024, CPUFlashKernel()
+    names = [CPUFlashKernel.name] if ON_CPU else fused_kernels(key_dim=32, value_dim=32)
+    if not names:
+        pytest.skip("no fused kernel runs here")
+    for name in names:
+        _check_errors_of_parts(make_kernel(name))
+
+
+def _check_errors_of_parts(kernel):
+    keys, limit = 1024, 1.05 if ON_CPU else 1.1  # on a GPU a kernel's own error is smaller beside the parts' roundings
     query, key, value, grad_out = make((4, 1, 32, 32), [Rectangle(0, 256, 0, keys)], torch.bfloat16)
     inputs = query[:, :256], key[:, :keys], value[:, :keys], grad_out[:, :256]
     out, _, *grads = textbook([tensor.double() for tensor in inputs], [Rectangle(0, 256, 0, keys)], causal=False)
@@ -184,11 +197,11 @@ def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
         sums = [run(kernel, inputs, part, whole, causal=False)[2:] for part in parts]
         errors[count] = relative_errors([merged, *(sum(each) for each in zip(*sums))], [out, *grads])
     for error in errors.values():
-        assert all(part <= 1.05 * one for part, one in zip(error, errors[1])), errors
+        assert all(part <= limit * one for part, one in zip(error, errors[1])), (kernel.name, errors)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kernel", ["cpu_flash", "eager", "varlen"])
+@pytest.mark.parametrize("threads", [1, 2] if ON_CPU else [1])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if "small" not in name])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bitwise_equal(kernel, dtype, threads):
     torch.set_num_threads(threads)
