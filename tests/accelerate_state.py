@@ -1,4 +1,7 @@
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.device import ON_CPU
 
 
 def fresh_accelerate():
@@ -6,3 +9,10 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+    forbid_tf32()
+
+
+def forbid_tf32():
+    """On a GPU an Accelerator for compiled models lets fp32 be multiplied in TF32, in the whole process."""
+    if not ON_CPU:
+        torch.backends.cuda.matmul.allow_tf32 = False

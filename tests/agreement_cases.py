@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, plan_documents
 from hf_flashcp.exchange import require_agreement
 from tests.accelerate_state import fresh_accelerate
-from tests.attention_cases import KERNELS, make_inputs, sharded_attention
+from tests.attention_cases import make_inputs, sharded_attention
+from tests.device import ExactKernel
 from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents
 
@@ -82,7 +83,7 @@ def exchange_that_does_not_fit():
     plan = plan_documents(lengths, 2, strategy="per_doc")
     try:
         inputs = make_inputs(lengths, 4, 2, 8, 8, torch.float32, 0)
-        return timed(lambda: sharded_attention(plan, inputs, KERNELS["cpu_flash"]))
+        return timed(lambda: sharded_attention(plan, inputs, ExactKernel()))
     finally:
         del os.environ["FLASHCP_DEBUG"]
 
@@ -91,6 +92,6 @@ def exchange_that_fits():
     os.environ["FLASHCP_DEBUG"] = "1"
     try:
         inputs = make_inputs([16], 4, 2, 8, 8, torch.float32, 0)
-        return timed(lambda: sharded_attention(plan_documents([16], 2), inputs, KERNELS["cpu_flash"]))
+        return timed(lambda: sharded_attention(plan_documents([16], 2), inputs, ExactKernel()))
     finally:
         del os.environ["FLASHCP_DEBUG"]

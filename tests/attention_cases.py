@@ -9,11 +9,8 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from hf_flashcp.attention import document_attention
-from hf_flashcp.attention.kernels import CPUFlashKernel, EagerKernel
 from hf_flashcp.layout import RankPlan
-
-
-KERNELS = {"cpu_flash": CPUFlashKernel(), "eager": EagerKernel()}
+from tests.device import DEVICE, ON_CPU, ExactKernel, make_kernel
 
 
 def relative_error(ours, reference):
@@ -25,16 +22,15 @@ def relative_error(ours, reference):
 
 
 def make_sinks(heads, dtype=torch.float64):
-    return torch.linspace(-2, 3, heads, dtype=torch.float64).to(dtype)
+    return torch.linspace(-2, 3, heads, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
 def make_inputs(lengths, heads, kv_heads, head_dim, value_dim, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     sides = [(heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim), (heads, value_dim)]
-    return [
-        torch.randn(count, total, width, generator=generator, dtype=torch.float64).to(dtype) for count, width in sides
-    ]
+    drawn = (torch.randn(count, total, width, generator=generator, dtype=torch.float64) for count, width in sides)
+    return [tensor.to(dtype).to(DEVICE) for tensor in drawn]
 
 
 def reference_attention(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
@@ -47,7 +43,7 @@ def reference_attention(lengths, query, key, value, grad_out, window=None, softc
         scores = q @ k.repeat_interleave(groups, 0).mT * query.shape[-1] ** -0.5
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        visible = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
         if window:
             visible = visible.triu(1 - window)
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -66,20 +62,25 @@ def bind(plan, offset_groups=None):
     return RankPlan(plan, dist.get_rank() if group else 0, group)
 
 
+def local_rows(bound, inputs):
+    """This rank's rows of tensors (heads, tokens, width)."""
+    index = bound.layout.token_index.to(DEVICE)
+    return [tensor.index_select(1, index) for tensor in inputs]
+
+
 def sharded_attention(
     plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received=None
 ):
     """This rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
-    index = bound.layout.token_index
-    query, key, value, grad_out = (tensor.index_select(1, index) for tensor in inputs)
+    query, key, value, grad_out = local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     if sinks:
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
     options = {"window": window, "softcap": softcap, "sinks": leaves[3] if sinks else None}
     out = document_attention(*leaves[:3], bound, kernel=kernel, keep_received=keep_received, **options)
     out.backward(grad_out)
-    return [out.detach(), *(leaf.grad for leaf in leaves)], index
+    return [out.detach(), *(leaf.grad for leaf in leaves)], bound.layout.token_index.to(DEVICE)
 
 
 @lru_cache(maxsize=2)
@@ -93,7 +94,7 @@ def attention_error(
     plan,
     shape,
     dtype="float64",
-    kernel="cpu_flash",
+    kernel=ExactKernel.name,
     offset_groups=None,
     seed=0,
     options=None,
@@ -103,7 +104,7 @@ def attention_error(
     options = options or {}
     inputs, reference = _inputs_and_reference(plan.lengths, shape, dtype, seed, tuple(options.items()))
     ours, index = sharded_attention(
-        plan, inputs, KERNELS[kernel], offset_groups, keep_received=keep_received, **options
+        plan, inputs, make_kernel(kernel), offset_groups, keep_received=keep_received, **options
     )
     return [relative_error(a, b) for a, b in zip(gathered(ours, index, reference), reference)]
 
@@ -119,7 +120,7 @@ def attention_errors(cases):
 
 
 def sum_over_ranks(like, part, index):
-    return _sum(torch.zeros(like.shape, dtype=torch.float64).index_copy_(1, index, part.double()))
+    return _sum(torch.zeros(like.shape, dtype=torch.float64, device=DEVICE).index_copy_(1, index, part.double()))
 
 
 def _sum(tensor):
@@ -129,10 +130,10 @@ def _sum(tensor):
 
 
 def bf16_errors(plan, shape, kernel, options=None):
-    """[ours, single-device bf16] error of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16 inputs."""
+    """(ours, single-device bf16) error of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16 inputs."""
     options = options or {}
     inputs, reference = _inputs_and_reference(plan.lengths, shape, "bfloat16", 0, tuple(options.items()))
-    ours, index = sharded_attention(plan, inputs, KERNELS[kernel], **options)
+    ours, index = sharded_attention(plan, inputs, make_kernel(kernel), **options)
     single = _single_device(plan.lengths, shape, tuple(options.items()))
     full = gathered(ours, index, reference)
     return [(relative_error(a, b), relative_error(c, b)) for a, b, c in zip(full, reference, single)]
@@ -151,10 +152,10 @@ def single_device(lengths, query, key, value, grad_out, window=None, softcap=Non
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
     outs = []
     for q, k, v in zip(*(leaf[None].split(lengths, dim=2) for leaf in leaves[:3])):
-        visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
         visible = visible.triu(1 - window) if window else visible
         if softcap or sinks:
-            mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, torch.finfo(q.dtype).min)
+            mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, torch.finfo(q.dtype).min)
             module = torch.nn.Module()
             module.num_key_value_groups, module.sinks = q.shape[1] // k.shape[1], leaves[-1]
             eager = modeling_gpt_oss if sinks else modeling_gemma2
@@ -162,10 +163,22 @@ def single_device(lengths, query, key, value, grad_out, window=None, softcap=Non
             out = eager.eager_attention_forward(module, q, k, v, mask, scaling=q.shape[-1] ** -0.5, **kwargs)[0]
             outs.append(out[0].transpose(0, 1))
         else:
-            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0])
+            outs.append(_sdpa(q, k, v, visible, window)[0])
     out = torch.cat(outs, dim=1)
     out.backward(grad_out)
     return out.detach(), *(leaf.grad for leaf in leaves)
+
+
+def _sdpa(query, key, value, visible, window):
+    """As transformers calls it: on a GPU the flash kernel without a mask, and with one the memory-efficient kernel,
+    which knows no grouped queries. PyTorch's own fallback computes in fp32."""
+    if ON_CPU:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    if not window:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
 def leak_probe(plan, document):
@@ -173,10 +186,10 @@ def leak_probe(plan, document):
     lengths = list(plan.lengths)
     inputs = make_inputs(lengths, 4, 2, 8, 8, torch.float32, 0)
     start = sum(lengths[:document])
-    before, index = sharded_attention(plan, inputs, KERNELS["cpu_flash"])
+    before, index = sharded_attention(plan, inputs, ExactKernel())
     for tensor in inputs[:3]:
         tensor[:, start] += 1.0
-    after, _ = sharded_attention(plan, inputs, KERNELS["cpu_flash"])
+    after, _ = sharded_attention(plan, inputs, ExactKernel())
     full = [sum_over_ranks(inputs[0][..., :8], out, index) for out in (before[0], after[0])]
     changed = (full[0] != full[1]).any(dim=-1).any(dim=0)
     return [bool(part.any()) for part in changed.split(lengths)]
@@ -215,11 +228,11 @@ def collectives_seen(plan):
     inside an operator of ours."""
     inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        sharded_attention(plan, inputs, KERNELS["cpu_flash"])
+        sharded_attention(plan, inputs, ExactKernel())
     return sum(event.name.startswith("c10d::") for event in profiler.events())
 
 
-class _TracingKernel(CPUFlashKernel):
+class _TracingKernel(ExactKernel):
     def __init__(self, trace):
         self.trace = trace
 
@@ -249,10 +262,7 @@ def issue_order(plan, frozen_kv=False, offset_groups=None):
         return Work()
 
     bound = bind(plan, offset_groups)
-    query, key, value, grad_out = (
-        tensor.index_select(1, bound.layout.token_index)
-        for tensor in make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
-    )
+    query, key, value, grad_out = local_rows(bound, make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0))
     query.requires_grad_()
     if not frozen_kv:
         key.requires_grad_(), value.requires_grad_()
@@ -267,8 +277,7 @@ def issue_order(plan, frozen_kv=False, offset_groups=None):
 def awkward_layouts(plan):
     """Largest difference between contiguous and strided inputs, and for an expanded output gradient."""
     bound = bind(plan)
-    inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
-    query, key, value, _ = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    query, key, value, _ = local_rows(bound, make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0))
 
     def run(tensors):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -295,12 +304,12 @@ def errors_of_different_layers(plan):
     for shape, window in layers:
         inputs = make_inputs(plan.lengths, *shape, torch.float64, 0)
         reference = reference_attention(list(plan.lengths), *inputs, window=window)
-        query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+        query, key, value, grad_out = local_rows(bound, inputs)
         leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
         out = document_attention(*leaves, bound, window=window)
         out.backward(grad_out)
         ours = [out.detach(), *(leaf.grad for leaf in leaves)]
-        full = gathered(ours, bound.layout.token_index, reference)
+        full = gathered(ours, bound.layout.token_index.to(DEVICE), reference)
         errors += [relative_error(a, b) for a, b in zip(full, reference)]
     assert bound.layout_for(5) is bound.layout_for(5) and bound.layout_for(None) is bound.layout_for(1000)
     return errors

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from multiprocessing import forkserver
 from pathlib import Path
@@ -6,7 +7,6 @@ import hypothesis
 import pytest
 
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,18 +14,82 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=60, 
 hypothesis.settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tensors of the tests are; cuda runs the tests marked for it, every rank on one GPU "
+        "(default: %(default)s)",
+    )
+
+
+def pytest_configure(config):
+    """Says where tests/device.py, here and in the workers, puts tensors."""
+    device = config.getoption("--device")
+    os.environ["FLASHCP_TEST_DEVICE"] = device
+    if device == "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+        return
+    # Workers are forked from a server, where imports that ask whether there is a GPU must not initialise CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    if not (config.option.collectonly or torch.cuda.is_available()):
+        raise pytest.UsageError(
+            f"--device cuda: PyTorch sees no GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Leave --device out to run on the CPU."
+        )
+
+
+_FILES_LEFT_OUT = pytest.StashKey[list]()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files without a test for the device are not imported: they may need packages that a GPU machine lacks."""
+    if config.getoption("--device") == "cpu" or not collection_path.match("test_*.py"):
+        return None
+    if "pytest.mark.devices(" in collection_path.read_text():
+        return None
+    config.stash.setdefault(_FILES_LEFT_OUT, []).append(collection_path)
+    return True
+
+
+def pytest_collection_modifyitems(config, items):
+    device = config.getoption("--device")
+    left_out = [item for item in items if device not in _devices(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if device in _devices(item)]
+
+
+def _devices(item):
+    marker = item.get_closest_marker("devices")
+    return marker.args if marker else ("cpu",)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    files, tests = config.stash.get(_FILES_LEFT_OUT, []), terminalreporter.stats.get("deselected", [])
+    if config.getoption("--device") != "cpu":
+        terminalreporter.write_line(
+            f"--device {config.getoption('--device')}: tests that are not about devices were left out, {len(files)} "
+            f"files of them and {len(tests)} tests of other files."
+        )
+
+
 @pytest.fixture(scope="session")
 def forked():
     """Processes that multiprocessing's forkserver starts have imported everything already."""
     cases = [f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_cases.py")]
-    forkserver.set_forkserver_preload(["trl", "hf_flashcp.integrations.trainer", *cases])
+    trl = ["trl"] if importlib.util.find_spec("trl") else []
+    forkserver.set_forkserver_preload([*trl, "hf_flashcp.integrations.trainer", *cases])
     forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
-def pool(forked):
+def pool(forked, pytestconfig):
     from hf_flashcp.doctor.workers import WorkerPool
 
-    workers = WorkerPool()
+    workers = WorkerPool(device=pytestconfig.getoption("--device"))
     yield workers
     workers.close()

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.attention import document_attention, reference_check
-from hf_flashcp.attention.kernels import CPUFlashKernel
 from hf_flashcp.layout import RankLayout
 from tests import attention_cases as cases
+from tests.device import ExactKernel, on_device
 from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents
 
@@ -43,7 +43,7 @@ def layer(plan, shape, dtype="float64", checked=True, frozen_kv=False, change=No
     if change is not None:
         change(inputs)
     bound = cases.bind(plan)
-    query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    query, key, value, grad_out = cases.local_rows(bound, inputs)
     for leaf in (query,) if frozen_kv else (query, key, value):
         leaf.requires_grad_()
     if options.get("sinks"):
@@ -128,8 +128,8 @@ def wrong_layer(plan, dtype, what):
         return call
 
     name, make = ("backward", backward) if what.startswith("d") else ("forward", forward)
-    with replaced(CPUFlashKernel, name, make):
-        layer(plan, (4, 2, 8, 8), dtype)
+    with replaced(ExactKernel, name, make):
+        layer(plan, (4, 2, 8, 8), dtype, kernel=ExactKernel())
 
 
 def layer_without_exchange(plan, dtype):
@@ -138,6 +138,11 @@ def layer_without_exchange(plan, dtype):
 
 
 # Whole models
+
+
+def make_batch(lengths, seed=0):
+    features = make_documents(lengths, seed=seed)
+    return on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features))
 
 
 def checked_layers(steps, every, options):
@@ -170,8 +175,7 @@ def _checked_layers(steps, every, family="llama", dtype="float64", checkpointing
     ):
         for step in range(steps):
             seen.append([])
-            batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents([30, 9, 14], seed=step))
-            model(**batch).loss.backward()
+            model(**make_batch([30, 9, 14], seed=step)).loss.backward()
     return seen
 
 
@@ -193,8 +197,8 @@ def model_with_a_wrong_layer():
 
         return call
 
-    batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents([30, 9, 14]))
-    with debug_mode(FLASHCP_DEBUG_EVERY="1"), replaced(CPUFlashKernel, "forward", make):
+    batch = make_batch([30, 9, 14])
+    with debug_mode(FLASHCP_DEBUG_EVERY="1"), replaced(ExactKernel, "forward", make):
         model(**batch).loss.backward()
         model(**batch)
 
@@ -203,7 +207,7 @@ def one_forward(environment):
     """The environment of each rank."""
     model = build_model("llama")
     attach(model, cp_mesh())
-    batch = FlashCPCollator(dist.get_world_size())(make_documents([12, 9]))
+    batch = on_device(FlashCPCollator(dist.get_world_size())(make_documents([12, 9])))
     mine = environment[dist.get_rank()]
     with debug_mode(**mine) if mine is not None else contextlib.nullcontext():
         model(**batch)

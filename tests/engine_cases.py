@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.attention import document_attention, function, reference_check
-from hf_flashcp.attention.kernels import CPUFlashKernel
 from tests import attention_cases as cases
 from tests import debug_cases, trainer_cases
+from tests.device import ON_CPU, ExactKernel, kernels, make_kernel, on_device
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
@@ -29,7 +29,7 @@ from tests.models import (
 )
 
 
-class CountingKernel(CPUFlashKernel):
+class CountingKernel(ExactKernel):
     """Counts calls, and says when it is running."""
 
     def __init__(self):
@@ -101,8 +101,9 @@ def counts(plan, options=None):
     """`collectives`, `kernel_calls`, and the engine's copying and synchronising operators by name."""
     bound, options, kernel = cases.bind(plan), options or {}, CountingKernel()
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 12, torch.float32, 0)
-    query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    query, key, value, grad_out = cases.local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    bound.layout_for(options.get("window")).stages(query.device)  # index maps, which are moved there once a batch
     collectives = 0
     original = dist.all_to_all_single
 
@@ -130,7 +131,7 @@ def ranges(plan):
     """The names that a profiler sees in one layer, forward and backward, in the order in which they begin."""
     bound = cases.bind(plan)
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
-    query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    query, key, value, grad_out = cases.local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         torch.autograd.grad(document_attention(*leaves, bound), leaves, grad_out)
@@ -139,14 +140,17 @@ def ranges(plan):
 
 
 def errors_in_bf16(plan, shape):
-    """Error of out, dq, dk, dv in bf16 against fp64 on the same bf16 inputs."""
-    return cases.attention_error(plan, shape, "bfloat16")
+    """Error of out, dq, dk, dv in bf16 against fp64 on the same bf16 inputs, with the best kernel."""
+    return cases.attention_error(plan, shape, "bfloat16", kernels(torch.bfloat16, None, *shape[2:])[0])
 
 
 def differences_between_runs(plan, options):
-    """How many numbers of out, dq, dk, dv differ between two runs, to the last bit."""
+    """How many numbers of out, dq, dk, dv differ between two runs, to the last bit, with the best kernel."""
     inputs = cases.make_inputs(plan.lengths, 4, 2, 16, 16, torch.bfloat16, 0)
-    first, second = (cases.sharded_attention(plan, [each.clone() for each in inputs], **options)[0] for _ in range(2))
+    kernel = make_kernel(kernels(torch.bfloat16, None, 16, 16)[0], deterministic=True)
+    first, second = (
+        cases.sharded_attention(plan, [each.clone() for each in inputs], kernel, **options)[0] for _ in range(2)
+    )
     return [int((a != b).sum()) for a, b in zip(first, second)]
 
 
@@ -156,10 +160,8 @@ def differences_between_runs(plan, options):
 def saved_bytes(plan, shape, dtype, options):
     """Bytes that one layer saves for backward."""
     bound = cases.bind(plan)
-    query, key, value, _ = (
-        tensor.index_select(1, bound.layout.token_index)
-        for tensor in cases.make_inputs(plan.lengths, *shape, getattr(torch, dtype), 0)
-    )
+    inputs = cases.make_inputs(plan.lengths, *shape, getattr(torch, dtype), 0)
+    query, key, value, _ = cases.local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     found = []
 
@@ -195,10 +197,8 @@ class LiveBytes(TorchDispatchMode):
 def peak_memory(plan, shape, options):
     """Peak bytes of one bf16 layer's forward and backward beyond its inputs, and the largest tensor's elements."""
     bound = cases.bind(plan)
-    query, key, value, grad_out = (
-        tensor.index_select(1, bound.layout.token_index)
-        for tensor in cases.make_inputs(plan.lengths, *shape, torch.bfloat16, 0)
-    )
+    inputs = cases.make_inputs(plan.lengths, *shape, torch.bfloat16, 0)
+    query, key, value, grad_out = cases.local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     with transparent_forward(), LiveBytes() as live:
         out = document_attention(*leaves, bound, **options)
@@ -207,9 +207,10 @@ def peak_memory(plan, shape, options):
 
 
 def largest_tensor_of_a_check(plan, most_scores):
-    """Elements of the largest tensor that a layer makes which is compared with float64; its kernel has small masks."""
+    """Elements of the largest tensor of a layer that is compared with float64, whose kernel has small blocks."""
+    limit, value = ("_MASK_KEYS", 64) if ON_CPU else ("_MAX_SCORES", most_scores)
     with (
-        debug_cases.replaced(CPUFlashKernel, "_MASK_KEYS", lambda _: 64),
+        debug_cases.replaced(ExactKernel, limit, lambda _: value),
         debug_cases.replaced(reference_check, "_MOST_SCORES", lambda _: most_scores),
         transparent_forward(),
         LiveBytes() as live,
@@ -226,7 +227,7 @@ class _Calls:
 
     def __enter__(self):
         self.exchanges = self.forwards = self.backwards = 0
-        self._originals = dist.all_to_all_single, CPUFlashKernel.forward, CPUFlashKernel.backward
+        self._originals = dist.all_to_all_single, ExactKernel.forward, ExactKernel.backward
 
         def counting(name, original):
             def call(*args, **kwargs):
@@ -236,12 +237,12 @@ class _Calls:
             return call
 
         dist.all_to_all_single = counting("exchanges", self._originals[0])
-        CPUFlashKernel.forward = counting("forwards", self._originals[1])
-        CPUFlashKernel.backward = counting("backwards", self._originals[2])
+        ExactKernel.forward = counting("forwards", self._originals[1])
+        ExactKernel.backward = counting("backwards", self._originals[2])
         return self
 
     def __exit__(self, *_):
-        dist.all_to_all_single, CPUFlashKernel.forward, CPUFlashKernel.backward = self._originals
+        dist.all_to_all_single, ExactKernel.forward, ExactKernel.backward = self._originals
 
 
 def checkpointed(family, lengths, kwargs, keep_received_kv):
@@ -253,7 +254,8 @@ def checkpointed(family, lengths, kwargs, keep_received_kv):
         model.gradient_checkpointing_enable(kwargs)
     model.train()
     attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
-    shard = shard_inputs(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features), cp_mesh())
+    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features))
+    shard = shard_inputs(batch, cp_mesh())
     inputs = {key: value for key, value in shard.items() if "labels" not in key}
     with _Calls() as calls:
         loss = exact_loss_sum(model(**inputs).logits, shard["shift_labels"]) / target_count(features)
@@ -281,7 +283,7 @@ def compiled(packs, backend, whole):
             layer.compile(backend=backend, dynamic=True)
     errors, graphs = [], []
     for seed, lengths in enumerate(packs):
-        batch = FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(lengths, seed=seed))
+        batch = debug_cases.make_batch(lengths, seed)
         for each in (plain, run):
             each.zero_grad()
             with debug_cases.debug_mode(FLASHCP_DEBUG_EVERY="1"):
@@ -305,4 +307,4 @@ def keep_on_one_rank():
     model = build_model("llama")
     attach(model, cp_mesh(), keep_received_kv=dist.get_rank() == 0)
     model.train()
-    model(**FlashCPCollator(2)(make_documents([30, 12])))
+    model(**on_device(FlashCPCollator(2)(make_documents([30, 12]))))

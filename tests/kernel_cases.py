@@ -4,6 +4,7 @@ import torch
 
 from hf_flashcp.attention.kernels import EagerKernel, VarlenKernel
 from hf_flashcp.layout import Rectangle
+from tests.device import DEVICE
 
 
 FP64 = 1e-12  # largest difference of out, logsumexp, dq, dk, dv, which are of order 1
@@ -94,7 +95,8 @@ def make(shape, rectangles, dtype=torch.float64, seed=0):
     keys = max(r.k_stop for r in rectangles) + 2
     generator = torch.Generator().manual_seed(seed)
     sizes = [(rows, heads, key_dim), (keys, kv_heads, key_dim), (keys, kv_heads, value_dim), (rows, heads, value_dim)]
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).transpose(0, 1) for size in sizes]
+    drawn = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return [tensor.to(dtype).to(DEVICE).transpose(0, 1) for tensor in drawn]
 
 
 def run(kernel, inputs, rectangles, whole=None, **options):
@@ -102,11 +104,11 @@ def run(kernel, inputs, rectangles, whole=None, **options):
     query, key, value, grad_out = inputs
     out, lse = kernel.forward(query, key, value, rectangles, scale=SCALE, **options)
     if whole is None:
-        index = torch.cat([torch.arange(r.q_start, r.q_stop) for r in rectangles])
+        index = torch.cat([torch.arange(r.q_start, r.q_stop, device=out.device) for r in rectangles])
         whole = out.new_zeros(grad_out.shape).index_copy_(1, index, out), lse.new_zeros(query.shape[:2])
         whole[1].index_copy_(1, index, lse)
     # The kernel adds: from 1, not from 0.
-    grads = [torch.ones(tensor.shape, dtype=lse.dtype) for tensor in (query, key, value)]
+    grads = [torch.ones(tensor.shape, dtype=lse.dtype, device=lse.device) for tensor in (query, key, value)]
     gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
     kernel.backward(grad_out, query, key, value, *whole, rectangles, scale=SCALE, **options, **gradients)
     return out, lse, *(grad - 1 for grad in grads)
@@ -123,8 +125,8 @@ def textbook(inputs, rectangles, causal, window=None, softcap=None):
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         if causal:
-            last = torch.arange(q_stop - q_start)[:, None] + (k_stop - k_start) - (q_stop - q_start)
-            distance = last - torch.arange(k_stop - k_start)
+            rows, keys = (torch.arange(count, device=scores.device) for count in scores.shape[1:])
+            distance = rows[:, None] + len(keys) - len(rows) - keys
             scores = scores.masked_fill((distance < 0) | (distance >= (window or 10**9)), -torch.inf)
         outs.append(scores.softmax(-1) @ v)
         lses.append(scores.logsumexp(-1))

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
 from tests.accelerate_state import fresh_accelerate
+from tests.device import DEVICE, ON_CPU, on_device
 from tests.models import (
     build_model,
     exact_loss_sum,
@@ -21,7 +22,7 @@ from tests.models import (
 
 def cp_mesh():
     size = dist.get_world_size()
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("cp",)) if size > 1 else None
+    return init_device_mesh(DEVICE.type, (size,), mesh_dim_names=("cp",)) if size > 1 else None
 
 
 def sum_gradients(model):
@@ -95,7 +96,7 @@ def model_errors(
         model.train()
     cp_size = dist.get_world_size()
     attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
-    batch = FlashCPCollator(cp_size, strategy=strategy, topology=topology, num_stages=num_stages)(features)
+    batch = on_device(FlashCPCollator(cp_size, strategy=strategy, topology=topology, num_stages=num_stages)(features))
 
     expected_loss, expected = per_document_gradients(reference, features)
     shard = shard_inputs(batch, cp_mesh())
@@ -157,8 +158,8 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     if plugin.cp_size < world_size:
         plugin.dp_shard_size = plugin._sizes["dp_shard"] = world_size // plugin.cp_size
     fresh_accelerate()
-    PartialState(cpu=True)
-    mesh = plugin.build_device_mesh("cpu")
+    PartialState(cpu=ON_CPU)
+    mesh = plugin.build_device_mesh(DEVICE.type)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed_precision else None
     options = {"mesh": mesh["dp_shard_cp"], **({"mp_policy": policy} if policy else {})}
     model = build_model(family, dtype=torch.float32 if mixed_precision else torch.float64)
@@ -172,7 +173,7 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     # Each data-parallel group takes its share of the documents; the loss is scaled as Trainer scales it.
     groups = world_size // plugin.cp_size
     mine = features[dist.get_rank() // plugin.cp_size :: groups]
-    batch = FlashCPCollator(plugin.cp_size)(mine)
+    batch = on_device(FlashCPCollator(plugin.cp_size)(mine))
     loss = model(**batch, num_items_in_batch=target_count(features)).loss * world_size
     loss.backward()
     ours = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients(model).items()}

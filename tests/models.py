@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from hf_flashcp.doctor.tiny import default_config, tiny_copy
+from tests.device import DEVICE
 
 
 SMALL = dict(
@@ -123,7 +124,7 @@ HYBRIDS = {name: tiny_copy(default_config(name)) for name in ("granitemoehybrid"
 
 
 def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **overrides):
-    """The same weights on every rank and for every attention implementation."""
+    """The same weights on every rank, device and for every attention implementation."""
     torch.manual_seed(0)
     config = {**FAMILIES, **HYBRIDS}[family]
     config = type(config)(**{**config.to_dict(), **overrides})
@@ -134,7 +135,7 @@ def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **ov
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms, biases and sinks begin as ones and zeros
                 parameter += 0.1 * torch.randn_like(parameter)
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def tokenizer():
@@ -170,8 +171,8 @@ def per_document_gradients(model, features, own_loss=False):
     model.zero_grad()
     total, count = 0.0, target_count(features)
     for feature in features:
-        ids = torch.tensor([feature["input_ids"]])
-        labels = torch.tensor([feature["labels"]])
+        ids = torch.tensor([feature["input_ids"]], device=DEVICE)
+        labels = torch.tensor([feature["labels"]], device=DEVICE)
         if own_loss:
             loss = model(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
         else:

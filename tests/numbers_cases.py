@@ -10,6 +10,7 @@ from hf_flashcp.attention.kernels import EagerKernel
 from hf_flashcp.attention.kernels.base import Piece
 from tests import attention_cases as cases
 from tests.accelerate_state import fresh_accelerate
+from tests.device import make_kernel
 from tests.models import build_model
 from tests.trainer_cases import _KeepGradient, losses_by_step, training_arguments
 
@@ -17,7 +18,7 @@ from tests.trainer_cases import _KeepGradient, losses_by_step, training_argument
 def differences_of_other_documents(todo, sick, kernel, options):
     """For each (plan, which input, value): how many numbers of out, dq, dk, dv differ from those of the sound batch,
     in all documents but the one that has `value` in every head of one token."""
-    return [_differences(*each, sick, cases.KERNELS[kernel], options) for each in todo]
+    return [_differences(*each, sick, make_kernel(kernel), options) for each in todo]
 
 
 def _differences(plan, which, value, sick, kernel, options):
@@ -81,7 +82,7 @@ def errors_with_pieces_that_see_nothing(plan, dtype, options):
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 12, getattr(torch, dtype), 0)
     expected = cases.reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
     results = []
-    for kernel in (*(PiecesThatSeeNothing(*each) for each in EMPTY), cases.KERNELS["eager"]):
+    for kernel in (*(PiecesThatSeeNothing(*each) for each in EMPTY), EagerKernel()):
         ours, index = cases.sharded_attention(plan, [each.clone() for each in inputs], kernel, **options)
         errors = [
             cases.relative_error(a, b) for a, b in zip(cases.gathered(ours, index, expected), expected, strict=True)

@@ -1,14 +1,19 @@
 """One attention layer under every kind of plan, against each document alone on one device in fp64."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
 from tests import attention_cases as cases
+from tests.device import ExactKernel, fused_kernels, kernels
 from tests.packs import KNOWN_PACKS, arbitrary_plans
 
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
+EXACT = kernels(torch.float64)
 FP64 = 1e-12  # relative Frobenius norm of out, dq, dk, dv
 FP32 = 1e-5
 SHAPES = [(4, 2, 8, 8), (8, 8, 16, 16), (8, 2, 16, 16), (5, 5, 8, 8), (4, 1, 12, 8), (4, 4, 8, 12)]
@@ -27,7 +32,7 @@ ODD_PLAN = ShardPlan(
 )
 
 
-@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_known_packs_are_exact(pool, cp_size, kernel):
     todo = [
@@ -66,7 +71,7 @@ def test_many_and_odd_ranks_are_exact(pool, cp_size):
             assert max(error) < FP64, (case, error)
 
 
-@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head_shapes_are_exact(pool, shape, kernel):
     """Grouped queries, one KV head, values narrower and wider than keys."""
@@ -79,7 +84,7 @@ def test_head_shapes_are_exact(pool, shape, kernel):
 @given(data=st.data())
 def test_arbitrary_plans_are_exact(pool, cp_size, data):
     plan = data.draw(arbitrary_plans(cp_size))
-    kernel = data.draw(st.sampled_from(sorted(cases.KERNELS)))
+    kernel = data.draw(st.sampled_from(EXACT))
     for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel):
         assert max(errors) < FP64
 
@@ -89,12 +94,12 @@ def test_arbitrary_plans_are_exact(pool, cp_size, data):
 @settings(max_examples=15)
 def test_stages_of_any_ring_offsets_are_exact(pool, offset_groups, data):
     plan = data.draw(arbitrary_plans(4))
-    args = (plan, (4, 2, 8, 8), "float64", "cpu_flash", offset_groups)
+    args = (plan, (4, 2, 8, 8), "float64", ExactKernel.name, offset_groups)
     for errors in pool.run(4, cases.attention_error, *args):
         assert max(errors) < FP64
 
 
-@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_fp32(pool, cp_size, kernel):
     for name in ("mixed", "odd", "giant_and_tiny", "seven"):
@@ -104,7 +109,7 @@ def test_fp32(pool, cp_size, kernel):
                 assert max(errors) < FP32, (name, strategy, errors)
 
 
-@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("kernel", [*EXACT, *fused_kernels(key_dim=16, value_dim=16)])
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
 def test_bf16_error_is_within_twice_that_of_a_single_device(pool, cp_size, kernel):
     for name in ("mixed", "halves", "seven", "giant_and_tiny"):
@@ -130,8 +135,8 @@ VARIANTS = {
 }
 
 
-def kernels_for(options):
-    return ["eager"] if options.get("softcap") else sorted(cases.KERNELS)
+def exact_kernels(options):
+    return kernels(torch.float64, options.get("softcap"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,7 +151,7 @@ def test_variants_are_exact(pool, cp_size, variant):
         )
         for name in ("ids", "odd", "uneven", "three", "small_3", "giant_and_tiny")
         for strategy in STRATEGIES
-        for kernel in kernels_for(options)
+        for kernel in exact_kernels(options)
         for shape in ((4, 2, 8, 8), (4, 4, 12, 8))
     ]
     for errors in pool.run(cp_size, cases.attention_errors, todo):
@@ -164,12 +169,12 @@ def test_variants_of_arbitrary_plans_are_exact(pool, cp_size, data):
         "softcap": data.draw(st.sampled_from([None, 1.0])),
         "sinks": data.draw(st.booleans()),
     }
-    kernel = data.draw(st.sampled_from(kernels_for(options)))
+    kernel = data.draw(st.sampled_from(exact_kernels(options)))
     for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel, None, 0, options):
         assert max(errors) < FP64
 
 
-@pytest.mark.parametrize("kernel", cases.KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 def test_windows_longer_than_a_block_of_queries_are_exact(pool, kernel):
     options = {"window": 300}
     plan = plan_documents([1500, 700, 90], 3, strategy="per_doc")
@@ -190,14 +195,15 @@ def test_a_window_one_too_long_or_too_short_fails(pool, window):
 def test_variants_in_fp32_and_bf16(pool, cp_size, variant):
     options = VARIANTS[variant]
     for name in ("mixed", "giant_and_tiny"):
-        for kernel in kernels_for(options):
-            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc")
+        plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc")
+        for kernel in exact_kernels(options):
             args = (plan, (8, 2, 16, 16), "float32", kernel, None, 0, options)
             for errors in pool.run(cp_size, cases.attention_error, *args):
                 assert max(errors) < FP32
+        for kernel in [*exact_kernels(options), *fused_kernels(options.get("softcap"), 16, 16)]:
             for pairs in pool.run(cp_size, cases.bf16_errors, plan, (8, 2, 16, 16), kernel, options):
                 for ours, single in pairs:
-                    assert ours <= 2 * single, (name, pairs)
+                    assert ours <= 2 * single, (name, kernel, pairs)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

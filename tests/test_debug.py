@@ -12,7 +12,10 @@ from hf_flashcp.attention import layer_to_check
 from hf_flashcp.errors import BatchError, ConfigurationError, FlashCPError
 from hf_flashcp.exchange.checksums import checksums
 from tests import debug_cases, engine_cases
+from tests.device import DEVICE
 
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LENGTHS = [70, 9, 33]
@@ -37,7 +40,7 @@ def check(errors, kind, *fragments):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checksum_shows_every_changed_bit_and_every_swap(dtype):
-    rows = torch.randn(6, 3, dtype=torch.float64).to(getattr(torch, dtype))
+    rows = torch.randn(6, 3, dtype=torch.float64).to(DEVICE, getattr(torch, dtype))
     rows[1, 1] = math.nan
     splits = [0, 4, 2]
     before = checksums(rows, splits)
@@ -51,18 +54,18 @@ def test_a_checksum_shows_every_changed_bit_and_every_swap(dtype):
     for other in ([1, 0, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4]):
         assert checksums(rows[other], splits) != before
     assert checksums(rows.flip(1).contiguous(), splits) != before
-    zeros = torch.zeros(1, 4, dtype=rows.dtype)
+    zeros = torch.zeros(1, 4, dtype=rows.dtype, device=DEVICE)
     assert checksums(zeros, [1]) != checksums(-zeros, [1])
 
 
 @given(st.permutations(range(12)))
 def test_a_checksum_shows_every_order(order):
-    rows = torch.arange(12, dtype=torch.float32).reshape(12, 1).contiguous()
+    rows = torch.arange(12, dtype=torch.float32, device=DEVICE).reshape(12, 1).contiguous()
     assert (checksums(rows[order], [12]) == checksums(rows, [12])) == (order == list(range(12)))
 
 
 def test_a_checksum_of_many_elements_is_that_of_their_pieces_at_their_places(monkeypatch):
-    rows = torch.randn(50, 7)
+    rows = torch.randn(50, 7).to(DEVICE)
     whole = checksums(rows, [50])
     monkeypatch.setattr("hf_flashcp.exchange.checksums._AT_ONCE", 11)
     assert checksums(rows, [50]) == whole
@@ -143,6 +146,7 @@ def test_an_exchange_that_is_left_out_is_found_in_every_dtype(pool, dtype):
 # Whole models
 
 
+@pytest.mark.devices("cpu")
 def test_layers_take_turns(monkeypatch):
     found = [layer_to_check(forward, 3) for forward in range(41)]
     assert found == [{0: 0, 10: 1, 20: 2, 30: 0, 40: 1}.get(forward) for forward in range(41)]

@@ -15,13 +15,18 @@ from hf_flashcp.layout.rows import distinct_groups
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 from tests import attention_cases as cases
 from tests import engine_cases
+from tests.device import DEVICE, ON_CPU
 from tests.packs import KNOWN_PACKS, arbitrary_plans
 from tests.test_attention import FP64, ODD_PLAN
+
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 
 # Stages
 
 
+@pytest.mark.devices("cpu")
 def test_offset_groups_belong_to_a_plan():
     plan = plan_documents([40, 24], 4, strategy="per_doc")
     staged = plan.with_offset_groups([[3, 1], [2]])
@@ -34,6 +39,7 @@ def test_offset_groups_belong_to_a_plan():
     assert again == staged and again.digest == staged.digest
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize(
     "groups", [[[1, 2]], [[1, 2], [2, 3]], [[1, 2, 3], []], [[0, 1, 2, 3]], [[1, 2, 4]], [1, 2, 3], "123"]
 )
@@ -127,9 +133,11 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_ranges_where_these_are_few_or_long(name):
     numbers, as_ranges = ROWS[name]
-    rows, index = Rows(np.array(numbers, dtype=np.int64)), torch.tensor(list(numbers), dtype=torch.int64)
+    as_ranges = as_ranges and (ON_CPU or not name.startswith("five"))
+    rows = Rows(np.array(numbers, dtype=np.int64), DEVICE)
+    index = torch.tensor(list(numbers), dtype=torch.int64, device=DEVICE)
     assert (rows.ranges is not None) == (rows.index is None) == as_ranges
-    source, values = torch.randn(500, 3), torch.randn(len(numbers), 3)
+    source, values = torch.randn(500, 3).to(DEVICE), torch.randn(len(numbers), 3).to(DEVICE)
     assert torch.equal(rows.take(source), source[index])
     assert torch.equal(_after(rows.put, source, values), source.index_copy(0, index, values))
     assert torch.equal(
@@ -150,6 +158,7 @@ def _after(change, target, values):
     return target
 
 
+@pytest.mark.devices("cpu")
 @given(st.lists(st.integers(0, 12), max_size=30))
 def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
     groups = [numbers[start:stop] for start, stop in distinct_groups(np.array(numbers, dtype=np.int64))]
@@ -161,6 +170,7 @@ def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
 # Counts
 
 
+@pytest.mark.devices("cpu")
 @settings(max_examples=200)
 @given(plan=arbitrary_plans(), stages=st.sampled_from(sorted(STAGES)), window=st.none() | st.integers(1, 45))
 def test_the_report_counts_what_layouts_say(plan, stages, window):
@@ -240,7 +250,12 @@ def test_many_slices_take_few_operators_and_no_values_are_read(pool, window):
 def test_bf16_error_does_not_grow_with_ranks_and_stages(pool):
     """The error of dK and dV at cp 8 is no larger than on one rank. Of out and dQ, partial results leave the kernels
     rounded to bf16, one rounding more than on one rank (1.16 times the error here, 1.41 if it were all the error), but
-    no more of them on 8 ranks than on 2, or in 7 stages than in one, since they are summed in fp32."""
+    no more of them on 8 ranks than on 2, or in 7 stages than in one, since they are summed in fp32.
+
+    On a GPU kernels err less, so the roundings of what travels and is merged weigh more, at most as much as all the
+    error of a single rank."""
+    all_of_it = 1.05 * 2**0.5
+    to_one, to_two = ((1.2, 1.2, 1.1, 1.1), 1.1) if ON_CPU else ((all_of_it,) * 4, 1.2)
     lengths, shape = [1024, 512, 256, 128, 128], (8, 2, 64, 64)
     errors = {}
     for cp_size, stages in ((1, "one"), (2, "one"), (8, "one"), (8, "all")):
@@ -249,8 +264,8 @@ def test_bf16_error_does_not_grow_with_ranks_and_stages(pool):
         errors[cp_size, stages] = pool.run(cp_size, engine_cases.errors_in_bf16, plan, shape)[0]
     one, two = errors[1, "one"], errors[2, "one"]
     for eight in (errors[8, "one"], errors[8, "all"]):
-        assert all(ours <= limit * single for ours, single, limit in zip(eight, one, (1.2, 1.2, 1.1, 1.1)))
-        assert all(ours <= 1.1 * before for ours, before in zip(eight, two))
+        assert all(ours <= limit * single for ours, single, limit in zip(eight, one, to_one))
+        assert all(ours <= to_two * before for ours, before in zip(eight, two))
     assert all(staged <= 1.05 * whole for staged, whole in zip(errors[8, "all"], errors[8, "one"]))
 
 
@@ -286,6 +301,7 @@ def test_saved_bytes_are_the_documented_ones(pool, keep, window):
             assert found == own + kept
 
 
+@pytest.mark.skipif(not ON_CPU, reason="counts the blocks of the kernel for CPU")
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("stages", ["one", "all"])
 def test_peak_memory_of_a_layer(pool, stages, keep):
@@ -320,6 +336,7 @@ def test_keys_fetched_again_are_exact(pool, stages):
         assert max(max(error) for error in errors) < FP64
 
 
+@pytest.mark.devices("cpu")
 def test_keys_are_fetched_again_where_a_rank_receives_more_than_four_tokens_for_each_of_its_own():
     """One document over six ranks: the first holds its first and last twelfth and receives all the others."""
     near, far = (RankPlan(plan_documents([60], size, strategy="per_doc"), 0, FakeGroup(size)) for size in (5, 6))

@@ -8,12 +8,15 @@ import torch
 
 from hf_flashcp.errors import ConfigurationError, UnsupportedModelError
 from tests import wrapper_cases
+from tests.device import ON_CPU, compiles_for_gpus
 
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 EXACT = 1e-6  # relative Frobenius norm of each parameter, and loss: through the models' own fp32 loss
 COMPILED = 1e-5  # inductor computes an RMSNorm's fp32 part in another order
 
-DDP = "DistributedType.MULTI_CPU"
+DDP = "DistributedType.MULTI_CPU" if ON_CPU else "DistributedType.MULTI_GPU"
 FSDP = "DistributedType.FSDP"
 
 
@@ -66,6 +69,7 @@ def test_ddp(pool, options):
     check(pool.run(4, wrapper_cases.step, options), DDP)
 
 
+@pytest.mark.skipif(not (ON_CPU or compiles_for_gpus()), reason="needs triton, a C compiler and Python's headers")
 def test_torch_compile(pool):
     check(pool.run(2, wrapper_cases.step, {"torch_compile": True, "fsdp": {}}), FSDP, COMPILED)
 
@@ -134,11 +138,11 @@ def test_options_that_would_not_be_exact_are_refused(pool, arguments):
 
 
 @pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("liger_kernel"),
-    reason="needs liger-kernel, triton and TRITON_INTERPRET=1",
+    (ON_CPU and os.environ.get("TRITON_INTERPRET") != "1") or not importlib.util.find_spec("liger_kernel"),
+    reason="needs liger-kernel, triton and, on a CPU, TRITON_INTERPRET=1",
 )
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_ligers_fused_linear_cross_entropy(pool, cp_size):
-    """In fp32, on a CPU through Triton's interpreter."""
+    """In fp32; on a CPU through Triton's interpreter."""
     for gradient_error, loss_error in pool.run(cp_size, wrapper_cases.liger_errors):
         assert gradient_error < 1e-5 and loss_error < 1e-5

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
 from tests.accelerate_state import fresh_accelerate
+from tests.device import DEVICE, ON_CPU
 from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
 
 
@@ -22,10 +23,14 @@ class _KeepGradient(TrainerCallback):
         self.steps.append(self.read(model))
 
 
+USE_DEVICE = {"use_cpu": True} if ON_CPU else {"ddp_backend": "gloo"}
+"""Arguments of TrainingArguments for this device, which ranks may share."""
+
+
 def training_arguments(**kwargs):
     defaults = dict(
+        **USE_DEVICE,
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -111,7 +116,7 @@ def autocast_errors(lengths, cp_size):
     )
     trainer.train()
     _, exact = per_document_gradients(build_model("llama", "sdpa"), features)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         _, single = per_document_gradients(build_model("llama", "sdpa", torch.float32), features, own_loss=True)
     return largest_error(keep.steps[0], exact), largest_error(single, exact)
 
@@ -122,7 +127,7 @@ def accelerator_loop(lengths, accumulation, prompt=0.3):
     cp_size = dist.get_world_size()
     features = make_documents(lengths, prompt=prompt)
     accelerator = Accelerator(
-        cpu=True, parallelism_config=FlashCPPlugin(cp_size=cp_size), gradient_accumulation_steps=accumulation
+        cpu=ON_CPU, parallelism_config=FlashCPPlugin(cp_size=cp_size), gradient_accumulation_steps=accumulation
     )
     model = build_model("llama")
     reference = build_model("llama", "sdpa")

@@ -23,10 +23,18 @@ from hf_flashcp import (
     attach,
     save_attention_context_fn,
 )
-from tests.accelerate_state import fresh_accelerate
+from tests.accelerate_state import forbid_tf32, fresh_accelerate
+from tests.device import DEVICE, ON_CPU, on_device
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, largest_error, make_documents, per_document_gradients
-from tests.trainer_cases import _InOrder, _KeepGradient, losses_by_step, saving_arguments, training_arguments
+from tests.trainer_cases import (
+    USE_DEVICE,
+    _InOrder,
+    _KeepGradient,
+    losses_by_step,
+    saving_arguments,
+    training_arguments,
+)
 
 
 # Unequal documents, and prompts of unequal length: data-parallel groups differ in tokens and targets.
@@ -47,6 +55,17 @@ def fsdp_on_cpu():
     fresh_accelerate()
 
 
+@contextlib.contextmanager
+def fsdp_on_gpus():
+    fresh_accelerate()
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "false"}):
+        yield
+    fresh_accelerate()
+
+
+fsdp_on_device = fsdp_on_cpu if ON_CPU else fsdp_on_gpus
+
+
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -57,7 +76,7 @@ def plain_name(name):
 
 def whole_gradients(model):
     return {
-        plain_name(name): full(parameter.grad).detach().clone()
+        plain_name(name): full(parameter.grad).detach().to(DEVICE, copy=True)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
@@ -89,7 +108,7 @@ def expected_step(reference, features, per_batch, accumulation, groups, per_grou
 
 def step(options):
     """Errors of the first optimizer step of a `FlashCPTrainer`, and what it logged."""
-    with fsdp_on_cpu() if "fsdp" in options else contextlib.nullcontext():
+    with fsdp_on_device() if "fsdp" in options else contextlib.nullcontext():
         return _step(**options)
 
 
@@ -127,6 +146,7 @@ def _step(
         data_collator=FlashCPCollator(cp_size, strategy=strategy),
         callbacks=[keep],
     )
+    forbid_tf32()
     trainer.train()
     expected_loss, expected = expected_step(
         wrap(build_model("llama", "sdpa", **(overrides or {}))),
@@ -156,7 +176,7 @@ def _step(
 
 def accelerator_loop(accumulation):
     """Gradient error with FSDP2 in a loop of one's own, cp_size 2, one batch of three documents a micro step."""
-    with fsdp_on_cpu():
+    with fsdp_on_device():
         features, world_size = make_documents(LENGTHS, prompt=0.3), dist.get_world_size()
         accelerator = Accelerator(
             parallelism_config=FlashCPPlugin(cp_size=2),
@@ -188,7 +208,7 @@ def accelerator_loop(accumulation):
 
 def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
     """Losses by step and whole parameters of four steps under FSDP2, saved after the second and the last one."""
-    with fsdp_on_cpu():
+    with fsdp_on_device():
         trainer = FlashCPTrainer(
             model=build_model("llama"),
             args=saving_arguments(
@@ -203,9 +223,8 @@ def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
         )
         trainer.train(resume_from_checkpoint=str(Path(directory) / "checkpoint-2") if resume else None)
         losses = losses_by_step(trainer)
-        parameters = {
-            plain_name(name): full(value.detach()).clone() for name, value in trainer.model.named_parameters()
-        }
+        named = trainer.model.named_parameters()
+        parameters = {plain_name(name): full(value.detach()).to("cpu", copy=True) for name, value in named}
         if save:
             trainer.save_model(str(Path(directory) / "final"))
         return losses, parameters
@@ -225,17 +244,17 @@ def scaled_steps(sharded):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
     model = build_model("llama", dtype=torch.float32)
     wrapped = fully_shard(model) if sharded else torch.nn.parallel.DistributedDataParallel(model)
     attach(wrapped, mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    batch = FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3]))
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+    batch = on_device(FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3])))
     found = []
     for overflows in (True, False):
         before = [full(parameter.detach()).clone() for parameter in model.parameters()]
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
             loss = wrapped(**batch).loss
         if not sharded and overflows and dist.get_rank() == 1:
             loss = loss * float("inf")
@@ -262,7 +281,7 @@ def loss_that_shifts_labels():
     model.loss_function = shift_and_lose
     attach(model, cp_mesh())
     model.train()
-    model(**FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3])))
+    model(**on_device(FlashCPCollator(dist.get_world_size())(make_documents(LENGTHS[:3]))))
 
 
 def liger_errors():
@@ -276,7 +295,7 @@ def liger_errors():
     _apply_liger_kernel_to_instance(model=model, **options)
     attach(model, cp_mesh())
     model.train()
-    output = model(**FlashCPCollator(dist.get_world_size())(features))
+    output = model(**on_device(FlashCPCollator(dist.get_world_size())(features)))
     assert output.logits is None
     loss = output.loss / dist.get_world_size()
     loss.backward()
@@ -296,7 +315,7 @@ def refused_argument(arguments):
     trainer, make = FlashCPTrainer, training_arguments
     if "predict_with_generate" in arguments:
         trainer, make = _Seq2SeqTrainer, Seq2SeqTrainingArguments
-        arguments = {**arguments, "output_dir": "unused", "use_cpu": True, "report_to": []}
+        arguments = {**arguments, **USE_DEVICE, "output_dir": "unused", "report_to": []}
     trainer(
         model=build_model("llama"),
         args=make(parallelism_config=FlashCPPlugin(cp_size=2), **arguments),

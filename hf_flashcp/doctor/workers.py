@@ -41,17 +41,13 @@ class WorkerPool:
     """Processes on this machine, started when they are first needed; `close` ends them.
 
     Args:
-        start_method: of `multiprocessing`.
+        start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
         device: "cpu", or "cuda" for workers that use this machine's GPUs, which they share if there are fewer GPUs
-            than workers. The server that workers are forked from must not initialise CUDA: what it imports may ask
-            whether there is a GPU, but not more.
+            than workers.
     """
 
-    def __init__(self, start_method: str = "forkserver" if sys.platform == "linux" else "spawn", device: str = "cpu"):
-        self._start_method, self._device = start_method, device
-        if device == "cuda":
-            # Otherwise `torch.cuda.is_available()` initialises CUDA, which a forked process cannot do again.
-            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    def __init__(self, start_method: str | None = None, device: str = "cpu"):
+        self._start_method, self._device = start_method or _default_start_method(device), device
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
         self._store = None
@@ -144,6 +140,20 @@ class WorkerPool:
         return False, LostWorker(text), text, "lost"
 
 
+def _default_start_method(device):
+    """The server that workers are forked from must not initialise CUDA, which they could not do again. Imports there
+    ask whether there is a GPU; only NVML can answer without CUDA."""
+    if sys.platform != "linux":
+        return "spawn"
+    if device == "cuda":
+        import torch
+
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        if torch.cuda._device_count_nvml() < 0:
+            return "spawn"
+    return "forkserver"
+
+
 def _worker_main(rank, connection, log, device):
     stream = open(log, "w", buffering=1)
     os.dup2(stream.fileno(), 1)
@@ -203,6 +213,7 @@ def _join_world(rank, device, world_size, port, name):
     )
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.init()  # in a process without CUDA a DeviceMesh would take the local rank as the number of its GPU
         # accelerate would give DDP the local rank as the number of its GPU (prepare_model in accelerator.py).
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         os.environ.pop("ACCELERATE_USE_CPU", None)

@@ -15,6 +15,8 @@ import hypothesis
 import tests.conftest  # noqa: F401
 
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 TARGETS = ("collator", "planner", "plan_json", "command_line", "config")
 SEEDS = 128
 LIMITS = ("-timeout=60", "-rss_limit_mb=3072", "-len_control=0", "-max_len=8192")

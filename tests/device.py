@@ -1,0 +1,47 @@
+"""The device that the tests run on: the CPU, or a GPU that all ranks share (`python -m pytest --device cuda`)."""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from hf_flashcp.attention.kernels import CAPABILITIES, CPUFlashKernel, EagerKernel, explain_kernels
+
+
+DEVICE = torch.device(os.environ.get("FLASHCP_TEST_DEVICE", "cpu"))
+ON_CPU = DEVICE.type == "cpu"
+
+ExactKernel = CPUFlashKernel if ON_CPU else EagerKernel
+"""The kernel class that `select_kernel` takes for fp64 and fp32 on this device."""
+
+
+def on_device(batch):
+    """A batch with its tensors on the device."""
+    return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def kernels(dtype, softcap=None, key_dim=None, value_dim=None):
+    """Names of the kernels that can run such a layer on this device, best first. Asks the GPU what it is, which a
+    module that the workers' server imports must not do."""
+    explained = explain_kernels(DEVICE.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
+    return [name for name, reason in explained if reason is None]
+
+
+def fused_kernels(softcap=None, key_dim=None, value_dim=None):
+    """Names of the kernels for bf16 and fp16 that have no fp64 to be compared in; none on the CPU."""
+    exact = kernels(torch.float64)
+    return [name for name in kernels(torch.bfloat16, softcap, key_dim, value_dim) if name not in exact]
+
+
+def compiles_for_gpus():
+    """Whether torch.compile can make kernels for a GPU: Triton compiles what starts them."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return bool(importlib.util.find_spec("triton") and compiler and headers)
+
+
+def make_kernel(name, deterministic=False):
+    return CAPABILITIES[name].make(deterministic)
