@@ -22,6 +22,11 @@ def pytest_addoption(parser):
         help="where the tensors of the tests are; cuda runs the tests marked for it, every rank on one GPU "
         "(default: %(default)s)",
     )
+    parser.addoption(
+        "--kernel-library",
+        metavar="FILE",
+        help="with --device cuda: FlashAttention-3's library, whose kernel is then tested too (docs/gpu.md)",
+    )
 
 
 def pytest_configure(config):
@@ -40,6 +45,10 @@ def pytest_configure(config):
             f"--device cuda: PyTorch sees no GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES is "
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Leave --device out to run on the CPU."
         )
+    if library := config.getoption("--kernel-library"):
+        from hf_flashcp.attention.kernels import load_kernel_library
+
+        os.environ["FLASHCP_TEST_KERNEL_LIBRARY"] = str(load_kernel_library(library))
 
 
 _FILES_LEFT_OUT = pytest.StashKey[list]()

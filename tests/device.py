@@ -8,11 +8,20 @@ from pathlib import Path
 
 import torch
 
-from hf_flashcp.attention.kernels import CAPABILITIES, CPUFlashKernel, EagerKernel, explain_kernels
+from hf_flashcp.attention.kernels import (
+    CAPABILITIES,
+    CPUFlashKernel,
+    EagerKernel,
+    explain_kernels,
+    load_kernel_library,
+)
 
 
 DEVICE = torch.device(os.environ.get("FLASHCP_TEST_DEVICE", "cpu"))
 ON_CPU = DEVICE.type == "cpu"
+
+if library := os.environ.get("FLASHCP_TEST_KERNEL_LIBRARY"):
+    load_kernel_library(library)
 
 ExactKernel = CPUFlashKernel if ON_CPU else EagerKernel
 """The kernel class that `select_kernel` takes for fp64 and fp32 on this device."""
@@ -23,17 +32,19 @@ def on_device(batch):
     return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def kernels(dtype, softcap=None, key_dim=None, value_dim=None):
+def kernels(dtype, softcap=None, key_dim=None, value_dim=None, deterministic=False):
     """Names of the kernels that can run such a layer on this device, best first. Asks the GPU what it is, which a
     module that the workers' server imports must not do."""
-    explained = explain_kernels(DEVICE.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
+    known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim, "deterministic": deterministic}
+    explained = explain_kernels(DEVICE.type, softcap, **known)
     return [name for name, reason in explained if reason is None]
 
 
-def fused_kernels(softcap=None, key_dim=None, value_dim=None):
+def fused_kernels(softcap=None, key_dim=None, value_dim=None, deterministic=False):
     """Names of the kernels for bf16 and fp16 that have no fp64 to be compared in; none on the CPU."""
     exact = kernels(torch.float64)
-    return [name for name in kernels(torch.bfloat16, softcap, key_dim, value_dim) if name not in exact]
+    found = kernels(torch.bfloat16, softcap, key_dim, value_dim, deterministic)
+    return [name for name in found if name not in exact]
 
 
 def compiles_for_gpus():

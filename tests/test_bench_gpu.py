@@ -171,8 +171,17 @@ def test_a_machine_without_a_gpu_is_told(forked, capsys):
     assert "PyTorch sees no GPU here: run this on a machine with one, or rehearse" in capsys.readouterr().err
 
 
-def test_a_wrong_kernel_is_found(monkeypatch):
-    """2% too much of one gradient in one piece, which no other test of the step sees."""
+@pytest.fixture
+def one_thread():
+    """Operators this small are no faster with more, and much slower on a busy machine, where threads wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
+    """2% too much in one of the gradients."""
     right = CPUFlashKernel._backward_piece
 
     def wrong(self, *args):
@@ -194,6 +203,10 @@ def rehearse_together():
     return results and results.rows(step.name for step in CLUSTER_STEPS)
 
 
+def the_command(folder):
+    return main(["bench", "gpu", "--device", "cpu", "--steps", "links", "--output", folder])
+
+
 def fail_on_one_rank():
     def run(ranks, settings):
         if not launch.is_first():
@@ -213,6 +226,13 @@ def test_steps_of_several_ranks(pool):
     assert {"shared with DDP", "its own"} == {
         record["the exchange's group"] for record in rows[2]["tables"]["A training step"]
     }
+
+
+def test_the_command_under_a_launcher(pool, tmp_path):
+    """As torchrun starts it: the first rank writes."""
+    assert pool.run(2, the_command, str(tmp_path)) == [0, 0]
+    assert [(row["step"], row["status"]) for row in rows_of(tmp_path)] == [("links", "passed")]
+    assert "one node" in (tmp_path / "report.txt").read_text()
 
 
 def test_a_rank_that_fails_is_named(pool):

@@ -222,11 +222,12 @@ LONG_FULL = {"long": [Rectangle(0, 300, 0, 500), Rectangle(300, 700, 0, 700)]}
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_kernels_err_at_most_twice_as_much_as_they_must(name, key_dim, value_dim, dtype):
     """The relative error of out, dq, dk, dv against fp64 is at most twice that of the formulas with the roundings that
-    no fused kernel can avoid. The logsumexp, which is not rounded, is within 1e-3. Where the kernel is asked to be
+    no fused kernel can avoid. The logsumexp, which is not rounded, is within 1e-3. Where the kernel can be
     deterministic, two runs are bitwise equal."""
     if name not in fused_kernels(None, key_dim, value_dim):
         pytest.skip(f"{name} {dict(explain_kernels(DEVICE.type, key_dim=key_dim, value_dim=value_dim))[name]}")
     kernel, deterministic = make_kernel(name), make_kernel(name, deterministic=True)
+    repeats = name in fused_kernels(None, key_dim, value_dim, deterministic=True)
     todo = [(rectangles, {"causal": False}) for rectangles in (FULL | LONG_FULL).values()]
     for window in (None, 6, 70):
         todo += [(rectangles, {"causal": True, "window": window}) for rectangles in (CAUSAL | LONG).values()]
@@ -235,10 +236,12 @@ def test_fused_kernels_err_at_most_twice_as_much_as_they_must(name, key_dim, val
             inputs = make((8, kv_heads, key_dim, value_dim), rectangles, dtype)
             exact = textbook([tensor.double() for tensor in inputs], rectangles, **options)
             least = rounded_formulas(inputs, rectangles, **options)
-            first, second = (run(deterministic, inputs, rectangles, **options) for _ in range(2))
-            assert all(torch.equal(a, b) for a, b in zip(first, second)), (kv_heads, rectangles, options)
-            for ours in (first, run(kernel, inputs, rectangles, **options)):
-                check_errors(ours, least, exact, (kv_heads, rectangles, options))
+            where = kv_heads, rectangles, options
+            check_errors(run(kernel, inputs, rectangles, **options), least, exact, where)
+            if repeats:
+                first, second = (run(deterministic, inputs, rectangles, **options) for _ in range(2))
+                assert all(torch.equal(a, b) for a, b in zip(first, second)), where
+                check_errors(first, least, exact, where)
         check_merged_parts(kernel, make((8, kv_heads, key_dim, value_dim), [Rectangle(0, 197, 0, 698)], dtype))
 
 

@@ -21,7 +21,7 @@ from .torch_flash import TorchFlashKernel
 
 
 TESTED = "tested"
-EXPERIMENTAL = "experimental: not yet run on a GPU"
+EXPERIMENTAL = "experimental, see docs/gpu.md"
 
 _HALF = (torch.float16, torch.bfloat16)
 _ALL = (*_HALF, torch.float32, torch.float64)

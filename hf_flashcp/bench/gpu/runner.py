@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import forkserver
@@ -170,22 +171,26 @@ class Pools:
         self._method: dict[str, str] = {}
         self.device_name = "CPU (rehearsal)"
         if device == "cuda":
-            # Asked through the driver's management library, CUDA is not started in the server.
+            # Imports in the server ask whether there is a GPU; only NVML answers without starting CUDA.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        if hasattr(os, "fork"):
-            forkserver.set_forkserver_preload(["hf_flashcp.bench.gpu.steps", "hf_flashcp.integrations.trainer"])
-            forkserver.ensure_running()
-        if device == "cuda":
             self.device_name = self._gpu_name()
 
     def new(self) -> WorkerPool:
+        self._start_server()
         return WorkerPool(device=self._device, **self._method)
+
+    @staticmethod
+    def _start_server() -> None:
+        if sys.platform == "linux":
+            forkserver.set_forkserver_preload(["hf_flashcp.bench.gpu.steps", "hf_flashcp.integrations.trainer"])
+            forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:
         """What must be equal for results to stand in one file."""
         return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
 
     def _gpu_name(self) -> str:
+        self._start_server()
         for method in ({}, {"start_method": "spawn"}):
             with WorkerPool(**method) as pool:
                 ((right, name, _),) = pool.outcomes(1, _gpu_name, timeout=60)
