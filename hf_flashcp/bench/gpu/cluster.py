@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...attention import document_attention, select_kernel
-from ...data import FlashCPCollator
 from ...doctor.cluster import check_cluster
 from ...exchange import send_grads_home, send_kv
 from ...exchange.kv_exchange import kv_width
@@ -24,6 +22,7 @@ from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Settings
+from .small_models import packed_batch, small_llama
 
 
 ROUNDS = 5
@@ -124,32 +123,14 @@ def groups(ranks: Ranks, settings: Settings) -> Found:
 
 def _model_step(own: dist.ProcessGroup, shared: dist.ProcessGroup, device: torch.device, settings: Settings):
     size = dist.get_world_size()
-    width, layers = settings.sized(2048, 128), settings.sized(8, 2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
-    )
-    config._attn_implementation = "flashcp"
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).train()
+    model = small_llama(settings.sized(2048, 128), settings.sized(8, 2)).to(device, torch.bfloat16)
     wrapped = DistributedDataParallel(model, process_group=shared)
-    mesh = DeviceMesh.from_group(own, device.type, mesh=list(range(size)), mesh_dim_names=("cp",))
-    attach(wrapped, mesh)
+    attach(wrapped, DeviceMesh.from_group(own, device.type, mesh=list(range(size)), mesh_dim_names=("cp",)))
     tokens = settings.sized(8192, 64) * size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1024, (tokens,), generator=generator).tolist()
-    batch = FlashCPCollator(size, strategy="per_doc")(
-        [{"input_ids": ids[: -tokens // 4]}, {"input_ids": ids[-tokens // 4 :]}]
-    )
-    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch = packed_batch((3 * tokens // 4, tokens // 4), device, size)
 
     def step() -> None:
         wrapped.zero_grad()
-        wrapped(**moved).loss.backward()
+        wrapped(**batch).loss.backward()
 
     return step, model

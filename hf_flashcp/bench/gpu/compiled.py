@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...data import FlashCPCollator
 from ...integrations.attach import attach
 from ...integrations.gradient_check import gradient_error
 from .settings import Found, Run, Settings
+from .small_models import packed_batch, small_llama
 
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-5}
@@ -30,12 +28,14 @@ def _compare(settings: Settings) -> Found:
     dtype = settings.sized(torch.bfloat16, torch.float32)
     torch._dynamo.reset()
     counters.clear()
-    plain, compiled = (_model(settings).to(device, dtype) for _ in range(2))
+    plain, compiled = (small_llama(settings.sized(512, 128)).to(device, dtype) for _ in range(2))
+    for model in (plain, compiled):
+        attach(model, None)
     for layer in compiled.model.layers:
         layer.compile(backend=settings.sized("inductor", "eager"), dynamic=True)
     graphs = []
     for number, lengths in enumerate(PACKS):
-        batch = _batch(lengths, device)
+        batch = packed_batch(lengths, device)
         for model in (plain, compiled):
             model.zero_grad()
             model(**batch).loss.backward()
@@ -48,29 +48,3 @@ def _compare(settings: Settings) -> Found:
     found.more["graph breaks"] = dict(counters["graph_break"])
     found.add("Graph breaks", *({"at": place} for place in sorted(places)))
     return found
-
-
-def _model(settings: Settings) -> Any:
-    torch.manual_seed(0)
-    width = settings.sized(512, 128)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
-    )
-    config._attn_implementation = "flashcp"
-    model = LlamaForCausalLM(config).train()
-    attach(model, None)
-    return model
-
-
-def _batch(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(len(lengths))
-    batch = FlashCPCollator(1)(
-        [{"input_ids": torch.randint(512, (n,), generator=generator).tolist()} for n in lengths]
-    )
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

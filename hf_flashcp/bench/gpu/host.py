@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...attention import select_kernel
-from ...data import FlashCPCollator
 from ...integrations.attach import attach
 from ...layout import shard_inputs
 from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings
+from .small_models import packed_batch, small_llama
 
 
 ROUNDS = 5
@@ -149,31 +148,17 @@ def _layer(settings: Settings, device: torch.device) -> Callable[[], Any]:
     return _rank_work(settings.sized(4096, 64), settings, device).engine
 
 
-def _batch(device: torch.device, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = [{"input_ids": torch.randint(512, (n,), generator=generator).tolist()} for n in (300, 150 + seed, 31)]
-    batch = FlashCPCollator(1)(rows)
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+LENGTHS = (300, 150, 31), (300, 151, 31)
+"""Of two batches: what is built for the first does not serve the second."""
 
 
 def _shard(device: torch.device) -> Callable[[], Any]:
-    batches = iter([_batch(device, seed) for seed in range(2)])
+    batches = iter([packed_batch(lengths, device) for lengths in LENGTHS])
     return lambda: shard_inputs(next(batches), None)
 
 
 def _model_step(device: torch.device) -> Callable[[], Any]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-    )
-    config._attn_implementation = "flashcp"
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).train()
+    model = small_llama(128).to(device, torch.bfloat16)
     attach(model, None)
-    batches = iter([_batch(device, seed) for seed in range(2)])
+    batches = iter([packed_batch(lengths, device) for lengths in LENGTHS])
     return lambda: model(**next(batches)).loss.backward()

@@ -60,7 +60,7 @@ def _problem(size: int, record: Record) -> str:
 
 
 def _slowest(by_rank: list[list[Record]]) -> list[Record]:
-    """Of each case the rank with the largest error."""
+    """The record with the largest error over the ranks, for each case."""
     return [max(rows, key=lambda row: row["error"]) for rows in zip(*by_rank)]
 
 
@@ -77,7 +77,7 @@ def _errors(settings: Settings) -> list[Record]:
                 made: Any = CAPABILITIES[kernel].make(False)
                 ours, alone = layer_errors(case, dist.group.WORLD, device, dtype, made)
             exact = dtype == torch.float64
-            # Of each result the share of what it may be off; the worst stands for the case.
+            # The result that comes nearest to its bound stands for the case.
             bounds = [EXACT if exact else TIMES * error for error in alone]
             error, bound = max(zip(ours, bounds), key=lambda pair: pair[0] / pair[1])
             label = str(dtype).removeprefix("torch.")

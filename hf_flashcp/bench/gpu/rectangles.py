@@ -187,5 +187,5 @@ def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
 
 
 def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:
-    """Those that have queries."""
+    """Blocks that have queries."""
     return heads * sum(-(-(rectangle.q_stop - rectangle.q_start) // TILE) for rectangle in todo)

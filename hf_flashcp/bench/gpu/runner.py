@@ -21,7 +21,7 @@ from .settings import Found, Settings, Step
 
 
 TOTAL_SECONDS = 540
-"""Of a whole run; steps that would begin later are left out."""
+"""Longest run; steps that would begin later are left out."""
 
 PASSED, FAILED, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
     "passed",

@@ -56,7 +56,7 @@ CLUSTER_STEPS = (
 
 
 def choose(names: Iterable[str], steps: Iterable[Step | ClusterStep]) -> list[Step | ClusterStep]:
-    """Those with these names or of these groups, in their own order; all if there are no names.
+    """Picks the steps with these names or of these groups, in their own order; all if there are no names.
 
     Raises:
         ConfigurationError: a name is neither.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from ...attention import save_attention_context_fn
 from ...data import FlashCPCollator
@@ -17,6 +17,7 @@ from ...integrations.gradient_check import gradient_error, per_document_gradient
 from ...integrations.plugin import FlashCPPlugin
 from ...integrations.trainer import FlashCPTrainer
 from .settings import Found, Record, Run, Settings
+from .small_models import packed_batch, random_documents, small_llama
 
 
 SIZES = (2, 4)
@@ -55,11 +56,11 @@ def _steps(settings: Settings) -> list[Record]:
     device = settings.prepare()
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        batch = {name: value for name, value in _batch(settings).items()}
-        exact = _gradients(_model("sdpa", dtype, settings).float().to(device), batch, device)
+        batch = packed_batch(settings.sized(LENGTHS, FEW_LENGTHS), device)
+        exact = per_document_gradients(_model("sdpa", dtype, settings).float().to(device), [batch])
         bound = EXACT
         if dtype == torch.bfloat16:
-            single = _gradients(_model("sdpa", dtype, settings).to(device), batch, device)
+            single = per_document_gradients(_model("sdpa", dtype, settings).to(device), [batch])
             bound = TIMES * gradient_error(single, exact)
         for name, options in CHECKPOINTING.items():
             if settings.rehearses and (name == "plain" or dtype == torch.bfloat16 and name == "none"):
@@ -77,36 +78,13 @@ def _steps(settings: Settings) -> list[Record]:
     return found
 
 
+LENGTHS = (900, 300, 77, 3, 500)
+FEW_LENGTHS = (50, 20, 3)
+
+
 def _model(attention: str, dtype: torch.dtype, settings: Settings) -> LlamaForCausalLM:
-    """The same weights at every call, rounded to `dtype`; heads of 64."""
-    width = settings.sized(512, 128)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
-    )
-    config._attn_implementation = attention
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def _documents(settings: Settings) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = settings.sized((900, 300, 77, 3, 500), (50, 20, 3))
-    return [{"input_ids": torch.randint(1024, (length,), generator=generator).tolist()} for length in lengths]
-
-
-def _batch(settings: Settings) -> dict[str, Any]:
-    return FlashCPCollator(1)(_documents(settings))
-
-
-def _gradients(model: LlamaForCausalLM, batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    return per_document_gradients(model, [moved])
+    """Weights rounded to `dtype`."""
+    return small_llama(settings.sized(512, 128), attention=attention).to(dtype)
 
 
 class _KeepFirstGradient(TrainerCallback):
@@ -119,7 +97,8 @@ class _KeepFirstGradient(TrainerCallback):
 def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
     """Through a Trainer with DDP over gloo, whose processes may share one GPU; the learning rate is 0."""
     _forget_accelerate()
-    size, documents, keep = dist.get_world_size(), _documents(settings), _KeepFirstGradient()
+    size, keep = dist.get_world_size(), _KeepFirstGradient()
+    documents = random_documents(settings.sized(LENGTHS, FEW_LENGTHS))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

@@ -1,0 +1,42 @@
+"""Small Llama models and packed batches for the steps that run whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ...data import FlashCPCollator
+
+
+VOCABULARY = 1024
+
+
+def small_llama(width: int, layers: int = 2, attention: str = "flashcp") -> LlamaForCausalLM:
+    """A model with heads of 64, two query heads to a key head, in fp32 on the CPU: the same weights at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+    )
+    config._attn_implementation = attention
+    return LlamaForCausalLM(config).train()
+
+
+def random_documents(lengths: Sequence[int]) -> list[dict[str, list[int]]]:
+    """A feature with random tokens for each length; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def packed_batch(lengths: Sequence[int], device: torch.device, cp_size: int = 1) -> dict[str, Any]:
+    """Those documents as one batch on `device`, every one cut over `cp_size` ranks."""
+    batch = FlashCPCollator(cp_size, strategy="per_doc")(random_documents(lengths))
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
