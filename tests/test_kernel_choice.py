@@ -81,6 +81,15 @@ def test_flash_attention_4_is_called_directly_where_it_is_activated(monkeypatch,
     assert dict(explain_kernels("cuda"))["torch_flash"] == "is replaced by FA4, which was activated in PyTorch"
 
 
+@pytest.mark.parametrize("capability, limit", [((9, 0), 256), ((10, 0), 128)])
+def test_flash_attention_4_takes_wider_heads_on_hopper(monkeypatch, capability, limit):
+    gpu(monkeypatch, *capability)
+    activate(monkeypatch, "FA4")
+    assert chosen(key_dim=limit, value_dim=limit).name == "flash_attn_4"
+    reasons = dict(explain_kernels("cuda", dtype=torch.bfloat16, key_dim=264, value_dim=limit))
+    assert reasons["flash_attn_4"] == f"takes heads up to {limit} wide, not 264"
+
+
 def test_flash_attention_3_runs_where_its_operators_are_registered(monkeypatch):
     gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: "2.8.3")

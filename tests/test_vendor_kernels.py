@@ -1,6 +1,7 @@
 """The vendors' kernels are called as their interfaces say, and what they return is used as they mean it."""
 
 import functools
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -109,6 +110,24 @@ class seen_windows(TorchDispatchMode):
         if "_flash_attention" in func.__name__:
             self.found.append((kwargs.get("window_size_left"), kwargs.get("window_size_right")))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not (torch.version.cuda and find_spec("flash_attn") and find_spec("flash_attn.cute")),
+    reason="needs flash-attn-4 and a PyTorch build with CUDA",
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (256, 256), (12, 16)])
+def test_flash_attention_4_itself_compiles_our_calls_for_hopper(monkeypatch, dims):
+    """The package checks its arguments and compiles forward and backward, on fake CUDA tensors, without a GPU."""
+    for name, value in (("FLASH_ATTENTION_ARCH", "sm_90"), ("CUTE_DSL_ARCH", "sm_90a")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FLASH_ATTENTION_NUM_SMS", "132")
+    for rectangles, options in CALLS[1], CALLS[3], CALLS[4]:
+        with fake_cuda():
+            out, lse = forward_and_backward(FlashAttn4Kernel(), (8, 2, *dims), rectangles, **options)
+        rows = sum(r.q_stop - r.q_start for r in rectangles)
+        assert out.shape == (8, rows, dims[1]) and lse.shape == (8, rows)
 
 
 # The formulas run under autocast, which meta tensors have none of.

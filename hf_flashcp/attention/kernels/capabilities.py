@@ -36,7 +36,7 @@ class Capability:
         make (`Callable`): the kernel, from `deterministic`.
         devices (`tuple[str, ...]`): device types; empty for all.
         dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
-        max_head_dim (`int`, *optional*): the widest head of keys or values.
+        head_dim_limit (`Callable`): the widest head of keys or values on this machine, `None` if there is no limit.
         softcap (`bool`): whether it has one.
         status (`str`): whether the test suite has passed on the device.
         missing (`Callable`, *optional*): why it cannot run on this machine, `None` if it can.
@@ -47,7 +47,7 @@ class Capability:
     make: Callable[[bool], AttentionKernel]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    max_head_dim: int | None
+    head_dim_limit: Callable[[], int | None]
     softcap: bool
     status: str
     missing: Callable[[], str | None] = lambda: None
@@ -70,9 +70,9 @@ class Capability:
             return "has no softcap"
         if dtype is not None and dtype not in self.dtypes:
             return f"takes {', '.join(_name(x) for x in self.dtypes)}, not {_name(dtype)}"
-        widest = max(key_dim or 0, value_dim or 0)
-        if self.max_head_dim is not None and widest > self.max_head_dim:
-            return f"takes heads up to {self.max_head_dim} wide, not {widest}"
+        widest, limit = max(key_dim or 0, value_dim or 0), self.head_dim_limit()
+        if limit is not None and widest > limit:
+            return f"takes heads up to {limit} wide, not {widest}"
         most = self.max_deterministic_head_dim
         if deterministic and most is not None and widest > most:
             return f"has deterministic gradients for heads up to {most} wide, not {widest}"
@@ -140,6 +140,21 @@ def _no_flash_attn_4() -> str | None:
     return _wrong_gpu((9, "Hopper"), (10, "Blackwell"))
 
 
+def _no_limit() -> None:
+    return None
+
+
+def _up_to_256() -> int:
+    return 256
+
+
+def _flash_attn_4_limit() -> int:
+    """Its kernels for Blackwell take keys and values of one width up to 128, and of 256 only without a window
+    (flash_attn/cute/interface.py); a machine without a GPU says nothing, so the smaller one holds."""
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return 256 if on_hopper else 128
+
+
 @cache
 def _installed_flash_attn() -> str | None:
     try:
@@ -150,12 +165,16 @@ def _installed_flash_attn() -> str | None:
 
 # Best first.
 CAPABILITIES: dict[str, Capability] = {
-    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, None, False, TESTED),
-    "flash_attn_4": Capability(FlashAttn4Kernel, ("cuda",), _HALF, 128, False, EXPERIMENTAL, _no_flash_attn_4),
-    "flash_attn_3": Capability(FlashAttn3Kernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_attn_3, 192),
-    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, 256, True, EXPERIMENTAL, _no_flash_attn),
-    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_in_torch),
-    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, None, True, TESTED),
+    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, _no_limit, False, TESTED),
+    "flash_attn_4": Capability(
+        FlashAttn4Kernel, ("cuda",), _HALF, _flash_attn_4_limit, False, EXPERIMENTAL, _no_flash_attn_4
+    ),
+    "flash_attn_3": Capability(
+        FlashAttn3Kernel, ("cuda",), _HALF, _up_to_256, False, EXPERIMENTAL, _no_flash_attn_3, 192
+    ),
+    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, _up_to_256, True, EXPERIMENTAL, _no_flash_attn),
+    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, _up_to_256, False, EXPERIMENTAL, _no_flash_in_torch),
+    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, _no_limit, True, TESTED),
 }
 
 
