@@ -18,7 +18,7 @@ from hf_flashcp.attention.kernels import (
 from hf_flashcp.bench.kernels import RankWork
 from hf_flashcp.layout import Rectangle
 from hf_flashcp.planning import plan_documents
-from tests import determinism_cases, vendor_kernels
+from tests import determinism_cases, vendor_cases, vendor_kernels
 from tests.fake_cuda import FAKE, fake_cuda, forward_and_backward
 from tests.kernel_cases import CAUSAL, FP64, FULL, EmulatedVarlen, difference, make, run, textbook
 
@@ -55,6 +55,28 @@ def test_calls_fit_the_vendors_interface_and_results_are_exact(name, determinist
                 assert difference(ours, textbook(inputs, rectangles, **options)) < FP64, (options, shape)
     assert vendor.forwards == vendor.backwards >= 2 * len(calls)
     assert vendor.deterministic == {deterministic}
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+@pytest.mark.parametrize("kernel", vendor_cases.STAND_INS)
+def test_layers_over_ranks_are_exact_through_every_vendors_kernel(pool, kernel, cp_size):
+    """With stages, windows, sinks, KV fetched again, and heads whose values are not aligned in received rows."""
+    stages = [[offset] for offset in range(1, cp_size)]
+    todo = [
+        ((plan_documents(lengths, cp_size, strategy=strategy), shape), more)
+        for lengths in ([70, 9, 33], [40] * 7)
+        for strategy in ("per_doc", "search")
+        for shape in ((4, 2, 8, 8), (3, 3, 12, 16))
+        for more in (
+            {},
+            {"offset_groups": stages, "keep_received": False},
+            {"options": {"window": 9, "sinks": True}},
+        )
+    ]
+    for errors, (forwards, backwards) in pool.run(cp_size, vendor_cases.layer_errors, kernel, todo):
+        for case, error in zip(todo, errors):
+            assert max(error) < FP64, (case, error)
+        assert forwards == backwards >= len(todo)
 
 
 def received_rows(rows, heads, key_dim, value_dim):

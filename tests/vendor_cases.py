@@ -1,0 +1,17 @@
+"""What workers run to attend through the vendors' kernels, as their stand-ins have them."""
+
+from tests import attention_cases, vendor_kernels
+
+
+STAND_INS = {
+    "flash_attn_2": vendor_kernels.flash_attn_2,
+    "flash_attn_3": vendor_kernels.flash_attn_3,
+    "flash_attn_4": vendor_kernels.flash_attn_4,
+}
+
+
+def layer_errors(kernel, todo):
+    """Errors of out, dq, dk, dv (and d_sinks) of each case, and the vendor's calls forward and backward."""
+    with STAND_INS[kernel]() as vendor:
+        errors = attention_cases.attention_errors([(args, {**more, "kernel": kernel}) for args, more in todo])
+    return errors, (vendor.forwards, vendor.backwards)
