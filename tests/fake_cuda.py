@@ -19,12 +19,12 @@ FAKE = torch.device("cuda" if torch.version.cuda else "meta")
 @contextlib.contextmanager
 def fake_cuda():
     """Tensors made inside on `FAKE` have no numbers. What kernels keep for later calls is cleared before and after."""
-    varlen._rounds.cache_clear()
+    varlen.deal_rounds.cache_clear()
     try:
         with FakeTensorMode() if torch.version.cuda else contextlib.nullcontext():
             yield
     finally:
-        varlen._rounds.cache_clear()
+        varlen.deal_rounds.cache_clear()
 
 
 def forward_and_backward(kernel, shape, rectangles, **options):

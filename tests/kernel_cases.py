@@ -45,8 +45,8 @@ class EmulatedVarlen(VarlenKernel):
             steps = (tensor.storage_offset(), *tensor.stride()[:-1])
             assert all(step * tensor.element_size() % 16 == 0 for step in steps), "kernels load 16 bytes at a time"
         for cumulative, longest, rows, least in (
-            (sequences.cu_seqlens_q, sequences.max_q, query.shape[0], 2),
-            (sequences.cu_seqlens_k, sequences.max_k, key.shape[0], 1),
+            (sequences.cu_seqlens_q, sequences.max_seqlen_q, query.shape[0], 2),
+            (sequences.cu_seqlens_k, sequences.max_seqlen_k, key.shape[0], 1),
         ):
             assert cumulative.dtype == torch.int32 and cumulative.is_contiguous()
             lengths = cumulative.diff()

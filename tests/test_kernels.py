@@ -123,18 +123,18 @@ def test_arbitrary_rectangles_are_exact(data):
 
 
 def test_rounds_are_as_few_as_overlapping_keys_need():
-    rounds = varlen._rounds(tuple(FULL["prefixes of two"]), DEVICE)
-    assert [(r.sequences.max_q, r.sequences.max_k) for r in rounds] == [(4, 5), (17, 30), (3, 40)]
+    rounds = varlen.deal_rounds(tuple(FULL["prefixes of two"]), DEVICE)
+    assert [(r.sequences.max_seqlen_q, r.sequences.max_seqlen_k) for r in rounds] == [(4, 5), (17, 30), (3, 40)]
     assert [r.sequences.cu_seqlens_k.tolist() for r in rounds] == [[0, 5, 6], [0, 17, 47], [0, 40]]
-    assert len(varlen._rounds(tuple(FULL["disjoint keys"]), DEVICE)) == 1
+    assert len(varlen.deal_rounds(tuple(FULL["disjoint keys"]), DEVICE)) == 1
 
 
 def test_rows_without_gaps_are_not_copied_and_rounds_are_built_once():
     documents = tuple(CAUSAL["squares"])
-    (only,) = varlen._rounds(documents, DEVICE)
+    (only,) = varlen.deal_rounds(documents, DEVICE)
     assert (only.q_rows, only.k_rows, only.out_rows) == (slice(0, 120),) * 3
     equal = tuple(Rectangle(*rectangle) for rectangle in documents)
-    assert varlen._rounds(equal, DEVICE) is varlen._rounds(documents, DEVICE)
+    assert varlen.deal_rounds(equal, DEVICE) is varlen.deal_rounds(documents, DEVICE)
     kernel = EmulatedVarlen()
     run(kernel, make((4, 2, 8, 8), documents), documents, causal=True)
     assert kernel.calls == [3, 3]  # one call each way, of three sequences

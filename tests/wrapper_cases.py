@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -315,7 +316,7 @@ def refused_argument(arguments):
     trainer, make = FlashCPTrainer, training_arguments
     if "predict_with_generate" in arguments:
         trainer, make = _Seq2SeqTrainer, Seq2SeqTrainingArguments
-        arguments = {**arguments, **USE_DEVICE, "output_dir": "unused", "report_to": []}
+        arguments = {**arguments, **USE_DEVICE, "output_dir": tempfile.mkdtemp(), "report_to": []}
     trainer(
         model=build_model("llama"),
         args=make(parallelism_config=FlashCPPlugin(cp_size=2), **arguments),

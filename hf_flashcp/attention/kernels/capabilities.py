@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 
@@ -36,22 +36,24 @@ class Capability:
         make (`Callable`): the kernel, from `deterministic`.
         devices (`tuple[str, ...]`): device types; empty for all.
         dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
-        head_dim_limit (`Callable`): the widest head of keys or values on this machine, `None` if there is no limit.
+        max_head_dim (`int`, *optional*): the widest head of keys or values, `None` if there is no limit.
         softcap (`bool`): whether it has one.
         status (`str`): whether the test suite has passed on the device.
         missing (`Callable`, *optional*): why it cannot run on this machine, `None` if it can.
         max_deterministic_head_dim (`int`, *optional*): the widest head whose gradients it can make bitwise
             reproducible; `None` if that is no limit.
+        max_head_dim_by_gpu (`Mapping[int, int]`): the widest head where it is less, by major compute capability.
     """
 
     make: Callable[[bool], AttentionKernel]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    head_dim_limit: Callable[[], int | None]
+    max_head_dim: int | None
     softcap: bool
     status: str
     missing: Callable[[], str | None] = lambda: None
     max_deterministic_head_dim: int | None = None
+    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)
 
     def reason_against(
         self,
@@ -70,7 +72,9 @@ class Capability:
             return "has no softcap"
         if dtype is not None and dtype not in self.dtypes:
             return f"takes {', '.join(_name(x) for x in self.dtypes)}, not {_name(dtype)}"
-        widest, limit = max(key_dim or 0, value_dim or 0), self.head_dim_limit()
+        widest, limit = max(key_dim or 0, value_dim or 0), self.max_head_dim
+        if self.max_head_dim_by_gpu and torch.cuda.is_available():
+            limit = self.max_head_dim_by_gpu.get(torch.cuda.get_device_capability()[0], limit)
         if limit is not None and widest > limit:
             return f"takes heads up to {limit} wide, not {widest}"
         most = self.max_deterministic_head_dim
@@ -140,21 +144,6 @@ def _no_flash_attn_4() -> str | None:
     return _wrong_gpu((9, "Hopper"), (10, "Blackwell"))
 
 
-def _no_limit() -> None:
-    return None
-
-
-def _up_to_256() -> int:
-    return 256
-
-
-def _flash_attn_4_limit() -> int:
-    """Its kernels for Blackwell take keys and values of one width up to 128, and of 256 only without a window
-    (flash_attn/cute/interface.py); a machine without a GPU says nothing, so the smaller one holds."""
-    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return 256 if on_hopper else 128
-
-
 @cache
 def _installed_flash_attn() -> str | None:
     try:
@@ -165,16 +154,31 @@ def _installed_flash_attn() -> str | None:
 
 # Best first.
 CAPABILITIES: dict[str, Capability] = {
-    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, _no_limit, False, TESTED),
+    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, None, False, TESTED),
     "flash_attn_4": Capability(
-        FlashAttn4Kernel, ("cuda",), _HALF, _flash_attn_4_limit, False, EXPERIMENTAL, _no_flash_attn_4
+        FlashAttn4Kernel,
+        ("cuda",),
+        _HALF,
+        256,
+        False,
+        EXPERIMENTAL,
+        _no_flash_attn_4,
+        # Keys and values are padded to one width; of 256 Blackwell's kernels have no window.
+        max_head_dim_by_gpu={10: 128},
     ),
     "flash_attn_3": Capability(
-        FlashAttn3Kernel, ("cuda",), _HALF, _up_to_256, False, EXPERIMENTAL, _no_flash_attn_3, 192
+        FlashAttn3Kernel,
+        ("cuda",),
+        _HALF,
+        256,
+        False,
+        EXPERIMENTAL,
+        _no_flash_attn_3,
+        max_deterministic_head_dim=192,
     ),
-    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, _up_to_256, True, EXPERIMENTAL, _no_flash_attn),
-    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, _up_to_256, False, EXPERIMENTAL, _no_flash_in_torch),
-    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, _no_limit, True, TESTED),
+    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, 256, True, EXPERIMENTAL, _no_flash_attn),
+    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_in_torch),
+    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, None, True, TESTED),
 }
 
 

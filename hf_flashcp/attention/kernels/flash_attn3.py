@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .varlen import VarlenKernel
+from .varlen import Sequences, VarlenKernel
 
 
 class FlashAttn3Kernel(VarlenKernel):
@@ -44,12 +44,9 @@ class FlashAttn3Kernel(VarlenKernel):
         return tuple(grads)
 
 
-def _options(sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
+def _options(sequences: Sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
     return {
-        "cu_seqlens_q": sequences.cu_seqlens_q,
-        "cu_seqlens_k": sequences.cu_seqlens_k,
-        "max_seqlen_q": sequences.max_q,
-        "max_seqlen_k": sequences.max_k,
+        **sequences._asdict(),
         "softmax_scale": scale,
         "is_causal": causal and window is None,
         "window_size_left": -1 if window is None else window - 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .varlen import VarlenKernel
+from .varlen import Sequences, VarlenKernel
 
 
 class FlashAttn4Kernel(VarlenKernel):
@@ -38,13 +38,10 @@ class FlashAttn4Kernel(VarlenKernel):
         return grad_query, grad_key, grad_value
 
 
-def _options(sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
+def _options(sequences: Sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
     """`None` stands for a side without a bound: -1 would be one, see `_resolve_causal_local_window` there."""
     return {
-        "cu_seqlens_q": sequences.cu_seqlens_q,
-        "cu_seqlens_k": sequences.cu_seqlens_k,
-        "max_seqlen_q": sequences.max_q,
-        "max_seqlen_k": sequences.max_k,
+        **sequences._asdict(),
         "softmax_scale": scale,
         "causal": causal and window is None,
         "window_size_left": None if window is None else window - 1,

@@ -22,8 +22,8 @@ class Sequences(NamedTuple):
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
-    max_q: int
-    max_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 Rows = slice | torch.Tensor  # of a sequence dimension; int64 (n,) where they have gaps
@@ -97,7 +97,7 @@ class VarlenKernel:
         raise NotImplementedError
 
     def forward(self, query, key, value, rectangles, *, causal, scale, window=None, softcap=None):
-        rounds = _rounds(tuple(rectangles), query.device)
+        rounds = deal_rounds(tuple(rectangles), query.device)
         heads, value_width = query.shape[0], value.shape[-1]
         query, key, value = _rows_first(query, key, value)
         parts = [
@@ -143,7 +143,7 @@ class VarlenKernel:
         grad_value,
     ):
         query, key, value, out, grad_out = _rows_first(query, key, value, out, grad_out)
-        for r in _rounds(tuple(rectangles), query.device):
+        for r in deal_rounds(tuple(rectangles), query.device):
             row_lse = lse[:, r.q_rows] if isinstance(r.q_rows, slice) else lse.index_select(1, r.q_rows)
             grads = self._backward_call(
                 _take(grad_out, r.q_rows),
@@ -197,7 +197,7 @@ def _put(tensor: torch.Tensor, dim: int, rows: Rows, part: torch.Tensor) -> None
 
 
 @lru_cache(maxsize=64)
-def _rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
+def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
     dealt: list[list[tuple[Rectangle, int]]] = []
     row = 0
     for rectangle in rectangles:
