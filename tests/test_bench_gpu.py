@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hf_flashcp.attention.kernels import CPUFlashKernel
-from hf_flashcp.bench.gpu import kernels, launch, rectangles, runner
+from hf_flashcp.bench.gpu import environment, kernels, launch, rectangles, runner
+from hf_flashcp.bench.gpu import settings as settings_module
 from hf_flashcp.bench.gpu.report import shown, table, text
 from hf_flashcp.bench.gpu.runner import Pools, Results, run_steps
 from hf_flashcp.bench.gpu.settings import Found, Settings, Step
@@ -138,6 +140,45 @@ def test_a_step_that_goes_wrong_costs_only_itself(forked):
         assert said in report
 
 
+def cut(run, settings):
+    found = Found()
+    found.add("Values", {"value": 1})
+    found.cut.append("the second value")
+    return found
+
+
+def test_a_step_that_was_cut_short_has_not_passed(forked, tmp_path):
+    """What was left out has not been shown, so the step runs again."""
+    machine, steps = {"device": "a CPU"}, [Step("a", CORRECTNESS, 20, "", cut)]
+    for times in (1, 2):
+        run_steps(steps, Settings("cpu"), Pools("cpu"), Results(tmp_path, machine), lambda *_: None)
+        assert [row["status"] for row in rows_of(tmp_path)] == ["cut short"] * times
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "device", "sta', "[]", "null", '{"step": "device"}', '{"machine": 1, "step": "device"}']
+)
+def test_lines_that_are_no_results_are_named(tmp_path, line):
+    """Such as the last line of a run that was killed while it wrote."""
+    (tmp_path / "steps.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigurationError, match=r"Line 1 of .*steps.jsonl is not the result of a step: delete it"):
+        Results(tmp_path, {"device": "a CPU"})
+
+
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert (
+        main(["bench", "gpu", "--device", "cpu", "--steps", "device", "--output", str(tmp_path / "file" / "x")]) == 2
+    )
+    assert "cannot be used: " in capsys.readouterr().err
+
+
+def test_a_library_for_another_gpu_is_a_problem(monkeypatch):
+    monkeypatch.setattr(settings_module, "load_kernel_library", lambda file: None)
+    problems = environment._look(Settings("cpu", kernel_library="fa3.so")).problems
+    assert problems == ["the kernel library was loaded, but flash_attn_3 runs on CUDA only"]
+
+
 def test_a_failed_step_is_run_again_and_a_run_ends_in_time(forked, tmp_path, monkeypatch):
     machine = {"device": "a CPU"}
     steps = [step_of("a", succeed, 1), step_of("b", fail_on_purpose)]
@@ -189,7 +230,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
         return dq, dk * 1.02, dv
 
     monkeypatch.setattr(CPUFlashKernel, "_backward_piece", wrong)
-    problems = kernels._check(Settings("cpu"))["problems"]
+    problems = kernels._check(Settings("cpu")).problems
     assert all(problem.startswith(("dK of cpu_flash", "cpu_flash in torch")) for problem in problems)
     assert len(problems) == 2 * (kernels.FEW + 1) and problems[-1].endswith("more like these")
 
@@ -239,6 +280,31 @@ def test_the_command_under_a_launcher(pool, tmp_path):
 def test_a_rank_that_fails_is_named(pool):
     (row,), _ = pool.run(2, fail_on_one_rank)
     assert row["status"] == "failed" and row["message"] == "rank 1: ConfigurationError: this rank is wrong"
+
+
+def fail_while_others_wait():
+    def run(ranks, settings):
+        if not launch.is_first():
+            raise ConfigurationError("this rank is wrong")
+        dist.barrier(ranks.group)
+        return Found()
+
+    def meet(ranks, settings):
+        dist.barrier(ranks.group)
+        return Found()
+
+    steps = [CLUSTER_STEPS[0]._replace(run=run), CLUSTER_STEPS[1]._replace(run=meet)]
+    results = Results(None, {"device": "CPUs"}) if launch.is_first() else None
+    ranks = launch.join(Settings("cpu"), step_seconds=2)
+    launch.run_together(steps, Settings("cpu"), ranks, results, lambda *_: None)
+    return results and results.rows(step.name for step in steps)
+
+
+def test_ranks_that_wait_for_one_that_failed_go_on(pool):
+    (row, following), _ = pool.run(2, fail_while_others_wait)
+    assert row["status"] == "failed" and "rank 1: ConfigurationError: this rank is wrong" in row["message"]
+    assert "rank 0: " in row["message"] and row["seconds"] < 20
+    assert following["status"] == "passed"
 
 
 def test_cluster_steps_need_a_launch():

@@ -57,9 +57,9 @@ def run_gpu(arguments: argparse.Namespace) -> int:
         with _Progress(chosen, arguments.json) as progress:
             run_steps([step for step in chosen if step in STEPS], settings, pools, results, progress)
     if together:
-        ranks = join(settings)
+        launch = join(settings)
         with _Progress(chosen, arguments.json) as progress:
-            run_together([step for step in chosen if step in CLUSTER_STEPS], settings, ranks, results, progress)
+            run_together([step for step in chosen if step in CLUSTER_STEPS], settings, launch, results, progress)
     if results is None:
         return 0
     rows = results.rows(step.name for step in chosen)

@@ -29,16 +29,23 @@ ROUNDS = 5
 
 
 class Ranks(NamedTuple):
-    """Where a rank stands: its context-parallel group of all ranks, and its device."""
+    """Where a rank stands.
+
+    Attributes:
+        group (`ProcessGroup`): the context-parallel group, of all ranks.
+        control (`ProcessGroup`): all ranks over gloo, for what they say of a step.
+        device (`torch.device`): its device.
+    """
 
     group: dist.ProcessGroup
+    control: dist.ProcessGroup
     device: torch.device
 
 
-def slowest(seconds: dict[str, float]) -> dict[str, float]:
+def slowest(ranks: Ranks, seconds: dict[str, float]) -> dict[str, float]:
     """Each entry's largest value over all ranks."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, seconds)
+    dist.all_gather_object(found, seconds, group=ranks.control)
     return {name: max(rank[name] for rank in found) for name in seconds}
 
 
@@ -80,7 +87,7 @@ def exchange(ranks: Ranks, settings: Settings) -> Found:
             def wire(work=work, bound=bound) -> None:
                 _transfers_alone(work, bound)
 
-            seconds = slowest(median_seconds(ROUNDS, ranks.device, layer=layer, ready=work.engine, wire=wire))
+            seconds = slowest(ranks, median_seconds(ROUNDS, ranks.device, layer=layer, ready=work.engine, wire=wire))
             exposed = max(seconds["layer"] - seconds["ready"], 0.0)
             record = {
                 "tokens per rank": tokens,
@@ -113,7 +120,7 @@ def groups(ranks: Ranks, settings: Settings) -> Found:
     shared = dist.new_group(list(range(size)), backend=settings.sized("nccl", "gloo"))
     for what, own in (("shared with DDP", shared), ("its own", ranks.group)):
         step, model = _model_step(own, shared, ranks.device, settings)
-        seconds = slowest(median_seconds(ROUNDS, ranks.device, step=step))["step"]
+        seconds = slowest(ranks, median_seconds(ROUNDS, ranks.device, step=step))["step"]
         norm = float(torch.stack([p.grad.float().norm() for p in model.parameters()]).norm())
         found.add("A training step", {"the exchange's group": what, "ms": 1000 * seconds, "gradient norm": norm})
     first, second = (record["gradient norm"] for record in found.tables["A training step"])

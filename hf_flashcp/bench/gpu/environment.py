@@ -16,26 +16,22 @@ PACKAGES = ("hf_flashcp", "torch", "transformers", "accelerate", "triton", "flas
 
 
 def device(run: Run, settings: Settings) -> Found:
-    found = Found()
-    (tables,) = run(1, _look)
-    for title, records in tables.items():
-        found.add(title, *records)
+    return run(1, _look)[0]
+
+
+def _look(settings: Settings) -> Found:
+    chosen, found = settings.prepare(), Found()
+    found.add("Versions", *_versions())
+    found.add("Device", _device(chosen) | _ceilings(chosen, settings))
+    explained = dict(explain_kernels(chosen.type, dtype=torch.bfloat16, key_dim=128, value_dim=128))
+    for name, reason in explained.items():
+        runs = "yes" if reason is None else f"no, it {reason}"
+        record = {"kernel": name, "runs here": runs, "status": CAPABILITIES[name].status}
+        found.add("Kernels for bf16 heads of 128", record)
+    if settings.kernel_library is not None:
+        reason = explained["flash_attn_3"]
+        found.require(reason is None, f"the kernel library was loaded, but flash_attn_3 {reason}")
     return found
-
-
-def _look(settings: Settings) -> dict[str, list[Record]]:
-    chosen = settings.prepare()
-    return {
-        "Versions": _versions(),
-        "Device": [_device(chosen) | _ceilings(chosen, settings)],
-        "Kernels for bf16 heads of 128": [
-            {"kernel": name, "runs here": "yes" if reason is None else f"no, it {reason}", "status": status}
-            for (name, reason), status in zip(
-                explain_kernels(chosen.type, dtype=torch.bfloat16, key_dim=128, value_dim=128),
-                (capability.status for capability in CAPABILITIES.values()),
-            )
-        ],
-    }
 
 
 def _versions() -> list[Record]:

@@ -149,7 +149,7 @@ def _layer(settings: Settings, device: torch.device) -> Callable[[], Any]:
 
 
 LENGTHS = (300, 150, 31), (300, 151, 31)
-"""Of two batches: what is built for the first does not serve the second."""
+"""Two batches: what is built for the first does not serve the second."""
 
 
 def _shard(device: torch.device) -> Callable[[], Any]:

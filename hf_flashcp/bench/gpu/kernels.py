@@ -7,12 +7,13 @@ with scores and probabilities rounded to it, as transformers' eager attention co
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, AttentionKernel, EagerKernel
+from ...attention.kernels import CAPABILITIES, AttentionKernel, EagerKernel, accumulate_dtype
 from ...attention.kernels.base import hidden
 from ...doctor.layer_errors import relative_error
 from ...layout import Rectangle
@@ -31,7 +32,11 @@ KV_HEADS = 2
 FEW = 8
 """Problems of a kernel that are written out."""
 
+TITLE = "Errors against float64, forward and backward"
 NAMES = ("out", "logsumexp", "dQ", "dK", "dV")
+
+
+Shape = tuple[int, int, int, int]
 
 
 class Case(NamedTuple):
@@ -69,21 +74,13 @@ def cases(unit: int) -> list[Case]:
 
 
 def kernels(run: Run, settings: Settings) -> Found:
-    found = Found()
-    (measured,) = run(1, _check)
-    found.add("Errors against float64, forward and backward", *measured["records"])
-    found.problems += measured["problems"]
-    found.cut += measured["cut"]
-    return found
+    return run(1, _check)[0]
 
 
-def _check(settings: Settings) -> dict[str, Any]:
-    device = settings.prepare()
-    found = Found()
+def _check(settings: Settings) -> Found:
+    device, found = settings.prepare(), Found()
     error = _formulas_error(device)
-    found.add(
-        "", {"kernel": "eager", "dtype": "float64", "cases": 1, "largest error": error, "over the formulas": 0.0}
-    )
+    found.add(TITLE, {"kernel": "eager", "dtype": "float64", "cases": 1, "largest error": error})
     found.require(error <= EXACT, f"the formulas in float64 are off by {error:.1e} on {device.type}")
     unit = settings.sized(128, 16)
     shapes = [
@@ -97,14 +94,14 @@ def _check(settings: Settings) -> dict[str, Any]:
         for dtype in (torch.bfloat16, torch.float16):
             if found.has_time(settings, 2, f"{name} in {dtype}"):
                 _check_kernel(found, name, dtype, shapes, cases(unit), device)
-    return {"records": found.tables[""], "problems": found.problems, "cut": found.cut}
+    return found
 
 
 def _check_kernel(
     found: Found,
     name: str,
     dtype: torch.dtype,
-    shapes: Sequence[tuple[int, int, int, int]],
+    shapes: Sequence[Shape],
     todo: Sequence[Case],
     device: torch.device,
 ) -> None:
@@ -113,48 +110,68 @@ def _check_kernel(
     for shape in shapes:
         if name not in fused_kernels(device, dtype, shape[2], shape[3]):
             continue
-        kernel = CAPABILITIES[name].make(False)
+        kernel, deterministic = (CAPABILITIES[name].make(flag) for flag in (False, True))
+        widest = CAPABILITIES[name].max_deterministic_head_dim
+        repeats = widest is None or max(shape[2:]) <= widest
         for case in todo:
-            errors, limits = kernel_errors(kernel, shape, case, dtype, device)
+            layer = _Layer(shape, case, dtype, device)
+            errors, limits = layer.errors(kernel), layer.errors(PlainKernel())
             count += 1
             for what, error, limit in zip(NAMES, errors, limits):
                 worst, over = max(worst, error), max(over, error / limit)
                 if not error <= TIMES * limit:
                     where = f"{name}, {case.name}, heads {shape}, {dtype}"
                     wrong.append(f"{what} of {where} is off by {error:.1e}, the formulas by {limit:.1e}")
-            if not _repeats(name, shape, case, dtype, device):
+            if repeats and not layer.repeats(deterministic):
                 wrong.append(f"two deterministic runs of {name}, {case.name}, heads {shape}, {dtype} differ")
     found.problems += wrong[:FEW]
     found.require(len(wrong) <= FEW, f"{name} in {dtype}: {len(wrong) - FEW} more like these")
     label = str(dtype).removeprefix("torch.")
-    found.add("", {"kernel": name, "dtype": label, "cases": count, "largest error": worst, "over the formulas": over})
+    record = {"kernel": name, "dtype": label, "cases": count, "largest error": worst, "over the formulas": over}
+    found.add(TITLE, record)
 
 
-def kernel_errors(
-    kernel: AttentionKernel, shape: tuple[int, int, int, int], case: Case, dtype: torch.dtype, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Relative errors (Frobenius norm) of out, logsumexp, dQ, dK and dV against the formulas in float64, of the kernel
-    and of the formulas in `dtype`. Backward gets an output and logsumexp over more keys than its own, as after a
-    merge.
+class _Layer:
+    """Random inputs of one case and what float64 makes of them.
+
+    Backward gets an output and logsumexp over more keys than its own, as after a merge.
 
     Args:
         shape: query heads, KV heads, width of keys, width of values.
     """
-    inputs = _inputs(shape, case, dtype, device)
-    wide = [tensor.double() for tensor in inputs]
-    exact = EagerKernel().forward(*wide[:3], case.rectangles, **_options(case, shape))
-    merged = _merged(exact, wide[3], case)
-    expected = [*exact, *_backward(EagerKernel(), wide, merged, case, shape)]
-    given = merged[0].to(dtype), merged[1].float()
-    ours = [
-        *kernel.forward(*inputs[:3], case.rectangles, **_options(case, shape)),
-        *_backward(kernel, inputs, given, case, shape),
-    ]
-    plain = [
-        *PlainKernel().forward(*inputs[:3], case.rectangles, **_options(case, shape)),
-        *_backward(PlainKernel(), inputs, given, case, shape),
-    ]
-    return [[relative_error(a, b) for a, b in zip(found, expected)] for found in (ours, plain)]
+
+    def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
+        self._case, self._scale = case, shape[2] ** -0.5
+        self._inputs = _inputs(shape, case, dtype, device)
+        wide = [tensor.double() for tensor in self._inputs]
+        out, lse = self._forward(EagerKernel(), wide)
+        merged = _merged(out, lse, wide[3], case)
+        self._given = merged[0].to(dtype), merged[1].float()
+        self._exact = [out, lse, *self._backward(EagerKernel(), wide, merged)]
+
+    def errors(self, kernel: AttentionKernel) -> list[float]:
+        """Relative errors (Frobenius norm) of out, logsumexp, dQ, dK and dV."""
+        ours = *self._forward(kernel, self._inputs), *self._backward(kernel, self._inputs, self._given)
+        return [relative_error(a, b) for a, b in zip(ours, self._exact)]
+
+    def repeats(self, kernel: AttentionKernel) -> bool:
+        """Whether two backward passes agree to the last bit."""
+        first, second = (self._backward(kernel, self._inputs, self._given) for _ in range(2))
+        return all(torch.equal(a, b) for a, b in zip(first, second))
+
+    def _options(self) -> dict[str, Any]:
+        return {"causal": self._case.causal, "scale": self._scale, "window": self._case.window}
+
+    def _forward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel.forward(*inputs[:3], self._case.rectangles, **self._options())
+
+    def _backward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged) -> list[torch.Tensor]:
+        query, key, value, grad_out = inputs
+        dtype = accumulate_dtype(query.dtype)
+        grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value)]
+        gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
+        kernel.backward(grad_out, query, key, value, *merged, self._case.rectangles, **self._options(), **gradients)
+        return grads
 
 
 class PlainKernel(EagerKernel):
@@ -173,7 +190,7 @@ class PlainKernel(EagerKernel):
         return ds @ k, ds.mT @ q, p.mT @ do
 
 
-def _inputs(shape, case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def _inputs(shape: Shape, case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """query, key, value, grad_out as a model has them: views of (T, H, D)."""
     heads, kv_heads, key_dim, value_dim = shape
     rows = max(r.q_stop for r in case.rectangles)
@@ -183,52 +200,29 @@ def _inputs(shape, case: Case, dtype: torch.dtype, device: torch.device) -> list
     return [torch.randn(size, generator=generator).to(device, dtype).transpose(0, 1) for size in sizes]
 
 
-def _options(case: Case, shape) -> dict[str, Any]:
-    return {"causal": case.causal, "scale": shape[2] ** -0.5, "window": case.window}
-
-
-def _merged(exact, grad_out: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged(
+    out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, case: Case
+) -> tuple[torch.Tensor, torch.Tensor]:
     """An output and logsumexp of all rows, as if every row had seen further keys whose values are 0 and whose weight
     is a third of its own keys'."""
     index = torch.cat([torch.arange(r.q_start, r.q_stop) for r in case.rectangles]).to(grad_out.device)
-    lse = exact[1].new_zeros(grad_out.shape[:2]).index_copy_(1, index, exact[1] + torch.tensor(4 / 3).log())
-    return torch.zeros_like(grad_out).index_copy_(1, index, exact[0] * 0.75), lse
-
-
-def _backward(kernel: AttentionKernel, inputs, merged, case: Case, shape) -> list[torch.Tensor]:
-    query, key, value, grad_out = inputs
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value)]
-    gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
-    kernel.backward(grad_out, query, key, value, *merged, case.rectangles, **_options(case, shape), **gradients)
-    return grads
-
-
-def _repeats(name: str, shape, case: Case, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether two deterministic backward passes agree to the last bit; true where the kernel does not promise it."""
-    most = CAPABILITIES[name].max_deterministic_head_dim
-    if most is not None and max(shape[2:]) > most:
-        return True
-    kernel, inputs = CAPABILITIES[name].make(True), _inputs(shape, case, dtype, device)
-    exact = EagerKernel().forward(
-        *(tensor.double() for tensor in inputs[:3]), case.rectangles, **_options(case, shape)
-    )
-    merged = _merged(exact, inputs[3].double(), case)
-    given = merged[0].to(dtype), merged[1].float()
-    first, second = (_backward(kernel, inputs, given, case, shape) for _ in range(2))
-    return all(torch.equal(a, b) for a, b in zip(first, second))
+    whole = lse.new_zeros(grad_out.shape[:2]).index_copy_(1, index, lse + math.log(4 / 3))
+    return torch.zeros_like(grad_out).index_copy_(1, index, out * 0.75), whole
 
 
 def _formulas_error(device: torch.device) -> float:
-    """The formulas in float64, which all else is held against, against autograd over one mask."""
+    """Error of the formulas in float64, which all else is held against, against autograd over one mask."""
     shape, case = (4, 2, 16, 16), Case("", (Rectangle(0, 37, 0, 37),), True, 9)
-    inputs = _inputs(shape, case, torch.float64, device)
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
-    key, value = (leaf.repeat_interleave(2, 0) for leaf in leaves[1:])
-    scores = (leaves[0] @ key.mT * shape[2] ** -0.5).masked_fill(hidden(37, 37, 9, device), -torch.inf)
-    out = scores.softmax(-1) @ value
-    out.backward(inputs[3])
-    own = EagerKernel().forward(*inputs[:3], case.rectangles, **_options(case, shape))
-    ours = [own[0], *_backward(EagerKernel(), inputs, own, case, shape)]
+    query, key, value, grad_out = _inputs(shape, case, torch.float64, device)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    keys, values = (leaf.repeat_interleave(2, 0) for leaf in leaves[1:])
+    scores = (leaves[0] @ keys.mT * shape[2] ** -0.5).masked_fill(hidden(37, 37, 9, device), -torch.inf)
+    out = scores.softmax(-1) @ values
+    out.backward(grad_out)
+    options: dict[str, Any] = {"causal": True, "scale": shape[2] ** -0.5, "window": case.window}
+    ours, lse = EagerKernel().forward(query, key, value, case.rectangles, **options)
+    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
+    EagerKernel().backward(grad_out, query, key, value, ours, lse, case.rectangles, **options, **gradients)
     reference = [out.detach(), *(leaf.grad for leaf in leaves)]
-    return max(relative_error(a, b) for a, b in zip(ours, reference))
+    return max(relative_error(a, b) for a, b in zip((ours, *grads), reference))

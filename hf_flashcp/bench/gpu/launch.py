@@ -6,13 +6,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .cluster import Ranks
-from .runner import FAILED, PASSED, TOTAL_SECONDS, Results, Row, row_of, status_of
+from .runner import FAILED, TOTAL_SECONDS, Results, Row, row_of, status_of, status_of_found
 from .settings import Found, Settings
 from .steps import ClusterStep
 
@@ -27,29 +27,63 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def join(settings: Settings) -> Ranks:
-    """Joins the launch's process group. The first rank may come late: it runs the steps of one GPU before."""
+STEP_SECONDS = 60
+"""How long a collective of a step waits for a rank that does not come."""
+
+
+class Launch(NamedTuple):
+    """The processes of a launch.
+
+    Attributes:
+        control (`ProcessGroup`): all ranks over gloo, for what they say of a step.
+        device (`torch.device`): this rank's.
+        backend (`str`): that of the exchange.
+        limit (`timedelta`): how long a collective of a step waits.
+    """
+
+    control: dist.ProcessGroup
+    device: torch.device
+    backend: str
+    limit: timedelta
+
+    def ranks(self) -> Ranks:
+        """Ranks with a group of their own: after a collective that timed out a group cannot be used again."""
+        group = dist.new_group(list(range(dist.get_world_size())), backend=self.backend, timeout=self.limit)
+        return Ranks(group, self.control, self.device)
+
+
+def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Launch:
+    """Joins the launch's process group. The first rank may come late: it runs the steps of one GPU before.
+
+    Under gloo a collective that waits longer than `step_seconds` raises an error; under NCCL its watchdog ends the
+    process, and with it the run.
+    """
     device = torch.device("cpu")
     if settings.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = settings.sized("cpu:gloo,cuda:nccl", "gloo")
-        dist.init_process_group(backend, timeout=timedelta(seconds=TOTAL_SECONDS + 60))
-    ranks = list(range(dist.get_world_size()))
-    return Ranks(dist.new_group(ranks, backend=settings.sized("nccl", "gloo")), device)
+    patient, limit = timedelta(seconds=TOTAL_SECONDS + 60), timedelta(seconds=step_seconds)
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group(settings.sized("cpu:gloo,cuda:nccl", "gloo"), timeout=patient)
+    # What a rank says of a step may come as late as others wait for it.
+    control = dist.new_group(list(range(dist.get_world_size())), backend="gloo", timeout=patient)
+    dist.barrier(control)
+    if not joined:
+        dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)
+    return Launch(control, device, settings.sized("nccl", "gloo"), limit)
 
 
 def run_together(
     steps: Sequence[ClusterStep],
     settings: Settings,
-    ranks: Ranks,
+    launch: Launch,
     results: Results | None,
     on_row: Callable[[Any, Row | None], None],
 ) -> None:
     """Every rank calls it; the first one has the results."""
     for step in steps:
-        begin = time.monotonic()
+        begin, ranks = time.monotonic(), launch.ranks()
         found, error = Found(), None
         on_row(step, None)
         try:
@@ -58,12 +92,10 @@ def run_together(
         except Exception as raised:  # a step must not end the run
             error = raised
         messages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}")
+        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}", group=launch.control)
         said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
-            status = FAILED if found.problems or said else PASSED
-            if error is not None:
-                status = status_of(error, settings)
+            status = status_of(error, settings) if error else FAILED if said else status_of_found(found)
             row = row_of(step, results.machine, status, time.monotonic() - begin, found, said)
             results.add(row)
             on_row(step, row)

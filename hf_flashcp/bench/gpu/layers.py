@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ TIMES = 2.0
 
 
 def cases(rehearses: bool) -> dict[str, LayerCase]:
+    """Layers by name; a rehearsal has three small ones."""
     base, window = LayerCase(), 100
     if rehearses:
         base, window = LayerCase(lengths=(70, 26, 9, 1), heads=4, kv_heads=2, head_dim=16), 12
@@ -85,16 +88,13 @@ def _errors(settings: Settings) -> list[Record]:
     return found
 
 
-class _debug_mode:
-    """`FLASHCP_DEBUG=1` inside, if `on`."""
-
-    def __init__(self, on: bool):
-        self._on = on
-
-    def __enter__(self) -> None:
-        if self._on:
-            os.environ["FLASHCP_DEBUG"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self._on:
+@contextmanager
+def _debug_mode(on: bool) -> Iterator[None]:
+    """Sets `FLASHCP_DEBUG=1` inside, if `on`."""
+    if on:
+        os.environ["FLASHCP_DEBUG"] = "1"
+    try:
+        yield
+    finally:
+        if on:
             del os.environ["FLASHCP_DEBUG"]

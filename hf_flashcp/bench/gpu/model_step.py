@@ -81,16 +81,10 @@ class Measured(NamedTuple):
 
 
 def model_step(run: Run, settings: Settings) -> Found:
-    found = Found()
-    (measured,) = run(1, _measure)
-    for title, records in measured["tables"].items():
-        found.add(title, *records)
-    found.problems += measured["problems"]
-    found.cut += measured["cut"]
-    return found
+    return run(1, _measure)[0]
 
 
-def _measure(settings: Settings) -> dict[str, Any]:
+def _measure(settings: Settings) -> Found:
     """In a worker: every number of tokens, fewest first."""
     device = settings.prepare()
     found = Found()
@@ -105,7 +99,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
         begin = time.monotonic()
         _compare(found, settings, trainer, config, tokens)
         needed = 2.5 * (time.monotonic() - begin)
-    return {"tables": found.tables, "problems": found.problems, "cut": found.cut}
+    return found
 
 
 def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[str, Any], tokens: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...attention.kernels import CAPABILITIES, AttentionKernel
-from ...attention.kernels.varlen import _rounds
+from ...attention.kernels.varlen import deal_rounds
 from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...planning import ShardPlan, plan_documents
@@ -182,8 +182,8 @@ def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
 
 def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
     """Blocks that the kernel's calls start: in each as many for every sequence as the longest needs, for each head."""
-    calls = [found.sequences for found in _rounds(tuple(todo), torch.device("cpu"))]
-    return heads * sum((len(call.cu_seqlens_q) - 1) * -(-call.max_q // TILE) for call in calls)
+    calls = [found.sequences for found in deal_rounds(tuple(todo), torch.device("cpu"))]
+    return heads * sum((len(call.cu_seqlens_q) - 1) * -(-call.max_seqlen_q // TILE) for call in calls)
 
 
 def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:

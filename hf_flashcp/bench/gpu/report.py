@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .runner import PASSED, Row
+from .runner import Row
 
 
 def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
@@ -28,11 +28,7 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
         if row["message"]:
             notes.append(f"- {row['message']}")
         if notes:
-            parts.append(
-                "\n".join(
-                    [f"{row['step']} {row['status']}:" if row["status"] != PASSED else row["step"] + ":", *notes]
-                )
-            )
+            parts.append("\n".join([f"{row['step']}, {row['status']}:", *notes]))
     return "\n\n".join(parts)
 
 

@@ -23,9 +23,10 @@ from .settings import Found, Settings, Step
 TOTAL_SECONDS = 540
 """Longest run; steps that would begin later are left out."""
 
-PASSED, FAILED, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
+PASSED, FAILED, CUT_SHORT, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
     "passed",
     "failed",
+    "cut short",
     "out of memory",
     "out of time",
     "crashed",
@@ -37,26 +38,33 @@ Row = dict[str, Any]
 `tables`, `more`, and `machine`: where it ran."""
 
 
+_KEYS = {"step", "status", "seconds", "limit", "message", "problems", "cut", "tables", "more", "machine"}
+
+
 class Results:
-    """Rows in `steps.jsonl` of a folder, or in memory alone.
+    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone.
 
     Raises:
-        ConfigurationError: the folder has rows of another machine.
+        ConfigurationError: the folder cannot be made, or its file has rows of another machine or something else.
     """
 
     def __init__(self, folder: Path | None, machine: dict[str, str]):
         self.machine = machine
         self._file = folder / "steps.jsonl" if folder is not None else None
         self._rows: dict[str, Row] = {}
-        if self._file is not None and self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                self._rows[row["step"]] = row
-            if other := next((row["machine"] for row in self._rows.values() if row["machine"] != machine), None):
-                raise ConfigurationError(
-                    f"{self._file} has results of {_named(other)}, and this is {_named(machine)}: give another "
-                    "--output, or delete the file."
-                )
+        if folder is None or self._file is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        except (OSError, UnicodeError) as error:
+            raise ConfigurationError(f"--output {folder} cannot be used: {error}.") from None
+        self._rows = {row["step"]: row for row in (_read(self._file, *line) for line in enumerate(lines, 1))}
+        if other := next((row["machine"] for row in self._rows.values() if row["machine"] != machine), None):
+            raise ConfigurationError(
+                f"{self._file} has results of {_named(other)}, and this is {_named(machine)}: give another "
+                "--output, or delete the file."
+            )
 
     def has_passed(self, step: str) -> bool:
         return self._rows.get(step, {}).get("status") == PASSED
@@ -64,12 +72,22 @@ class Results:
     def add(self, row: Row) -> None:
         self._rows[row["step"]] = row
         if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
     def rows(self, names: Iterable[str]) -> list[Row]:
         return [self._rows[name] for name in names if name in self._rows]
+
+
+def _read(file: Path, number: int, line: str) -> Row:
+    """A row of the file. A run that was killed while it wrote leaves half a line."""
+    try:
+        row = json.loads(line)
+        if row.keys() >= _KEYS and all(isinstance(value, str) for value in row["machine"].values()):
+            return row
+    except (ValueError, AttributeError):
+        pass
+    raise ConfigurationError(f"Line {number} of {file} is not the result of a step: delete it; the step runs again.")
 
 
 def _named(machine: dict[str, str]) -> str:
@@ -136,7 +154,7 @@ def _run_step(step: Step, settings: Settings, machine: dict[str, str], pools: Po
     found, message = None, ""
     try:
         found = step.run(run, settings)
-        status = FAILED if found.problems else PASSED
+        status = status_of_found(found)
     except WorkerFailure as failure:
         error = next(error for error in failure.errors if error is not None)
         status = status_of(error, settings)
@@ -146,6 +164,11 @@ def _run_step(step: Step, settings: Settings, machine: dict[str, str], pools: Po
     finally:
         pool.close()
     return row_of(step, machine, status, time.monotonic() - begin, found, message)
+
+
+def status_of_found(found: Found) -> str:
+    """Status of a step that ran to its end; what was cut has not been shown, so it is not passed."""
+    return FAILED if found.problems else CUT_SHORT if found.cut else PASSED
 
 
 def status_of(error: BaseException, settings: Settings) -> str:

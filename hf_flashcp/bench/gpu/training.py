@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from .small_models import packed_batch, random_documents, small_llama
 
 
 SIZES = (2, 4)
+LENGTHS = (900, 300, 77, 3, 500)
+FEW_LENGTHS = (50, 20, 3)
 EXACT = 1e-5
 """Largest relative error of a parameter's gradient in float32."""
 
@@ -78,10 +79,6 @@ def _steps(settings: Settings) -> list[Record]:
     return found
 
 
-LENGTHS = (900, 300, 77, 3, 500)
-FEW_LENGTHS = (50, 20, 3)
-
-
 def _model(attention: str, dtype: torch.dtype, settings: Settings) -> LlamaForCausalLM:
     """Weights rounded to `dtype`."""
     return small_llama(settings.sized(512, 128), attention=attention).to(dtype)
@@ -127,6 +124,6 @@ def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Setti
 
 def _forget_accelerate() -> None:
     """accelerate keeps one set-up per process; every run here has its own."""
-    reset: list[Callable[[], None]] = [lambda: AcceleratorState._reset_state(True)]
-    for forget in (*reset, GradientState._reset_state, PartialState._reset_state):
-        forget()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
