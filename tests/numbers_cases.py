@@ -12,7 +12,7 @@ from tests import attention_cases as cases
 from tests.accelerate_state import fresh_accelerate
 from tests.device import make_kernel
 from tests.models import build_model
-from tests.trainer_cases import _KeepGradient, losses_by_step, training_arguments
+from tests.trainer_cases import KeepGradient, losses_by_step, training_arguments
 
 
 def differences_of_other_documents(todo, sick, kernel, options):
@@ -35,7 +35,7 @@ def step_without_targets(cp_size, average):
     """The logged loss of a step whose labels are all masked, and the largest gradient."""
     fresh_accelerate()
     documents = [{"input_ids": [1, 2, 3, 4, 5], "labels": [-100] * 5}] * 8
-    keep = _KeepGradient()
+    keep = KeepGradient()
     trainer = FlashCPTrainer(
         model=build_model("llama"),
         args=training_arguments(

@@ -7,9 +7,12 @@ import weakref
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.errors import UnsupportedModelError
+from hf_flashcp.integrations.forward_arguments import CACHES, has_cache
+from tests import attach_cases
 from tests.models import FAMILIES, build_model, make_documents
 
 
@@ -58,13 +61,58 @@ def test_an_attached_model_can_be_copied_and_collected():
     assert alive() is None
 
 
-def test_generate_on_an_attached_model():
+@pytest.mark.parametrize("training", [False, True])
+def test_generate_on_an_attached_model(training):
     model, reference = build_model("llama"), build_model("llama", "sdpa")
     attach(model.train(), None)
     model(**FlashCPCollator(1)(make_documents([12, 9]))).loss.backward()
     ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(model.eval().generate(ids, **options), reference.eval().generate(ids, **options))
+    expected = reference.eval().generate(ids, **options)
+    assert torch.equal(model.train(training).generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", [*CACHES, "states_under_another_name"])
+def test_a_cache_is_known_under_every_name(name):
+    """By its type, too, should it be renamed again."""
+    batch = {"input_ids": torch.tensor([[1]]), name: DynamicCache()}
+    assert has_cache(batch) and not has_cache({**batch, name: None})
+    model = build_model("llama").train()
+    handle = attach(model, None)
+    assert handle.shard(batch) is batch
+
+
+def test_generate_on_attached_ranks(pool):
+    """Each generates by itself, in training mode too; a forward with labels and a cache is refused."""
+    for tokens, expected, message in pool.run(2, attach_cases.generate_in_training_mode):
+        assert tokens == expected
+        assert "has labels and a key-value cache" in message
+
+
+def test_a_model_is_saved_as_a_whole(tmp_path, pool):
+    """It comes back attached for one process, and may be attached again."""
+    for path in pool.run(2, attach_cases.save_whole_models, str(tmp_path)):
+        for family in attach_cases.SAVED:
+            model = torch.load(f"{path}/{family}.pt", weights_only=False)
+            batch = FlashCPCollator(1)(make_documents([12, 9]))
+            expected = attach_cases.saved_model(family)
+            attach(expected, None)
+            loss = expected(**batch).loss
+            assert torch.equal(model(**batch).loss, loss)
+            hooks = len(model._forward_pre_hooks)
+            attach(model, None)
+            assert len(model._forward_pre_hooks) == hooks and torch.equal(model(**batch).loss, loss)
+
+
+@pytest.mark.parametrize(
+    "config", [transformers.T5Config, transformers.BartConfig, transformers.SwitchTransformersConfig]
+)
+def test_encoder_decoder_models_are_refused_by_name(config):
+    model = transformers.AutoModelForSeq2SeqLM.from_config(
+        config(d_model=32, num_layers=1, num_heads=2, d_ff=16, vocab_size=67)
+    )
+    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder model"):
+        attach(model, None)
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])

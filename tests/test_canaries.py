@@ -9,11 +9,19 @@ import inspect
 from pathlib import Path
 
 import accelerate.data_loader
+import numpy as np
 import pytest
 import torch
 import transformers
 from accelerate import ParallelismConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import (
@@ -24,7 +32,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto as auto
 
+from hf_flashcp.integrations.forward_arguments import CACHES, MEDIA
 from hf_flashcp.integrations.registration import INTERNAL_NAME
 from tests.models import SMALL
 
@@ -180,3 +190,98 @@ def test_trl_refuses_context_parallelism_where_we_do(module, config):
     every trainer but SFTTrainer instead. A guard that is gone upstream says that its trainer may be let in."""
     config = getattr(importlib.import_module(f"trl.trainer.{module}"), config)
     assert "cp_enabled" in inspect.getsource(inspect.unwrap(config.__post_init__))
+
+
+SHARDED = {
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "labels",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "task_type_ids",
+    "input_shape_ids",
+    "input_pronunciation_ids",
+    "per_layer_inputs",
+}
+"""A number or vector for each token."""
+SWITCHES = {
+    "use_cache",
+    "logits_to_keep",
+    "output_router_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "interpolate_pos_encoding",
+    "vision_feature_layer",
+    "vision_feature_layers",
+    "vision_feature_select_strategy",
+    "lang_ids",
+}
+"""The same on every rank; use_cache is turned off."""
+BESIDE_TEXT = {
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_outputs",
+    "cross_attention_mask",
+    "full_text_row_masked_out_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_position_ids",
+    "decoder_inputs_embeds",
+    "num_frames_per_video",
+    "tile_fine_mask",
+    "router_labels",
+    "self_conditioning_logits",
+    "self_conditioning_mask",
+    "shared_kv_states",
+    "chunk_sample_lengths",
+    "padding_mask",
+    "second_per_grid_ts",
+    "width",
+    "height",
+    "state",
+    "noise",
+    "timestep",
+    "actions",
+    "lm_kwargs",
+}
+"""Of encoders, of decoders beside them and of towers, none of which is sharded."""
+
+
+def language_models():
+    """Classes of causal and multimodal language models whose attention we may get to see."""
+    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    names = {name for mapping in mappings for entry in mapping.values() for name in np.atleast_1d(entry)}
+    classes = (getattr(transformers, name, None) for name in sorted(names))
+    return [model for model in classes if getattr(model, "_supports_attention_backend", False)]
+
+
+def test_every_argument_of_a_forward_is_known():
+    """modeling_*.py. Put a new name on the list of what happens to it: a new name of one that we read belongs into
+    integrations/forward_arguments.py, or into layout/batch.py."""
+    known = {"self", "kwargs", "attention_mask", *CACHES, *SHARDED, *SWITCHES, *BESIDE_TEXT}
+    unknown = {
+        name: model.__name__
+        for model in language_models()
+        for name in names(model.forward)
+        if name not in known and not MEDIA.search(name)
+    }
+    assert not unknown
+
+
+def test_every_argument_that_holds_a_cache_has_a_known_name():
+    """cache_utils.py: transformers 5.24 renamed past_key_values and cache_params to cache."""
+    found = {
+        name: parameter
+        for model in language_models()
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if "Cache" in str(parameter.annotation)
+    }
+    assert found and found.keys() <= set(CACHES)
+
+
+def test_arguments_by_position_are_those_of_the_forward():
+    """utils/deprecation.py: a forward that takes deprecated names keeps its signature, which attach reads."""
+    assert names(LlamaForCausalLM.forward)[:4] == ["self", "input_ids", "attention_mask", "position_ids"]

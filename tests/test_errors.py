@@ -43,7 +43,7 @@ def test_models_that_would_not_be_exact(pool, name, message):
     [
         ("sdpa", UnsupportedModelError, 'attn_implementation="flashcp"'),
         ("plain module", UnsupportedModelError, "not a transformers model"),
-        ("encoder-decoder", UnsupportedModelError, "attention interface"),
+        ("encoder-decoder", UnsupportedModelError, "is an encoder-decoder model"),
         ("stock parallelism config", ConfigurationError, "parallelism_config=FlashCPPlugin"),
         ("mesh without cp", ConfigurationError, 'none of them "cp"'),
     ],

@@ -13,7 +13,7 @@ from tests.device import DEVICE, ON_CPU
 from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
 
 
-class _KeepGradient(TrainerCallback):
+class KeepGradient(TrainerCallback):
     """The gradients of every optimizer step, after clipping, as `read` takes them from the model."""
 
     def __init__(self, read=gradients):
@@ -60,7 +60,7 @@ def losses_by_step(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
-class _InOrder(FlashCPTrainer):
+class InOrder(FlashCPTrainer):
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -72,8 +72,8 @@ def trainer_step(
     fresh_accelerate()
     cp_size = cp_size or dist.get_world_size()
     features = make_documents(lengths, prompt=prompt)
-    keep = _KeepGradient()
-    trainer = _InOrder(
+    keep = KeepGradient()
+    trainer = InOrder(
         model=build_model("llama"),
         args=training_arguments(
             parallelism_config=FlashCPPlugin(cp_size=cp_size),
@@ -102,8 +102,8 @@ def trainer_step(
 def autocast_errors(lengths, cp_size):
     """Gradient error against fp64 of a Trainer step under bf16 autocast, and of a single process under it."""
     fresh_accelerate()
-    features, keep = make_documents(lengths), _KeepGradient()
-    trainer = _InOrder(
+    features, keep = make_documents(lengths), KeepGradient()
+    trainer = InOrder(
         model=build_model("llama", dtype=torch.float32),
         args=training_arguments(
             parallelism_config=FlashCPPlugin(cp_size=cp_size),

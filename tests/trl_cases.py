@@ -19,27 +19,27 @@ from tests.models import (
     target_count,
     tokenizer,
 )
-from tests.trainer_cases import _KeepGradient, training_arguments
+from tests.trainer_cases import KeepGradient, training_arguments
 
 
 LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20, 8, 11, 45, 16]
 WINDOW = 48
 
 
-class _InOrder:
+class InOrder:
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class _MixedSFTTrainer(_InOrder, FlashCPTrainerMixin, SFTTrainer):
+class _MixedSFTTrainer(InOrder, FlashCPTrainerMixin, SFTTrainer):
     pass
 
 
-class _StockSFTTrainer(_InOrder, SFTTrainer):
+class _StockSFTTrainer(InOrder, SFTTrainer):
     pass
 
 
-class _StockTrainer(_InOrder, Trainer):
+class _StockTrainer(InOrder, Trainer):
     pass
 
 
@@ -81,7 +81,7 @@ def sft_step(options):
         options.get("callback", False),
         options.get("cp_size", dist.get_world_size()),
     )
-    keep = _KeepGradient()
+    keep = KeepGradient()
     config = dict(
         max_length=WINDOW,
         per_device_train_batch_size=2,
@@ -132,7 +132,7 @@ def stock_trainer_step(options):
     """A stock Trainer with the callback: gradient error of the first step, its log and the handle's plan."""
     fresh_accelerate()
     cp_size = options.pop("cp_size", dist.get_world_size())
-    features, keep, callback = make_documents(LENGTHS, prompt=0.3), _KeepGradient(), FlashCPCallback()
+    features, keep, callback = make_documents(LENGTHS, prompt=0.3), KeepGradient(), FlashCPCallback()
     trainer = _StockTrainer(
         model=build_model("llama"),
         args=training_arguments(

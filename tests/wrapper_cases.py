@@ -30,8 +30,8 @@ from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, largest_error, make_documents, per_document_gradients
 from tests.trainer_cases import (
     USE_DEVICE,
-    _InOrder,
-    _KeepGradient,
+    InOrder,
+    KeepGradient,
     losses_by_step,
     saving_arguments,
     training_arguments,
@@ -128,7 +128,7 @@ def _step(
     **arguments,
 ):
     fresh_accelerate()
-    features, keep = make_documents(LENGTHS, prompt=0.3), _KeepGradient(whole_gradients)
+    features, keep = make_documents(LENGTHS, prompt=0.3), KeepGradient(whole_gradients)
     for document in masked:
         features[document]["labels"] = [-100] * LENGTHS[document]
     if fsdp is not None:
@@ -136,7 +136,7 @@ def _step(
     if selective:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "context_fn": save_attention_context_fn}
     wrap = with_lora if lora else (lambda model: model)
-    trainer = _InOrder(
+    trainer = InOrder(
         model=wrap(build_model("llama", dtype=dtype, **(overrides or {}))),
         args=training_arguments(
             parallelism_config=FlashCPPlugin(cp_size=cp_size, **(sizes or {})),

@@ -107,7 +107,8 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
         lines += [
             "",
             f"gradients of a tiny copy on {processes} processes, strategy {diagnosis.strategy}: relative difference "
-            f"{diagnosis.gradient_error:.1e} (limit {LIMIT:.0e}), of the loss {diagnosis.loss_error:.1e}",
+            f"{diagnosis.gradient_error:.1e} (limit {LIMIT:.0e}), of the loss {diagnosis.loss_error:.1e}"
+            + (", router loss included" if diagnosis.router_loss else ""),
         ]
     lines += [f"to change: {advice}" for advice in diagnosis.advice]
     return [*lines, "", f"{diagnosis.verdict}{': ' + diagnosis.reason if diagnosis.reason else ''}"]

@@ -43,6 +43,7 @@ class Diagnosis:
         gradient_error (`float`, *optional*), loss_error (`float`, *optional*): of the tiny copy, in fp64.
         strategy (`str`, *optional*): of the check's plan; `"whole_doc"` where a model needs it.
         layers (`list`): what each attention layer of the tiny copy asked for.
+        router_loss (`bool`): whether the checked loss had a router loss of mixture-of-experts layers in it.
         advice (`list[str]`): what has to change in the config before training.
     """
 
@@ -54,6 +55,7 @@ class Diagnosis:
     loss_error: float | None = None
     strategy: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+    router_loss: bool = False
     advice: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def diagnose(
     whole = tiny.model_type in MIXERS
     diagnosis.strategy = "whole_doc" if whole else strategy
     found = run_check(pool, tiny, cp_size, diagnosis.strategy, timeout)
-    diagnosis.layers = found.get("layers", [])
+    diagnosis.layers, diagnosis.router_loss = found.get("layers", []), found.get("router_loss", False)
     diagnosis.gradient_error, diagnosis.loss_error = found.get("gradient_error"), found.get("loss_error")
     diagnosis.verdict, diagnosis.reason = _verdict(found)
     if whole and diagnosis.verdict == SUPPORTED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from ..errors import FlashCPError
 from ..integrations.attach import attach
 from ..integrations.gradient_check import gradient_error
 from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
+from ..integrations.router_loss import FUNCTION
 from ..layout import shard_inputs
 from ..layout.batch import IGNORE_INDEX
 from .float64 import float64_throughout
@@ -32,6 +35,9 @@ LIMIT = 1e-12
 
 GRADIENT_FLOOR = 1e-3
 """Of the norm of all gradients together, for the denominator of a parameter's difference."""
+
+ROUTER_COEFFICIENT = 0.1
+"""Of the router loss of mixture-of-experts models, which is part of the check's loss."""
 
 
 def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
@@ -61,7 +67,12 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
     documents = _documents(config.get_text_config().vocab_size)
     found["stage"] = "reference"
     reference = build(config, "eager").eval()
-    expected_loss = sum(_loss(reference(input_ids=ids, use_cache=False).logits, targets) for ids, targets in documents)
+    options = {"use_cache": False} | ({"output_router_logits": True} if _may_have_router_loss(reference) else {})
+    outputs = [reference(input_ids=ids, **options) for ids, _ in documents]
+    expected_loss = sum(_loss(output.logits, targets) for output, (_, targets) in zip(outputs, documents))
+    has_router_loss = all(getattr(output, "router_logits", None) for output in outputs)
+    if has_router_loss:
+        expected_loss = expected_loss + ROUTER_COEFFICIENT * _router_loss(reference, outputs)
     expected_loss.backward()
     found["stage"] = "run"
     batch = FlashCPCollator(size, strategy=strategy)([{"input_ids": ids[0].tolist()} for ids, _ in documents])
@@ -69,14 +80,17 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
     targets = shard["shift_labels"]
     with _recorded_layers() as layers:
         inputs = {name: value for name, value in shard.items() if "labels" not in name}
-        loss = _loss(model(**inputs, use_cache=False).logits, targets)
+        output = model(**inputs, **options)
+        loss = _loss(output.logits, targets)
+        if has_router_loss:
+            loss = loss + ROUTER_COEFFICIENT * output.aux_loss / size
         loss.backward()
     total = _sum_over_ranks(loss.detach())
     found["gradient_error"] = gradient_error(
         _gradients(model, summed=True), _gradients(reference), floor=GRADIENT_FLOOR
     )
     found["loss_error"] = float((total - expected_loss.detach()).abs() / expected_loss.detach().abs())
-    found["layers"] = layers
+    found["layers"], found["router_loss"] = layers, has_router_loss
     found["stage"] = "done"
 
 
@@ -92,6 +106,18 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     count = sum(LENGTHS) - len(LENGTHS)
     flat = logits.double().flatten(0, -2)
     return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
+
+
+def _may_have_router_loss(model: PreTrainedModel) -> bool:
+    module = sys.modules[type(model).__module__]
+    return hasattr(module, FUNCTION) and "output_router_logits" in inspect.signature(model.forward).parameters
+
+
+def _router_loss(model: PreTrainedModel, outputs: Sequence[Any]) -> torch.Tensor:
+    """Transformers' router loss of the tokens of all documents together."""
+    function = getattr(sys.modules[type(model).__module__], FUNCTION)
+    logits = tuple(torch.cat(layer) for layer in zip(*(output.router_logits for output in outputs)))
+    return function(logits, model.num_experts, model.num_experts_per_tok)
 
 
 def _gradients(model: PreTrainedModel, summed: bool = False) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def _supported(diagnoses: Sequence[Diagnosis]) -> list[str]:
         "| Model type | Class | Beyond plain causal attention | Difference |",
         "|---|---|---|---|",
         *(
-            f"| {d.model_type} | {d.model_class} | {'; '.join([*features(d.layers), *d.advice])} "
+            f"| {d.model_type} | {d.model_class} | {'; '.join([*features(d), *d.advice])} "
             f"| {max(d.gradient_error, d.loss_error):.0e} |"
             for d in diagnoses
         ),
@@ -88,8 +88,9 @@ _SECTIONS = {
 }
 
 
-def features(layers: Sequence[dict[str, Any]]) -> list[str]:
-    """What the layers of a model ask for beyond causal attention, in words."""
+def features(diagnosis: Diagnosis) -> list[str]:
+    """What a model asks for beyond causal attention and a sum over targets, in words."""
+    layers = diagnosis.layers
     windows = sum(layer["window"] is not None for layer in layers)
     found = []
     if windows:
@@ -99,4 +100,6 @@ def features(layers: Sequence[dict[str, Any]]) -> list[str]:
         found.append("values narrower or wider than keys")
     if len({(layer["heads"], layer["kv_heads"], layer["key_dim"]) for layer in layers}) > 1:
         found.append("heads that differ by layer")
+    if diagnosis.router_loss:
+        found.append("router loss")
     return found

@@ -1,4 +1,4 @@
-"""Everybody's numbers and rows, for debug mode: plain gathers, which share nothing with the exchange that they check.
+"""Numbers and rows of all ranks: plain collectives, which share nothing with the exchange that debug mode checks.
 
 Without a group a rank is alone.
 """
@@ -36,10 +36,10 @@ def gather_rows(rows: torch.Tensor, counts: Sequence[int], group: ProcessGroup |
     return [part[:count] for part, count in zip(_gathered(padded, group).split(max(counts)), counts)]
 
 
-def add_over_ranks(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """`tensor`, in which the ranks' tensors are added up."""
+def add_over_ranks(tensor: torch.Tensor, group: ProcessGroup | None, what: str = _WHAT) -> torch.Tensor:
+    """`tensor`, in which the ranks' tensors are added up. `what` names them for errors."""
     if group is not None:
-        with naming(_WHAT):
+        with naming(what):
             dist.all_reduce(tensor, group=group)
     return tensor
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
@@ -23,6 +23,8 @@ from ..exchange import debug_mode, require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
+from .forward_arguments import has_cache, media
+from .loss_check import LossCheck
 from .model_support import check_model, config_value
 from .per_document_mixers import (
     count_attention_modules,
@@ -32,7 +34,8 @@ from .per_document_mixers import (
 )
 from .per_document_rope import hook_length_dependent_rope
 from .plugin import FlashCPPlugin
-from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
+from .router_loss import scale_mean_terms, share_router_losses
+from .sharded_forward import ShardedForward, current_sharded_forward, enter_sharded_forward, leave_sharded_forward
 
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def attach(
     strategy: str | None = None,
     on_plan: Callable[[ShardPlan], None] | None = None,
     keep_received_kv: bool | None = None,
+    global_router_loss: bool | None = None,
 ) -> ContextParallelHandle:
     """Makes `model(**batch)` run on this rank's part of a full packed batch.
 
@@ -65,6 +69,8 @@ def attach(
             backward (`True`: more memory), or fetches it again (`False`: more traffic); the same on every rank.
             Defaults to the plugin's; if that is `None` too, kept under gradient checkpointing, where it is held for
             one layer at a time, and otherwise as the plan says (see [`RankPlan`]).
+        global_router_loss (`bool`, *optional*): in training, whether a mixture-of-experts model's router loss is that
+            of the batches of all data-parallel groups together, and not of the group's own. Defaults to the plugin's.
 
     With torch.compile, compile the layers: `for layer in model.model.layers: layer.compile(dynamic=True)` (accelerate:
     `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)`). The only graph breaks are then the attention
@@ -91,13 +97,18 @@ def attach(
         strategy = strategy or getattr(plugin, "strategy", None)
         if keep_received_kv is None:
             keep_received_kv = getattr(plugin, "keep_received_kv", None)
+        if global_router_loss is None:
+            global_router_loss = getattr(plugin, "global_router_loss", None)
     group, _, cp_size = context_parallel_group(mesh)
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     for hook in list(inner._forward_pre_hooks.values()):
         if isinstance(earlier := getattr(hook, "__self__", None), ContextParallelHandle):
             earlier.remove()
-    return ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv)
+    share_router_losses(inner)
+    return ContextParallelHandle(
+        inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv, bool(global_router_loss)
+    )
 
 
 class ContextParallelHandle:
@@ -105,6 +116,8 @@ class ContextParallelHandle:
 
     Attributes:
         plan (`RankPlan`, *optional*): of the latest sharded forward.
+        losses_add_up (`bool`): what a `num_items_in_batch` that the caller gives means: the targets of all ranks, so
+            that their losses add up (`True`, the default, as Trainer counts), or so many that their losses average.
     """
 
     def __init__(
@@ -114,16 +127,20 @@ class ContextParallelHandle:
         strategy: str,
         on_plan: Callable[[ShardPlan], None] | None,
         keep_received_kv: bool | None,
+        global_router_loss: bool,
     ):
         self.plan: RankPlan | None = None
+        self.losses_add_up: bool = True
         self.mesh = mesh
         self._whole_documents = needs_whole_documents(model)
         self._strategy = "whole_doc" if self._whole_documents else strategy
         self._on_plan = on_plan
         self._keep_received_kv = keep_received_kv
-        self._checked = False
+        self._global_router_loss = global_router_loss
+        self._checked = self._loss_checked = False
+        self._loss_check: LossCheck | None = None
+        self._stock_coefficients: dict[str, float] = {}
         self._forwards = 0
-        self._targets: torch.Tensor | None = None
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -140,6 +157,10 @@ class ContextParallelHandle:
     def __deepcopy__(self, memo: dict) -> ContextParallelHandle:
         return self  # process groups cannot be copied; a copied model stays attached through the same handle
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Nor can they be saved: a model that `torch.save` wrote as a whole comes back attached for cp_size 1.
+        return {**vars(self), "mesh": None, "plan": None, "_on_plan": None}
+
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """[`shard_inputs`] with this handle's mesh and strategy, for batches that the hooks would shard."""
         return shard_inputs(batch, self.mesh, strategy=self._strategy) if self._can_shard(batch) else batch
@@ -148,7 +169,18 @@ class ContextParallelHandle:
         if batch.get("flashcp_plan") is not None:
             return True
         padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
-        return batch.get("past_key_values") is None and not padded_on_one_rank
+        return not (has_cache(batch) or padded_on_one_rank)
+
+    def _losses_are_averaged(self, batch: dict[str, Any]) -> bool:
+        """Whether the batch's loss is the mean of the ranks' losses, or else their sum."""
+        count, own = batch.get("num_items_in_batch"), self.plan.target_count
+        if own is None:
+            return count is None or not self.losses_add_up
+        # FSDP2 casts what floats to its param_dtype, and bf16 cannot count.
+        was_cast = isinstance(count, torch.Tensor) and count.is_floating_point() and count.dtype != own.dtype
+        if was_cast:
+            batch["num_items_in_batch"] = own
+        return was_cast or count is own or not self.losses_add_up
 
     @torch.compiler.disable
     def _before_forward(self, model, args, kwargs):
@@ -157,10 +189,15 @@ class ContextParallelHandle:
             batch.get(key) is not None for key in ("flashcp_plan", "labels", "shift_labels")
         )
         if not (wanted and self._can_shard(batch)):
+            if self.mesh is not None and batch.get("labels") is not None and has_cache(batch):
+                raise BatchError(
+                    "The batch has labels and a key-value cache, which holds no other rank's tokens. Leave the cache "
+                    "out of forwards with labels."
+                )
             return None
-        if media := sorted(key for key, value in batch.items() if value is not None and _MEDIA.search(key)):
+        if found := media(batch):
             raise BatchError(
-                f"The batch has {', '.join(media)}. flashcp shards text: what images, video and audio need of a "
+                f"The batch has {', '.join(found)}. flashcp shards text: what images, video and audio need of a "
                 "vision or audio tower, and the masks around them, would be lost. Train on text-only batches."
             )
         batch = self.shard(batch)
@@ -188,12 +225,29 @@ class ContextParallelHandle:
             self._forwards += 1
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
-        if batch.get("labels") is not None and batch.get("shift_labels") is not None:
-            # A loss that shifts labels by itself would lose the targets at cuts: it finds none at all (_check_loss).
-            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-            self._targets = None if self._checked else batch["shift_labels"]
-        enter_sharded_forward(model, self.plan, is_first=not self._checked)
+        self._share_loss(model, batch)
         return (), batch
+
+    def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
+        """Enters the forward, with what this rank's loss is a share of."""
+        plan, averaged = self.plan, self._losses_are_averaged(batch)
+        ranks = plan.plan.cp_size
+        tokens = plan.layout.num_tokens / plan.plan.num_tokens
+        self._stock_coefficients = scale_mean_terms(model, tokens * ranks if averaged else tokens)
+        group = plan.group
+        if self._global_router_loss and model.training and dist.is_initialized():
+            group, ranks = dist.group.WORLD, dist.get_world_size()
+        enter_sharded_forward(
+            ShardedForward(model, plan, not self._checked, group, router_weight=1.0 if averaged else 1 / ranks)
+        )
+        if batch.get("labels") is None or batch.get("shift_labels") is None:
+            return
+        if plan.plan.cp_size == 1:
+            batch["labels"] = _without_starts(batch["labels"], plan.plan)
+        else:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            if not self._loss_checked:
+                self._loss_check = LossCheck(model, batch)
 
     @torch.compiler.disable
     def _after_forward(self, model, args, output):
@@ -201,7 +255,16 @@ class ContextParallelHandle:
         if forward is None or forward.model is not model:
             return
         leave_sharded_forward()
-        if output is not None and not self._checked:  # None: the forward raised
+        for name, coefficient in self._stock_coefficients.items():
+            setattr(model, name, coefficient)
+        if (check := self._loss_check) is not None:
+            self._loss_check = None
+            check.restore()
+        if output is None:  # the forward raised
+            return
+        if forward.router_loss is not None and isinstance(output, dict) and output.get("aux_loss") is not None:
+            output["aux_loss"] = forward.router_loss
+        if not self._checked:
             config = model.config.get_text_config()
             expected = count_attention_modules(model) if self._whole_documents else config.num_hidden_layers
             if len(forward.attention_modules) != expected:
@@ -218,34 +281,23 @@ class ContextParallelHandle:
                     "but none of its attention layers asks for that window: it would be dropped. This model cannot "
                     "be trained with context parallelism, unless its config turns the window off."
                 )
-            self._check_loss(model, output)
             self._checked = True
-
-    def _check_loss(self, model: PreTrainedModel, output: Any) -> None:
-        targets, self._targets = self._targets, None
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if targets is None or loss is None or not (targets != IGNORE_INDEX).any():
-            return
-        logits = output.get("logits")
-        if loss == 0 or (loss.isnan() and (logits is None or logits.isfinite().all())):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} computes its loss from labels and not from shift_labels: shifting the part "
-                "that a rank holds would lose the targets at the cuts. Use transformers' own loss, or one that takes "
-                "shift_labels."
-            )
+        if check is not None:
+            self._loss_checked = check.finish(output, forward, other_terms=bool(self._stock_coefficients))
 
 
-# How models call what comes from images, video and audio; mm_token_type_ids and token_type_ids come with text too.
-_MEDIA = re.compile(
-    "pixel|image|video|audio|patch|input_features|input_values|spatial_shapes|bbox|qformer|perceiver|protein|"
-    "aspect_ratio|per_grid|feature_attention_mask|cross_attention_states|mm_encoder_outputs"
-)
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
     "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
     "rank, use one strategy, and set FLASHCP_DEBUG for all or none."
 )
+
+
+def _without_starts(labels: torch.Tensor, plan: ShardPlan) -> torch.Tensor:
+    """(1, C) labels that may be shifted as one row: no document ends with the next one's first token as its target."""
+    starts = torch.tensor((0, *plan.lengths[:-1])).cumsum(0)
+    return labels.index_fill(1, starts.to(labels.device), IGNORE_INDEX)
 
 
 def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -63,7 +63,9 @@ class FlashCPCallback(TrainerCallback):
             strategy=config.strategy,
             on_plan=self.plan_metrics.add,
             keep_received_kv=config.keep_received_kv,
+            global_router_loss=config.global_router_loss,
         )
+        self.handle.losses_add_up = args.average_tokens_across_devices
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

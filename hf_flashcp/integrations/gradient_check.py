@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from ..layout.batch import IGNORE_INDEX
+from .router_loss import router_coefficients, router_statistics
 
 
 def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss over all targets of `batches`, each document run alone, without context parallelism.
+
+    The router losses of a mixture-of-experts model (`config.output_router_logits`) come on top, one for each batch.
 
     Runs the model in evaluation mode, where an attached model attends without a plan, and leaves its `.grad` and its
     hooks (DDP's too) untouched. No process talks to another.
@@ -33,14 +36,18 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     try:
         for batch in batches:
             lengths = list(batch["flashcp_plan"].lengths)
+            router = _RouterTerm(model, inner, batch["input_ids"].split(lengths, dim=1))
             documents = zip(batch["input_ids"].split(lengths, dim=1), batch["shift_labels"].split(lengths, dim=1))
             for input_ids, shift_labels in documents:
-                if (shift_labels == IGNORE_INDEX).all():
+                if (shift_labels == IGNORE_INDEX).all() and not router.coefficient:
                     continue
-                logits = model(input_ids=input_ids, use_cache=False).logits
+                output = model(input_ids=input_ids, use_cache=False)
+                logits = output.logits
                 loss = inner.loss_function(
                     logits, None, logits.shape[-1], num_items_in_batch=targets, shift_labels=shift_labels
                 )
+                if router.coefficient:
+                    loss = loss + router.of_document(output.router_logits)
                 for name, grad in zip(
                     parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 ):
@@ -49,6 +56,29 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     finally:
         model.train(was_training)
     return sums
+
+
+class _RouterTerm:
+    """What each document adds to the router loss of its batch (router_loss.py): the loss is linear in the documents'
+    probabilities, once it is known how many tokens of the batch each expert has."""
+
+    def __init__(self, model: torch.nn.Module, inner: torch.nn.Module, documents: Iterable[torch.Tensor]):
+        self.coefficient = 0.0
+        if getattr(inner.config.get_text_config(), "output_router_logits", False):
+            self.coefficient = max(router_coefficients(inner), default=0.0)
+        if not self.coefficient:
+            return
+        self._experts, self._top_k = inner.num_experts, inner.num_experts_per_tok
+        with torch.no_grad():
+            found = [self._statistics(model(input_ids=ids, use_cache=False).router_logits) for ids in documents]
+        self._counts, _, self._rows = (sum(parts) for parts in zip(*found))
+
+    def _statistics(self, gate_logits: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return router_statistics(gate_logits, self._experts, self._top_k)
+
+    def of_document(self, gate_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        _, probabilities, _ = self._statistics(gate_logits)
+        return self.coefficient * self._experts * (self._counts / self._rows * probabilities / self._rows).sum()
 
 
 def gradient_error(

@@ -33,6 +33,11 @@ def check_model(model: PreTrainedModel) -> None:
     """Raises an `UnsupportedModelError` with the reason if `model` cannot be trained exactly."""
     config = model.config.get_text_config()
     name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, but flashcp shards causal language models, which have a decoder "
+            "alone. Train it without flashcp."
+        )
     if not (model._supports_attention_backend or needs_whole_documents(model)):
         raise UnsupportedModelError(
             f"{name} does not call its attention through transformers' attention interface, so flashcp never gets to "
@@ -74,8 +79,6 @@ def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
         return "has a head whose loss is not a sum over next tokens; flashcp shards causal language models"
     if getattr(model, "is_quantized", False):
         return "has quantized weights, with which gradients have not been compared: leave quantization_config out"
-    if getattr(config, "is_encoder_decoder", False):
-        return "is an encoder-decoder model; flashcp shards causal language models"
     if getattr(config, "is_causal", True) is False:
         return "attends in both directions (is_causal=False); flashcp computes causal attention inside documents"
     if reason := POSITIONS_OF_THEIR_OWN.get(config.model_type):

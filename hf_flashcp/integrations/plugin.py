@@ -74,6 +74,7 @@ class FlashCPPlugin(ParallelismConfig):
         strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`,
             else to that of [`plan_documents`].
         keep_received_kv (`bool`, *optional*): see [`attach`].
+        global_router_loss (`bool`, *optional*, defaults to `False`): see [`attach`].
 
     Raises:
         ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
@@ -82,6 +83,7 @@ class FlashCPPlugin(ParallelismConfig):
 
     strategy: str | None = None
     keep_received_kv: bool | None = None
+    global_router_loss: bool = False
 
     def __post_init__(self):
         if self.cp_backend is None:

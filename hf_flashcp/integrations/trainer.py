@@ -53,6 +53,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         self._refuse_options()
         self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
         self.flashcp: ContextParallelHandle = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
+        self.flashcp.losses_add_up = self.args.average_tokens_across_devices
 
     def create_accelerator_and_postprocess(self) -> None:
         config = self.args.parallelism_config

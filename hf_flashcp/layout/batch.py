@@ -85,7 +85,6 @@ def shard_inputs(
             f"flashcp_plan covers {plan.num_tokens} tokens, but the batch has {shape[0]} x {shape[1]}. "
             "Plan and batch must come from the same collator call."
         )
-    bound = RankPlan(plan, rank, group)
 
     batch = {key: value for key, value in batch.items() if key not in _ROW_KEYS}
     tokens = _token_tensor(batch)
@@ -93,11 +92,14 @@ def shard_inputs(
         batch["position_ids"] = _positions(plan.lengths, tokens.device).view(shape)
     elif batch["position_ids"].shape == (1, shape[1]):
         batch["position_ids"] = batch["position_ids"].expand(shape)
+    target_count = None
     if batch.get("labels") is not None:
         if batch.get("shift_labels") is None:
             batch["shift_labels"] = _shifted_labels(batch["labels"], plan)
         if batch.get("num_items_in_batch") is None:
-            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1) / cp_size
+            target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1) / cp_size
+            batch["num_items_in_batch"] = target_count
+    bound = RankPlan(plan, rank, group, target_count)
     index = bound.layout.token_index.to(tokens.device)
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound

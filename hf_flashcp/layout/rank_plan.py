@@ -12,6 +12,7 @@ from .window_layout import WindowLayout
 
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 
@@ -24,6 +25,8 @@ class RankPlan:
         plan (`ShardPlan`): the plan of the batch, equal on every rank of the group.
         rank (`int`, *optional*, defaults to 0): rank within the group.
         group (`ProcessGroup`, *optional*): the context-parallel group; not needed when cp_size is 1.
+        target_count (`torch.Tensor`, *optional*): the `num_items_in_batch` of [`shard_inputs`], with which the mean
+            over ranks of their losses is the batch's; `None` if the caller gave one.
 
     Attributes:
         keep_received (`bool`): whether attention layers keep the KV that they receive until backward, or fetch it
@@ -37,7 +40,13 @@ class RankPlan:
         ConfigurationError: group and plan differ in size.
     """
 
-    def __init__(self, plan: ShardPlan, rank: int = 0, group: ProcessGroup | None = None):
+    def __init__(
+        self,
+        plan: ShardPlan,
+        rank: int = 0,
+        group: ProcessGroup | None = None,
+        target_count: torch.Tensor | None = None,
+    ):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
             raise ConfigurationError(
@@ -47,6 +56,7 @@ class RankPlan:
         self.plan = plan
         self.rank = rank
         self.group = group
+        self.target_count = target_count
         received, _ = full_attention_traffic(plan.cp_size, plan.slices)
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
         self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))

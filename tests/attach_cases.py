@@ -1,0 +1,45 @@
+"""What workers run for the tests of attached models."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from transformers import DynamicCache
+
+from hf_flashcp import FlashCPCollator, attach
+from hf_flashcp.errors import BatchError
+from tests.model_cases import cp_mesh
+from tests.models import build_model, make_documents
+
+
+SAVED = ["llama", "llama, dynamic", "granitemoehybrid"]  # with hooks on RoPE, and on recurrent layers
+
+
+def generate_in_training_mode():
+    """Tokens of an attached model in training mode, those of sdpa, and what labels beside a cache raise."""
+    model, reference = build_model("llama").train(), build_model("llama", "sdpa").eval()
+    attach(model, cp_mesh())
+    ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(dist.get_rank()))
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    tokens, expected = (each.generate(ids, **options).tolist() for each in (model, reference))
+    try:
+        model(input_ids=ids, labels=ids, past_key_values=DynamicCache())
+    except BatchError as error:
+        return tokens, expected, str(error)
+
+
+def saved_model(family):
+    return build_model(family).train()
+
+
+def save_whole_models(directory):
+    """Directory with a file for each of `SAVED`, which has trained a step on these ranks."""
+    size = dist.get_world_size()
+    path = os.path.join(directory, str(dist.get_rank()))
+    os.makedirs(path)
+    for family in SAVED:
+        model = saved_model(family)
+        attach(model, cp_mesh(), on_plan=lambda plan: None)
+        model(**FlashCPCollator(size, strategy="whole_doc")(make_documents([12, 9, 8]))).loss.backward()
+        torch.save(model, os.path.join(path, f"{family}.pt"))
+    return path

@@ -1,0 +1,135 @@
+"""What workers run for the tests of loss functions: some that ranks can share, and some that they cannot."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from hf_flashcp import FlashCPCollator, attach, shard_inputs
+from hf_flashcp.errors import UnsupportedModelError
+from tests.model_cases import cp_mesh, sum_gradients
+from tests.models import build_model, gradients, largest_error, make_documents, target_count
+from tests.router_cases import ROUTER
+
+
+def own_shift(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+    """Of whole rows, as loss functions were before shift_labels."""
+    return F.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="sum") / num_items_in_batch
+
+
+def mean_of_targets(logits, labels, vocab_size, shift_labels=None, **kwargs):
+    return F.cross_entropy(logits[0].double(), shift_labels[0])
+
+
+def not_divided(logits, labels, vocab_size, shift_labels=None, **kwargs):
+    return F.cross_entropy(logits[0].double(), shift_labels[0], reduction="sum")
+
+
+def squared(logits, labels, vocab_size, shift_labels=None, num_items_in_batch=None, **kwargs):
+    return F.cross_entropy(logits[0].double(), shift_labels[0], reduction="sum") ** 2 / num_items_in_batch
+
+
+def pairs_of_tokens(logits, labels, vocab_size, shift_labels=None, num_items_in_batch=None, **kwargs):
+    assert logits.shape[1] % 8 == 0, "rows of eight"
+
+
+def focal(logits, labels, vocab_size, shift_labels=None, num_items_in_batch=None, **kwargs):
+    """Another sum over targets, which does not take labels at all where it is given shift_labels."""
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+    losses = F.cross_entropy(logits[0].double(), targets[0], reduction="none", ignore_index=-100)
+    return ((1 - (-losses).exp()) ** 2 * losses).sum() / num_items_in_batch
+
+
+LOSSES = {
+    "transformers": None,
+    "focal": focal,
+    "own_shift": own_shift,
+    "mean_of_targets": mean_of_targets,
+    "not_divided": not_divided,
+    "squared": squared,
+    "pairs_of_tokens": pairs_of_tokens,
+}
+
+
+def _model(family, loss, attn_implementation="flashcp"):
+    model = build_model(family, attn_implementation, **(ROUTER if family == "qwen3_moe" else {}))
+    if LOSSES[loss] is not None:
+        model.loss_function = LOSSES[loss]
+    return model
+
+
+def first_step(family, loss, prompt=0.3):
+    """What a step with this loss function raises on this rank, or `None`; the model has it back in either case."""
+    model = _model(family, loss)
+    attach(model, cp_mesh())
+    features = make_documents([40, 3, 17], prompt=prompt)
+    batch = FlashCPCollator(dist.get_world_size(), strategy="whole_doc")(features)
+    try:
+        # Without labels nothing can be said yet.
+        model(input_ids=batch["input_ids"], flashcp_plan=batch["flashcp_plan"])
+        model(**batch)
+        found = None
+    except UnsupportedModelError as error:
+        found = str(error)
+    assert vars(model).get("_loss_function") is LOSSES[loss]
+    return found
+
+
+def gradient_error(family, loss):
+    """Against the documents alone, each with the same loss function."""
+    features, size = make_documents([40, 3, 17], prompt=0.3), dist.get_world_size()
+    reference, model = _model(family, loss, "sdpa"), _model(family, loss)
+    count = target_count(features)
+    for feature in features:
+        ids, labels = torch.tensor([feature["input_ids"]]), torch.tensor([feature["labels"]])
+        reference(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss.backward()
+    attach(model, cp_mesh())
+    model(**FlashCPCollator(size)(features), num_items_in_batch=count).loss.backward()
+    sum_gradients(model)
+    return largest_error(gradients(model), gradients(reference))
+
+
+def losses_inside_the_forward(uses_shift_labels, extra):
+    """What a step raises when the model's forward computes its loss by itself, as fused kernels make it."""
+    model = build_model("llama")
+    forward = model.forward
+
+    def own_forward(self=None, *, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        output = forward(**kwargs)
+        targets = shift_labels if uses_shift_labels else F.pad(labels, (0, 1), value=-100)[:, 1:]
+        assert targets.device == output.logits.device
+        loss = F.cross_entropy(output.logits[0].double(), targets.view(-1), reduction="sum") / num_items_in_batch
+        output["loss"] = loss + extra
+        return output
+
+    model.forward = own_forward
+    attach(model, cp_mesh())
+    try:
+        model(**FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])))
+    except UnsupportedModelError as error:
+        return str(error)
+
+
+def handed_on_by_nobody():
+    """A model that calls its loss function without shift_labels."""
+    model = build_model("llama")
+    forward = model.forward
+
+    def own_forward(*, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        output = forward(**kwargs)
+        output["loss"] = model.loss_function(output.logits, labels, 67, num_items_in_batch=num_items_in_batch)
+        return output
+
+    model.forward = own_forward
+    attach(model, cp_mesh())
+    try:
+        model(**FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])))
+    except UnsupportedModelError as error:
+        return str(error)
+
+
+def already_sharded():
+    """Loss of a batch that the caller has sharded, over that of the same batch sharded by the hooks."""
+    model = build_model("qwen3_moe", **ROUTER)
+    attach(model, cp_mesh())
+    batch = FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17]))
+    return float(model(**shard_inputs(batch, cp_mesh())).loss / model(**batch).loss)
