@@ -51,8 +51,8 @@ class LossCheck:
         shift_labels = kwargs.get("shift_labels")
         if shift_labels is None:
             raise UnsupportedModelError(
-                f"{self._name} does not hand shift_labels on to its loss function, which would lose the targets at the "
-                f"cuts. {_ADVICE}"
+                f"{self._name} does not hand shift_labels on to its loss function: targets at the cuts would be lost. "
+                f"{_ADVICE}"
             )
         kwargs["shift_labels"] = shift_labels.as_subclass(torch.Tensor)
         self._require_sum_over_targets(args, kwargs)
@@ -83,8 +83,8 @@ class LossCheck:
             math.isclose(rest, term, rel_tol=1e-3, abs_tol=tolerance) for term in terms
         ):
             raise UnsupportedModelError(
-                f"{self._name} adds a term of {rest:.4g} to what its loss function returns, which is not known to be a "
-                f"sum over tokens: it would count once per rank. {_ADVICE}"
+                f"{self._name} adds a term of {rest:.4g} to what its loss function returns. If it is not a sum over "
+                f"tokens, it would count once per rank. {_ADVICE}"
             )
         return True
 
@@ -121,8 +121,8 @@ class LossCheck:
         is_sum = nothing == 0 and math.isclose(whole, parts, rel_tol=_TOLERANCE, abs_tol=1e-6)
         if not (is_sum and math.isclose(whole, 2 * half, rel_tol=_TOLERANCE, abs_tol=1e-6)):
             raise UnsupportedModelError(
-                f"{self._name} has a loss function that is not the sum over its targets divided by num_items_in_batch, "
-                f"so the ranks' losses would not add up. {_ADVICE}"
+                f"{self._name} has a loss function that is not the sum over its targets divided by "
+                f"num_items_in_batch: the ranks' losses would not add up. {_ADVICE}"
             )
 
 
