@@ -80,6 +80,22 @@ def test_fsdp2_in_bf16_is_as_near_to_fp64_as_a_single_process(pool, fsdp):
         assert 0 < result["gradient_error"] <= 2 * result["single_bf16_error"]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "way, average, expected",
+    [
+        ("trainer", True, 259),
+        ("trainer", False, 259 / 2),
+        ("callback", True, 259),
+        ("shard_inputs", True, 259 / 2),
+    ],
+)
+def test_fsdp2_in_bf16_counts_targets_exactly(pool, way, average, expected, lora):
+    """bf16 has 8 bits: 259 would be 260."""
+    for counts in pool.run(2, wrapper_cases.counts_in_bf16, way, average, lora):
+        assert counts == {expected}
+
+
 @pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 2)])
 def test_fsdp2_in_a_loop_of_ones_own(pool, world_size, accumulation):
     """With accelerate's activation checkpointing and `use_cache` left on."""
@@ -119,7 +135,7 @@ def test_documents_grouped_by_length(pool):
 
 def test_a_loss_that_ignores_shift_labels_is_refused(pool):
     for error in pool.errors(2, wrapper_cases.loss_that_shifts_labels):
-        assert type(error) is UnsupportedModelError and "not from shift_labels" in str(error)
+        assert type(error) is UnsupportedModelError and "ignores shift_labels" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,20 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_flashcp import (
+    FlashCPCallback,
     FlashCPCollator,
     FlashCPPlugin,
     FlashCPTrainer,
     FlashCPTrainerMixin,
     attach,
     save_attention_context_fn,
+    shard_inputs,
 )
 from tests.accelerate_state import forbid_tf32, fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
@@ -173,6 +177,50 @@ def _step(
         "norm_error": abs(log["grad_norm"] - norm) / norm,
         "type": str(trainer.accelerator.distributed_type),
     }
+
+
+def counts_in_bf16(way, average=True, lora=False):
+    """Which `num_items_in_batch` a loss function gets under FSDP2, which casts what floats to bf16, for 259 targets."""
+    found = set()
+
+    def loss_function(*args, num_items_in_batch=None, **kwargs):
+        found.add(float(num_items_in_batch))
+        return ForCausalLMLoss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    with fsdp_on_device():
+        features, collate = make_documents([200, 61]), FlashCPCollator(2)
+        model = build_model("llama", dtype=torch.float32)
+        model.loss_function = loss_function
+        model = with_lora(model) if lora else model
+        if way == "shard_inputs":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            mesh = FlashCPPlugin(cp_size=2).build_device_mesh(DEVICE.type)
+            fully_shard(model, mesh=mesh["dp_shard_cp"], mp_policy=policy)
+            attach(model, mesh)
+            model(**shard_inputs(on_device(collate(features)), mesh))
+        else:
+            trainer_class = Trainer if way == "callback" else FlashCPTrainer
+            trainer = trainer_class(
+                model=model,
+                args=training_arguments(
+                    parallelism_config=FlashCPPlugin(cp_size=2),
+                    per_device_train_batch_size=2,
+                    per_device_eval_batch_size=2,
+                    max_steps=1,
+                    bf16=True,
+                    average_tokens_across_devices=average,
+                    **fsdp_arguments(),
+                ),
+                train_dataset=features,
+                eval_dataset=features,
+                data_collator=collate,
+                callbacks=[FlashCPCallback()] if way == "callback" else [],
+            )
+            trainer.train()
+            if way == "evaluate":
+                found.clear()
+                trainer.evaluate()
+    return found - {3.0, 6.0}  # of the check of loss functions
 
 
 def accelerator_loop(accumulation):

@@ -107,7 +107,7 @@ def attach(
             earlier.remove()
     share_router_losses(inner)
     return ContextParallelHandle(
-        inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv, bool(global_router_loss)
+        inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv, bool(global_router_loss), model
     )
 
 
@@ -128,6 +128,7 @@ class ContextParallelHandle:
         on_plan: Callable[[ShardPlan], None] | None,
         keep_received_kv: bool | None,
         global_router_loss: bool,
+        outermost: torch.nn.Module,
     ):
         self.plan: RankPlan | None = None
         self.losses_add_up: bool = True
@@ -141,8 +142,10 @@ class ContextParallelHandle:
         self._loss_check: LossCheck | None = None
         self._stock_coefficients: dict[str, float] = {}
         self._forwards = 0
+        self._count: Any = None
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._hooks = [
+            outermost.register_forward_pre_hook(self._keep_count, with_kwargs=True, prepend=True),
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
             *hook_length_dependent_rope(model),
@@ -174,13 +177,23 @@ class ContextParallelHandle:
     def _losses_are_averaged(self, batch: dict[str, Any]) -> bool:
         """Whether the batch's loss is the mean of the ranks' losses, or else their sum."""
         count, own = batch.get("num_items_in_batch"), self.plan.target_count
-        if own is None:
-            return count is None or not self.losses_add_up
-        # FSDP2 casts what floats to its param_dtype, and bf16 cannot count.
-        was_cast = isinstance(count, torch.Tensor) and count.is_floating_point() and count.dtype != own.dtype
-        if was_cast:
-            batch["num_items_in_batch"] = own
-        return was_cast or count is own or not self.losses_add_up
+        return count is None or count is own or not self.losses_add_up
+
+    @torch.compiler.disable
+    def _keep_count(self, model, args, kwargs):
+        """Runs before FSDP2 casts what floats to its param_dtype."""
+        self._count = kwargs.get("num_items_in_batch")
+
+    def _restore_count(self, batch: dict[str, Any]) -> None:
+        given, kept, self._count = batch.get("num_items_in_batch"), self._count, None
+        if not isinstance(given, torch.Tensor) or given.dtype not in (torch.bfloat16, torch.float16):
+            return
+        if not isinstance(kept, torch.Tensor) or kept.dtype == given.dtype:
+            raise BatchError(
+                f"num_items_in_batch arrives as {given.dtype}, which cannot count: FSDP2 casts what floats. Pass an "
+                "integer, or call attach after accelerator.prepare."
+            )
+        batch["num_items_in_batch"] = kept
 
     @torch.compiler.disable
     def _before_forward(self, model, args, kwargs):
@@ -200,6 +213,7 @@ class ContextParallelHandle:
                 f"The batch has {', '.join(found)}. flashcp shards text: what images, video and audio need of a "
                 "vision or audio tower, and the masks around them, would be lost. Train on text-only batches."
             )
+        self._restore_count(batch)
         batch = self.shard(batch)
         self.plan = batch["flashcp_plan"]
         if self._whole_documents:

@@ -163,10 +163,10 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
                 batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
                 for batch in batch_samples
             )
-            targets = sum(each.ne(IGNORE_INDEX).sum() for each in labels).to(device) / self.get_cp_size()
-        # Without any target the mean is 0 / 0, which would end the run.
-        targets = torch.as_tensor(targets, device=device)
-        return targets.masked_fill(targets == 0, 1)
+            # A number and no tensor, since FSDP2 casts tensors of floats to its param_dtype, and bf16 cannot count.
+            return max(int(sum(each.ne(IGNORE_INDEX).sum() for each in labels)), 1) / self.get_cp_size()
+        # A whole number, for the same reason. Without any target the mean is 0 / 0, which would end the run.
+        return torch.as_tensor(targets, device=device).round().long().clamp(min=1)
 
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]
