@@ -180,7 +180,7 @@ def _step(
 
 
 def counts_in_bf16(way, average=True, lora=False):
-    """Which `num_items_in_batch` a loss function gets under FSDP2, which casts what floats to bf16, for 259 targets."""
+    """The `num_items_in_batch` that a loss function gets for 259 targets under FSDP2, which casts floats to bf16."""
     found = set()
 
     def loss_function(*args, num_items_in_batch=None, **kwargs):
