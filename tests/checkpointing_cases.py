@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from hf_flashcp import FlashCPCollator, attach, save_attention_context_fn, shard_inputs
 from hf_flashcp.integrations.checkpointing import enable_checkpointing
-from tests.device import ON_CPU, on_device
+from tests.device import DEVICE, ON_CPU, on_device
 from tests.engine_cases import _Calls
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, exact_loss_sum, gradients, largest_error, make_documents, per_document_gradients
@@ -36,10 +36,16 @@ COMBINATIONS = list(itertools.product(KINDS, (1, 2), (False, True), (None, True,
 def offload_on_cpu():
     """PyTorch copies what it offloads into pinned memory, which needs a GPU. On a CPU it then copies as well, into
     memory that is not pinned; how many tensors it copied is counted."""
-    counted = mock.Mock(side_effect=torch.empty)
-    empty = mock.Mock(side_effect=lambda *args, pin_memory=False, **kwargs: counted(*args, **kwargs))
-    with mock.patch("torch.autograd.graph.torch.empty", empty) if ON_CPU else contextlib.nullcontext():
-        yield counted
+    copies, empty = mock.Mock(), torch.empty
+
+    def pageable(*args, **kwargs):
+        if "pin_memory" in kwargs:
+            copies()
+            del kwargs["pin_memory"]
+        return empty(*args, **kwargs)
+
+    with mock.patch.object(torch, "empty", pageable) if ON_CPU else contextlib.nullcontext():
+        yield copies
 
 
 def build(family, lora, implementation="flashcp"):
@@ -126,7 +132,7 @@ def offloaded_forward_error(keep):
     _, expected = per_document_gradients(build("llama", False, "sdpa"), features)
     model = build("llama", False).train()
     attach(model, cp_mesh(), keep_received_kv=keep)
-    with offload_on_cpu() as copies, save_on_cpu(pin_memory=True):
+    with offload_on_cpu() as copies, save_on_cpu(pin_memory=True, device_type=DEVICE.type):
         error = largest_error(backward(model, features), expected)
     assert copies.call_count or not ON_CPU
     return error

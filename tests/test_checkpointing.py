@@ -32,7 +32,9 @@ def test_hybrids_are_exact(pool, cp_size, family):
 def test_wrappers_around_layers_are_exact(pool, family, strategy, attach_first):
     """As FSDP2's activation checkpointing puts them there, before or after the model is attached."""
     for found in pool.run(2, checkpointing_cases.wrapped_errors, family, strategy, attach_first):
-        assert len(found) == 5 and max(found.values()) < FP64
+        everything = found.pop("everything offloaded")  # with other strides, for what hybrids compute in fp32
+        assert len(found) == 4 and max(found.values()) < FP64
+        assert everything < (1e-6 if family in HYBRIDS else FP64)
 
 
 @pytest.mark.parametrize("keep", [None, True, False])
