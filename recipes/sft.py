@@ -9,6 +9,7 @@ files. docs/recipes.md shows what the YAML files beside this one do.
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,13 +85,19 @@ def parse_arguments(argv):
     parser = HfArgumentParser((ModelArguments, DataArguments, ContextParallelArguments, TrainingArguments))
     parser.set_defaults(per_device_train_batch_size=1)  # a packed row is a batch
     if argv and argv[0].endswith((".yaml", ".yml")):
-        settings = read_settings(argv[0])
-        unknown = set(map(str, settings)) - {action.dest for action in parser._actions}
+        settings = {current_name(str(name)): value for name, value in read_settings(argv[0]).items()}
+        unknown = settings.keys() - {action.dest for action in parser._actions}
         if unknown:
             raise SystemExit(f"{argv[0]}: unknown arguments {', '.join(sorted(unknown))}. See sft.py --help.")
         parser.set_defaults(**settings)
         argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+    return parser.parse_args_into_dataclasses([current_name(argument) for argument in argv])
+
+
+def current_name(argument):
+    """transformers 5.24 calls gradient_checkpointing activation_checkpointing: with any version both names serve."""
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return re.sub(r"^(--)?(activation|gradient)([_-]checkpointing)", rf"\1{name}\3", argument)
 
 
 def read_settings(file):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.attention import document_attention, reference_check
+from hf_flashcp.integrations.checkpointing import enable_checkpointing
 from hf_flashcp.layout import RankLayout
 from tests import attention_cases as cases
 from tests.device import ExactKernel, on_device
@@ -153,7 +154,7 @@ def _checked_layers(steps, every, family="llama", dtype="float64", checkpointing
     """Which layers were compared, in forward and backward, step after step."""
     model = build_model(family, dtype=getattr(torch, dtype))
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(checkpointing)
+        enable_checkpointing(model, checkpointing)
     model.train()
     attach(model, cp_mesh())
     seen = []

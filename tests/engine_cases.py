@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.attention import document_attention, function, reference_check
+from hf_flashcp.integrations.checkpointing import enable_checkpointing
 from tests import attention_cases as cases
 from tests import debug_cases, trainer_cases
 from tests.device import ON_CPU, ExactKernel, kernels, make_kernel, on_device
@@ -251,7 +252,7 @@ def checkpointed(family, lengths, kwargs, keep_received_kv):
     _, expected = per_document_gradients(build_model(family, "sdpa"), features)
     model = build_model(family)
     if kwargs is not None:
-        model.gradient_checkpointing_enable(kwargs)
+        enable_checkpointing(model, kwargs)
     model.train()
     attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
     batch = on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features))
@@ -297,9 +298,11 @@ def compiled(packs, backend, whole):
 
 def selective_trainer(lengths, kwargs):
     """A Trainer's step with the kwargs, and its exchanges, kernel forwards and kernel backwards a layer."""
-    json.loads(trainer_cases.training_arguments(gradient_checkpointing_kwargs=kwargs).to_json_string())
+    json.loads(trainer_cases.training_arguments(activation_checkpointing_kwargs=kwargs).to_json_string())
     with _Calls() as calls:
-        result = trainer_cases.trainer_step(lengths, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+        result = trainer_cases.trainer_step(
+            lengths, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs
+        )
     return result["gradient_error"], (calls.exchanges / 2, calls.forwards / 2, calls.backwards / 2)
 
 

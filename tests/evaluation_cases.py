@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin
+from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, make_documents, per_document_gradients, target_count, tokenizer
 from tests.trainer_cases import training_arguments
@@ -181,7 +182,7 @@ def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
         args=SFTConfig(
             **{key: plain[key] for key in ("output_dir", "use_cpu", "report_to", "save_strategy", "disable_tqdm")},
             bf16=False,
-            gradient_checkpointing=False,
+            **{CHECKPOINTING_ARGUMENT: False},
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             parallelism_config=FlashCPPlugin(cp_size=cp_size),

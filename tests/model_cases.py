@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
+from hf_flashcp.integrations.checkpointing import enable_checkpointing
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.models import (
@@ -92,7 +93,7 @@ def model_errors(
             parameter.requires_grad_(False)
     model = model.to(getattr(torch, dtype))
     if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        enable_checkpointing(model, {"use_reentrant": checkpointing})
         model.train()
     cp_size = dist.get_world_size()
     attach(model, cp_mesh(), keep_received_kv=keep_received_kv)

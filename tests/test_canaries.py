@@ -9,11 +9,13 @@ import inspect
 from pathlib import Path
 
 import accelerate.data_loader
+import accelerate.utils.fsdp_utils
 import numpy as np
 import pytest
 import torch
 import transformers
 from accelerate import ParallelismConfig
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    TrainingArguments,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -34,6 +37,13 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto as auto
 
+from hf_flashcp import save_attention_context_fn
+from hf_flashcp.integrations.checkpointing import (
+    CHECKPOINTING_ARGUMENT,
+    enable_checkpointing,
+    inside_wrappers,
+    layers_run_again,
+)
 from hf_flashcp.integrations.forward_arguments import CACHES, MEDIA
 from hf_flashcp.integrations.registration import INTERNAL_NAME
 from tests.models import SMALL
@@ -285,3 +295,42 @@ def test_every_argument_that_holds_a_cache_has_a_known_name():
 def test_arguments_by_position_are_those_of_the_forward():
     """utils/deprecation.py: a forward that takes deprecated names keeps its signature, which attach reads."""
     assert names(LlamaForCausalLM.forward)[:4] == ["self", "input_ids", "attention_mask", "position_ids"]
+
+
+def test_layers_say_whether_they_run_again():
+    """modeling_utils.py:3221, _set_gradient_checkpointing: flag and function keep their names under both names of the
+    arguments, and a `context_fn` is a keyword of the function. integrations/checkpointing.py reads them."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    assert layers_run_again(model) == set()
+    enable_checkpointing(model)
+    assert layers_run_again(model) == {0, 1}
+    enable_checkpointing(model, {"use_reentrant": True}, every_n_layers=2, offload=True)
+    assert layers_run_again(model) == {0}
+    enable_checkpointing(model, {"use_reentrant": False, "context_fn": save_attention_context_fn})
+    assert layers_run_again(model) == set()
+
+
+def test_wrapped_layers_say_how_they_run_again():
+    """torch's checkpoint_wrapper.py, which accelerate puts around layers under FSDP2 (fsdp_utils.py:701)."""
+    assert "checkpoint_wrapper(layer" in inspect.getsource(accelerate.utils.fsdp_utils.fsdp2_apply_ac)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    layers = model.model.layers
+    layers[0] = offload_wrapper(checkpoint_wrapper(layers[0]))
+    layers[1] = checkpoint_wrapper(layers[1], context_fn=save_attention_context_fn)
+    assert layers_run_again(model) == {0}
+    assert type(inside_wrappers(layers[0])).__name__ == "LlamaDecoderLayer"
+
+
+def test_checkpointing_is_called_by_one_of_two_names():
+    """training_args.py:908 and trainer.py:1503, since 5.24: the old name warns, and goes in v6."""
+    fields = TrainingArguments.__dataclass_fields__
+    assert {CHECKPOINTING_ARGUMENT, f"{CHECKPOINTING_ARGUMENT}_kwargs"} <= fields.keys()
+    assert "every_n_layers" in fields[f"{CHECKPOINTING_ARGUMENT}_kwargs"].metadata["help"]
+    assert names(getattr(PreTrainedModel, f"{CHECKPOINTING_ARGUMENT}_enable"))[2:] == ["every_n_layers", "offload"]
+
+
+def test_every_text_model_checkpoints_by_layers():
+    """modeling_layers.py:55, GradientCheckpointingLayer: no other module runs its layers again by itself."""
+    root = Path(transformers.__file__).parent / "models"
+    files = root.glob("*/modeling_*.py")
+    assert not [path.name for path in files if "_gradient_checkpointing_func(" in path.read_text(encoding="utf-8")]

@@ -41,8 +41,8 @@ def test_stock_sft_trainer_with_the_callback(pool, way, world_size, cp_size):
     [
         (2, {}),
         (3, {"gradient_accumulation_steps": 2}),
-        (2, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-        (2, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        (2, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}),
+        (2, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}),
         (2, {"ddp_find_unused_parameters": True}),
         (2, {"ddp_find_unused_parameters": False}),
         (4, {"cp_size": 2}),
@@ -50,8 +50,8 @@ def test_stock_sft_trainer_with_the_callback(pool, way, world_size, cp_size):
             4,
             {
                 "cp_size": 2,
-                "gradient_checkpointing": True,
-                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": True},
                 "ddp_find_unused_parameters": False,
             },
         ),
@@ -59,8 +59,8 @@ def test_stock_sft_trainer_with_the_callback(pool, way, world_size, cp_size):
             4,
             {
                 "cp_size": 2,
-                "gradient_checkpointing": True,
-                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": False},
                 "ddp_find_unused_parameters": True,
             },
         ),

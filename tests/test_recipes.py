@@ -18,6 +18,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
+
 from .accelerate_state import fresh_accelerate
 from .launch_cases import ROOT, accelerate, run_forked
 
@@ -51,7 +53,7 @@ CPU = ["--config_file", "recipes/accelerate/cpu_cp2.yaml"]
 
 def launch(*arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", *CPU, *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "default"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return result
@@ -131,6 +133,26 @@ def test_quickstart_trains_and_reports(quickstart):
     for line in ("loss, first step", "KV moved against all-gather", "first gradient against a single process"):
         assert line in result.stdout
     assert "rows read" in result.stdout and "kept, truncated to the window" in result.stdout
+
+
+def test_the_quickstart_calls_nothing_that_is_deprecated(quickstart):
+    _, result = quickstart
+    printed = result.stdout + result.stderr
+    assert not [line for line in printed.splitlines() if "FutureWarning" in line or "DeprecationWarning" in line]
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_by_either_name(recipes, tmp_path, name):
+    """In the file and on the command line, which wins, also where one has the old name and the other the new one."""
+    parse, path, fixed = recipes("sft").parse_arguments, tmp_path / "config.yaml", ["--output_dir", str(tmp_path)]
+    path.write_text(f"{name}: true\n{name}_kwargs: {{every_n_layers: 2}}\nuse_cpu: true\n")
+    found = parse([str(path), *fixed])[-1]
+    assert getattr(found, CHECKPOINTING_ARGUMENT) is True
+    assert getattr(found, f"{CHECKPOINTING_ARGUMENT}_kwargs") == {"every_n_layers": 2}
+    for other in ("--activation_checkpointing", "--gradient_checkpointing"):
+        assert not getattr(parse([str(path), *fixed, other, "false"])[-1], CHECKPOINTING_ARGUMENT)
+        assert not getattr(parse([str(path), *fixed, f"{other}=false"])[-1], CHECKPOINTING_ARGUMENT)
 
 
 def test_the_result_is_a_plain_transformers_model(quickstart):

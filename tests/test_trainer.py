@@ -25,7 +25,7 @@ LENGTHS = [40, 3, 17, 9, 25, 1, 30, 7, 12, 5, 5, 5]
         {"gradient_accumulation_steps": 2},
         {"gradient_accumulation_steps": 3, "strategy": "whole_doc"},
         {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
-        {"own_collator": False, "gradient_checkpointing": True},
+        {"own_collator": False, "activation_checkpointing": True},
         {"dataloader_num_workers": 1},
     ],
     ids=str,

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU
 from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
@@ -41,7 +42,8 @@ def training_arguments(**kwargs):
         optim="sgd",
         seed=0,
     )
-    return TrainingArguments(**{**defaults, **kwargs})
+    named = {name.replace("activation_checkpointing", CHECKPOINTING_ARGUMENT): value for name, value in kwargs.items()}
+    return TrainingArguments(**{**defaults, **named})
 
 
 def saving_arguments(**kwargs):

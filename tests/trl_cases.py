@@ -9,6 +9,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
+from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import (
     build_model,
@@ -104,7 +105,7 @@ def sft_step(options):
             disable_tqdm=True,
             learning_rate=0.0,
             optim="sgd",
-            gradient_checkpointing=False,
+            **{CHECKPOINTING_ARGUMENT: False},
             bf16=False,
         ),
         train_dataset=Dataset.from_list([{"input_ids": feature["input_ids"]} for feature in make_documents(LENGTHS)]),

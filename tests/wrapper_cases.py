@@ -138,7 +138,10 @@ def _step(
     if fsdp is not None:
         arguments |= fsdp_arguments(**fsdp)
     if selective:
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "context_fn": save_attention_context_fn}
+        arguments["activation_checkpointing_kwargs"] = {
+            "use_reentrant": False,
+            "context_fn": save_attention_context_fn,
+        }
     wrap = with_lora if lora else (lambda model: model)
     trainer = InOrder(
         model=wrap(build_model("llama", dtype=dtype, **(overrides or {}))),

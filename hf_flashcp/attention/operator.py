@@ -1,6 +1,6 @@
 """The engine's forward as an operator, and the checkpointing that keeps its result.
 
-Gradient checkpointing throws a layer's activations away and runs the layer again in backward, attention and exchange
+Activation checkpointing throws a layer's activations away and runs the layer again in backward, attention and exchange
 included. Selective checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) can keep the results
 of some operators instead, but sees only what goes through PyTorch's dispatcher. So forward is one operator:
 
@@ -53,18 +53,21 @@ class _SaveAttention(str):
 
 
 save_attention_context_fn = _SaveAttention("hf_flashcp.save_attention_context_fn")
-"""Gradient checkpointing that does not attend twice: pass it as `context_fn`.
+"""Activation checkpointing that does not attend twice: pass it as `context_fn`.
 
     TrainingArguments(
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": hf_flashcp.save_attention_context_fn},
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": hf_flashcp.save_attention_context_fn},
     )
+
+(Before transformers 5.24 the arguments are called `gradient_checkpointing` and `gradient_checkpointing_kwargs`.)
 
 In backward a layer's projections, norms and MLP run again, its attention and exchange do not: their results are kept
 from the first run. That costs, a token and layer, H_q * D_v elements for the output and 4 bytes a query head for the
-logsumexp, and H_kv * (D_k + D_v) elements for each token received; with `keep_received_kv=False` (see [`attach`]) the
-last are fetched again in backward, without attending again. Under plain gradient checkpointing a layer attends twice
-and exchanges three times instead of two.
+logsumexp, and H_kv * (D_k + D_v) elements for each token received; where received KV is not kept (`keep_received_kv`
+of [`attach`]) the last are fetched again in backward, without attending again. Under plain activation checkpointing a
+layer attends twice and exchanges three times instead of two. With `offload` the layer's input goes to the host, what
+is kept here stays on the device.
 """
 
 

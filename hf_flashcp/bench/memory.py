@@ -126,12 +126,13 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
 def _checkpoint(model, mode: str) -> None:
     from ..attention import save_attention_context_fn
+    from ..integrations.checkpointing import enable_checkpointing
 
     if mode != "none":
         options = {"use_reentrant": False}
         if mode == "attention-saving":
             options["context_fn"] = save_attention_context_fn
-        model.gradient_checkpointing_enable(options)
+        enable_checkpointing(model, options)
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):

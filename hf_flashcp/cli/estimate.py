@@ -45,7 +45,12 @@ def add_parser(commands) -> None:
     parser.add_argument("--cp-size", type=int, metavar="N", help="only this one (default: all that divide the GPUs)")
     parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp2", help="default: %(default)s")
     parser.add_argument(
-        "--gradient-checkpointing", choices=GRADIENT_CHECKPOINTING, default="none", help="default: %(default)s"
+        "--activation-checkpointing",
+        "--gradient-checkpointing",
+        dest="gradient_checkpointing",
+        choices=GRADIENT_CHECKPOINTING,
+        default="none",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="in which the model is loaded (default %(default)s)"
@@ -119,7 +124,7 @@ def _require_fit(
     mode = max(modes, key=lambda mode: modes[mode].largest_window)
     reach = modes[mode].largest_window
     largest = f"{shown.largest_window:,} tokens" if shown.largest_window else "less than 1,024 tokens"
-    other = f" ({reach:,} with --gradient-checkpointing {mode})" if reach > shown.largest_window else ""
+    other = f" ({reach:,} with --activation-checkpointing {mode})" if reach > shown.largest_window else ""
     advice = "Take a shorter window" if shown.largest_window or reach else "Take a smaller model"
     raise ConfigurationError(
         f"A window of {window:,} tokens does not fit on {counted(setup.gpus, 'GPU')}: the largest that does has "

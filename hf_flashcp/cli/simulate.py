@@ -72,7 +72,12 @@ def add_parser(commands) -> None:
         "--ranks-per-node", type=int, metavar="N", help="instead of the profile's; 1: all KV crosses InfiniBand"
     )
     parser.add_argument(
-        "--gradient-checkpointing", choices=GRADIENT_CHECKPOINTING, default="none", help="default: %(default)s"
+        "--activation-checkpointing",
+        "--gradient-checkpointing",
+        dest="gradient_checkpointing",
+        choices=GRADIENT_CHECKPOINTING,
+        default="none",
+        help="default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
     parser.add_argument(

@@ -23,6 +23,7 @@ from ..exchange import debug_mode, require_agreement
 from ..layout import RankPlan, shard_inputs
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
+from .checkpointing import layers_run_again
 from .forward_arguments import has_cache, media
 from .loss_check import LossCheck
 from .model_support import check_model, config_value
@@ -67,8 +68,9 @@ def attach(
         on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
         keep_received_kv (`bool`, *optional*): whether a layer keeps the KV that it received in forward until its
             backward (`True`: more memory), or fetches it again (`False`: more traffic); the same on every rank.
-            Defaults to the plugin's; if that is `None` too, kept under gradient checkpointing, where it is held for
-            one layer at a time, and otherwise as the plan says (see [`RankPlan`]).
+            Defaults to the plugin's; if that is `None` too, each layer that runs again in backward (activation
+            checkpointing without a `context_fn`) keeps it, as it is then held for one layer at a time, and every
+            other layer does as the plan says (see [`RankPlan`]).
         global_router_loss (`bool`, *optional*): in training, whether a mixture-of-experts model's router loss is that
             of the batches of all data-parallel groups together, and not of the group's own. Defaults to the plugin's.
 
@@ -223,8 +225,8 @@ class ContextParallelHandle:
         batch["use_cache"] = False
         if self._keep_received_kv is not None:
             self.plan.keep_received = self._keep_received_kv
-        elif model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            self.plan.keep_received = True
+        elif model.training:
+            self.plan.layers_run_again |= layers_run_again(model)
         if self.plan.group is not None:
             require_agreement(
                 "the batch",
@@ -350,6 +352,7 @@ def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
         "plan": bound.plan.digest[:16],
         "content": bound.plan.content_digest,
         "keep_received_kv": bound.keep_received,
+        "layers_run_again": sorted(bound.layers_run_again),
         **{name: os.environ.get(name) for name in ("FLASHCP_DEBUG", "FLASHCP_DEBUG_EVERY")},
     }
 

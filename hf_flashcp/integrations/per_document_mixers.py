@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import BatchError, UnsupportedModelError
 from ..layout import RankPlan
 from ..planning import ShardPlan
+from .checkpointing import inside_wrappers
 from .sharded_forward import current_sharded_forward
 
 
@@ -87,7 +88,8 @@ def hook_mixers(model: PreTrainedModel) -> list[Any]:
         if type(module).__name__ == mixer:
             path = name.split(".")
             depth = max(index for index, part in enumerate(path) if part.isdigit())
-            handles += _PerDocument().hook(module, model.get_submodule(".".join(path[: depth + 1])))
+            layer = inside_wrappers(model.get_submodule(".".join(path[: depth + 1])))
+            handles += _PerDocument().hook(module, layer)
     return handles
 
 

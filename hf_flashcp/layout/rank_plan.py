@@ -33,6 +33,8 @@ class RankPlan:
             again; the same on every rank, may be set before the first layer runs. Kept unless some rank receives more
             than `MOST_KEPT` tokens for each of its own, which with four query heads a KV head is 0.8 times the
             queries, keys, values and outputs that are saved anyway. Fetching again moves half as many bytes more.
+        layers_run_again (`frozenset`): the `layer_idx` of layers that run again in backward and keep what they receive
+            there whatever `keep_received` says; the same on every rank. [`attach`] sets it.
         checked_layer (`int`, *optional*): the `layer_idx` of the layer that debug mode compares with float64; the same
             on every rank.
 
@@ -60,6 +62,7 @@ class RankPlan:
         received, _ = full_attention_traffic(plan.cp_size, plan.slices)
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
         self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
+        self.layers_run_again: frozenset[int] = frozenset()
         self.checked_layer: int | None = None
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}

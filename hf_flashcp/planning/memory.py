@@ -175,7 +175,7 @@ def estimate_memory(
     checkpointing = setup.gradient_checkpointing != "none"
     saving = setup.gradient_checkpointing == "attention-saving"
     if kept is None:
-        kept = checkpointing or received <= MOST_KEPT * tokens
+        kept = setup.gradient_checkpointing == "full" or received <= MOST_KEPT * tokens
     kept_kv = c * received * shape.kv_width if kept else 0
 
     # Kept by each layer from forward to backward, and what the layer in backward has besides.

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from ...attention import save_attention_context_fn
 from ...data import FlashCPCollator
+from ...integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from ...integrations.gradient_check import gradient_error, per_document_gradients
 from ...integrations.plugin import FlashCPPlugin
 from ...integrations.trainer import FlashCPTrainer
@@ -30,10 +31,10 @@ TIMES = 2.0
 
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "none": {},
-    "plain": {"gradient_checkpointing": True},
+    "plain": {CHECKPOINTING_ARGUMENT: True},
     "attention kept": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False, "context_fn": save_attention_context_fn},
+        CHECKPOINTING_ARGUMENT: True,
+        f"{CHECKPOINTING_ARGUMENT}_kwargs": {"use_reentrant": False, "context_fn": save_attention_context_fn},
     },
 }
 

@@ -1,0 +1,160 @@
+"""What workers run to check gradients under activation checkpointing, in all its kinds."""
+
+import contextlib
+import itertools
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+    offload_wrapper,
+)
+
+from hf_flashcp import FlashCPCollator, attach, save_attention_context_fn, shard_inputs
+from hf_flashcp.integrations.checkpointing import enable_checkpointing
+from tests.device import DEVICE, ON_CPU, on_device
+from tests.engine_cases import _Calls
+from tests.model_cases import cp_mesh, sum_gradients
+from tests.models import build_model, exact_loss_sum, gradients, largest_error, make_documents, per_document_gradients
+from tests.wrapper_cases import with_lora
+
+
+LENGTHS = [40, 3, 17, 1, 25]
+KINDS = {
+    "plain": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "attention kept": {"use_reentrant": False, "context_fn": save_attention_context_fn},
+}
+COMBINATIONS = list(itertools.product(KINDS, (1, 2), (False, True), (None, True, False)))
+"""Kind, every_n_layers, offload, keep_received_kv."""
+
+
+@contextlib.contextmanager
+def offload_on_cpu():
+    """PyTorch copies what it offloads into pinned memory, which needs a GPU. On a CPU it then copies as well, into
+    memory that is not pinned; how many tensors it copied is counted."""
+    copies, empty = mock.Mock(), torch.empty
+
+    def pageable(*args, **kwargs):
+        if "pin_memory" in kwargs:
+            copies()
+            del kwargs["pin_memory"]
+        return empty(*args, **kwargs)
+
+    with mock.patch.object(torch, "empty", pageable) if ON_CPU else contextlib.nullcontext():
+        yield copies
+
+
+def build(family, lora, implementation="flashcp"):
+    model = build_model(family, implementation, num_hidden_layers=3)
+    return with_lora(model) if lora else model
+
+
+def backward(model, features, strategy="per_doc"):
+    """Gradients of the mean loss over all targets, of a model that is attached."""
+    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy=strategy)(features))
+    shard = shard_inputs(batch, cp_mesh())
+    inputs = {key: value for key, value in shard.items() if "labels" not in key}
+    count = sum(len(feature["input_ids"]) - 1 for feature in features)
+    (exact_loss_sum(model(**inputs).logits, shard["shift_labels"]) / count).backward()
+    sum_gradients(model)
+    return gradients(model)
+
+
+def errors(lora):
+    """By combination the gradient error against each document alone on one device without checkpointing."""
+    features = make_documents(LENGTHS)
+    _, expected = per_document_gradients(build("llama", lora, "sdpa"), features)
+    found = {}
+    for kind, every, offload, keep in COMBINATIONS:
+        model = build("llama", lora).train()
+        enable_checkpointing(model, KINDS[kind], every_n_layers=every, offload=offload)
+        attach(model, cp_mesh(), keep_received_kv=keep)
+        with offload_on_cpu() as copies:
+            found[kind, every, offload, keep] = largest_error(backward(model, features), expected)
+        assert bool(copies.call_count) == (offload and ON_CPU)
+    return found
+
+
+def hybrid_differences(family):
+    """With every second layer checkpointed and offloaded, by kind, the largest difference to the gradients without
+    checkpointing, which other tests check: what these layers compute in fp32 differs from a document alone by more
+    than rounding in fp64."""
+    features, found = make_documents(LENGTHS), {}
+    for kind in (None, *KINDS):
+        model = build_model(family).train()
+        if kind is not None:
+            enable_checkpointing(model, KINDS[kind], every_n_layers=2, offload=True)
+        attach(model, cp_mesh())
+        with offload_on_cpu():
+            found[kind] = backward(model, features, "whole_doc")
+    return {kind: largest_error(found[kind], found[None]) for kind in KINDS}
+
+
+def wrapped_errors(family, strategy, attach_first):
+    """Gradient error with PyTorch's wrappers around every layer, as accelerate's FSDP2 puts them, by kind: against
+    each document alone, or for hybrid models against the model without wrappers."""
+    features = make_documents(LENGTHS)
+    model = build_model(family).train()
+    attach(model, cp_mesh())
+    expected = backward(model, features, strategy)
+    wrappers = {
+        "plain": checkpoint_wrapper,
+        "reentrant": lambda layer: checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT),
+        "attention kept": lambda layer: checkpoint_wrapper(layer, context_fn=save_attention_context_fn),
+        "offloaded": lambda layer: offload_wrapper(checkpoint_wrapper(layer)),
+        "everything offloaded": offload_wrapper,
+    }
+    found = {}
+    for kind, wrap in wrappers.items():
+        model = build_model(family).train()
+        if attach_first:
+            attach(model, cp_mesh())
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = wrap(layer)
+        if not attach_first:
+            attach(model, cp_mesh())
+        model.enable_input_require_grads()  # for the reentrant kind
+        with offload_on_cpu():
+            ours = backward(model, features, strategy)
+        ours = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in ours.items()}
+        found[kind] = largest_error(ours, expected)
+    return found
+
+
+def offloaded_forward_error(keep):
+    """Gradient error where everything that forward saves goes to the host, received KV included."""
+    features = make_documents(LENGTHS)
+    _, expected = per_document_gradients(build("llama", False, "sdpa"), features)
+    model = build("llama", False).train()
+    attach(model, cp_mesh(), keep_received_kv=keep)
+    with offload_on_cpu() as copies, save_on_cpu(pin_memory=True, device_type=DEVICE.type):
+        error = largest_error(backward(model, features), expected)
+    assert copies.call_count or not ON_CPU
+    return error
+
+
+def exchanges(kind, every, keep, kept_by_plan):
+    """Exchanges of a forward and backward of four layers."""
+    model = build_model("llama", num_hidden_layers=4).train()
+    if kind:
+        enable_checkpointing(model, KINDS[kind], every_n_layers=every)
+    handle = attach(model, cp_mesh(), keep_received_kv=keep)
+    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(LENGTHS)))
+    shard = handle.shard(batch)
+    shard["flashcp_plan"].keep_received = kept_by_plan
+    with _Calls() as calls:
+        model(**shard).loss.backward()
+    return calls.exchanges
+
+
+def checkpointed_on_one_rank():
+    model = build_model("llama").train()
+    if dist.get_rank() == 0:
+        enable_checkpointing(model)
+    attach(model, cp_mesh())
+    model(**on_device(FlashCPCollator(2)(make_documents([30, 12]))))

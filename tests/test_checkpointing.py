@@ -1,0 +1,71 @@
+"""Activation checkpointing in all its kinds: exact gradients, what is exchanged, and where layers keep what they
+received."""
+
+import pytest
+
+from hf_flashcp.errors import BatchError
+from tests import checkpointing_cases
+from tests.models import HYBRIDS
+
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
+FP64 = 1e-12
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_every_combination_is_exact(pool, cp_size, lora):
+    """Kinds of checkpointing, every second layer, offload, received KV kept or not."""
+    for found in pool.run(cp_size, checkpointing_cases.errors, lora):
+        assert len(found) == 36 and max(found.values()) < FP64
+
+
+@pytest.mark.parametrize("cp_size, family", [(1, "lfm2"), *((2, family) for family in HYBRIDS), (3, "qwen3_next")])
+def test_hybrids_are_exact(pool, cp_size, family):
+    for found in pool.run(cp_size, checkpointing_cases.hybrid_differences, family):
+        assert max(found.values()) < FP64
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("family, strategy", [("llama", "per_doc"), *((family, "whole_doc") for family in HYBRIDS)])
+def test_wrappers_around_layers_are_exact(pool, family, strategy, attach_first):
+    """As FSDP2's activation checkpointing puts them there, before or after the model is attached."""
+    for found in pool.run(2, checkpointing_cases.wrapped_errors, family, strategy, attach_first):
+        everything = found.pop("everything offloaded")  # with other strides, for what hybrids compute in fp32
+        assert len(found) == 4 and max(found.values()) < FP64
+        assert everything < (1e-6 if family in HYBRIDS else FP64)
+
+
+@pytest.mark.parametrize("keep", [None, True, False])
+def test_a_forward_whose_saved_tensors_are_offloaded_is_exact(pool, keep):
+    assert max(pool.run(2, checkpointing_cases.offloaded_forward_error, keep)) < FP64
+
+
+@pytest.mark.parametrize(
+    "kind, every, keep, kept_by_plan, exchanges",
+    [
+        (None, 1, None, True, 4 * 2),
+        (None, 1, None, False, 4 * 3),
+        ("plain", 1, None, False, 4 * 3),  # forward, forward again, backward
+        ("plain", 1, False, True, 4 * 4),
+        ("plain", 2, None, True, 2 * 3 + 2 * 2),
+        ("plain", 2, None, False, 2 * 3 + 2 * 3),
+        ("reentrant", 2, None, False, 2 * 3 + 2 * 3),
+        ("plain", 2, True, False, 2 * 3 + 2 * 2),
+        ("plain", 2, False, True, 2 * 4 + 2 * 3),
+        ("attention kept", 1, None, True, 4 * 2),
+        ("attention kept", 1, None, False, 4 * 3),
+        ("attention kept", 1, True, False, 4 * 2),
+    ],
+)
+def test_layers_that_run_again_keep_what_they_receive(pool, kind, every, keep, kept_by_plan, exchanges):
+    """By default: the others do as the plan says."""
+    found = pool.run(2, checkpointing_cases.exchanges, kind, every, keep, kept_by_plan)
+    assert found == [exchanges, exchanges]
+
+
+def test_ranks_that_differ_in_checkpointing_say_so(pool):
+    for error in pool.errors(2, checkpointing_cases.checkpointed_on_one_rank):
+        assert isinstance(error, BatchError)
+        assert "layers_run_again is [0, 1] on rank 0 and [] on rank 1" in str(error)
