@@ -4,7 +4,7 @@ import pytest
 
 from hf_flashcp.planning import STRATEGIES, Topology
 from tests import model_cases
-from tests.models import CONFIGS, FAMILIES, HYBRIDS
+from tests.models import CONFIGS, FAMILIES, HYBRIDS, make_documents, with_skipped_positions
 from tests.packs import KNOWN_PACKS
 
 
@@ -52,6 +52,22 @@ def test_nodes(pool):
 def test_rope_that_looks_at_what_a_rank_holds_fails(pool, family):
     for error in pool.run(2, model_cases.family_errors_without_rope_hooks, family, LENGTHS):
         assert error > 1e-3
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "family, strategies",
+    [
+        *((family, STRATEGIES) for family in ("llama", "mistral, window", "gemma3", "smollm3")),
+        *((family, STRATEGIES) for family in ("phi3, longrope", "llama, dynamic")),
+        *((family, ["whole_doc"]) for family in HYBRIDS),
+    ],
+)
+def test_positions_that_skip_inside_a_document(pool, cp_size, family, strategies):
+    """Documents are what seq_lengths says: nothing is read into their positions, neither documents nor a window."""
+    options = {"features": with_skipped_positions(make_documents(LENGTHS))}
+    for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, strategies, options):
+        assert error < FP64
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

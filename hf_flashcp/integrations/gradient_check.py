@@ -33,11 +33,15 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     try:
         for batch in batches:
             lengths = list(batch["flashcp_plan"].lengths)
-            documents = zip(batch["input_ids"].split(lengths, dim=1), batch["shift_labels"].split(lengths, dim=1))
-            for input_ids, shift_labels in documents:
+            columns = [batch[name].split(lengths, dim=1) for name in ("input_ids", "position_ids", "shift_labels")]
+            for input_ids, position_ids, shift_labels in zip(*columns):
                 if (shift_labels == IGNORE_INDEX).all():
                     continue
-                logits = model(input_ids=input_ids, use_cache=False).logits
+                # With a mask transformers does not take positions that skip for the start of another document.
+                mask = torch.ones_like(input_ids)
+                logits = model(
+                    input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+                ).logits
                 loss = inner.loss_function(
                     logits, None, logits.shape[-1], num_items_in_batch=targets, shift_labels=shift_labels
                 )

@@ -31,6 +31,8 @@ _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forwar
 
 
 _forwards = 0
+is_running = False
+"""Whether any thread is inside a sharded forward, for code that torch.compile traces."""
 
 
 def sharded_forward_count() -> int:
@@ -43,10 +45,13 @@ def current_sharded_forward() -> ShardedForward | None:
 
 
 def enter_sharded_forward(model: torch.nn.Module, plan: RankPlan, is_first: bool) -> None:
-    global _forwards
+    global _forwards, is_running
     _forwards += 1
+    is_running = True
     _current.set(ShardedForward(model, plan, is_first))
 
 
 def leave_sharded_forward() -> None:
+    global is_running
+    is_running = False
     _current.set(None)

@@ -93,6 +93,7 @@ def shard_inputs(
         batch["position_ids"] = _positions(plan.lengths, tokens.device).view(shape)
     elif batch["position_ids"].shape == (1, shape[1]):
         batch["position_ids"] = batch["position_ids"].expand(shape)
+    bound.position_ids = _full_row(batch["position_ids"], shape)
     if batch.get("labels") is not None:
         if batch.get("shift_labels") is None:
             batch["shift_labels"] = _shifted_labels(batch["labels"], plan)
@@ -171,6 +172,11 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     bounds = [*starts.flatten().nonzero().flatten().tolist(), shape.numel()]
     return [stop - start for start, stop in zip(bounds, bounds[1:])]
+
+
+def _full_row(position_ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """(..., C), the row that the B rows become; `None` for positions of another shape, which are not sharded."""
+    return position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
 
 
 def _positions(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .window_layout import WindowLayout
 
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 
@@ -51,6 +52,7 @@ class RankPlan:
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
         self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
         self.checked_layer: int | None = None
+        self.position_ids: torch.Tensor | None = None
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}
 
