@@ -1,5 +1,7 @@
 """What workers run for the whole-model tests."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
@@ -126,6 +128,20 @@ def rank_without_targets():
     features = make_documents([30, 12])
     features[0]["labels"] = [-100] * 30
     return model_errors("llama", [30, 12], "whole_doc", features=features)
+
+
+def window_of_the_mask_alone(lengths, features=None):
+    """A model whose mask has a window of 5 tokens that its attention calls do not carry."""
+    from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+    from transformers.models.llama import modeling_llama as module
+
+    module.create_causal_mask = partial(create_causal_mask, and_mask_function=sliding_window_overlay(5))
+    try:
+        model = build_model("llama").train()
+        attach(model, cp_mesh())
+        model(**on_device(FlashCPCollator(dist.get_world_size())(features or make_documents(lengths))))
+    finally:
+        module.create_causal_mask = create_causal_mask
 
 
 def without_exchange(family, lengths):

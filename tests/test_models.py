@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_flashcp.errors import UnsupportedModelError
 from hf_flashcp.planning import STRATEGIES, Topology
 from tests import model_cases
 from tests.models import CONFIGS, FAMILIES, HYBRIDS, make_documents, with_skipped_positions
@@ -68,6 +69,16 @@ def test_positions_that_skip_inside_a_document(pool, cp_size, family, strategies
     options = {"features": with_skipped_positions(make_documents(LENGTHS))}
     for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, strategies, options):
         assert error < FP64
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_a_window_that_only_the_mask_has_is_seen_on_every_rank(pool, cp_size):
+    """Wherever documents are cut, whatever their positions, and when none of them is as long as the window."""
+    skipping = with_skipped_positions(make_documents([60]))
+    skipping[0]["position_ids"] = [3 * position for position in range(60)]
+    for arguments in (([40, 3, 17],), ([4] * 10,), ([60], skipping)):
+        for error in pool.errors(cp_size, model_cases.window_of_the_mask_alone, *arguments):
+            assert isinstance(error, UnsupportedModelError) and "a sliding window of 5 tokens" in str(error)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

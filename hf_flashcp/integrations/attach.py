@@ -32,7 +32,12 @@ from .per_document_mixers import (
 )
 from .per_document_rope import hook_length_dependent_rope
 from .plugin import FlashCPPlugin
-from .sharded_forward import current_sharded_forward, enter_sharded_forward, leave_sharded_forward
+from .sharded_forward import (
+    ShardedForward,
+    current_sharded_forward,
+    enter_sharded_forward,
+    leave_sharded_forward,
+)
 
 
 if TYPE_CHECKING:
@@ -211,6 +216,7 @@ class ContextParallelHandle:
                     "tokens only, or did not attend at all: the gradients would be wrong. This model cannot be "
                     "trained with context parallelism."
                 )
+            _refuse_other_masks(model, forward)
             dropped = forward.mask_windows - forward.attention_windows
             if dropped and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
                 raise UnsupportedModelError(
@@ -233,6 +239,20 @@ class ContextParallelHandle:
                 "that a rank holds would lose the targets at the cuts. Use transformers' own loss, or one that takes "
                 "shift_labels."
             )
+
+
+def _refuse_other_masks(model: PreTrainedModel, forward: ShardedForward) -> None:
+    """Raises on every rank if one of them found a mask that is neither causal nor a sliding window. Masks can depend
+    on tokens, which ranks share, so one rank alone may see it."""
+    advice = "They depend on the batch; train this model with cp_size 1."
+    if forward.plan.group is not None:
+        found = {"a mask over the causal one": forward.has_other_mask}
+        require_agreement("the model's masks", found, forward.plan.group, advice=advice, error=UnsupportedModelError)
+    if forward.has_other_mask:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} builds a mask of its own over the causal one, which context parallelism with "
+            'flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
+        )
 
 
 # How models call what comes from images, video and audio; mm_token_type_ids and token_type_ids come with text too.

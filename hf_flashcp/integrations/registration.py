@@ -226,9 +226,7 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
 def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
 
-    Raises:
-        UnsupportedModelError: inside a sharded forward, the model asks for more than a causal mask or a sliding
-            window, which the plan would drop.
+    What the model asks for beyond a causal mask would be dropped: the first forward notes it, for `attach` to refuse.
     """
     forward = current_sharded_forward()
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
@@ -258,11 +256,8 @@ def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> No
         ahead, seen = True, tokens
     count = int(seen.sum())
     if ahead or count == 0 or not bool(seen[-count:].all()):
-        raise UnsupportedModelError(
-            f"{type(forward.model).__name__} builds a mask of its own over the causal one, which context parallelism "
-            'with flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
-        )
-    if count < len(seen):
+        forward.has_other_mask = True
+    elif count < len(seen):
         forward.mask_windows.add(count)
 
 

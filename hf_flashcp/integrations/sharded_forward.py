@@ -15,8 +15,9 @@ from ..layout import RankPlan
 
 class ShardedForward:
     """One forward of an attached model: its plan, the attention modules that called us with it, the sliding windows
-    that they asked for (`None` among them for full attention), and those that the model's masks asked for.
-    `is_first` asks for checks that cost something."""
+    that they asked for (`None` among them for full attention), and those that the model's masks asked for;
+    `has_other_mask` if a mask was neither causal nor a sliding window. `is_first` asks for checks that cost
+    something."""
 
     def __init__(self, model: torch.nn.Module, plan: RankPlan, is_first: bool):
         self.model = model
@@ -25,6 +26,7 @@ class ShardedForward:
         self.attention_modules: set[int] = set()
         self.attention_windows: set[int | None] = set()
         self.mask_windows: set[int] = set()
+        self.has_other_mask = False
 
 
 _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forward", default=None)
