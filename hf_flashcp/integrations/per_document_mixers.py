@@ -69,8 +69,8 @@ def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
     documents = len(plan.lengths)
     if documents < plan.cp_size:
         advice = (
-            f"The batch has {documents} document{'s' * (documents > 1)} for {plan.cp_size} ranks: put at least cp_size "
-            "documents in a batch, or lower cp_size."
+            f"The batch has {documents} document{'s' * (documents > 1)} for {plan.cp_size} ranks: put at least "
+            "cp_size documents in a batch, or lower cp_size."
         )
     else:
         advice = 'Plan with strategy="whole_doc" (FlashCPPlugin and FlashCPCollator take it).'

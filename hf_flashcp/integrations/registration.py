@@ -246,7 +246,7 @@ def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> No
     that come before it, or the last of them.
 
     The function goes by a token's place in the local row, since `_find_no_packed_documents` keeps transformers from
-    looking for documents there. The token probed has the same place on every rank, so that all find the same window."""
+    looking for documents there. The token probed has the same place on every rank: all find the same window."""
     tokens = torch.arange(forward.plan.layout.num_tokens)
     last = min(sum(stop - start for _, start, stop in slices) for slices in forward.plan.plan.slices) - 1
     try:
