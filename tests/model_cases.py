@@ -7,7 +7,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
@@ -128,6 +128,25 @@ def rank_without_targets():
     features = make_documents([30, 12])
     features[0]["labels"] = [-100] * 30
     return model_errors("llama", [30, 12], "whole_doc", features=features)
+
+
+def loss_of_skipped_positions():
+    """Logged by the trainer, for one document of 30 tokens."""
+    from tests.trainer_cases import training_arguments
+
+    fresh_accelerate()
+    (feature,) = make_documents([30])
+    feature |= {"position_ids": [*range(12), *range(100, 118)], "seq_lengths": [30]}
+    cp_size = dist.get_world_size()
+    plugin = FlashCPPlugin(cp_size=cp_size)
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=plugin, max_steps=1),
+        train_dataset=[feature],
+        data_collator=FlashCPCollator(cp_size),
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"] - per_document_gradients(build_model("llama"), [feature], True)[0]
 
 
 def window_of_the_mask_alone(lengths, features=None):

@@ -10,7 +10,15 @@ import transformers
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.errors import UnsupportedModelError
-from tests.models import FAMILIES, build_model, make_documents
+from hf_flashcp.integrations import gradient_check
+from tests.models import (
+    FAMILIES,
+    build_model,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+    with_skipped_positions,
+)
 
 
 def padded_batch():
@@ -65,6 +73,16 @@ def test_generate_on_an_attached_model():
     ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(model.eval().generate(ids, **options), reference.eval().generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, dynamic"])
+def test_the_gradient_check_gives_documents_their_positions(family):
+    features = with_skipped_positions(make_documents([21, 5]))
+    model = build_model(family)
+    attach(model, None)
+    ours = gradient_check.per_document_gradients(model, [FlashCPCollator(1)(features)])
+    _, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
+    assert largest_error(ours, expected) < 1e-6
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])

@@ -53,6 +53,12 @@ def test_what_the_template_takes_reaches_it(given, form):
     assert written(tokenized) == expected and not tokenized.unused_columns
 
 
+def test_tools_come_before_the_conversation():
+    rows = Dataset.from_list([{"messages": chat("hi", "yo"), "tools": '[{"name": "f"}]'}])
+    tokenized = tokenize_chats(rows, byte_tokenizer(chat_template="{% if tools %}T{% endif %}" + ONE_LETTER))
+    assert written(tokenized) == ["TUA"] and tokenized.counts["whole"] == 1
+
+
 BAD_VALUES = {
     "tools": ['[{"name": ', '{"name": "f"}', "7", '["f"]', '"f"', {"name": "f"}, ["f"], 7],
     "documents": ["[{", '{"text": "a"}', '["a"]', {"text": "a"}, ["a"], 7],
@@ -161,7 +167,7 @@ def test_every_template_that_a_row_can_get_has_marks():
     assert tokenize_chats(with_tools.select_columns("messages"), tokenizer).counts["whole"] == 1
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": EVERYTHING}
     assert "weather" in written(tokenize_chats(with_tools, tokenizer))[0]
-    with pytest.raises(BatchError, match="The tokenizer has no default chat template"):
+    with pytest.raises(BatchError, match="The tokenizer has no chat template, or none that is called default"):
         tokenize_chats(with_tools, byte_tokenizer(chat_template={"tool_use": TEMPLATE}))
 
 

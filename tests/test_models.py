@@ -72,6 +72,12 @@ def test_positions_that_skip_inside_a_document(pool, cp_size, family, strategies
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_the_trainer_takes_positions_that_skip(pool, cp_size):
+    for difference in pool.run(cp_size, model_cases.loss_of_skipped_positions):
+        assert abs(difference) < OWN_LOSS
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_a_window_that_only_the_mask_has_is_seen_on_every_rank(pool, cp_size):
     """Wherever documents are cut, whatever their positions, and when none of them is as long as the window."""
     skipping = with_skipped_positions(make_documents([60]))

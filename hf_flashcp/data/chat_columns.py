@@ -54,15 +54,13 @@ def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]
         BatchError: a value that does not parse or is of another kind, or an argument that a row cannot set.
     """
     arguments = {name: _parsed(index, name, value) for name, value in columns.items()}
-    for name in ("tools", "documents"):
-        entries = arguments.get(name)
-        if entries is not None and not (isinstance(entries, list) and all(isinstance(each, dict) for each in entries)):
-            raise _bad_value(index, name, columns[name])
-    further = arguments.pop("chat_template_kwargs", None)
-    if further is None:
-        return arguments
-    if not isinstance(further, dict):
-        raise _bad_value(index, "chat_template_kwargs", columns["chat_template_kwargs"])
+    for name, value in arguments.items():
+        if not (value is None or _fits(name, value)):
+            raise BatchError(
+                f"Row {index} has {name} = {reprlib.repr(columns[name])}, which the chat template cannot take. Give "
+                f"{TEMPLATE_COLUMNS[name]}, one as a string of JSON, or None."
+            )
+    further = arguments.pop("chat_template_kwargs", None) or {}
     if refused := sorted(further.keys() & (_NOT_FOR_ROWS | arguments.keys())):
         raise BatchError(
             f"Row {index} has {', '.join(refused)} in chat_template_kwargs, which a row cannot set there. Leave only "
@@ -94,8 +92,7 @@ def _parsed(index: int, name: str, value: Any) -> Any:
         ) from None
 
 
-def _bad_value(index: int, name: str, value: Any) -> BatchError:
-    return BatchError(
-        f"Row {index} has {name} = {reprlib.repr(value)}. Give {TEMPLATE_COLUMNS[name]}, one as a string of JSON, or "
-        "None."
-    )
+def _fits(name: str, value: Any) -> bool:
+    if name == "chat_template_kwargs":
+        return isinstance(value, dict)
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)

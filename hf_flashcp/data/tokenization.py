@@ -36,7 +36,7 @@ LEFT_OUT = {
     "no_assistant": "left out: no assistant turn with tokens",
     "assistant_cut_off": "left out: no assistant token within the window",
 }
-ASSISTANT_FIRST = "conversations that the assistant begins"
+ASSISTANT_FIRST = "of them begun by the assistant"
 _TOKEN_COUNTS = ("tokens", "targets", "tokens_left_out")
 
 
@@ -149,9 +149,8 @@ def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) 
     templates = {name: named[name] for name in names if named.get(name)}
     if "default" not in templates:
         raise BatchError(
-            f"The tokenizer has no {'default ' if named.keys() - {'default'} else ''}chat template. Take an "
-            "instruction-tuned model's tokenizer, or set tokenizer.chat_template to a template with {% generation %} "
-            "marks."
+            "The tokenizer has no chat template, or none that is called default. Take an instruction-tuned model's "
+            "tokenizer, or set tokenizer.chat_template to a template with {% generation %} marks."
         )
     for name, template in templates.items():
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
