@@ -316,7 +316,7 @@ def _encoded(
         ) from error
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant" and set(roles) != {"assistant"} and all(encoded["assistant_masks"]):
-        # transformers before 5.24 does so where the assistant's first turn is one token.
+        # transformers 5.17 marks all where the assistant's first turn is one token, the first of the document.
         raise BatchError(
             f"All tokens of the conversation in row {index} are marked as the assistant's, those of other roles too. "
             "Upgrade transformers, or move {% endgeneration %} of the chat template before the next turn."
