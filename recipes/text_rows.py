@@ -14,7 +14,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from hf_flashcp import PackedDocuments
 from hf_flashcp.data import load_json_lines, tokenize_chats, tokenize_texts
-from hf_flashcp.data.tokenization import KEPT, LEFT_OUT, OVERLONG
+from hf_flashcp.data.tokenization import ASSISTANT_FIRST, KEPT, LEFT_OUT, OVERLONG
 
 
 @dataclass
@@ -32,7 +32,10 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
     messages_column: str | None = field(
         default=None,
-        metadata={"help": "Train on conversations in this column, on the assistant's tokens alone."},
+        metadata={
+            "help": "Train on conversations in this column, on the assistant's tokens alone. The chat template also "
+            "gets the columns tools, documents and chat_template_kwargs."
+        },
     )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja file to use instead of the tokenizer's chat template."}
@@ -111,7 +114,8 @@ def make_packed_rows(tokenizer, data_args, dp_size=1, **sizes):
         packed = PackedDocuments(tokenized.documents, data_args.window, dp_size=dp_size, **sizes)
     else:
         packed = pack_dataset(tokenized.documents, data_args.window, "bfd", map_kwargs={"desc": "Packing"})
-    return packed, {"corrupt_lines": corrupt_lines, **tokenized.counts, "packed_rows": len(packed)}
+    counts = {"corrupt_lines": corrupt_lines, **tokenized.counts, "packed_rows": len(packed)}
+    return packed, {**counts, "unused_columns": list(tokenized.unused_columns)}
 
 
 def print_data_table(counts):
@@ -122,12 +126,15 @@ def print_data_table(counts):
         **KEPT,
         **LEFT_OUT,
         "documents": "documents to train on",
+        "assistant_first": ASSISTANT_FIRST,
         "packed_rows": "packed into rows",
         "tokens": "tokens",
         "targets": "of them targets",
         "tokens_left_out": "tokens truncated or left out",
     }
     for name, text in names.items():
-        if counts[name] or name in ("rows", "documents", "packed_rows", "tokens", "targets"):
+        if counts.get(name) or name in ("rows", "documents", "packed_rows", "tokens", "targets"):
             table.add_row(text, f"{counts[name]:,}")
+    if counts["unused_columns"]:
+        table.add_row("columns not used", ", ".join(counts["unused_columns"]))
     Console().print(table)

@@ -1,11 +1,13 @@
 """What workers run for the whole-model tests."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.integrations.checkpointing import enable_checkpointing
 from tests.accelerate_state import fresh_accelerate
@@ -127,6 +129,39 @@ def rank_without_targets():
     features = make_documents([30, 12])
     features[0]["labels"] = [-100] * 30
     return model_errors("llama", [30, 12], "whole_doc", features=features)
+
+
+def loss_of_skipped_positions():
+    """Logged by the trainer, for one document of 30 tokens."""
+    from tests.trainer_cases import training_arguments
+
+    fresh_accelerate()
+    (feature,) = make_documents([30])
+    feature |= {"position_ids": [*range(12), *range(100, 118)], "seq_lengths": [30]}
+    cp_size = dist.get_world_size()
+    plugin = FlashCPPlugin(cp_size=cp_size)
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=plugin, max_steps=1),
+        train_dataset=[feature],
+        data_collator=FlashCPCollator(cp_size),
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"] - per_document_gradients(build_model("llama"), [feature], True)[0]
+
+
+def window_of_the_mask_alone(lengths, features=None):
+    """A model whose mask has a window of 5 tokens that its attention calls do not carry."""
+    from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+    from transformers.models.llama import modeling_llama as module
+
+    module.create_causal_mask = partial(create_causal_mask, and_mask_function=sliding_window_overlay(5))
+    try:
+        model = build_model("llama").train()
+        attach(model, cp_mesh())
+        model(**on_device(FlashCPCollator(dist.get_world_size())(features or make_documents(lengths))))
+    finally:
+        module.create_causal_mask = create_causal_mask
 
 
 def without_exchange(family, lengths):

@@ -157,6 +157,17 @@ def make_documents(lengths, seed=0, prompt=0.0):
     return features
 
 
+def with_skipped_positions(features):
+    """The same documents with positions that begin anywhere and skip (PoSE)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for feature in features:
+        steps = torch.randint(1, 40, (len(feature["input_ids"]),), generator=generator)
+        steps[torch.rand(len(steps), generator=generator) < 0.8] = 1
+        rows.append({**feature, "position_ids": (steps.cumsum(0) - 1).tolist(), "seq_lengths": [len(steps)]})
+    return rows
+
+
 def target_count(features):
     return sum(label != -100 for feature in features for label in feature["labels"][1:])
 
@@ -171,15 +182,16 @@ def per_document_gradients(model, features, own_loss=False):
     model.zero_grad()
     total, count = 0.0, target_count(features)
     for feature in features:
-        ids = torch.tensor([feature["input_ids"]], device=DEVICE)
+        inputs = {"input_ids": torch.tensor([feature["input_ids"]], device=DEVICE), "use_cache": False}
+        if "position_ids" in feature:  # with a mask, or transformers would look for documents in the positions
+            inputs["position_ids"] = torch.tensor([feature["position_ids"]], device=DEVICE)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         labels = torch.tensor([feature["labels"]], device=DEVICE)
         if own_loss:
-            loss = model(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
+            loss = model(**inputs, labels=labels, num_items_in_batch=count).loss
         else:
-            loss = (
-                exact_loss_sum(model(input_ids=ids, use_cache=False).logits, F.pad(labels, (0, 1), value=-100)[:, 1:])
-                / count
-            )
+            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = exact_loss_sum(model(**inputs).logits, shifted) / count
         loss.backward()
         total += loss.item()
     return total, gradients(model)

@@ -11,9 +11,17 @@ from transformers import DynamicCache
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.errors import UnsupportedModelError
+from hf_flashcp.integrations import gradient_check
 from hf_flashcp.integrations.forward_arguments import CACHES, has_cache
 from tests import attach_cases
-from tests.models import FAMILIES, build_model, make_documents
+from tests.models import (
+    FAMILIES,
+    build_model,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+    with_skipped_positions,
+)
 
 
 def padded_batch():
@@ -113,6 +121,16 @@ def test_encoder_decoder_models_are_refused_by_name(config):
     )
     with pytest.raises(UnsupportedModelError, match="is an encoder-decoder model"):
         attach(model, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, dynamic"])
+def test_the_gradient_check_gives_documents_their_positions(family):
+    features = with_skipped_positions(make_documents([21, 5]))
+    model = build_model(family)
+    attach(model, None)
+    ours = gradient_check.per_document_gradients(model, [FlashCPCollator(1)(features)])
+    _, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
+    assert largest_error(ours, expected) < 1e-6
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from hf_flashcp import FlashCPCollator, RankPlan, ShardPlan, plan_documents, shard_inputs
@@ -49,6 +50,29 @@ def test_position_ids_of_a_packed_row_say_where_documents_begin():
     later_part = [{"input_ids": [1, 2, 3, 4], "position_ids": [9, 10, 0, 1]}]
     batch = FlashCPCollator(2)(later_part)
     assert batch["flashcp_plan"].lengths == (2, 2) and batch["position_ids"].tolist() == [[9, 10, 0, 1]]
+
+
+@given(st.data())
+def test_positions_arrive_unchanged_where_lengths_are_given(data):
+    """By seq_lengths, cu_seq_lens_q or a plan: positions may begin anywhere, skip, repeat or fall."""
+    rows, expected, all_lengths = [], [], []
+    for lengths in data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3)):
+        row = {"input_ids": [*range(sum(lengths))], "seq_lengths": lengths}
+        if data.draw(st.booleans()):
+            numbers = st.lists(st.integers(0, 10**6), min_size=sum(lengths), max_size=sum(lengths))
+            row["position_ids"] = data.draw(numbers)
+        rows.append(row)
+        expected += row.get("position_ids", [t for length in lengths for t in range(length)])
+        all_lengths += lengths
+    cp_size = data.draw(st.integers(1, min(4, sum(all_lengths))))
+    batch = FlashCPCollator(cp_size, return_flash_attn_kwargs=True)(rows)
+    without_plan = {key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q")}
+    for each in (batch, without_plan):
+        for part in shards(each, cp_size):
+            bound = part["flashcp_plan"]
+            assert bound.plan.lengths == tuple(all_lengths)
+            assert part["position_ids"].tolist() == [[expected[t] for t in bound.layout.token_index.tolist()]]
+            assert bound.position_ids.tolist() == expected
 
 
 def test_masks_leave_targets():

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    masking_utils,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -113,6 +114,16 @@ def test_blocks_that_see_ahead_show_above_the_diagonal():
     function = mask_arguments(block_sequence_ids=torch.tensor([[0, 0, -1, -1, -1, -1]]))["mask_function"]
     tokens = torch.arange(5)
     assert function(0, 0, tokens, tokens + 1).tolist() == [True, False, False, False, False]
+
+
+def test_packed_documents_are_found_by_one_function(monkeypatch):
+    """masking_utils.py:870: registration.py replaces find_packed_sequence_indices inside a sharded forward. If masks
+    learn of documents elsewhere too, positions that skip inside a document look like a mask of the model's own."""
+    positions = torch.tensor([[0, 1, 2, 7, 8, 9]])
+    last, tokens = torch.tensor(5), torch.arange(6)
+    assert not mask_arguments(position_ids=positions)["mask_function"](0, 0, last, tokens).all()
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    assert mask_arguments(position_ids=positions)["mask_function"](0, 0, last, tokens).all()
 
 
 def test_keyword_arguments_of_a_forward_reach_attention():

@@ -10,6 +10,8 @@ from accelerate.utils import DistributedType
 
 from hf_flashcp import FlashCPPlugin, errors, plan_documents
 from hf_flashcp.errors import BatchError, ConfigurationError, FlashCPError, PlanError, UnsupportedModelError
+from hf_flashcp.integrations.per_document_mixers import require_whole_documents
+from hf_flashcp.planning import STRATEGIES
 from tests import error_cases
 
 
@@ -79,6 +81,23 @@ def test_bad_batches(pool, changes, error, message):
 
 def test_a_cut_document_in_a_model_with_recurrent_layers(pool):
     check(pool.errors(2, error_cases.train_step, "qwen3_next"), BatchError, "which need whole documents, but the plan")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("cp_size", [2, 3])
+@pytest.mark.parametrize("num_documents", [1, 2, 3])
+def test_the_advice_about_whole_documents_fits_the_batch(num_documents, cp_size, strategy):
+    plan = plan_documents([12] * (num_documents - 1) + [13], cp_size, strategy=strategy)
+    if strategy == "whole_doc" and num_documents >= cp_size:
+        require_whole_documents(plan, torch.nn.Identity())
+        return
+    if all(stop - start == plan.lengths[d] for slices in plan.slices for d, start, stop in slices):
+        return
+    with pytest.raises(BatchError, match="recurrent or convolutional layers") as raised:
+        require_whole_documents(plan, torch.nn.Identity())
+    count = f"The batch has {num_documents} document{'s' if num_documents > 1 else ''} for {cp_size} ranks: put at "
+    assert (count in str(raised.value)) == (num_documents < cp_size)
+    assert ('strategy="whole_doc"' in str(raised.value)) == (num_documents >= cp_size)
 
 
 def test_an_error_leaves_nothing_behind(pool):

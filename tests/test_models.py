@@ -2,9 +2,10 @@
 
 import pytest
 
+from hf_flashcp.errors import UnsupportedModelError
 from hf_flashcp.planning import STRATEGIES, Topology
 from tests import model_cases
-from tests.models import CONFIGS, FAMILIES, HYBRIDS
+from tests.models import CONFIGS, FAMILIES, HYBRIDS, make_documents, with_skipped_positions
 from tests.packs import KNOWN_PACKS
 
 
@@ -52,6 +53,38 @@ def test_nodes(pool):
 def test_rope_that_looks_at_what_a_rank_holds_fails(pool, family):
     for error in pool.run(2, model_cases.family_errors_without_rope_hooks, family, LENGTHS):
         assert error > 1e-3
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "family, strategies",
+    [
+        *((family, STRATEGIES) for family in ("llama", "mistral, window", "gemma3", "smollm3")),
+        *((family, STRATEGIES) for family in ("phi3, longrope", "llama, dynamic")),
+        *((family, ["whole_doc"]) for family in HYBRIDS),
+    ],
+)
+def test_positions_that_skip_inside_a_document(pool, cp_size, family, strategies):
+    """Documents are what seq_lengths says: nothing is read into their positions, neither documents nor a window."""
+    options = {"features": with_skipped_positions(make_documents(LENGTHS))}
+    for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, strategies, options):
+        assert error < FP64
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_the_trainer_takes_positions_that_skip(pool, cp_size):
+    for difference in pool.run(cp_size, model_cases.loss_of_skipped_positions):
+        assert abs(difference) < OWN_LOSS
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_a_window_that_only_the_mask_has_is_seen_on_every_rank(pool, cp_size):
+    """Wherever documents are cut, whatever their positions, and when none of them is as long as the window."""
+    skipping = with_skipped_positions(make_documents([60]))
+    skipping[0]["position_ids"] = [3 * position for position in range(60)]
+    for arguments in (([40, 3, 17],), ([4] * 10,), ([60], skipping)):
+        for error in pool.errors(cp_size, model_cases.window_of_the_mask_alone, *arguments):
+            assert isinstance(error, UnsupportedModelError) and "a sliding window of 5 tokens" in str(error)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from hf_flashcp import FlashCPCollator, PackedDocuments, PackedDocumentStream
 from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
 from tests import packing_cases
+from tests.models import with_skipped_positions
 from tests.packing_cases import documents, iterable, numbered
 from tests.test_resume import resumes
 
@@ -43,6 +44,22 @@ def test_rows_hold_the_documents_with_their_columns(as_dataset):
             row["seq_lengths"]
         )
     assert seen == len(LENGTHS)
+
+
+@pytest.mark.parametrize("make", [PackedDocuments, PackedDocumentStream])
+def test_positions_that_skip_stay_with_their_tokens(make):
+    """With seq_lengths, which says that such a row is one document; in pieces of it too."""
+    rows = with_skipped_positions(documents(LENGTHS))
+    position_of = {token: p for row in rows for token, p in zip(row["input_ids"], row["position_ids"])}
+    packs = list(make(rows, 32, overlong="split", cp_size=2))
+    assert tokens_of(packs) == tokens_of(rows)
+    for pack in packs:
+        batch = FlashCPCollator(2)([pack])
+        assert batch["position_ids"].tolist() == [[position_of[token] for token in pack["input_ids"]]]
+        assert batch["flashcp_plan"].lengths == tuple(pack["seq_lengths"])
+    without = [{key: row[key] for key in ("input_ids", "position_ids")} for row in rows]
+    with pytest.raises(BatchError, match="where one has position_ids that skip, give its length as seq_lengths"):
+        list(make(without, 32, overlong="split", cp_size=2))
 
 
 def test_epochs_differ_and_come_again():

@@ -362,6 +362,30 @@ def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path)
         assert ("{% generation %}" in found or "{%- generation %}" in found) == marked
 
 
+def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, capsys):
+    """Chats with tools, which the template does not mention or does."""
+    text_rows = recipes("text_rows")
+    data, template = tmp_path / "chats.jsonl", tmp_path / "template.jinja"
+    messages = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi."}] * 2
+    row = {"id": 7, "messages": messages, "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "calm"}}
+    data.write_text(json.dumps(row))
+    source = (ROOT / "recipes" / "chat_template.jinja").read_text()
+    for prefix, unused in (("", ["id", "tools", "chat_template_kwargs.mood"]), ("{{ mood }}{{ tools }}", ["id"])):
+        template.write_text(prefix + source)
+        data_args = text_rows.DataArguments(
+            messages_column="messages", data_files=[str(data)], chat_template_path=str(template)
+        )
+        tokenizer = text_rows.load_tokenizer(quickstart[0], data_args)
+        rows, counts = text_rows.make_packed_rows(tokenizer, data_args)
+        assert counts["unused_columns"] == unused
+        assert tokenizer.decode(rows[0]["input_ids"]).startswith("calm" if prefix else "<|assistant|>")
+        text_rows.print_data_table(counts)
+        printed = capsys.readouterr().out
+        assert "columns not used" in printed and unused[-1] in printed
+        assert "of them begun by the assistant" in printed
+        assert json.loads(json.dumps(counts)) == counts
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

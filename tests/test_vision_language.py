@@ -23,6 +23,11 @@ def test_token_types_that_change_nothing_are_welcome(pool):
         (cases.batch_with_images, BatchError, "The batch has image_grid_thw, pixel_values. flashcp shards text"),
         (cases.flashcp_everywhere, UnsupportedModelError, "has flashcp in its Qwen2_5_VLVisionConfig too"),
         (cases.overlaid_mask, UnsupportedModelError, "builds a mask of its own over the causal one"),
+        (
+            cases.mask_overlaid_on_one_rank,
+            UnsupportedModelError,
+            "a mask over the causal one is false on rank 0 and true on rank 1",
+        ),
     ],
 )
 def test_what_is_not_text_is_refused(pool, case, error, message):

@@ -88,14 +88,18 @@ def flashcp_everywhere():
     attach(build("qwen2_5_vl", "flashcp"), cp_mesh())
 
 
-def overlaid_mask():
+def overlaid_mask(tokens=(2, 3, 4, 15, 16, 17)):
     """Token types that make Gemma 3 attend in both directions among image tokens."""
     model = build("gemma3", TEXT_ONLY).train()
     attach(model, cp_mesh())
-    batch = FlashCPCollator(torch.distributed.get_world_size())(make_documents([12, 9]))
+    batch = FlashCPCollator(torch.distributed.get_world_size(), strategy="whole_doc")(make_documents([12, 9]))
     token_type_ids = torch.zeros_like(batch["input_ids"])
-    token_type_ids[:, 2:5] = token_type_ids[:, 15:18] = 1
+    token_type_ids[:, tokens] = 1
     model(**batch, token_type_ids=token_type_ids)
+
+
+def mask_overlaid_on_one_rank():
+    overlaid_mask((15, 16, 17))
 
 
 def token_types_of_text():

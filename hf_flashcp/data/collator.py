@@ -43,10 +43,11 @@ class FlashCPCollator(DataCollatorWithFlattening):
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
             `return_flash_attn_kwargs`, `return_seq_idx`, ...).
 
-    Features are documents, or packed rows with `seq_lengths` (as TRL's packing leaves them) or with `position_ids`
-    that start again at each document. Values are lists, arrays or tensors, one for each token:
+    Features are documents, or packed rows with `seq_lengths` (as TRL's packing leaves them), or without them with
+    `position_ids` that start again at each document. Values are lists, arrays or tensors, one for each token:
 
     - `input_ids`;
+    - `position_ids`, which go to the model as they are; beside `seq_lengths` they may skip inside a document;
     - `labels` (defaults to `input_ids`), not shifted;
     - `completion_mask`, `assistant_masks`: tokens where one of them is 0 are no targets;
     - `attention_mask`: all ones, nothing is padded here;

@@ -86,7 +86,10 @@ class _Packed:
             raise BatchError(f"Row {index} is a {type(row).__name__}, not a mapping with the columns of a document.")
         documents = read_documents(index, row, self.per_token_keys)
         if len(documents) > 1:
-            raise BatchError(f"Row {index} holds {len(documents)} documents, so it is packed already. Pass documents.")
+            raise BatchError(
+                f"Row {index} holds {len(documents)} documents, so it is packed already. Pass documents; where one "
+                "has position_ids that skip, give its length as seq_lengths."
+            )
         return documents[0]
 
     def _skip(self, error: BatchError) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
 from ..errors import BatchError
 from ..layout.batch import IGNORE_INDEX
+from .chat_columns import is_mentioned, taken_columns, template_arguments, without_filled
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 OVERLONG = ("truncate", "split", "drop")
 
@@ -32,6 +36,7 @@ LEFT_OUT = {
     "no_assistant": "left out: no assistant turn with tokens",
     "assistant_cut_off": "left out: no assistant token within the window",
 }
+ASSISTANT_FIRST = "of them begun by the assistant"
 _TOKEN_COUNTS = ("tokens", "targets", "tokens_left_out")
 
 
@@ -43,11 +48,15 @@ class TokenizedDocuments:
         documents (`datasets.Dataset`): `input_ids`, and with chats `labels`, a row for each document or piece of one.
         counts (`dict[str, int]`): `rows` of the dataset, one count for each key of `KEPT` and `LEFT_OUT` (together
             they are `rows`), `documents`, `tokens` in them, `targets` (tokens that have a label and one before them),
-            and `tokens_left_out` with rows that were cut or left out.
+            and `tokens_left_out` with rows that were cut or left out. With chats also `assistant_first`: of those
+            kept, conversations that begin with the assistant (after a system message, if there is one).
+        unused_columns (`tuple[str, ...]`): columns of the dataset that nothing was made of, and
+            `"chat_template_kwargs.<name>"` for arguments that the chat template does not mention.
     """
 
     documents: Dataset
     counts: dict[str, int]
+    unused_columns: tuple[str, ...] = ()
 
 
 def tokenize_texts(
@@ -59,7 +68,10 @@ def tokenize_texts(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """One document a text: the tokens that the tokenizer makes of it, and its end token behind them.
+    """One document per text: the tokens that the tokenizer makes of it, and its end token behind them.
+
+    A beginning or end token that stands in the text itself is not doubled. Columns that are not used are named in one
+    warning and in the result.
 
     Args:
         dataset (`datasets.Dataset`): with a column of texts.
@@ -81,7 +93,7 @@ def tokenize_texts(
             'tokenizer.eos_token = "...", a token of its vocabulary.'
         )
     settings = {"column": text_column, "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong}
-    return _tokenized(dataset, _tokenize_texts, settings, num_proc)
+    return _tokenized(dataset, _tokenize_texts, settings, num_proc, used=[text_column])
 
 
 def tokenize_chats(
@@ -93,43 +105,76 @@ def tokenize_chats(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """One document a conversation, as the tokenizer's chat template writes it; targets are what it marks by
+    """One document per conversation, as the tokenizer's chat template writes it; targets are what it marks by
     `{% generation %}`, the assistant's tokens. transformers only warns of a template without marks.
 
+    The template gets what a row has for it, as it is or as a string of JSON: `tools` (a list of JSON schemas),
+    `documents` (a list of dicts) and `chat_template_kwargs` (a dict of arguments). Keys that are None because Arrow
+    gives every row the same ones are left out; nulls in JSON stay. Columns that are not used, `tools` and `documents`
+    among them if the template does not mention them, are named in one warning and in the result.
+
     Args:
-        dataset (`datasets.Dataset`): with a column of conversations, each a list of `{"role": ..., "content": ...}`.
+        dataset (`datasets.Dataset`): with a column of conversations, each a list of `{"role": ..., "content": ...}`,
+            and optionally the columns above.
         tokenizer (`PreTrainedTokenizerBase`): with such a chat template.
         messages_column (`str`, *optional*, defaults to `"messages"`): the column's name.
         max_length (`int`, *optional*), num_proc (`int`, *optional*): as for [`tokenize_texts`].
         overlong (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
 
     Raises:
-        BatchError: no such column, no chat template or one without marks, a conversation that it refuses, or nothing
-            left.
+        BatchError: no such column, no chat template or one without marks, a conversation that it refuses, a value of
+            the other columns that is none of theirs, or nothing left.
     """
-    _require_column(dataset, messages_column)
+    _require_column(dataset, messages_column, _IN_ANOTHER_FORM)
     _require_overlong(overlong, ("truncate", "drop"))
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template["default"]
-    if not template:
-        raise BatchError(
-            "The tokenizer has no chat template. Take an instruction-tuned model's tokenizer, or set "
-            "tokenizer.chat_template to a template with {% generation %} marks."
-        )
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        raise BatchError(
-            "The chat template does not mark the assistant's tokens, so that there would be no targets. Put "
-            "{% generation %} and {% endgeneration %} around what the assistant writes, its end-of-turn token "
-            "included; trl.chat_template_utils.get_training_chat_template knows such templates of many models."
-        )
-    settings = {"column": messages_column, "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong}
-    return _tokenized(dataset, _tokenize_chats, settings, num_proc)
+    templates = _templates(tokenizer, dataset.column_names)
+    taken = [name for name in taken_columns(dataset.column_names, templates) if name != messages_column]
+    settings = {
+        "column": messages_column,
+        "features": {name: dataset.features[name] for name in (messages_column, *taken)},
+        "templates": templates,
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+        "overlong": overlong,
+    }
+    return _tokenized(dataset, _tokenize_chats, settings, num_proc, used=[messages_column, *taken])
 
 
-def _require_column(dataset: Dataset, column: str) -> None:
-    if column not in dataset.column_names:
-        raise BatchError(f"The dataset has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}.")
+def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
+    """The chat templates that rows of such a dataset can get, with marks: transformers takes "tool_use" for rows with
+    tools, where there is one."""
+    given = tokenizer.chat_template
+    named = given if isinstance(given, Mapping) else {"default": given}
+    names = ["default", *(["tool_use"] if "tools" in column_names else [])]
+    templates = {name: named[name] for name in names if named.get(name)}
+    if "default" not in templates:
+        raise BatchError(
+            "The tokenizer has no chat template, or none that is called default. Take an instruction-tuned model's "
+            "tokenizer, or set tokenizer.chat_template to a template with {% generation %} marks."
+        )
+    for name, template in templates.items():
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            raise BatchError(
+                f"The chat template{f' {name!r}' if len(named) > 1 else ''} does not mark the assistant's tokens, so "
+                "that there would be no targets. Put {% generation %} and {% endgeneration %} around what the "
+                "assistant writes, its end-of-turn token included; trl.chat_template_utils.get_training_chat_template "
+                "knows such templates of many models."
+            )
+    return list(templates.values())
+
+
+_IN_ANOTHER_FORM = {
+    "prompt": " Conversations are read from one column: join prompt and completion into it (the assistant's turns in "
+    "the prompt are targets then too), or train with TRL's SFTTrainer.",
+    "conversations": " Name the column (messages_column); its messages must have role and content.",
+}
+
+
+def _require_column(dataset: Dataset, column: str, hints: Mapping[str, str] | None = None) -> None:
+    names = dataset.column_names
+    if column not in names:
+        hint = next((text for name, text in (hints or {}).items() if name in names), "")
+        raise BatchError(f"The dataset has no column {column!r}; it has {', '.join(map(repr, names))}.{hint}")
 
 
 def _require_overlong(overlong: str, choices: Sequence[str]) -> None:
@@ -137,12 +182,16 @@ def _require_overlong(overlong: str, choices: Sequence[str]) -> None:
         raise BatchError(f"overlong is {overlong!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _tokenized(dataset: Dataset, function: Any, settings: dict[str, Any], num_proc: int | None) -> TokenizedDocuments:
+def _tokenized(
+    dataset: Dataset, function: Any, settings: dict[str, Any], num_proc: int | None, used: Sequence[str]
+) -> TokenizedDocuments:
     from datasets import Features, Value
 
-    names = ("input_ids", "labels") if function is _tokenize_chats else ("input_ids",)
-    features = {name: [Value("int32")] for name in names}
-    features |= {"outcome": Value("string")} | {name: Value("int64") for name in _TOKEN_COUNTS}
+    chats = function is _tokenize_chats
+    sums = (*_TOKEN_COUNTS, "assistant_first") if chats else _TOKEN_COUNTS
+    features = {"input_ids": [Value("int32")], "outcome": Value("string")} | {name: Value("int64") for name in sums}
+    if chats:
+        features |= {"labels": [Value("int32")], "ignored": [Value("string")]}
     rows = dataset.map(
         function,
         batched=True,
@@ -156,13 +205,19 @@ def _tokenized(dataset: Dataset, function: Any, settings: dict[str, Any], num_pr
     outcomes = Counter(rows["outcome"])
     counts = {"rows": len(dataset)} | {outcome: outcomes[outcome] for outcome in (*KEPT, *LEFT_OUT)}
     assert sum(counts[outcome] for outcome in (*KEPT, *LEFT_OUT)) == len(dataset)
-    counts |= {name: sum(rows[name]) for name in _TOKEN_COUNTS}
+    counts |= {name: sum(rows[name]) for name in sums}
+    unused = [name for name in dataset.column_names if name not in used]
+    if chats:
+        unused += sorted({f"chat_template_kwargs.{name}" for names in rows["ignored"] for name in names})
+    if unused and os.environ.get("RANK", "0") == "0":
+        logger.warning("Columns not used: %s.", ", ".join(unused))
     documents = rows.filter(_has_tokens, input_columns="tokens", num_proc=num_proc, desc="Leaving out")
     counts["documents"] = len(documents)
     if not len(documents):
         reasons = ", ".join(f"{counts[outcome]} {text}" for outcome, text in LEFT_OUT.items() if counts[outcome])
         raise BatchError(f"No documents are left of {len(dataset)} rows: {reasons or 'there are none'}.")
-    return TokenizedDocuments(documents.remove_columns(["outcome", *_TOKEN_COUNTS]), counts)
+    documents = documents.select_columns(["input_ids", "labels"] if chats else ["input_ids"])
+    return TokenizedDocuments(documents, counts, tuple(unused))
 
 
 def _has_tokens(tokens: int) -> bool:
@@ -186,9 +241,7 @@ def _tokenize_texts(
         elif not text.strip():
             rows.leave_out("empty")
         else:
-            document = next(tokens)
-            if document[-1:] != [tokenizer.eos_token_id]:
-                document = [*document, tokenizer.eos_token_id]
+            document = _with_ends_once(next(tokens), tokenizer)
             if max_length is None or len(document) <= max_length:
                 rows.keep("whole", document)
             elif overlong == "drop":
@@ -201,26 +254,40 @@ def _tokenize_texts(
     return rows.columns
 
 
+def _with_ends_once(document: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end token behind a document; it and the beginning token once, where text and tokenizer both have them."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start, stop = 0, len(document)
+    while begin is not None and document[start : start + 2] == [begin, begin]:
+        start += 1
+    while stop > start and document[stop - 1] == end:
+        stop -= 1
+    return [*document[start:stop], end]
+
+
 def _tokenize_chats(
     batch: Mapping[str, list],
     indices: list[int],
     column: str,
+    features: Mapping[str, Any],
+    templates: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     overlong: str,
 ) -> dict[str, list]:
     rows = _Rows(with_labels=True)
-    for index, messages in zip(indices, batch[column]):
+    own_arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+    for place, index in enumerate(indices):
+        row = {name: without_filled(batch[name][place], feature) for name, feature in features.items()}
+        messages = row.pop(column)
         if not _is_conversation(messages):
             rows.leave_out("missing" if messages != [] else "empty")
             continue
-        try:
-            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        except TemplateError as error:
-            raise BatchError(
-                f"The chat template refuses the conversation in row {index}: {error}. Correct it or leave it out."
-            ) from error
-        document, mask = encoded["input_ids"], encoded["assistant_masks"]
+        arguments = template_arguments(index, row)
+        ignored = [name for name in arguments if name not in own_arguments and not is_mentioned(name, templates)]
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        document, mask = _encoded(index, messages, arguments, tokenizer)
+        rows.note(ignored, _begins_with_assistant(messages))
         labels = [token if kept else IGNORE_INDEX for token, kept in zip(document, mask)]
         if not any(mask[1:]):
             rows.leave_out("no_assistant", len(document))
@@ -235,6 +302,32 @@ def _tokenize_chats(
     return rows.columns
 
 
+def _encoded(
+    index: int, messages: list[dict], arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, and 1 for those of the assistant."""
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
+        )
+    except Exception as error:  # templates are code: whatever they raise is about this row
+        raise BatchError(
+            f"The chat template refuses the conversation in row {index}: {error}. Correct it or leave it out."
+        ) from error
+    roles = [message["role"] for message in messages]
+    if roles[0] == "assistant" and set(roles) != {"assistant"} and all(encoded["assistant_masks"]):
+        # transformers 5.17 marks all where the assistant's first turn is one token, the first of the document.
+        raise BatchError(
+            f"All tokens of the conversation in row {index} are marked as the assistant's, those of other roles too. "
+            "Upgrade transformers, or move {% endgeneration %} of the chat template before the next turn."
+        )
+    return encoded["input_ids"], encoded["assistant_masks"]
+
+
+def _begins_with_assistant(messages: list[dict]) -> bool:
+    return next((each["role"] for each in messages if each["role"] != "system"), None) == "assistant"
+
+
 def _is_conversation(messages: Any) -> bool:
     return (
         isinstance(messages, list)
@@ -247,17 +340,34 @@ class _Rows:
     """Columns of tokenized rows. `outcome` is None for the further pieces of a split document."""
 
     def __init__(self, with_labels: bool):
-        names = ["input_ids", *(["labels"] if with_labels else []), "outcome", *_TOKEN_COUNTS]
+        names = ["input_ids", "outcome", *_TOKEN_COUNTS]
+        names += ["labels", "ignored", "assistant_first"] if with_labels else []
         self.columns: dict[str, list] = {name: [] for name in names}
+        self._noted: tuple[list[str], bool] = ([], False)
+
+    def note(self, ignored: list[str], assistant_first: bool):
+        """Of the row that is kept or left out next: arguments that nothing reads, and who begins."""
+        self._noted = (ignored, assistant_first)
 
     def keep(self, outcome: str | None, document: list[int], labels: list[int] | None = None, left_out: int = 0):
         targets = sum(label != IGNORE_INDEX for label in (labels or document)[1:])
-        self._add(document, labels or [], outcome, len(document), targets, left_out)
+        self._add(document, labels or [], outcome, targets, left_out)
 
     def leave_out(self, outcome: str, tokens: int = 0):
-        self._add([], [], outcome, 0, 0, tokens)
+        self._add([], [], outcome, 0, tokens)
 
-    def _add(self, document, labels, outcome, tokens, targets, left_out):
-        row = {"input_ids": document, "labels": labels, "outcome": outcome, "tokens": tokens, "targets": targets}
+    def _add(self, document, labels, outcome, targets, left_out):
+        ignored, assistant_first = self._noted
+        self._noted = ([], False)
+        row = {
+            "input_ids": document,
+            "labels": labels,
+            "outcome": outcome,
+            "ignored": ignored,
+            "tokens": len(document),
+            "targets": targets,
+            "tokens_left_out": left_out,
+            "assistant_first": int(assistant_first and bool(document)),
+        }
         for name, column in self.columns.items():
-            column.append(left_out if name == "tokens_left_out" else row[name])
+            column.append(row[name])

@@ -24,15 +24,11 @@ from ..layout import RankPlan, shard_inputs
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from ..planning import DEFAULT_STRATEGY, ShardPlan
 from .checkpointing import layers_run_again
+from .first_forward import check_first_forward
 from .forward_arguments import has_cache, media
 from .loss_check import LossCheck
 from .model_support import check_model, config_value
-from .per_document_mixers import (
-    count_attention_modules,
-    hook_mixers,
-    needs_whole_documents,
-    require_whole_documents,
-)
+from .per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
 from .per_document_rope import hook_length_dependent_rope
 from .plugin import FlashCPPlugin
 from .router_loss import scale_mean_terms, share_router_losses
@@ -281,22 +277,7 @@ class ContextParallelHandle:
         if forward.router_loss is not None and isinstance(output, dict) and output.get("aux_loss") is not None:
             output["aux_loss"] = forward.router_loss
         if not self._checked:
-            config = model.config.get_text_config()
-            expected = count_attention_modules(model) if self._whole_documents else config.num_hidden_layers
-            if len(forward.attention_modules) != expected:
-                raise UnsupportedModelError(
-                    f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with "
-                    f"the batch's plan, but the model has {expected}. The others attended to this rank's "
-                    "tokens only, or did not attend at all: the gradients would be wrong. This model cannot be "
-                    "trained with context parallelism."
-                )
-            dropped = forward.mask_windows - forward.attention_windows
-            if dropped and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} builds masks for a sliding window of {max(dropped)} tokens, "
-                    "but none of its attention layers asks for that window: it would be dropped. This model cannot "
-                    "be trained with context parallelism, unless its config turns the window off."
-                )
+            check_first_forward(model, forward)
             self._checked = True
         if check is not None:
             self._loss_checked = check.finish(output, forward, other_terms=bool(self._stock_coefficients))

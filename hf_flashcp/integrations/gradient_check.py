@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,13 +35,11 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     model.eval()
     try:
         for batch in batches:
-            lengths = list(batch["flashcp_plan"].lengths)
-            router = _RouterTerm(model, inner, batch["input_ids"].split(lengths, dim=1))
-            documents = zip(batch["input_ids"].split(lengths, dim=1), batch["shift_labels"].split(lengths, dim=1))
-            for input_ids, shift_labels in documents:
+            router = _RouterTerm(model, inner, batch)
+            for input_ids, position_ids, shift_labels in _documents(batch):
                 if (shift_labels == IGNORE_INDEX).all() and not router.coefficient:
                     continue
-                output = model(input_ids=input_ids, use_cache=False)
+                output = _alone(model, input_ids, position_ids)
                 logits = output.logits
                 loss = inner.loss_function(
                     logits, None, logits.shape[-1], num_items_in_batch=targets, shift_labels=shift_labels
@@ -58,11 +56,23 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     return sums
 
 
+def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(1, n) input_ids, position_ids and shift_labels of each document."""
+    lengths = list(batch["flashcp_plan"].lengths)
+    return zip(*(batch[name].split(lengths, dim=1) for name in ("input_ids", "position_ids", "shift_labels")))
+
+
+def _alone(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    # With a mask transformers does not take positions that skip for the start of another document.
+    mask = torch.ones_like(input_ids)
+    return model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+
+
 class _RouterTerm:
     """What each document adds to the router loss of its batch (router_loss.py): the loss is linear in the documents'
     probabilities, once it is known how many tokens of the batch each expert has."""
 
-    def __init__(self, model: torch.nn.Module, inner: torch.nn.Module, documents: Iterable[torch.Tensor]):
+    def __init__(self, model: torch.nn.Module, inner: torch.nn.Module, batch: Mapping[str, Any]):
         self.coefficient = 0.0
         if getattr(inner.config.get_text_config(), "output_router_logits", False):
             self.coefficient = max(router_coefficients(inner), default=0.0)
@@ -70,7 +80,8 @@ class _RouterTerm:
             return
         self._experts, self._top_k = inner.num_experts, inner.num_experts_per_tok
         with torch.no_grad():
-            found = [self._statistics(model(input_ids=ids, use_cache=False).router_logits) for ids in documents]
+            outputs = (_alone(model, ids, position_ids) for ids, position_ids, _ in _documents(batch))
+            found = [self._statistics(output.router_logits) for output in outputs]
         self._counts, _, self._rows = (sum(parts) for parts in zip(*found))
 
     def _statistics(self, gate_logits: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

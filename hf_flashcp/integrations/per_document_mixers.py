@@ -67,14 +67,21 @@ def count_attention_modules(model: PreTrainedModel) -> int:
 
 def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
     """Raises a `BatchError` if `plan` cuts a document."""
+    documents = len(plan.lengths)
+    if documents < plan.cp_size:
+        advice = (
+            f"The batch has {documents} document{'s' * (documents > 1)} for {plan.cp_size} ranks: put at least "
+            "cp_size documents in a batch, or lower cp_size."
+        )
+    else:
+        advice = 'Plan with strategy="whole_doc" (FlashCPPlugin and FlashCPCollator take it).'
     for rank, slices in enumerate(plan.slices):
         for document, start, stop in slices:
             if stop - start != plan.lengths[document]:
                 raise BatchError(
                     f"{type(model).__name__} has recurrent or convolutional layers, which need whole documents, but "
                     f"the plan gives rank {rank} tokens [{start}, {stop}) of document {document}, which has "
-                    f'{plan.lengths[document]}. Plan with strategy="whole_doc" (FlashCPCollator(strategy=...)), and '
-                    "put at least as many documents as ranks into a batch."
+                    f"{plan.lengths[document]}. {advice}"
                 )
 
 

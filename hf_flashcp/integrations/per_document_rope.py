@@ -2,9 +2,9 @@
 
 transformers takes the largest position that a call sees for that length. A rank sees part of a document, and a packed
 row many documents, so the answer would depend on the cut and on the neighbours. Here each document gets the
-frequencies that it would have had alone: the rotary module is called once a document, with this rank's positions of it
-and one more, the document's last, whose result is dropped. Documents come in packed order, those of which this rank
-holds nothing included, because dynamic frequencies also depend on the documents before.
+frequencies that it would have had alone: the rotary module is called once per document, with this rank's positions of
+it and one more, the document's largest, whose result is dropped. Documents come in packed order, those of which this
+rank holds nothing included, because dynamic frequencies also depend on the documents before.
 """
 
 from __future__ import annotations
@@ -88,20 +88,28 @@ class _PerDocumentCalls:
         return type(output)(torch.cat(parts, dim=-2) for parts in zip(*outputs))
 
     def _positions_of_calls(self, position_ids: torch.Tensor, plan: RankPlan) -> Iterator[torch.Tensor]:
-        """(..., T) positions split by document, each with the document's last position appended."""
+        """(..., T) positions split by document, each with the document's largest position appended."""
         held = [0] * len(plan.plan.lengths)
         for document, start, stop, _ in plan.layout.slices:
             held[document] += stop - start
         first = 0
-        for _, documents in groupby(zip(plan.plan.lengths, held), key=lambda entry: self._group(entry[0])):
-            lengths, counts = zip(*documents)
+        for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: self._group(entry[0] + 1)):
+            largest, counts = zip(*documents)
             local = position_ids[..., first : first + sum(counts)]
             first += sum(counts)
-            yield torch.cat((local, local.new_full((*local.shape[:-1], 1), max(lengths) - 1)), dim=-1)
+            yield torch.cat((local, local.new_full((*local.shape[:-1], 1), max(largest))), dim=-1)
 
     def _group(self, length: int) -> int:
         """Neighbours of one length, or all with the original frequencies, share a call."""
         return 0 if length < self._original_length else length
+
+
+def _largest_positions(plan: RankPlan) -> list[int]:
+    """Those of each document, of which this rank may hold another part."""
+    if plan.position_ids is None:
+        return [length - 1 for length in plan.plan.lengths]
+    documents = plan.position_ids.split(plan.plan.lengths, dim=-1)
+    return torch.stack([document.max() for document in documents]).tolist()
 
 
 def _with_positions(args: tuple, kwargs: dict, position_ids: torch.Tensor) -> tuple[tuple, dict]:

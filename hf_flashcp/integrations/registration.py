@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,6 +24,7 @@ from ..attention import document_attention
 from ..errors import BatchError, UnsupportedModelError
 from ..layout import RankPlan
 from ..planning import ShardPlan
+from . import sharded_forward
 from .sharded_forward import ShardedForward, current_sharded_forward
 
 
@@ -226,9 +227,7 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
 def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
 
-    Raises:
-        UnsupportedModelError: inside a sharded forward, the model asks for more than a causal mask or a sliding
-            window, which the plan would drop.
+    What the model asks for beyond a causal mask would be dropped: the first forward notes it, for `attach` to refuse.
     """
     forward = current_sharded_forward()
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
@@ -244,24 +243,41 @@ def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> None:
-    """Probes a mask function of masking_utils.py in O(T_r): no token may see the next one, and the last token of the
-    longest local slice must see the slice, or the end of it."""
+    """Probes a mask function of masking_utils.py in O(T_r): no token may see the next one, and a token must see all
+    that come before it, or the last of them.
+
+    The function goes by a token's place in the local row, since `_find_no_packed_documents` keeps transformers from
+    looking for documents there. The token probed has the same place on every rank: all find the same window."""
     tokens = torch.arange(forward.plan.layout.num_tokens)
-    _, start, stop, row = max(forward.plan.layout.slices, key=lambda piece: piece.stop - piece.start)
-    last = row + stop - start - 1
+    last = min(sum(stop - start for _, start, stop in slices) for slices in forward.plan.plan.slices) - 1
     try:
         ahead = bool(mask_function(0, 0, tokens[:-1], tokens[1:]).any())
-        seen = mask_function(0, 0, tokens[last], tokens[row : last + 1]).flatten()
-    except IndexError:  # it looks tokens up by their position, which in a shard is not their place
+        seen = mask_function(0, 0, tokens[last], tokens[: last + 1]).flatten()
+    except IndexError:  # it looks tokens up in the full row
         ahead, seen = True, tokens
     count = int(seen.sum())
     if ahead or count == 0 or not bool(seen[-count:].all()):
-        raise UnsupportedModelError(
-            f"{type(forward.model).__name__} builds a mask of its own over the causal one, which context parallelism "
-            'with flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
-        )
-    if count < len(seen):
+        forward.has_other_mask = True
+    elif count < len(seen):
         forward.mask_windows.add(count)
+
+
+def _find_no_packed_documents(find: Callable) -> Callable:
+    """transformers takes every position that does not follow the one before it for the start of a packed document.
+    Inside a sharded forward the plan says where documents start, and the cuts of a rank's slices, like positions that
+    skip inside a document, would be taken for more of them."""
+
+    @functools.wraps(find)
+    def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if torch.compiler.is_compiling():  # dynamo cannot trace a ContextVar
+            return None if sharded_forward.is_running else find(position_ids)
+        forward = current_sharded_forward()
+        if forward is not None and position_ids.shape[-1] == forward.plan.layout.num_tokens:
+            return None
+        return find(position_ids)
+
+    find_packed_sequence_indices._flashcp = True
+    return find_packed_sequence_indices
 
 
 def _internal_name(implementation: Any) -> Any:
@@ -275,6 +291,9 @@ def register() -> None:
     """Makes the name known to transformers. Called on `import hf_flashcp`; calling it again changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_mask)
+    find = masking_utils.find_packed_sequence_indices
+    if not getattr(find, "_flashcp", False):
+        masking_utils.find_packed_sequence_indices = _find_no_packed_documents(find)
     # The two doors through which a user's choice enters: `from_pretrained(attn_implementation=...)`, `from_config` and
     # config classes set this property (configuration_utils.py), `set_attn_implementation` does not.
     names = PreTrainedConfig._attn_implementation

@@ -32,6 +32,7 @@ class ShardedForward:
         attention_modules (`set[int]`): ids of those that called us with the plan.
         attention_windows (`set[int | None]`): the sliding windows that they asked for, `None` for full attention.
         mask_windows (`set[int]`): those that the model's masks asked for.
+        has_other_mask (`bool`): whether a mask was neither causal nor a sliding window.
         router_loss (`torch.Tensor`, *optional*): the whole of it, if the model computed one.
     """
 
@@ -51,6 +52,7 @@ class ShardedForward:
         self.attention_modules: set[int] = set()
         self.attention_windows: set[int | None] = set()
         self.mask_windows: set[int] = set()
+        self.has_other_mask = False
         self.router_loss: torch.Tensor | None = None
 
 
@@ -58,6 +60,8 @@ _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forwar
 
 
 _forwards = 0
+is_running = False
+"""Whether any thread is inside a sharded forward, for code that torch.compile traces."""
 
 
 def sharded_forward_count() -> int:
@@ -70,10 +74,13 @@ def current_sharded_forward() -> ShardedForward | None:
 
 
 def enter_sharded_forward(forward: ShardedForward) -> None:
-    global _forwards
+    global _forwards, is_running
     _forwards += 1
+    is_running = True
     _current.set(forward)
 
 
 def leave_sharded_forward() -> None:
+    global is_running
+    is_running = False
     _current.set(None)

@@ -99,7 +99,7 @@ def shard_inputs(
         if batch.get("num_items_in_batch") is None:
             target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1) / cp_size
             batch["num_items_in_batch"] = target_count
-    bound = RankPlan(plan, rank, group, target_count)
+    bound = RankPlan(plan, rank, group, target_count, _full_row(batch["position_ids"], shape))
     index = bound.layout.token_index.to(tokens.device)
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound
@@ -173,6 +173,11 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     bounds = [*starts.flatten().nonzero().flatten().tolist(), shape.numel()]
     return [stop - start for start, stop in zip(bounds, bounds[1:])]
+
+
+def _full_row(position_ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """(..., C), the row that the B rows become; `None` for positions of another shape, which are not sharded."""
+    return position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
 
 
 def _positions(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:

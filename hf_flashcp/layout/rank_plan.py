@@ -27,6 +27,8 @@ class RankPlan:
         group (`ProcessGroup`, *optional*): the context-parallel group; not needed when cp_size is 1.
         target_count (`torch.Tensor`, *optional*): the `num_items_in_batch` of [`shard_inputs`], with which the mean
             over ranks of their losses is the batch's; `None` if the caller gave one.
+        position_ids (`torch.Tensor`, *optional*): (..., C) of the whole row; `None` if they count each document's
+            tokens.
 
     Attributes:
         keep_received (`bool`): whether attention layers keep the KV that they receive until backward, or fetch it
@@ -48,6 +50,7 @@ class RankPlan:
         rank: int = 0,
         group: ProcessGroup | None = None,
         target_count: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
@@ -59,6 +62,7 @@ class RankPlan:
         self.rank = rank
         self.group = group
         self.target_count = target_count
+        self.position_ids = position_ids
         received, _ = full_attention_traffic(plan.cp_size, plan.slices)
         own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
         self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))

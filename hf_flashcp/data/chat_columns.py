@@ -1,0 +1,98 @@
+"""Columns beside the messages that a chat template takes: tools, documents and further arguments of each row."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import BatchError
+
+
+TEMPLATE_COLUMNS = {
+    "tools": "a list of JSON schemas",
+    "documents": "a list of dicts",
+    "chat_template_kwargs": "a dict of arguments",
+}
+
+# Arguments of apply_chat_template that change what it returns, or that tokenize_chats sets itself.
+_NOT_FOR_ROWS = {
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+
+
+def is_mentioned(name: str, templates: Iterable[str]) -> bool:
+    return any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates)
+
+
+def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
+    """Those of a dataset's columns that the templates take."""
+    return [
+        name
+        for name in names
+        if name == "chat_template_kwargs" or name in TEMPLATE_COLUMNS and is_mentioned(name, templates)
+    ]
+
+
+def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`.
+
+    Raises:
+        BatchError: a value that does not parse or is of another kind, or an argument that a row cannot set.
+    """
+    arguments = {name: _parsed(index, name, value) for name, value in columns.items()}
+    for name, value in arguments.items():
+        if not (value is None or _fits(name, value)):
+            raise BatchError(
+                f"Row {index} has {name} = {reprlib.repr(columns[name])}, which the chat template cannot take. Give "
+                f"{TEMPLATE_COLUMNS[name]}, one as a string of JSON, or None."
+            )
+    further = arguments.pop("chat_template_kwargs", None) or {}
+    if refused := sorted(further.keys() & (_NOT_FOR_ROWS | arguments.keys())):
+        raise BatchError(
+            f"Row {index} has {', '.join(refused)} in chat_template_kwargs, which a row cannot set there. Leave only "
+            "what the chat template itself reads."
+        )
+    return arguments | further
+
+
+def without_filled(value: Any, feature: Any) -> Any:
+    """`value` without the keys that are None because other rows have them: an Arrow struct has the same keys in every
+    row. What is stored as JSON keeps its nulls."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: without_filled(each, feature.get(key)) for key, each in value.items() if each is not None}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [without_filled(each, inner) for each in value]
+    return value
+
+
+def _parsed(index: int, name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BatchError(
+            f"Row {index} has {name} that are not JSON: {error}. Give {TEMPLATE_COLUMNS[name]}, or one as a string of "
+            "JSON."
+        ) from None
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "chat_template_kwargs":
+        return isinstance(value, dict)
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
