@@ -20,7 +20,7 @@ _watching_in: int | None = None  # the id of this process, once it watches: a fo
 def end_with_parent() -> None:
     """Makes this process end when the one that started it through `multiprocessing` has ended, however that happened.
 
-    A thread waits for it and takes no time. Calling it again, or in a process that was started otherwise, does nothing.
+    A thread waits for it. Calling it again, or in a process that was started otherwise, does nothing.
     """
     global _watching_in
     parent = multiprocessing.parent_process()
@@ -45,7 +45,7 @@ def _end_after(signs: Sequence[int]) -> None:
 
 
 def init_loader_worker(inner: Callable[[int], None] | None, worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`, once `inner` is bound: the worker ends with its rank; then what `inner` does."""
+    """Makes a DataLoader's worker end with its rank, then calls `inner`, which was the loader's `worker_init_fn`."""
     end_with_parent()
     if inner is not None:
         inner(worker_id)

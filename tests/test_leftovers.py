@@ -24,7 +24,7 @@ def test_it():
     context = multiprocessing.get_context("forkserver")
     context.Process(target=time.sleep, args=(0.5,)).start()
 """
-SHORTER = "from tests import leftovers; leftovers.SECONDS = 3"
+SHORTER = "from tests import leftovers; leftovers.SECONDS = 1"
 
 
 @linux

@@ -41,8 +41,8 @@ class LostWorker(RuntimeError):
 
 
 class WorkerPool:
-    """Processes on this machine, started when they are first needed; `close` ends them, and so does the end of the process
-    that made the pool.
+    """Processes on this machine, started when they are first needed. `close` ends them, and so does the end of the
+    process that made the pool.
 
     Args:
         start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
