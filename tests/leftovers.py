@@ -6,6 +6,7 @@ whichever session, environment or command line they have. Elsewhere nothing is c
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -55,8 +56,11 @@ def wait_for_the_end(of=descendants):
 
 
 def _helpers():
-    """The fork server and resource tracker of this process, which end with it: by then nobody else has a part in them.
-    `multiprocess` is what `datasets` has in place of `multiprocessing`."""
+    """What ends with this process: daemons, such as the workers of a loader that is still referred to, fork server and
+    resource tracker. `multiprocess` is what `datasets` has in place of `multiprocessing`."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            yield process.pid
     for package in ("multiprocessing", "multiprocess"):
         if server := sys.modules.get(f"{package}.forkserver"):
             yield server._forkserver._forkserver_pid

@@ -23,6 +23,7 @@ import multiprocessing, time
 def test_it():
     context = multiprocessing.get_context("forkserver")
     context.Process(target=time.sleep, args=(0.5,)).start()
+    context.Process(target=time.sleep, args=(3600,), daemon=True).start()
 """
 SHORTER = "from tests import leftovers; leftovers.SECONDS = 1"
 
