@@ -20,7 +20,7 @@ while true; do
     shift
 done
 
-echo "Installing into $venv (about a minute) ..."
+echo "Installing into $venv (a minute, or several where PyTorch comes with CUDA) ..."
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 case $venv in
     .venv-oldest) grep -oE '[a-z-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' > "$versions" ;;
