@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import leftovers
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,7 +32,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Says where tests/device.py, here and in the workers, puts tensors."""
+    """Says where tests/device.py, here and in the workers, puts tensors; has processes that stay counted."""
+    config.pluginmanager.register(leftovers)
     device = config.getoption("--device")
     os.environ["FLASHCP_TEST_DEVICE"] = device
     if device == "cpu":

@@ -1,7 +1,7 @@
 """What hf_flashcp takes from the inside of transformers, accelerate and TRL. A failure here says that upstream has
 moved: each docstring names the upstream line, what leans on it, and what to do.
 
-Lines are those of transformers 5.23, accelerate 1.15 and TRL 1.16; all of it holds in transformers 5.17 too.
+Lines are those of transformers 5.24, accelerate 1.15 and TRL 1.16; all of it holds in transformers 5.17 too.
 """
 
 import importlib
@@ -67,7 +67,7 @@ def mask_arguments(create=create_causal_mask, config=None, position_ids=None, **
 
 
 def test_a_name_with_flash_in_it_is_taken_for_a_flash_kernel():
-    """utils/generic.py:269, is_flash_attention_requested: the reason for the internal name. If it no longer tests for
+    """utils/generic.py:270, is_flash_attention_requested: the reason for the internal name. If it no longer tests for
     "flash", register "flashcp" under its own name and drop the renaming (integrations/registration.py)."""
     from transformers.utils.generic import is_flash_attention_requested
 
@@ -77,7 +77,7 @@ def test_a_name_with_flash_in_it_is_taken_for_a_flash_kernel():
 
 def test_a_choice_of_attention_enters_through_two_doors():
     """configuration_utils.py:595, the property that configs and `from_pretrained` set, for sub-configs too, and
-    modeling_utils.py:1960, set_attn_implementation. Another door, or a model with a property of its own, has to rename
+    modeling_utils.py:1970, set_attn_implementation. Another door, or a model with a property of its own, has to rename
     "flashcp" too (integrations/registration.py, register). HRM has one: it refuses the name by itself."""
     assert isinstance(PreTrainedConfig.__dict__["_attn_implementation"], property)
     assert names(PreTrainedModel.set_attn_implementation)[:2] == ["self", "attn_implementation"]
@@ -96,21 +96,21 @@ def test_class_flags():
 
 
 def test_mask_functions_are_called_by_keyword():
-    """masking_utils.py:1015: flashcp_mask reads q_length, mask_function and local_size by name."""
+    """masking_utils.py:1005: flashcp_mask reads q_length, mask_function and local_size by name."""
     found = mask_arguments(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     assert found["q_length"] == found["kv_length"] == 6 and "mask_function" in found
     assert names(sdpa_mask)[:3] == ["batch_size", "q_length", "kv_length"]
 
 
 def test_a_window_is_the_local_size_of_its_mask():
-    """masking_utils.py:1256: how attach notices a window that only the mask has."""
+    """masking_utils.py:1248: how attach notices a window that only the mask has."""
     config = LlamaConfig(**SMALL)
     config.sliding_window = 3
     assert mask_arguments(create_sliding_window_causal_mask, config)["local_size"] == 3
 
 
 def test_blocks_that_see_ahead_show_above_the_diagonal():
-    """masking_utils.py:112: what registration._check_mask_function probes for."""
+    """masking_utils.py:114: what registration._check_mask_function probes for."""
     function = mask_arguments(block_sequence_ids=torch.tensor([[0, 0, -1, -1, -1, -1]]))["mask_function"]
     tokens = torch.arange(5)
     assert function(0, 0, tokens, tokens + 1).tolist() == [True, False, False, False, False]
@@ -172,7 +172,7 @@ def test_trainer_methods_that_the_mixin_overrides(method, parameters):
 
 
 def test_the_trainer_shards_before_the_forward_and_scales_the_loss():
-    """trainer.py:2199, 2339 and 2393: the count of targets is divided by cp_size, the loss multiplied by the number of
+    """trainer.py:2076, 2363 and 2215: the count of targets is divided by cp_size, the loss multiplied by the number of
     processes. If either moves, work out W S_r / N again (docs/launch.md)."""
     assert "_prepare_context_parallel_inputs" in inspect.getsource(Trainer.training_step)
     count = inspect.getsource(Trainer._get_num_items_in_batch)

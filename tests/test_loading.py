@@ -62,8 +62,10 @@ def test_split_batches_gives_each_group_a_part_of_a_batch(pool, kind, options):
     assert sorted(flat(seen[0]) + flat(seen[2])) == list(range(16))
 
 
-def test_spawned_workers(pool):
-    options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_no_copy_of_their_rank(pool, method):
+    """The default of Python 3.14 on Linux is forkserver."""
+    options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": method}
     first, second = pool.run(2, loading_cases.documents_by_step_with, "table", 16, 2, options)
     assert first == second and len(set(flat(first))) == 4
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from typing_extensions import assert_type
+from typing import Any, assert_type
 
 from hf_flashcp import CostModel, ShardPlan, errors, pack_lengths, plan_documents
 from hf_flashcp.data import Packing, sample_pack

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithFlattening
 
+from .._parent_process import end_with_parent
 from ..errors import BatchError, PlanError
 from ..layout.batch import IGNORE_INDEX, content_digest
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, Topology, plan_documents
@@ -110,6 +112,8 @@ class FlashCPCollator(DataCollatorWithFlattening):
     def __call__(
         self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            end_with_parent()  # in a loop of the user's own nothing else makes the worker do so
         if (return_tensors or self.return_tensors) != "pt":
             raise BatchError('FlashCPCollator makes torch tensors: leave return_tensors at "pt".')
         documents = [

@@ -18,8 +18,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
+
+from .._parent_process import end_with_parent
 
 
 TIMEOUT = 120
@@ -38,7 +41,8 @@ class LostWorker(RuntimeError):
 
 
 class WorkerPool:
-    """Processes on this machine, started when they are first needed; `close` ends them.
+    """Processes on this machine, started when they are first needed. `close` ends them, and so does the end of the
+    process that made the pool.
 
     Args:
         start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
@@ -53,6 +57,8 @@ class WorkerPool:
         self._store = None
         self._world = None
         self._workers = []
+        # At exit too, before multiprocessing waits for them, and they for the next function.
+        Finalize(self, _end_workers, args=(self._workers,), exitpriority=0)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -109,11 +115,8 @@ class WorkerPool:
         return self._store.num_keys()
 
     def close(self):
-        for process, connection, _ in self._workers:
-            process.kill()
-            process.join()
-            connection.close()
-        self._workers, self._world = [], None
+        _end_workers(self._workers)
+        self._world = None
 
     def _start_worker(self, rank, module):
         context = multiprocessing.get_context(self._start_method)
@@ -140,6 +143,14 @@ class WorkerPool:
         return False, LostWorker(text), text, "lost"
 
 
+def _end_workers(workers):
+    for process, connection, _ in workers:
+        process.kill()
+        process.join()
+        connection.close()
+    workers.clear()
+
+
 def _default_start_method(device):
     """The server that workers are forked from must not initialise CUDA, which they could not do again. Imports there
     ask whether there is a GPU; only NVML can answer without CUDA."""
@@ -155,6 +166,7 @@ def _default_start_method(device):
 
 
 def _worker_main(rank, connection, log, device):
+    end_with_parent()  # also in the middle of a function, when nothing is received
     stream = open(log, "w", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from .._parent_process import init_loader_worker
 from ..data import FlashCPCollator, PackedDocuments, PackedDocumentStream
 from ..data.features import LOSS_MASKS
 from ..errors import BatchError, ConfigurationError
@@ -114,6 +115,7 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
             # Trainer seeds every process's workers apart, but those of a group must draw alike.
             inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": self._dp_rank})
+        inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
         return loader
 
     def get_batch_samples(

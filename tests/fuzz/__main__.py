@@ -5,6 +5,7 @@ import importlib.util
 import os
 import random
 import re
+import signal
 import sys
 import time
 import traceback
@@ -70,9 +71,12 @@ def lines_of(function):
         function()
         os._exit(1)
     os.close(writing)
-    with open(reading, errors="replace") as lines:
-        yield from lines
-    os.waitpid(child, 0)
+    try:
+        with open(reading, errors="replace") as lines:
+            yield from lines
+    finally:  # it may not be at its end: whoever reads may be interrupted
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def fuzz(name, folder, seconds):

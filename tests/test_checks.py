@@ -1,0 +1,89 @@
+"""Versions and checks: what is said of them in several places agrees, and no check is one that nobody runs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+RUN = (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")
+PINNED = dict(
+    re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+)
+OLDEST = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', str(PROJECT["project"]).replace("'", '"')))
+PYTHONS = re.findall(r"Python :: (3\.\d+)", str(PROJECT["project"]["classifiers"]))
+
+
+def short(version):
+    return ".".join(version.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    "marker", [each.partition(":")[0] for each in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+)
+def test_every_marker_runs_by_default_or_by_a_command_that_is_documented(marker):
+    left_out = re.findall(r"not (\w+)", PROJECT["tool"]["pytest"]["ini_options"]["addopts"])
+    name = marker.partition("(")[0]
+    assert name not in left_out or f"`python -m pytest -m {name}`" in PAGE
+    assert f"`{name}`" in PAGE
+
+
+def test_ci_runs_what_a_contributor_runs():
+    commands = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith(("#", "set", "cd"))
+    ]
+    assert commands == ["bash tests/run.sh"] and "-m pytest -n 2 --dist loadgroup" in RUN and " -m '" not in RUN
+
+
+def test_options_of_the_command_are_documented():
+    options = re.findall(r"^ +(--\w+)\)", RUN, re.MULTILINE)
+    header = [line for line in RUN.splitlines() if line.startswith("#")]
+    assert len(options) == 4
+    for option in options:
+        assert any(line.startswith(f"#   {option} ") for line in header) and option in PAGE, option
+
+
+def test_files_of_the_quick_part_exist():
+    names = [name for group in re.findall(r"tests/test_\{(.*?)\}\.py", RUN) for name in group.split(",")]
+    assert len(names) > 10 and all((ROOT / "tests" / f"test_{name}.py").exists() for name in names)
+
+
+@pytest.mark.parametrize("tool", [name for name in PROJECT["tool"] if name not in ("setuptools", "pytest")])
+def test_every_tool_that_is_configured_is_named(tool):
+    assert f"`python -m {tool}" in PAGE
+
+
+def test_the_oldest_and_newest_versions_are_those_that_the_readme_names():
+    names = {"torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "trl": "TRL"}
+    tested = [f"Python {PYTHONS[0]} to {PYTHONS[-1]}"]
+    for name, shown in names.items():
+        versions = list(dict.fromkeys(short(each) for each in (OLDEST[name], PINNED[name])))
+        tested.append(f"{shown} {' and '.join(versions)}")
+    assert f"| Tested with | {', '.join(tested)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    oldest = PYTHONS[0]
+    assert PROJECT["project"]["requires-python"] == f">={oldest}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == oldest
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    for page in ("README.md", "docs/index.md"):
+        assert f"with Python {oldest} or newer" in (ROOT / page).read_text(encoding="utf-8")
+    assert f"Python {oldest} is the oldest" in PAGE
+
+
+def test_the_page_of_models_is_of_the_pinned_versions():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    made_with = re.search(r"with transformers (\S+) and torch (\S+)\. ", page).groups()
+    assert made_with == (PINNED["transformers"], PINNED["torch"]), "make it again, with the command that it names"
+
+
+def test_line_numbers_of_the_canaries_are_of_the_pinned_versions():
+    said = f"Lines are those of transformers {short(PINNED['transformers'])}, accelerate {short(PINNED['accelerate'])}"
+    assert f"{said} and TRL {short(PINNED['trl'])}" in (ROOT / "tests" / "test_canaries.py").read_text(
+        encoding="utf-8"
+    )
