@@ -59,6 +59,7 @@ SIZES: dict[str, Any] = {
     "attention_chunk_size": 8,
     "num_attention_heads_per_layer": lambda value, values: 8 if value > values["num_attention_heads"] else 4,
     "query_pre_attn_scalar": 8,
+    "rotary_dim": 8,
     "laurel_rank": 8,
     **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_chunk_size", "chunk_size"), 8),
 }
