@@ -82,7 +82,7 @@ def attach(
 
     A forward raises a [`BatchError`] for batches that cannot be sharded, or that differ between ranks.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     check_model(inner)
     check_activated_kernel()
     mesh = accelerator_or_mesh
@@ -94,10 +94,15 @@ def attach(
     group, _, cp_size = context_parallel_group(mesh)
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
-    for hook in list(inner._forward_pre_hooks.values()):
-        if isinstance(earlier := getattr(hook, "__self__", None), ContextParallelHandle):
-            earlier.remove()
+    if (earlier := attached_handle(inner)) is not None:
+        earlier.remove()
     return ContextParallelHandle(inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv)
+
+
+def attached_handle(model: torch.nn.Module) -> ContextParallelHandle | None:
+    """The handle whose hooks a model has."""
+    owners = (getattr(hook, "__self__", None) for hook in transformers_model(model)._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, ContextParallelHandle)), None)
 
 
 class ContextParallelHandle:
@@ -248,7 +253,8 @@ _SAME_BATCH = (
 )
 
 
-def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside of DDP, torch.compile and PEFT."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
