@@ -113,10 +113,10 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
                 f"out, or override prediction_step in a subclass of {type(self).__name__}."
             )
         known = {"labels", "shift_labels", *getattr(self.data_collator, "per_token_keys", ())}
-        if other := [name for name in self.label_names if name not in known]:
+        if not self.label_names or not {*self.label_names} <= known:
             raise ConfigurationError(
-                f"label_names has {', '.join(other)}, but labels under context parallelism have a value for each "
-                "token. Leave it out, or name it in the per_token_keys of FlashCPCollator."
+                f"label_names is {self.label_names}, but labels under context parallelism have a value for each token. "
+                "Leave it out, or name others in the per_token_keys of FlashCPCollator."
             )
         if self.compute_loss_func:
             raise ConfigurationError(
