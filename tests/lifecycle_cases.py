@@ -30,14 +30,15 @@ def other_model():
     return model
 
 
-def _trainer(make=training_arguments, **options):
+def _trainer(make=training_arguments, cp_size=None, **options):
+    cp_size = cp_size or dist.get_world_size()
     arguments = options.pop("arguments", {})
     keep = _KeepGradient(whole_gradients)
     features = make_documents(LENGTHS, prompt=0.3)
     trainer = _InOrder(
         args=make(
-            parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()),
-            per_device_train_batch_size=len(LENGTHS),
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=len(LENGTHS) * cp_size // dist.get_world_size(),
             per_device_eval_batch_size=1,
             **{"max_steps": 1, **arguments},
         ),
@@ -101,20 +102,30 @@ def train_twice():
     return _checked(trainer, keep, features, [model]) | {"same_handle": trainer.flashcp is before}
 
 
+def evaluated_first(how, arguments, cp_size=None):
+    """Training after an evaluation, for which accelerate prepares the model in another way."""
+    fresh_accelerate()
+    model = build_model("llama", dtype=torch.float32 if "bf16" in arguments else torch.float64)
+    trainer, keep, features = _trainer(model=model, arguments=arguments, cp_size=cp_size)
+    getattr(trainer, how)(*[features] if how == "predict" else [])
+    trainer.train()
+    return _checked(trainer, keep, features, [model])
+
+
 def assigned(how):
     """`trainer.model = other` before or after training."""
     fresh_accelerate()
     first = build_model("llama")
     trainer, keep, features = _trainer(model=first)
-    if how == "after training":
+    if how in ("after training", "a copy of a trained one"):
         trainer.train()
         trainer.evaluate()
-    second = copy.deepcopy(first) if how == "a copy" else other_model()
+    second = copy.deepcopy(first) if "copy" in how else other_model()
     trainer.model = second
     if how == "and evaluated":
         trainer.evaluate()
     trainer.train()
-    models = [second] if how == "a copy" else [first, second]
+    models = [second] if "copy" in how else [first, second]
     return _checked(trainer, keep, features, models) | {"trained": trainer.model is second}
 
 
@@ -129,7 +140,6 @@ def wrapped_in_lora():
 
 
 def sharded_with_model_init():
-    """Under FSDP2, evaluated before training."""
     with fsdp_on_device():
         models = _Models()
         trainer, keep, features = _trainer(model_init=models, arguments=fsdp_arguments())
@@ -152,7 +162,10 @@ def _searched(trainer, trials):
                 losses.append(trainer.evaluate()["eval_loss"])
 
     backends = {HPSearchBackend.OPTUNA: Backend}
-    with mock.patch("transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS", backends):
+    with (
+        mock.patch("transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS", backends),
+        mock.patch("transformers.integrations.hp_params", lambda trial: trial.params if trial else {}),
+    ):
         trainer.hyperparameter_search(lambda trial: trial.params, backend="optuna")
     return losses
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer
 
@@ -92,6 +93,16 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         super().create_accelerator_and_postprocess()
         if hasattr(self, "flashcp"):  # a trial of a hyper-parameter search has set arguments
             self._refuse_options()
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        bare = getattr(model, "_orig_mod", model)
+        prepared = any(getattr(each, "_is_accelerate_prepared", False) for each in (model, bare))
+        if training and prepared and not self.is_fsdp_enabled and not isinstance(bare, DistributedDataParallel):
+            # For evaluation, so without DDP, and accelerate would leave it so: gradients would not be averaged.
+            model = self.accelerator.unwrap_model(bare, keep_fp32_wrapper=False)
+            model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return super()._wrap_model(model, training, dataloader)
 
     @property
     def _dp_size(self) -> int:
