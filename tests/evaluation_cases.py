@@ -226,7 +226,10 @@ def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
 def padded_rows(features):
     """As transformers' own collators: rows filled up on the right."""
     longest = max(len(feature["input_ids"]) for feature in features)
-    pad = lambda values, fill: [*values, *[fill] * (longest - len(values))]
+
+    def pad(values, fill):
+        return [*values, *[fill] * (longest - len(values))]
+
     return {
         "input_ids": torch.tensor([pad(feature["input_ids"], 0) for feature in features]),
         "attention_mask": torch.tensor([pad([1] * len(feature["input_ids"]), 0) for feature in features]),
@@ -268,9 +271,10 @@ def on_one_rank(lengths, kind):
     fresh_accelerate()
     base, arguments, options, as_stock = ON_ONE_RANK[kind]
     features, seen = make_documents(lengths, prompt=0.3), []
-    arguments = dict(
-        parallelism_config=FlashCPPlugin(cp_size=1), per_device_eval_batch_size=1 + (not as_stock), max_steps=1
-    ) | arguments
+    arguments = (
+        dict(parallelism_config=FlashCPPlugin(cp_size=1), per_device_eval_batch_size=1 + (not as_stock), max_steps=1)
+        | arguments
+    )
     if base is Seq2SeqTrainer:
         plain = {**USE_DEVICE, "output_dir": tempfile.mkdtemp(), "report_to": [], "save_strategy": "no", "seed": 0}
         training = Seq2SeqTrainingArguments(**plain, learning_rate=0.0, disable_tqdm=True, **arguments)

@@ -31,20 +31,23 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
     Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
-    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go
-    to whatever the trainer reports to.
+    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. A model that
+    takes its place (`model_init`, a hyper-parameter search, `trainer.model = other`) is attached too. Plan metrics go
+    to whatever the trainer reports to. Evaluation gives the same results with every cp_size, 1 included.
 
     Args:
         args: those of the Trainer class behind it.
         kwargs: likewise.
 
     Attributes:
-        flashcp (`ContextParallelHandle`): see [`attach`].
+        flashcp (`ContextParallelHandle`): of the current model, see [`attach`].
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an option
-            that would see full labels beside this rank's logits (label smoothing, compute_loss_func).
+        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or, with a
+            cp_size above 1, an option that would see full labels beside this rank's logits (label smoothing,
+            compute_loss_func, a prediction_step of the class behind). When training begins, for an evaluation that
+            would be refused later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -126,8 +129,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         known = {"labels", "shift_labels", *getattr(self.data_collator, "per_token_keys", ())}
         if not self.label_names or not {*self.label_names} <= known:
             raise ConfigurationError(
-                f"label_names is {self.label_names}, but labels under context parallelism have a value for each token. "
-                "Leave it out, or name others in the per_token_keys of FlashCPCollator."
+                f"label_names is {self.label_names}, but labels under context parallelism have a value for each "
+                "token. Leave it out, or name others in the per_token_keys of FlashCPCollator."
             )
         if self.compute_loss_func:
             raise ConfigurationError(
