@@ -19,7 +19,7 @@ from ..errors import BatchError, ConfigurationError
 from ..exchange import require_agreement
 from ..layout.batch import IGNORE_INDEX
 from .attach import ContextParallelHandle, attach, attached_handle, transformers_model
-from .evaluation import target_labels
+from .evaluation import DocumentLosses, target_labels
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin, require_exact_arguments
 from .reliable import ReliableTrainerMixin
@@ -213,6 +213,25 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
                 logs.update(self.train_dataset.metrics())
         super().log(logs, *args, **kwargs)
+
+    def document_losses(self, dataset: Any = None) -> DocumentLosses:
+        """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
+
+        Args:
+            dataset (`Dataset`, *optional*): rows as for evaluation; defaults to the `eval_dataset`.
+
+        Returns:
+            `DocumentLosses`: in the order of the dataset, on every process.
+        """
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
+        self._losses_by_document = True
+        try:
+            output = self.predict(self.eval_dataset if dataset is None else dataset)
+        finally:
+            self._losses_by_document, self.compute_metrics = False, compute_metrics
+            self.args.eval_do_concat_batches = concatenates
+        return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
 
     # Trainer adds these up over all processes, but cp_size of them work on the same batch.
 

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..layout import RankPlan
 from ..layout.batch import IGNORE_INDEX, context_parallel_group
 from .attach import ContextParallelHandle
-from .evaluation import DocumentLosses, EvaluationPass, require_known_rows, require_length, target_labels
+from .evaluation import EvaluationPass, require_known_rows, require_length, target_labels
 from .plan_metrics import PlanMetrics
 from .predictions import (
     Tree,
@@ -208,22 +208,3 @@ class EvaluatingTrainerMixin:
         if loss_key in output.metrics and not evaluation.loss_is_a_metric:
             output.metrics[loss_key] = mean_loss
         return output
-
-    def document_losses(self, dataset: Any = None) -> DocumentLosses:
-        """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
-
-        Args:
-            dataset (`Dataset`, *optional*): rows as for evaluation; defaults to the `eval_dataset`.
-
-        Returns:
-            `DocumentLosses`: in the order of the dataset, on every process.
-        """
-        compute_metrics, self.compute_metrics = self.compute_metrics, None
-        concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
-        self._losses_by_document = True
-        try:
-            output = self.predict(self.eval_dataset if dataset is None else dataset)
-        finally:
-            self._losses_by_document, self.compute_metrics = False, compute_metrics
-            self.args.eval_do_concat_batches = concatenates
-        return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
