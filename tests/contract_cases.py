@@ -9,7 +9,7 @@ from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
 from tests.accelerate_state import fresh_accelerate
-from tests.models import build_model, make_documents
+from tests.models import build_model, make_documents, per_document_gradients
 from tests.trainer_cases import training_arguments
 
 
@@ -129,17 +129,16 @@ def one_document_per_row(features):
 
 
 def stock(name, lengths):
-    """On one process."""
+    """On one process. The loss is the mean over all targets, which the stock Trainer's mean of batches is not."""
     fresh_accelerate()
-    config = OPTIONS[name].get("config", {})
-    return _evaluated(
-        Trainer,
-        build_model("llama", "sdpa", **config),
-        name,
-        make_documents(lengths, prompt=0.3),
-        1,
-        data_collator=one_document_per_row,
-    )
+    options, features = OPTIONS[name], make_documents(lengths, prompt=0.3)
+    model = build_model("llama", "sdpa", **options.get("config", {}))
+    found = _evaluated(Trainer, model, name, features, 1, data_collator=one_document_per_row)
+    if "loss" not in options.get("metrics", {}):
+        loss, _ = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+        for key, prefix in (("metrics", "eval"), ("test_metrics", "test")):
+            found[key][f"{options.get('call', {}).get('metric_key_prefix', prefix)}_loss"] = loss
+    return found
 
 
 def ours(name, lengths, cp_size, per_batch):
