@@ -18,9 +18,10 @@ from transformers import (
     StableLmConfig,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
 )
 
-from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin, attach
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh
 from tests.models import SMALL, build_model, make_documents
@@ -143,5 +144,14 @@ def a_loss(outputs, labels, num_items_in_batch=None):
     return outputs["logits"].mean()
 
 
-def a_metric(prediction):
-    return {}
+class _OwnStep(Trainer):
+    def prediction_step(self, *args, **kwargs):
+        return super().prediction_step(*args, **kwargs)
+
+
+def make_trainer_with_its_own_step():
+    fresh_accelerate()
+    type("Mixed", (FlashCPTrainerMixin, _OwnStep), {})(
+        model=build_model("llama"),
+        args=training_arguments(parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size())),
+    )

@@ -1,17 +1,27 @@
 """What workers run for the tests of evaluation."""
 
+import tempfile
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import (
+    DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin
 from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, make_documents, per_document_gradients, target_count, tokenizer
-from tests.trainer_cases import training_arguments
+from tests.trainer_cases import USE_DEVICE, training_arguments
 
 
 def evaluation_loss(lengths, cp_size=None, per_batch=2):
@@ -212,3 +222,176 @@ def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
         "entropy": entropy / targets,
         "documents_seen": [prediction.predictions.shape[0] for prediction in seen],
     }
+
+
+def padded_rows(features):
+    """As transformers' own collators: rows filled up on the right."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+
+    def pad(values, fill):
+        return [*values, *[fill] * (longest - len(values))]
+
+    return {
+        "input_ids": torch.tensor([pad(feature["input_ids"], 0) for feature in features]),
+        "attention_mask": torch.tensor([pad([1] * len(feature["input_ids"]), 0) for feature in features]),
+        "labels": torch.tensor([pad(feature["labels"], -100) for feature in features]),
+    }
+
+
+def summed_loss(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs["logits"][..., :-1, :].flatten(0, 1), labels[..., 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / num_items_in_batch
+
+
+class _OwnStep(Trainer):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, *_ = super().prediction_step(model, inputs, True, ignore_keys)
+        return loss, torch.ones(1, 1), torch.ones(1, 1)
+
+
+# Trainer class behind the mixin, arguments, trainer options, and whether evaluation is the stock one.
+ON_ONE_RANK = {
+    "label_smoothing_factor": (Trainer, {"label_smoothing_factor": 0.1}, {}, False),
+    "compute_loss_func": (Trainer, {}, {"compute_loss_func": summed_loss}, False),
+    "padded rows": (Trainer, {}, {"data_collator": padded_rows}, False),
+    "padded rows, smoothed": (Trainer, {"label_smoothing_factor": 0.1}, {"data_collator": padded_rows}, False),
+    "average_tokens_across_devices": (Trainer, {"average_tokens_across_devices": False}, {}, False),
+    "eval_use_gather_object": (Trainer, {"eval_use_gather_object": True}, {}, True),
+    "predict_with_generate": (
+        Seq2SeqTrainer,
+        {"predict_with_generate": True, "generation_max_length": 50},
+        {"data_collator": padded_rows},
+        True,
+    ),
+    "own prediction_step": (_OwnStep, {}, {}, True),
+}
+
+
+def on_one_rank(lengths, kind):
+    """Evaluation with cp_size 1, training, and what each document alone gives."""
+    fresh_accelerate()
+    base, arguments, options, as_stock = ON_ONE_RANK[kind]
+    features, seen = make_documents(lengths, prompt=0.3), []
+    arguments = (
+        dict(parallelism_config=FlashCPPlugin(cp_size=1), per_device_eval_batch_size=1 + (not as_stock), max_steps=1)
+        | arguments
+    )
+    if base is Seq2SeqTrainer:
+        plain = {**USE_DEVICE, "output_dir": tempfile.mkdtemp(), "report_to": [], "save_strategy": "no", "seed": 0}
+        training = Seq2SeqTrainingArguments(**plain, learning_rate=0.0, disable_tqdm=True, **arguments)
+    else:
+        training = training_arguments(**arguments)
+    trainer = type("Mixed", (FlashCPTrainerMixin, base), {})(
+        model=build_model("llama", pad_token_id=0),
+        args=training,
+        train_dataset=features,
+        eval_dataset=features,
+        compute_metrics=lambda prediction: seen.append(prediction) or {},
+        **{"data_collator": FlashCPCollator(1), **options},
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    reference, sums, targets = build_model("llama", "sdpa", pad_token_id=0), [], []
+    for feature in features:
+        inputs = {key: torch.tensor([value]) for key, value in feature.items()}
+        with torch.no_grad():
+            outputs = reference(**inputs)
+        targets.append(int((inputs["labels"][:, 1:] != -100).sum()))
+        if "label_smoothing_factor" in arguments:
+            outputs["loss"] = LabelSmoother(0.1)(outputs, inputs["labels"], shift_labels=True)
+        sums.append(float(outputs["loss"]) * targets[-1])
+    if as_stock and dist.get_world_size() == 1:
+        expected = sum(loss_sum / count for loss_sum, count in zip(sums, targets)) / len(sums)
+    elif as_stock:
+        expected = loss  # stock's own way with unequal processes
+    else:
+        expected = sum(sums) / sum(targets)
+    shape = np.shape(seen[0].predictions)
+    return {
+        "loss": loss,
+        "expected": expected,
+        # Python objects come in lists, and Seq2SeqTrainer keeps rows that fill up the last batch.
+        "rows": len(lengths) if kind in ("eval_use_gather_object", "predict_with_generate") else shape[0],
+        "expected_rows": len(lengths),
+        "trained": trainer.state.global_step == 1,
+    }
+
+
+class _Endless(IterableDataset):
+    def __init__(self, features):
+        self.features = features
+
+    def __iter__(self):
+        return iter(self.features)
+
+
+def refused_before_training(kind):
+    """dp 2 x cp 2. The error's note has the step at which it came."""
+    fresh_accelerate()
+    features = make_documents([40, 25, 18, 31])
+    family, overrides, options = "llama", {}, {"eval_dataset": features}
+    if kind == "no length":
+        options["eval_dataset"] = _Endless(features)
+    elif kind == "one of two sets without a length":
+        options["eval_dataset"] = {"a": features, "b": _Endless(features)}
+    elif kind == "rows that cannot be told apart":
+        options["data_collator"] = DataCollatorWithFlattening()
+    else:
+        family, overrides = "qwen3_moe", {"output_router_logits": True}
+        options["compute_metrics"] = lambda prediction: {}
+    trainer = FlashCPTrainer(
+        model=build_model(family, **overrides),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=2),
+            per_device_eval_batch_size=2,
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
+        train_dataset=features,
+        **options,
+    )
+    try:
+        trainer.train()
+    except ValueError as error:
+        error.__notes__ = [*getattr(error, "__notes__", []), f"step {trainer.state.global_step}"]
+        raise
+
+
+def router_logits_ignored():
+    """Shapes of what metrics see during training."""
+    fresh_accelerate()
+    features, seen = make_documents([25, 18]), []
+    trainer = FlashCPTrainer(
+        model=build_model("qwen3_moe", output_router_logits=True),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=2), max_steps=1, eval_strategy="steps", eval_steps=1
+        ),
+        train_dataset=features,
+        eval_dataset=features,
+        compute_metrics=lambda prediction: seen.append(prediction.predictions.shape) or {},
+    )
+    trainer.train(ignore_keys_for_eval=["aux_loss", "router_logits"])
+    return seen
+
+
+def loss_of_flattened_rows():
+    """dp 2 x cp 2 with batches that others packed, one dataset row each: three rows on two groups."""
+    fresh_accelerate()
+    features = make_documents([40, 25, 18])
+    trainer = FlashCPTrainer(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=2),
+            per_device_eval_batch_size=1,
+            max_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
+        train_dataset=features,
+        eval_dataset=features,
+        data_collator=DataCollatorWithFlattening(),
+    )
+    trainer.train()
+    measured = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    return measured, per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)[0]

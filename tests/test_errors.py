@@ -161,12 +161,18 @@ def test_arguments_win_over_the_environment(monkeypatch):
     [
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be used"),
         ({"compute_loss_func": error_cases.a_loss}, {}, "compute_loss_func"),
-        ({"compute_metrics": error_cases.a_metric}, {"include_for_metrics": ["inputs"]}, "include_for_metrics"),
+        ({}, {"eval_use_gather_object": True}, "eval_use_gather_object cannot be used"),
+        ({}, {"label_names": ["labels", "weights"]}, r"label_names is ['labels', 'weights']"),
+        ({}, {"label_names": []}, r"label_names is []"),
         ({}, {"parallelism_config": ParallelismConfig()}, "parallelism_config is a ParallelismConfig"),
     ],
 )
 def test_trainer_options_that_would_be_wrong(pool, trainer, training, message):
     check(pool.errors(2, error_cases.make_trainer, trainer, training), ConfigurationError, message)
+
+
+def test_a_prediction_step_of_a_trainer_behind_ours_is_refused(pool):
+    check(pool.errors(2, error_cases.make_trainer_with_its_own_step), ConfigurationError, "_OwnStep has a prediction_")
 
 
 def test_every_error_is_a_value_error_with_one_base():

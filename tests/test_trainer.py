@@ -39,10 +39,26 @@ def test_trainer(pool, cp_size, options):
 
 
 def test_counters_count_a_shared_batch_once(pool):
-    options = {"include_num_input_tokens_seen": "all", "steps": 2}
-    results = [pool.run(cp_size, trainer_cases.trainer_step_with, LENGTHS, options)[0] for cp_size in (1, 2)]
-    assert [result["tokens_seen"] for result in results] == [sum(LENGTHS[:6])] * 2
-    assert results[0]["flos"] == results[1]["flos"]
+    """Six documents a step, with and without data-parallel groups."""
+    layouts = [(1, 1, 3), (2, 2, 3), (2, 1, 3), (4, 2, 3)]
+    results = {}
+    for world_size, cp_size, per_batch in layouts:
+        options = {"include_num_input_tokens_seen": "all", "steps": 2, "cp_size": cp_size, "per_batch": per_batch}
+        results[world_size, cp_size] = pool.run(world_size, trainer_cases.trainer_step_with, LENGTHS, options)[0]
+    assert results[1, 1]["tokens_seen"] == results[2, 2]["tokens_seen"] == sum(LENGTHS[:6])
+    assert results[2, 1]["tokens_seen"] == results[4, 2]["tokens_seen"] == sum(LENGTHS[:12])
+    assert results[1, 1]["flos"] == results[2, 2]["flos"]
+    assert results[2, 1]["flos"] == results[4, 2]["flos"]
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("world_size, cp_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_the_documented_loss_of_ones_own(pool, world_size, cp_size, average):
+    """docs/turn_it_on.md, with gradient accumulation: gradient, logged loss and eval_loss."""
+    for result in pool.run(world_size, trainer_cases.documented_loss, LENGTHS, cp_size, average):
+        assert result["gradient_error"] < GRADIENT
+        assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)
+        assert result["eval_loss"] == pytest.approx(result["expected_eval_loss"], rel=GRADIENT)
 
 
 def test_plan_metrics_are_logged(pool):

@@ -86,6 +86,8 @@ def test_fsdp2_in_bf16_is_as_near_to_fp64_as_a_single_process(pool, fsdp):
     [
         ("trainer", True, 259),
         ("trainer", False, 259 / 2),
+        ("evaluate", True, 259),
+        ("evaluate", False, 259 / 2),
         ("callback", True, 259),
         ("shard_inputs", True, 259 / 2),
     ],

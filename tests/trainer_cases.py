@@ -1,6 +1,8 @@
 """What workers run for the trainer tests: a real training loop, its first gradient kept before the optimizer step."""
 
+import re
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -162,3 +164,61 @@ def accelerator_loop(lengths, accumulation, prompt=0.3):
 
 def trainer_step_with(lengths, options):
     return trainer_step(lengths, **options)
+
+
+def documented_class():
+    """`SmoothedTrainer` of docs/turn_it_on.md."""
+    page = (Path(__file__).parent.parent / "docs" / "turn_it_on.md").read_text(encoding="utf-8")
+    (block,) = [each for each in re.findall("```python\n(.*?)```", page, re.DOTALL) if "class SmoothedTrainer" in each]
+    namespace = {}
+    exec(block, namespace)
+    return namespace["SmoothedTrainer"]
+
+
+def _smoothed(model, features):
+    """Mean of the documented loss over all targets, its gradients, each document run alone."""
+    model.zero_grad()
+    count, total = sum(sum(label != -100 for label in feature["labels"][1:]) for feature in features), 0.0
+    for feature in features:
+        ids = torch.tensor([feature["input_ids"]], device=DEVICE)
+        targets = torch.tensor(feature["labels"], device=DEVICE)[1:]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1) / count
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
+
+
+def documented_loss(lengths, cp_size, average):
+    fresh_accelerate()
+    features, keep = make_documents(lengths, prompt=0.3), KeepGradient()
+    groups = dist.get_world_size() // cp_size
+    trainer = type("InOrder", (InOrder, documented_class()), {})(
+        model=build_model("llama"),
+        args=training_arguments(
+            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            per_device_train_batch_size=len(features) // 2 // groups,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=2,
+            max_steps=1,
+            average_tokens_across_devices=average,
+        ),
+        train_dataset=features,
+        eval_dataset=features,
+        data_collator=FlashCPCollator(cp_size),
+        callbacks=[keep],
+    )
+    trainer.train()
+    reference = build_model("llama", "sdpa")
+    per_batch = len(features) // 2 // groups
+    batches = [features[start : start + per_batch] for start in range(0, len(features), per_batch)]
+    means = [sum(batches, [])] if average else [sum(batches[group::groups], []) for group in range(groups)]
+    parts = [_smoothed(reference, window) for window in means]
+    expected = {name: sum(grads[name] for _, grads in parts) / len(parts) for name in parts[0][1]}
+    return {
+        "gradient_error": largest_error(keep.steps[0], expected),
+        "loss": trainer.state.log_history[0]["loss"],
+        "expected_loss": sum(loss for loss, _ in parts) / len(parts),
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "expected_eval_loss": _smoothed(reference, features)[0],
+    }

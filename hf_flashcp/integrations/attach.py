@@ -86,7 +86,7 @@ def attach(
 
     A forward raises a [`BatchError`] for batches that cannot be sharded, or that differ between ranks.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     check_model(inner)
     check_activated_kernel()
     mesh = accelerator_or_mesh
@@ -100,13 +100,18 @@ def attach(
     group, _, cp_size = context_parallel_group(mesh)
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
-    for hook in list(inner._forward_pre_hooks.values()):
-        if isinstance(earlier := getattr(hook, "__self__", None), ContextParallelHandle):
-            earlier.remove()
+    if (earlier := attached_handle(inner)) is not None:
+        earlier.remove()
     share_router_losses(inner)
     return ContextParallelHandle(
         inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv, bool(global_router_loss), model
     )
+
+
+def attached_handle(model: torch.nn.Module) -> ContextParallelHandle | None:
+    """The handle whose hooks a model has."""
+    owners = (getattr(hook, "__self__", None) for hook in transformers_model(model)._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, ContextParallelHandle)), None)
 
 
 class ContextParallelHandle:
@@ -297,7 +302,8 @@ def _without_starts(labels: torch.Tensor, plan: ShardPlan) -> torch.Tensor:
     return labels.index_fill(1, starts.to(labels.device), IGNORE_INDEX)
 
 
-def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside of DDP, torch.compile and PEFT."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()

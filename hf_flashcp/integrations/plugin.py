@@ -49,6 +49,12 @@ _REFUSED_ARGUMENTS = (
         "it generates from a batch's rows, which are packed documents. Leave it out, and call model.generate yourself",
     ),
     (
+        "eval_use_gather_object",
+        _ANY,
+        "each rank has a part of a document's predictions, and Python objects cannot be put together from parts. "
+        "Leave it out",
+    ),
+    (
         "train_sampling_strategy",
         "batch_rebalance",
         "its sampler gives every process a batch of its own, but cp_size of them share one. Leave it out: documents "

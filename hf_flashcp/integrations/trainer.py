@@ -9,52 +9,73 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import Trainer
 
 from .._parent_process import init_loader_worker
 from ..data import FlashCPCollator, PackedDocuments, PackedDocumentStream
 from ..data.features import LOSS_MASKS
 from ..errors import BatchError, ConfigurationError
 from ..exchange import require_agreement
-from ..layout.batch import IGNORE_INDEX, context_parallel_group
-from .attach import ContextParallelHandle, attach
-from .evaluation import DocumentLosses, EvaluationSums, gather_rows, losses_by_document, whole_documents
+from ..layout.batch import IGNORE_INDEX
+from .attach import ContextParallelHandle, attach, attached_handle, transformers_model
+from .evaluation import DocumentLosses, target_labels
 from .plan_metrics import PlanMetrics
 from .plugin import FlashCPPlugin, require_exact_arguments
 from .reliable import ReliableTrainerMixin
+from .trainer_evaluation import EvaluatingTrainerMixin
 from .trl_guards import refuse_other_trainers
 
 
-class FlashCPTrainerMixin(ReliableTrainerMixin):
+class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
     Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
-    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. Plan metrics go
-    to whatever the trainer reports to.
+    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. A model that
+    takes its place (`model_init`, a hyper-parameter search, `trainer.model = other`) is attached too. Plan metrics go
+    to whatever the trainer reports to. Evaluation gives the same results with every cp_size, 1 included.
 
     Args:
         args: those of the Trainer class behind it.
         kwargs: likewise.
 
     Attributes:
-        flashcp (`ContextParallelHandle`): see [`attach`].
+        flashcp (`ContextParallelHandle`): of the current model, see [`attach`].
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an option
-            that would see full labels beside this rank's logits (label smoothing, compute_loss_func).
+        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or, with a
+            cp_size above 1, an option that would see full labels beside this rank's logits (label smoothing,
+            compute_loss_func, a prediction_step of the class behind). When training begins, for an evaluation that
+            would be refused later.
     """
-
-    _losses_by_document = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
         self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
-        self.flashcp: ContextParallelHandle = attach(self.model, self.accelerator, on_plan=self.plan_metrics.add)
-        self.flashcp.losses_add_up = self.args.average_tokens_across_devices
+        self.flashcp: ContextParallelHandle = self._attach(self.model)
+
+    def _attach(self, model: torch.nn.Module) -> ContextParallelHandle:
+        handle = attach(model, self.accelerator, on_plan=self.plan_metrics.add)
+        handle.losses_add_up = self.args.average_tokens_across_devices
+        return handle
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model that is attached. `train()` sets another one where there is a `model_init`."""
+        return self._model
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        earlier = getattr(self, "flashcp", None)
+        if earlier is not None and transformers_model(model) is not transformers_model(self._model):
+            if attached_handle(model) is not earlier:  # a copy of the model keeps its handle
+                self.flashcp = self._attach(model)
+                earlier.remove()
+            self.model_wrapped = model  # what train() takes
+        self._model = model
 
     def create_accelerator_and_postprocess(self) -> None:
         config = self.args.parallelism_config
@@ -76,6 +97,18 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+        if hasattr(self, "flashcp"):  # a trial of a hyper-parameter search has set arguments
+            self._refuse_options()
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        bare = getattr(model, "_orig_mod", model)
+        prepared = any(getattr(each, "_is_accelerate_prepared", False) for each in (model, bare))
+        if training and prepared and not self.is_fsdp_enabled and not isinstance(bare, DistributedDataParallel):
+            # For evaluation, so without DDP, and accelerate would leave it so: gradients would not be averaged.
+            model = self.accelerator.unwrap_model(bare, keep_fp32_wrapper=False)
+            model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return super()._wrap_model(model, training, dataloader)
 
     @property
     def _dp_size(self) -> int:
@@ -91,10 +124,16 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
         if self.get_cp_size() == 1:
             return
         require_exact_arguments(self.args)
-        if "inputs" in self.args.include_for_metrics:
+        if (owner := self._own_prediction_step()) is not None:
             raise ConfigurationError(
-                'include_for_metrics has "inputs", but under context parallelism the inputs are packed rows and the '
-                "predictions documents. Leave it out: label_ids has a document's tokens wherever it has labels."
+                f"{owner.__name__} has a prediction_step of its own, which would see a part of the batch. Leave it "
+                f"out, or override prediction_step in a subclass of {type(self).__name__}."
+            )
+        known = {"labels", "shift_labels", *getattr(self.data_collator, "per_token_keys", ())}
+        if not self.label_names or not {*self.label_names} <= known:
+            raise ConfigurationError(
+                f"label_names is {self.label_names}, but labels under context parallelism have a value for each "
+                "token. Leave it out, or name others in the per_token_keys of FlashCPCollator."
             )
         if self.compute_loss_func:
             raise ConfigurationError(
@@ -161,12 +200,9 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             return None
         if not self.args.average_tokens_across_devices:
             # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
-            labels = (
-                batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
-                for batch in batch_samples
-            )
             # A number and no tensor, since FSDP2 casts tensors of floats to its param_dtype, and bf16 cannot count.
-            return max(int(sum(each.ne(IGNORE_INDEX).sum() for each in labels)), 1) / self.get_cp_size()
+            own = sum(int(target_labels(batch).ne(IGNORE_INDEX).sum()) for batch in batch_samples)
+            return max(own, 1) / self.get_cp_size()
         # A whole number, for the same reason. Without any target the mean is 0 / 0, which would end the run.
         return torch.as_tensor(targets, device=device).round().long().clamp(min=1)
 
@@ -182,76 +218,6 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
                 logs.update(self.train_dataset.metrics())
         super().log(logs, *args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        group, _, cp_size = context_parallel_group(self.flashcp.mesh)
-        if cp_size > 1 and inputs.get("labels") is None and not prediction_loss_only:
-            raise ConfigurationError(
-                "Predictions under context parallelism are put together from documents with labels, which this batch "
-                "has not. Give it labels (-100 where there is no target), or predict with cp_size 1."
-            )
-        if (cp_size == 1 and not self._losses_by_document) or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        inputs = self.flashcp.shard(self._evaluated.mask_repeated_rows(inputs))
-        # The batch's targets (1 if it has none), and no factor for the number of processes: the ranks' losses add up
-        # to the batch's mean.
-        inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * cp_size
-        outputs = None
-        with torch.no_grad(), self.compute_loss_context_manager(), _loss_not_scaled(self.args):
-            if self._losses_by_document:
-                outputs = model(**inputs)
-                loss = outputs["loss"]
-            else:
-                loss = self.compute_loss(
-                    model,
-                    inputs,
-                    return_outputs=not prediction_loss_only,
-                    num_items_in_batch=inputs["num_items_in_batch"],
-                )
-        if isinstance(loss, tuple):
-            loss, outputs = loss
-        loss, targets = loss.detach(), inputs["shift_labels"].ne(IGNORE_INDEX).sum()
-        if group is not None:
-            dist.all_reduce(loss, group=group)
-            dist.all_reduce(targets, group=group)
-        self._evaluated.add(loss, targets)
-        if outputs is None:
-            return loss, None, None
-        plan, kept_tokens, logits = inputs["flashcp_plan"], self._evaluated.kept_tokens, outputs["logits"].detach()
-        if self._losses_by_document:
-            return loss, *losses_by_document(logits, inputs["shift_labels"], plan, kept_tokens)
-        return loss, *whole_documents(logits, labels, plan, kept_tokens, self._preprocess_document)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        with self.plan_metrics.paused():
-            return self._evaluation_loop(*args, **kwargs)
-
-    def _evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        cp_size = self.get_cp_size()
-        if cp_size == 1 and not self._losses_by_document:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-        self._evaluated = EvaluationSums(dataloader.dataset, self._dp_size, self._dp_rank)
-        # Documents are preprocessed one by one, and gathered from one rank of each group.
-        self._preprocess_document, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
-        self.gather_function = functools.partial(gather_rows, accelerator=self.accelerator, cp_size=cp_size)
-        # It drops what processes beyond the dataset's last row bring, of a batch that every rank has a part of.
-        gather_for_metrics, self.accelerator.gather_for_metrics = (
-            self.accelerator.gather_for_metrics,
-            self.accelerator.gather,
-        )
-        try:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-        finally:
-            self.preprocess_logits_for_metrics = self._preprocess_document
-            self.gather_function = self.accelerator.gather_for_metrics = gather_for_metrics
-        # Trainer averages batches, and drops part of the last one as if every process had had its own.
-        loss_sum, targets = self.accelerator.reduce(self._evaluated.sums.to(self.args.device), "sum").tolist()
-        loss_key = next((key for key in output.metrics if key.endswith("_loss")), None)
-        if loss_key is not None and targets > 0:
-            output.metrics[loss_key] = loss_sum / targets
-        return output
-
     def document_losses(self, dataset: Any = None) -> DocumentLosses:
         """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
 
@@ -262,11 +228,13 @@ class FlashCPTrainerMixin(ReliableTrainerMixin):
             `DocumentLosses`: in the order of the dataset, on every process.
         """
         compute_metrics, self.compute_metrics = self.compute_metrics, None
+        concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
         self._losses_by_document = True
         try:
             output = self.predict(self.eval_dataset if dataset is None else dataset)
         finally:
             self._losses_by_document, self.compute_metrics = False, compute_metrics
+            self.args.eval_do_concat_batches = concatenates
         return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
 
     # Trainer adds these up over all processes, but cp_size of them work on the same batch.
@@ -294,13 +262,3 @@ class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
         super().__init__(*args, **kwargs)
         if kwargs.get("data_collator") is None and len(args) < 3:
             self.data_collator = FlashCPCollator(self.get_cp_size(), strategy=self.args.parallelism_config.strategy)
-
-
-@contextlib.contextmanager
-def _loss_not_scaled(args: TrainingArguments) -> Iterator[None]:
-    """`compute_loss` without the factor that makes up for DDP's mean of gradients."""
-    averages, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-    try:
-        yield
-    finally:
-        args.average_tokens_across_devices = averages

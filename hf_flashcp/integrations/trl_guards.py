@@ -45,3 +45,9 @@ def refuse_other_trainers(arguments: Any) -> None:
             "documents. Others build theirs after generation, or compare whole sequences, of which a rank would have "
             "parts. Leave parallelism_config out, or train with SFTTrainer."
         )
+
+
+def is_sft_trainer(trainer: Any, owner: type | None = None) -> bool:
+    """Whether a trainer is TRL's SFTTrainer, or `owner`, one of its classes, is that itself."""
+    classes = type(trainer).__mro__ if owner is None else (owner,)
+    return "trl.trainer.sft_trainer.SFTTrainer" in {f"{each.__module__}.{each.__name__}" for each in classes}
