@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import Trainer
 
-from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, attach
+from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.doctor.tiny import build, default_config, tiny_copy
 from hf_flashcp.errors import UnsupportedModelError
@@ -140,6 +140,27 @@ def trainer_router_errors(lengths, cp_size, per_batch, callback=False, global_ro
 class _StockInOrder(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def evaluation_error(lengths, cp_size, per_batch):
+    """Of eval_loss, in which each batch's router loss counts as much as the batch has targets."""
+    fresh_accelerate()
+    with float64_throughout():
+        features = make_documents(lengths, prompt=0.3)
+        trainer = FlashCPTrainer(
+            model=build_model("mixtral", **ROUTER),
+            args=training_arguments(
+                parallelism_config=FlashCPPlugin(cp_size=cp_size), per_device_eval_batch_size=per_batch
+            ),
+            eval_dataset=features,
+            data_collator=FlashCPCollator(cp_size),
+        )
+        measured = trainer.evaluate()["eval_loss"]
+        batches = [features[start : start + per_batch] for start in range(0, len(features), per_batch)]
+        main, aux = reference_loss(build_model("mixtral", "eager", **ROUTER), batches)
+        shares = [target_count(batch) / target_count(features) for batch in batches]
+        expected = float(main + COEFFICIENT * sum(share * loss for share, loss in zip(shares, aux)))
+    return abs(measured - expected) / expected
 
 
 def trainer_router_errors_with(lengths, cp_size, options):

@@ -85,6 +85,12 @@ def test_trainers_count_it_as_they_do_without_context_parallelism(pool, world_si
         assert gradient < EXACT and logged < LOGGED
 
 
+@pytest.mark.parametrize("world_size, cp_size", [(1, 1), (2, 2), (3, 3), (2, 1), (4, 2)])
+def test_eval_loss_has_each_batch_s_router_loss_once(pool, world_size, cp_size):
+    for error in pool.run(world_size, router_cases.evaluation_error, MANY, cp_size, 3):
+        assert error < EXACT
+
+
 def test_a_term_that_is_not_shared_is_refused(pool):
     for message in pool.run(2, router_cases.unknown_term):
         assert "MixtralForCausalLM adds a term of" in message and "would count once per rank" in message

@@ -104,7 +104,7 @@ class EvaluatingTrainerMixin:
         if loss is not None:
             # compute_loss multiplies by the number of processes, or the ranks' losses average to the group's.
             multiplied = num_items is not None and self.args.average_tokens_across_devices
-            weight = targets / (self.accelerator.num_processes if multiplied else cp_size)
+            weight = targets.double() / (self.accelerator.num_processes if multiplied else cp_size)
             group, _, _ = context_parallel_group(self.flashcp.mesh)
             loss = evaluation.add(loss.detach().mean() * weight, targets, group)
         if outputs is None:

@@ -97,7 +97,7 @@ def shard_inputs(
         if batch.get("shift_labels") is None:
             batch["shift_labels"] = _shifted_labels(batch["labels"], plan)
         if batch.get("num_items_in_batch") is None:
-            target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1) / cp_size
+            target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
             batch["num_items_in_batch"] = target_count
     bound = RankPlan(plan, rank, group, target_count, _full_row(batch["position_ids"], shape))
     index = bound.layout.token_index.to(tokens.device)
