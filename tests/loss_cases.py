@@ -133,3 +133,26 @@ def already_sharded():
     attach(model, cp_mesh())
     batch = FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17]))
     return float(model(**shard_inputs(batch, cp_mesh())).loss / model(**batch).loss)
+
+
+def loss_function_mentioned_alone():
+    """What two steps raise with a forward that names `loss_function`, but takes another loss, from labels."""
+    model = build_model("llama")
+    forward = model.forward
+
+    def own_forward(*, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        output = forward(**kwargs)
+        assert model.loss_function is not None
+        output["loss"] = output.logits.mean() + own_shift(output.logits, labels, 67, num_items_in_batch)
+        return output
+
+    model.forward = own_forward
+    attach(model, cp_mesh())
+    batch, found = FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])), []
+    for _ in range(2):
+        try:
+            model(**batch)
+            found.append(None)
+        except UnsupportedModelError as error:
+            found.append(str(error))
+    return found

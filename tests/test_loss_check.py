@@ -58,6 +58,11 @@ def test_a_model_that_does_not_hand_shift_labels_on(pool):
         assert "does not hand shift_labels on to its loss function" in message
 
 
+def test_a_forward_that_seems_to_call_its_loss_function_is_found_out_in_the_second_step(pool):
+    for first, second in pool.run(2, loss_cases.loss_function_mentioned_alone):
+        assert first is None and "computes its loss from labels and not from shift_labels" in second
+
+
 def test_who_shards_the_batch_makes_no_difference(pool):
     for ratio in pool.run(2, loss_cases.already_sharded):
         assert ratio == 1.0

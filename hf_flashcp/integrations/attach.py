@@ -74,7 +74,7 @@ def attach(
     `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)`). The only graph breaks are then the attention
     calls. Without `dynamic=True` the second pack recompiles once, after that or with it no pack does. A whole model
     compiles too (`torch.compile(model, dynamic=True)`), with further breaks before its layers, where the batch is
-    sharded and where the mask is left out.
+    sharded and where the mask is left out; its loss, which the first forward checks, is compiled at the second pack.
 
     Returns:
         `ContextParallelHandle`: with `.remove()` and the latest `.plan`. Attaching again replaces the earlier handle.
@@ -141,7 +141,7 @@ class ContextParallelHandle:
         self._on_plan = on_plan
         self._keep_received_kv = keep_received_kv
         self._global_router_loss = global_router_loss
-        self._checked = self._loss_checked = False
+        self._checked = self._loss_checked = self._loss_unknown = False
         self._loss_check: LossCheck | None = None
         self._stock_coefficients: dict[str, float] = {}
         self._forwards = 0
@@ -264,7 +264,7 @@ class ContextParallelHandle:
         else:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             if not self._loss_checked:
-                self._loss_check = LossCheck(model, batch)
+                self._loss_check = LossCheck(model, batch, watch=self._loss_unknown)
 
     @torch.compiler.disable
     def _after_forward(self, model, args, output):
@@ -286,6 +286,7 @@ class ContextParallelHandle:
             self._checked = True
         if check is not None:
             self._loss_checked = check.finish(output, forward, other_terms=bool(self._stock_coefficients))
+            self._loss_unknown = not self._loss_checked
 
 
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."

@@ -7,6 +7,7 @@ one that takes a mean would weigh ranks alike whatever they hold, and a further 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,15 +29,23 @@ _ADVICE = "Use transformers' own loss, or one that takes shift_labels (docs/turn
 
 
 class LossCheck:
-    """Stands in for the loss function of `model` during one forward, and watches the `shift_labels` of its `batch`."""
+    """Stands in for the loss function of `model` during one forward.
 
-    def __init__(self, model: PreTrainedModel, batch: dict[str, Any]):
+    Args:
+        model (`PreTrainedModel`): about to run.
+        batch (`dict`): for it. If the model's forward computes its loss by itself, its `shift_labels` are replaced by
+            ones that remember whether they were used. No others, since compiled layers compile again for them.
+        watch (`bool`): replace them in any case.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: dict[str, Any], watch: bool):
         self._model, self._name = model, type(model).__name__
         self._function: Callable = model.loss_function
         self._own_function = vars(model).get("_loss_function")
         self._returned: torch.Tensor | None = None
-        self._watched = batch["shift_labels"] = batch["shift_labels"].as_subclass(_Watched)
-        self._watched.used = False
+        self._watched: _Watched | None = None
+        if watch or not _calls_loss_function(model):
+            self._watched = batch["shift_labels"] = batch["shift_labels"].as_subclass(_Watched)
         model.loss_function = self
 
     def restore(self) -> None:
@@ -61,10 +70,12 @@ class LossCheck:
         return loss
 
     def finish(self, output: Any, forward: ShardedForward, other_terms: bool) -> bool:
-        """Checks the loss of the forward's output, and returns whether there was one. `other_terms`: it has further
-        ones, which are exact."""
+        """Checks the loss of the forward's output, and returns whether it could. `other_terms`: it has further ones,
+        which are exact."""
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None:
+            return False
+        if self._returned is None and self._watched is None:
             return False
         if self._returned is None and not self._watched.used:
             raise UnsupportedModelError(
@@ -124,6 +135,12 @@ class LossCheck:
                 f"{self._name} has a loss function that is not the sum over its targets divided by "
                 f"num_items_in_batch: the ranks' losses would not add up. {_ADVICE}"
             )
+
+
+def _calls_loss_function(model: PreTrainedModel) -> bool:
+    """As far as its forward tells; one that calls another may do so all the same."""
+    code = getattr(inspect.unwrap(model.forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 class _Watched(torch.Tensor):
