@@ -33,8 +33,10 @@ def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family, str
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_families(pool, cp_size, family):
-    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss with every strategy."""
-    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, STRATEGIES):
+    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss with every strategy (on one rank all
+    make the same plan)."""
+    strategies = STRATEGIES if cp_size > 1 else STRATEGIES[:1]
+    for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, strategies):
         assert error < FP64
 
 

@@ -62,6 +62,9 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 8,
     "laurel_rank": 8,
     **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "ssm_state_size"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_num_value_heads"), 8),
+    "linear_num_key_heads": 4,
 }
 
 # Families whose sizes depend on each other in their own way.
