@@ -16,7 +16,7 @@ from tests import contract_cases
 
 
 LENGTHS = [40, 3, 17, 25, 9]
-LAYOUTS = [(1, 1, 2), (2, 1, 1), (2, 2, 2), (3, 3, 1), (4, 2, 1)]  # processes, cp_size, documents per batch
+LAYOUTS = [(1, 1, 2), (2, 1, 1), (3, 3, 1), (4, 2, 1)]  # processes, cp_size, documents per batch
 
 # Arguments that Trainer's evaluation reads, beside those of OPTIONS: they say where and how fast, not what.
 OTHER_ARGUMENTS = {

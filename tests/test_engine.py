@@ -391,12 +391,15 @@ def test_ranks_that_differ_in_keeping_kv_say_so(pool):
 
 @pytest.mark.parametrize(
     "whole, backend, breaks",
-    [(False, "aot_eager", ["flashcp_attention"]), (True, "eager", ["flashcp_attention", "flashcp_mask"])],
+    [
+        (False, "aot_eager", ["flashcp_attention"]),
+        (True, "eager", ["LossCheck", "flashcp_attention", "flashcp_mask"]),
+    ],
 )
 def test_compiled_models(pool, whole, backend, breaks):
-    """Same gradients, breaks at the attention call (and at the mask, before the layers); a new pack makes no new
-    graph, but for the loss of a whole model, which was checked at the first one. In debug mode, which changes none of
-    it."""
+    """Same gradients, breaks at the attention call (in a whole model also at the mask, before the layers, and once at
+    the loss, which the first pack checks and the second one compiles); a further pack makes no new graph. In debug
+    mode, which changes none of it."""
     packs = [[40, 3, 17, 1, 25], [30, 9], [64, 5, 7], [33, 20, 20]]
     for errors, graphs, found in pool.run(2, engine_cases.compiled, packs, backend, whole):
         assert max(errors) < FP64

@@ -193,7 +193,7 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
         tmp_path,
         *("recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
         *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache"),
-        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 4),
+        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 3),
         *("--dtype", "float64", "--warmup_steps", 0),
     )
     metrics = metrics_of(tmp_path)
