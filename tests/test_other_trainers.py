@@ -26,6 +26,13 @@ def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
         assert {"flashcp_kv_fraction", "flashcp_pair_imbalance", "flashcp_plan_ms"} <= result["log"].keys()
 
 
+def test_router_loss_of_the_sft_trainer(pool):
+    """What TRL logs as aux_loss, too."""
+    (expected,) = pool.run(1, trl_cases.router_loss_of_sft_trainer)
+    for found in pool.run(3, trl_cases.router_loss_of_sft_trainer):
+        assert found == pytest.approx(expected, rel=GRADIENT) and found[2] > 1
+
+
 def test_dft_loss_of_the_sft_trainer(pool):
     check(pool.run(2, trl_cases.sft_step, {"way": "bfd", "loss_type": "dft"}))
 

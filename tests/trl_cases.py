@@ -1,6 +1,7 @@
 """What workers run for the tests with TRL's SFTTrainer and with stock Trainer plus the callback."""
 
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from tests.models import (
     target_count,
     tokenizer,
 )
-from tests.trainer_cases import KeepGradient, training_arguments
+from tests.router_cases import ROUTER
+from tests.trainer_cases import USE_DEVICE, KeepGradient, training_arguments
 
 
 LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20, 8, 11, 45, 16]
@@ -225,3 +227,34 @@ def mixed_dpo_trainer():
     finally:
         for name in sizes:
             del os.environ[name]
+
+
+def router_loss_of_sft_trainer():
+    """Loss, gradient norm and TRL's own aux_loss of a step of packed documents that all ranks share, under activation
+    checkpointing."""
+    fresh_accelerate()
+    documents = [{"input_ids": feature["input_ids"]} for feature in make_documents([40, 3, 17, 25])]
+    trainer = _MixedSFTTrainer(
+        model=build_model("mixtral", **ROUTER),
+        args=SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            **USE_DEVICE,
+            report_to=[],
+            max_length=100,
+            packing=True,
+            packing_strategy="bfd",
+            per_device_train_batch_size=1,
+            max_steps=1,
+            logging_steps=1,
+            learning_rate=0.0,
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+            parallelism_config=FlashCPPlugin(cp_size=dist.get_world_size()),
+            **{CHECKPOINTING_ARGUMENT: True},
+        ),
+        train_dataset=Dataset.from_list(documents),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    return [trainer.state.log_history[0][name] for name in ("loss", "grad_norm", "aux_loss")]
