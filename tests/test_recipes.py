@@ -135,10 +135,11 @@ def test_quickstart_trains_and_reports(quickstart):
     assert "rows read" in result.stdout and "kept, truncated to the window" in result.stdout
 
 
-def test_the_quickstart_calls_nothing_that_is_deprecated(quickstart):
+def test_the_quickstart_calls_nothing_that_is_deprecated_and_warns_of_nothing_here(quickstart):
     _, result = quickstart
-    printed = result.stdout + result.stderr
-    assert not [line for line in printed.splitlines() if "FutureWarning" in line or "DeprecationWarning" in line]
+    lines = (result.stdout + result.stderr).splitlines()
+    assert not [line for line in lines if "FutureWarning" in line or "DeprecationWarning" in line]
+    assert not [line for line in lines if "Warning: " in line and ("/hf_flashcp/" in line or "/recipes/" in line)]
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -84,11 +84,11 @@ class LossCheck:
             )
         if self._returned is None or other_terms:
             return True
-        rest = float(loss) - float(self._returned)
-        tolerance = 8 * torch.finfo(loss.dtype).eps * abs(float(loss))
+        rest = float(loss.detach()) - float(self._returned)
+        tolerance = 8 * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
         terms = [0.0]
         if forward.router_loss is not None:
-            share = float(forward.router_loss) * forward.router_weight
+            share = float(forward.router_loss.detach()) * forward.router_weight
             terms += [coefficient * share for coefficient in router_coefficients(self._model)]
         if math.isfinite(rest) and not any(
             math.isclose(rest, term, rel_tol=1e-3, abs_tol=tolerance) for term in terms
