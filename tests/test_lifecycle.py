@@ -1,6 +1,8 @@
 """The model that a Trainer trains and evaluates is the attached one, wherever it has come from."""
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from hf_flashcp.errors import ConfigurationError, UnsupportedModelError
 from tests import lifecycle_cases
@@ -88,6 +90,8 @@ def test_a_model_that_cannot_be_attached_is_refused_when_training_begins(pool):
 @pytest.mark.parametrize("how", ["best", "resumed", "resumed, model_init"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_saved_models(pool, world_size, how):
+    if world_size > 1 and "resumed" in how and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.17 loads optimizer state to the device 'cpu:0', which torch.load does not know")
     for found in pool.run(world_size, lifecycle_cases.saved, how):
         assert found["loss_error"] < EXACT and found["best_error"] < EXACT
         assert found["worst"] > 1e-3 and found["handle_is_current"]
