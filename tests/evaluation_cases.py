@@ -24,6 +24,12 @@ from tests.models import build_model, make_documents, per_document_gradients, ta
 from tests.trainer_cases import USE_DEVICE, training_arguments
 
 
+def evaluating_arguments(**arguments):
+    """Arguments of a run on two ranks per group that evaluates after each step."""
+    defaults = dict(parallelism_config=FlashCPPlugin(cp_size=2), max_steps=1, eval_strategy="steps", eval_steps=1)
+    return training_arguments(**{**defaults, **arguments})
+
+
 def evaluation_loss(lengths, cp_size=None, per_batch=2):
     """eval_loss, and the mean over all targets of the evaluation set. The last batch is smaller than the others."""
     fresh_accelerate()
@@ -341,13 +347,7 @@ def refused_before_training(kind):
         options["compute_metrics"] = lambda prediction: {}
     trainer = FlashCPTrainer(
         model=build_model(family, **overrides),
-        args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=2),
-            per_device_eval_batch_size=2,
-            max_steps=2,
-            eval_strategy="steps",
-            eval_steps=1,
-        ),
+        args=evaluating_arguments(per_device_eval_batch_size=2, max_steps=2),
         train_dataset=features,
         **options,
     )
@@ -364,9 +364,7 @@ def router_logits_ignored():
     features, seen = make_documents([25, 18]), []
     trainer = FlashCPTrainer(
         model=build_model("qwen3_moe", output_router_logits=True),
-        args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=2), max_steps=1, eval_strategy="steps", eval_steps=1
-        ),
+        args=evaluating_arguments(),
         train_dataset=features,
         eval_dataset=features,
         compute_metrics=lambda prediction: seen.append(prediction.predictions.shape) or {},
@@ -381,13 +379,7 @@ def loss_of_flattened_rows():
     features = make_documents([40, 25, 18])
     trainer = FlashCPTrainer(
         model=build_model("llama"),
-        args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=2),
-            per_device_eval_batch_size=1,
-            max_steps=1,
-            eval_strategy="steps",
-            eval_steps=1,
-        ),
+        args=evaluating_arguments(per_device_eval_batch_size=1),
         train_dataset=features,
         eval_dataset=features,
         data_collator=DataCollatorWithFlattening(),

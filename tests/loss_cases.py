@@ -12,7 +12,7 @@ from tests.router_cases import ROUTER
 
 
 def own_shift(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
-    """Of whole rows, as loss functions were before shift_labels."""
+    """A loss of whole rows, as loss functions were before shift_labels."""
     return F.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="sum") / num_items_in_batch
 
 
@@ -88,12 +88,22 @@ def gradient_error(family, loss):
     return largest_error(gradients(model), gradients(reference))
 
 
+def _message_of_a_step(model, forward):
+    """What a step with this forward raises, or `None`."""
+    model.forward = forward
+    attach(model, cp_mesh())
+    try:
+        model(**FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])))
+    except UnsupportedModelError as error:
+        return str(error)
+
+
 def losses_inside_the_forward(uses_shift_labels, extra):
     """What a step raises when the model's forward computes its loss by itself, as fused kernels make it."""
     model = build_model("llama")
     forward = model.forward
 
-    def own_forward(self=None, *, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def own_forward(*, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
         output = forward(**kwargs)
         targets = shift_labels if uses_shift_labels else F.pad(labels, (0, 1), value=-100)[:, 1:]
         assert targets.device == output.logits.device
@@ -101,12 +111,7 @@ def losses_inside_the_forward(uses_shift_labels, extra):
         output["loss"] = loss + extra
         return output
 
-    model.forward = own_forward
-    attach(model, cp_mesh())
-    try:
-        model(**FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])))
-    except UnsupportedModelError as error:
-        return str(error)
+    return _message_of_a_step(model, own_forward)
 
 
 def handed_on_by_nobody():
@@ -119,12 +124,7 @@ def handed_on_by_nobody():
         output["loss"] = model.loss_function(output.logits, labels, 67, num_items_in_batch=num_items_in_batch)
         return output
 
-    model.forward = own_forward
-    attach(model, cp_mesh())
-    try:
-        model(**FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17])))
-    except UnsupportedModelError as error:
-        return str(error)
+    return _message_of_a_step(model, own_forward)
 
 
 def already_sharded():

@@ -143,7 +143,7 @@ class _StockInOrder(Trainer):
 
 
 def evaluation_error(lengths, cp_size, per_batch):
-    """Of eval_loss, in which each batch's router loss counts as much as the batch has targets."""
+    """Relative error of eval_loss, which weighs each batch's router loss by its number of targets."""
     fresh_accelerate()
     with float64_throughout():
         features = make_documents(lengths, prompt=0.3)
@@ -210,7 +210,7 @@ def z_loss_errors(lengths, losses_add_up):
 
 
 def checked_gradient_error(lengths):
-    """Of `per_document_gradients`, which recipes hold a step against, for two batches; against `reference_loss`."""
+    """Error of `per_document_gradients`, which recipes compare a step with, for two batches."""
     with float64_throughout():
         features = make_documents(lengths, prompt=0.3)
         features[1]["labels"] = [-100] * lengths[1]

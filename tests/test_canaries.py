@@ -268,7 +268,7 @@ BESIDE_TEXT = {
     "actions",
     "lm_kwargs",
 }
-"""Of encoders, of decoders beside them and of towers, none of which is sharded."""
+"""Arguments for encoders, for decoders beside them and for towers, none of which is sharded."""
 
 
 def language_models():

@@ -83,7 +83,7 @@ def test_every_option_of_the_evaluation_is_in_the_table():
 
 
 def test_outputs_that_are_tuples():
-    """Of models without `return_dict`: the loss comes first."""
+    """Models without `return_dict` return the loss first."""
     logits, hidden = torch.zeros(1, 5, 7, requires_grad=True), torch.ones(1, 5, 3)
     found = per_token_outputs((torch.tensor(2.0), logits, (hidden,)), [], tokens=5)
     assert found[0].shape == logits.shape and not found[0].requires_grad and torch.equal(found[1][0], hidden)

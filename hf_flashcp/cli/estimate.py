@@ -21,7 +21,7 @@ from ..planning.memory import (
     TrainingSetup,
 )
 from ..planning.memory_shape import MemoryShape
-from .model_config import read_config
+from .model_config import add_checkpointing, read_config
 from .plan import _aligned, counted, json_text
 
 
@@ -44,14 +44,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--cp-size", type=int, metavar="N", help="only this one (default: all that divide the GPUs)")
     parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp2", help="default: %(default)s")
-    parser.add_argument(
-        "--activation-checkpointing",
-        "--gradient-checkpointing",
-        dest="gradient_checkpointing",
-        choices=GRADIENT_CHECKPOINTING,
-        default="none",
-        help="default: %(default)s",
-    )
+    add_checkpointing(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="in which the model is loaded (default %(default)s)"
     )

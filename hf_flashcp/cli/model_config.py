@@ -1,13 +1,27 @@
-"""A model's config for commands that predict times. A config.json is read as it is; only hub names need
-transformers."""
+"""What commands that predict times share: a model's config and the option of activation checkpointing.
+
+A config.json is read as it is; only hub names need transformers."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..planning.memory import GRADIENT_CHECKPOINTING
+
+
+def add_checkpointing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activation-checkpointing",
+        "--gradient-checkpointing",
+        dest="gradient_checkpointing",
+        choices=GRADIENT_CHECKPOINTING,
+        default="none",
+        help="default: %(default)s",
+    )
 
 
 def read_config(name: str) -> Any:

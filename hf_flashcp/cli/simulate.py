@@ -15,13 +15,12 @@ from tqdm import tqdm
 from ..data.lengths import LENGTH_DISTRIBUTIONS, draw_pack, read_lengths, sample_pack
 from ..errors import ConfigurationError, PlanError
 from ..planning import HARDWARE, CostModel, HardwareProfile
-from ..planning.memory import GRADIENT_CHECKPOINTING
 from ..planning.model_shape import LLAMA_3_8B
 from ..planning.plan import MOST_TOKENS
 from ..planning.schemes import SCHEMES, why_not
 from ..planning.simulation import EXACT, RIVALS, TIMED, check_ranks, simulate
 from .estimate import GIB
-from .model_config import read_config
+from .model_config import add_checkpointing, read_config
 from .plan import comma_separated, counted, json_text
 
 
@@ -71,14 +70,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--ranks-per-node", type=int, metavar="N", help="instead of the profile's; 1: all KV crosses InfiniBand"
     )
-    parser.add_argument(
-        "--activation-checkpointing",
-        "--gradient-checkpointing",
-        dest="gradient_checkpointing",
-        choices=GRADIENT_CHECKPOINTING,
-        default="none",
-        help="default: %(default)s",
-    )
+    add_checkpointing(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
     parser.add_argument(
         "--plot",

@@ -122,8 +122,8 @@ def tokenize_chats(
         overlong (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
 
     Raises:
-        BatchError: no such column, no chat template or one without marks, a conversation that it refuses, a value of
-            the other columns that is none of theirs, or nothing left.
+        BatchError: no such column, no chat template or one without marks, a conversation that it refuses, a value that
+            does not fit its column, or nothing left.
     """
     _require_column(dataset, messages_column, _IN_ANOTHER_FORM)
     _require_overlong(overlong, ("truncate", "drop"))
@@ -346,7 +346,8 @@ class _Rows:
         self._noted: tuple[list[str], bool] = ([], False)
 
     def note(self, ignored: list[str], assistant_first: bool):
-        """Of the row that is kept or left out next: arguments that nothing reads, and who begins."""
+        """Sets what the next `keep` or `leave_out` adds to its row: template arguments that nothing reads, and whether
+        the assistant speaks first."""
         self._noted = (ignored, assistant_first)
 
     def keep(self, outcome: str | None, document: list[int], labels: list[int] | None = None, left_out: int = 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ GRADIENT_FLOOR = 1e-3
 """Of the norm of all gradients together, for the denominator of a parameter's difference."""
 
 ROUTER_COEFFICIENT = 0.1
-"""Of the router loss of mixture-of-experts models, which is part of the check's loss."""
+"""Factor of a mixture-of-experts model's router loss in the loss of the check."""
 
 
 def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
@@ -109,15 +109,18 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _may_have_router_loss(model: PreTrainedModel) -> bool:
-    module = sys.modules[type(model).__module__]
-    return hasattr(module, FUNCTION) and "output_router_logits" in inspect.signature(model.forward).parameters
+    takes_option = "output_router_logits" in inspect.signature(model.forward).parameters
+    return takes_option and _router_function(model) is not None
+
+
+def _router_function(model: PreTrainedModel) -> Callable | None:
+    return getattr(sys.modules[type(model).__module__], FUNCTION, None)
 
 
 def _router_loss(model: PreTrainedModel, outputs: Sequence[Any]) -> torch.Tensor:
     """Transformers' router loss of the tokens of all documents together."""
-    function = getattr(sys.modules[type(model).__module__], FUNCTION)
     logits = tuple(torch.cat(layer) for layer in zip(*(output.router_logits for output in outputs)))
-    return function(logits, model.num_experts, model.num_experts_per_tok)
+    return _router_function(model)(logits, model.num_experts, model.num_experts_per_tok)
 
 
 def _gradients(model: PreTrainedModel, summed: bool = False) -> dict[str, torch.Tensor]:

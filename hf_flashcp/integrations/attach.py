@@ -119,8 +119,9 @@ class ContextParallelHandle:
 
     Attributes:
         plan (`RankPlan`, *optional*): of the latest sharded forward.
-        losses_add_up (`bool`): what a `num_items_in_batch` that the caller gives means: the targets of all ranks, so
-            that their losses add up (`True`, the default, as Trainer counts), or so many that their losses average.
+        losses_add_up (`bool`): how ranks' losses combine where the caller gives `num_items_in_batch`. `True` (the
+            default): it counts the targets of all ranks, and their losses add up to the mean over targets. `False`: it
+            is the group's targets over cp_size, and their losses average to that mean.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class ContextParallelHandle:
 
     @torch.compiler.disable
     def _keep_count(self, model, args, kwargs):
-        """Runs before FSDP2 casts what floats to its param_dtype."""
+        """Keeps the count as it was before FSDP2 casts tensors of floats to its param_dtype."""
         self._count = kwargs.get("num_items_in_batch")
 
     def _restore_count(self, batch: dict[str, Any]) -> None:
@@ -193,8 +194,8 @@ class ContextParallelHandle:
             return
         if not isinstance(kept, torch.Tensor) or kept.dtype == given.dtype:
             raise BatchError(
-                f"num_items_in_batch arrives as {given.dtype}, which cannot count: FSDP2 casts what floats. Pass an "
-                "integer, or call attach after accelerator.prepare."
+                f"num_items_in_batch arrives as {given.dtype}, which cannot hold a count: FSDP2 casts tensors of "
+                "floats. Pass an integer, or call attach after accelerator.prepare."
             )
         batch["num_items_in_batch"] = kept
 
@@ -246,7 +247,8 @@ class ContextParallelHandle:
         return (), batch
 
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
-        """Enters the forward, with what this rank's loss is a share of."""
+        """Enters the sharded forward, in which terms of the loss that are no sums over targets are this rank's share
+        of them."""
         plan, averaged = self.plan, self._losses_are_averaged(batch)
         ranks = plan.plan.cp_size
         tokens = plan.layout.num_tokens / plan.plan.num_tokens

@@ -1,4 +1,4 @@
-"""Whether a model's loss is one that ranks can share: checked in the first sharded forward, by what the loss is given.
+"""Checks in the first sharded forward that ranks can share a model's loss, by what its loss function is given.
 
 A rank has any part of the tokens, so its loss must be the sum over the targets in `shift_labels`, divided by
 `num_items_in_batch`: the ranks' losses then add up. One that shifts `labels` by itself would lose the targets at cuts,
@@ -32,10 +32,11 @@ class LossCheck:
     """Stands in for the loss function of `model` during one forward.
 
     Args:
-        model (`PreTrainedModel`): about to run.
-        batch (`dict`): for it. If the model's forward computes its loss by itself, its `shift_labels` are replaced by
-            ones that remember whether they were used. No others, since compiled layers compile again for them.
-        watch (`bool`): replace them in any case.
+        model (`PreTrainedModel`): the model whose forward begins.
+        batch (`dict`): its keyword arguments. If the forward seems to compute the loss by itself, `shift_labels` is
+            replaced by a tensor that records whether it is used. Only then, because compiled layers are compiled again
+            for another type of tensor.
+        watch (`bool`): replace `shift_labels` in any case.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Any], watch: bool):
@@ -138,7 +139,7 @@ class LossCheck:
 
 
 def _calls_loss_function(model: PreTrainedModel) -> bool:
-    """As far as its forward tells; one that calls another may do so all the same."""
+    """Whether the code of its forward names the loss function. A forward that calls another one may use it too."""
     code = getattr(inspect.unwrap(model.forward), "__code__", None)
     return code is not None and "loss_function" in code.co_names
 

@@ -200,7 +200,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             return None
         if not self.args.average_tokens_across_devices:
             # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
-            # A number and no tensor, since FSDP2 casts tensors of floats to its param_dtype, and bf16 cannot count.
+            # A Python number, because FSDP2 casts tensors of floats to its param_dtype, and bf16 rounds counts.
             own = sum(int(target_labels(batch).ne(IGNORE_INDEX).sum()) for batch in batch_samples)
             return max(own, 1) / self.get_cp_size()
         # A whole number, for the same reason. Without any target the mean is 0 / 0, which would end the run.
