@@ -8,31 +8,31 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ._when_imported import when_imported
-from .integrations.trl_guards import BASE_CONFIG, guard_configs
+from .integrations.trainers.trl_guards import BASE_CONFIG, guard_configs
 
 
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
-    "CostModel": ".planning",
-    "FlashCPCallback": ".integrations.callback",
+    "CostModel": ".predict",
+    "FlashCPCallback": ".integrations.trainers.callback",
     "FlashCPCollator": ".data",
     "FlashCPPlugin": ".integrations.plugin",
-    "FlashCPTrainer": ".integrations.trainer",
-    "FlashCPTrainerMixin": ".integrations.trainer",
+    "FlashCPTrainer": ".integrations.trainers.trainer",
+    "FlashCPTrainerMixin": ".integrations.trainers.trainer",
     "PackedDocumentStream": ".data",
     "PackedDocuments": ".data",
     "RankPlan": ".layout",
-    "ShardPlan": ".planning",
-    "Topology": ".planning",
+    "ShardPlan": ".plan",
+    "Topology": ".plan",
     "attach": ".integrations.attach",
     "errors": None,
     "flashcp_attention": ".integrations.registration",
-    "name_missing_ranks": ".exchange",
+    "name_missing_ranks": ".distributed",
     "pack_lengths": ".data",
     "plan_documents": ".planning",
     "save_attention_context_fn": ".attention",
-    "shard_inputs": ".layout",
+    "shard_inputs": ".data",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -40,14 +40,17 @@ if TYPE_CHECKING:
     from . import errors
     from .attention import save_attention_context_fn
     from .data import FlashCPCollator, PackedDocuments, PackedDocumentStream, pack_lengths
-    from .exchange import name_missing_ranks
+    from .data.batch import shard_inputs
+    from .distributed import name_missing_ranks
     from .integrations.attach import attach
-    from .integrations.callback import FlashCPCallback
     from .integrations.plugin import FlashCPPlugin
     from .integrations.registration import flashcp_attention
-    from .integrations.trainer import FlashCPTrainer, FlashCPTrainerMixin
-    from .layout import RankPlan, shard_inputs
-    from .planning import CostModel, ShardPlan, Topology, plan_documents
+    from .integrations.trainers.callback import FlashCPCallback
+    from .integrations.trainers.trainer import FlashCPTrainer, FlashCPTrainerMixin
+    from .layout import RankPlan
+    from .plan import ShardPlan, Topology
+    from .planning import plan_documents
+    from .predict import CostModel
 
 
 def __getattr__(name):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, plan_documents
-from hf_flashcp.exchange import require_agreement
+from hf_flashcp.distributed import require_agreement
 from tests.accelerate_state import fresh_accelerate
 from tests.attention_cases import make_inputs, sharded_attention
 from tests.device import ExactKernel

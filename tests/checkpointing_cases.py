@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from hf_flashcp import FlashCPCollator, attach, save_attention_context_fn, shard_inputs
-from hf_flashcp.integrations.checkpointing import enable_checkpointing
+from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.engine_cases import _Calls
 from tests.model_cases import cp_mesh, sum_gradients

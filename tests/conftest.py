@@ -94,13 +94,13 @@ def forked():
     """Processes that multiprocessing's forkserver starts have imported everything already."""
     cases = [f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_cases.py")]
     trl = ["trl"] if importlib.util.find_spec("trl") else []
-    forkserver.set_forkserver_preload([*trl, "hf_flashcp.integrations.trainer", *cases])
+    forkserver.set_forkserver_preload([*trl, "hf_flashcp.integrations.trainers.trainer", *cases])
     forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
 def pool(forked, pytestconfig):
-    from hf_flashcp.doctor.workers import WorkerPool
+    from hf_flashcp.distributed.workers import WorkerPool
 
     workers = WorkerPool(device=pytestconfig.getoption("--device"))
     yield workers

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.attention import document_attention, reference_check
-from hf_flashcp.integrations.checkpointing import enable_checkpointing
+from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from hf_flashcp.layout import RankLayout
 from tests import attention_cases as cases
 from tests.device import ExactKernel, on_device

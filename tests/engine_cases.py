@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.attention import document_attention, function, reference_check
-from hf_flashcp.integrations.checkpointing import enable_checkpointing
+from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from tests import attention_cases as cases
 from tests import debug_cases, trainer_cases
 from tests.device import ON_CPU, ExactKernel, kernels, make_kernel, on_device

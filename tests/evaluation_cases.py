@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin
-from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
+from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, make_documents, per_document_gradients, target_count, tokenizer
 from tests.trainer_cases import USE_DEVICE, training_arguments

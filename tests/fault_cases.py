@@ -25,8 +25,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, name_missing_ranks
-from hf_flashcp.exchange import Transfer, group_timeout, missing_ranks
-from hf_flashcp.integrations.reliable import StopTogetherCallback
+from hf_flashcp.distributed import group_timeout
+from hf_flashcp.distributed import liveness as missing_ranks
+from hf_flashcp.exchange import Transfer
+from hf_flashcp.integrations.trainers.fault_tolerance import StopTogetherCallback
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents

@@ -101,7 +101,7 @@ def pool_that_is_killed(directory):
 
 
 def _run_pool(directory):
-    from hf_flashcp.doctor.workers import WorkerPool
+    from hf_flashcp.distributed.workers import WorkerPool
 
     WorkerPool().run(2, _sleep, directory)
 
@@ -113,7 +113,7 @@ def _sleep(directory):
 
 def pool_that_is_forgotten(_):
     """Its process ends all the same."""
-    from hf_flashcp.doctor.workers import WorkerPool
+    from hf_flashcp.distributed.workers import WorkerPool
 
     _kept.append(WorkerPool())
     _kept[0].run(1, os.getpid)

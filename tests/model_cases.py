@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
-from hf_flashcp.integrations.checkpointing import enable_checkpointing
+from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.models import (

@@ -12,8 +12,8 @@ from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPT
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.doctor.tiny import build, default_config, tiny_copy
 from hf_flashcp.errors import UnsupportedModelError
-from hf_flashcp.integrations import router_loss
 from hf_flashcp.integrations.gradient_check import per_document_gradients
+from hf_flashcp.integrations.models import router_loss
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, exact_loss_sum, gradients, largest_error, make_documents, target_count

@@ -25,7 +25,7 @@ def step_times(plan, model):
     return attention, attention + linear
 
 
-def layer_seconds(owner, rank, layers, model, backward, groups, relaying):
+def layer_seconds(owner, rank, layers, model, backward, groups, ranks_per_node):
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     if layers.window is not None or groups is None:
         groups = [range(1, cp_size)]
@@ -54,9 +54,9 @@ def layer_seconds(owner, rank, layers, model, backward, groups, relaying):
                     where.append([min(keys + size, most) for size in tiles_of(count, model)])
     memory = model.hardware.memory_bytes_per_second
     elements = layers.kv_heads * (layers.key_dim + layers.value_dim)
-    steps = [traffic_of(owner, layers.window, group, relaying) for group in groups]
+    steps = [traffic_of(owner, layers.window, group, ranks_per_node) for group in groups]
     copied = sum(first[rank].sum() for first, _ in steps)
-    if relaying:
+    if ranks_per_node:
         copied += sum(first[:, rank].sum() + second[rank].sum() + second[:, rank].sum() for first, second in steps)
     edge = copied * elements * (8 + model.grad_itemsize if backward else 2 * model.itemsize) / memory
     local = call_seconds(local, layers, model, True, backward)
@@ -114,8 +114,8 @@ def wire_seconds(first, second, rank, layers, model, backward):
     return together + seconds(profile.intra_node, second, node >= 0)
 
 
-def traffic_of(owner, window, group, relaying):
-    """Tokens that go from rank to rank in either step; without relaying there is one."""
+def traffic_of(owner, window, group, ranks_per_node):
+    """Tokens that go from rank to rank in either step; without ranks_per_node there is one."""
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     first, second = np.zeros((2, cp_size, cp_size))
     for ranks in owner:
@@ -124,11 +124,13 @@ def traffic_of(owner, window, group, relaying):
             needed = seen & (ranks == holder)
             viewers = [viewer for viewer in range(cp_size) if (viewer - holder) % cp_size in group]
             for viewer in viewers:
-                if not relaying or viewer // relaying == holder // relaying:
+                if not ranks_per_node or viewer // ranks_per_node == holder // ranks_per_node:
                     first[holder, viewer] += needed[viewer].sum()
-            for node in {viewer // relaying for viewer in viewers} - {holder // relaying} if relaying else ():
-                middle = node * relaying + holder % relaying
-                there = [viewer for viewer in viewers if viewer // relaying == node]
+            if not ranks_per_node:
+                continue
+            for node in {viewer // ranks_per_node for viewer in viewers} - {holder // ranks_per_node}:
+                middle = node * ranks_per_node + holder % ranks_per_node
+                there = [viewer for viewer in viewers if viewer // ranks_per_node == node]
                 first[holder, middle] += needed[there].any(0).sum()
                 for viewer in there:
                     second[middle, viewer] += needed[viewer].sum() if viewer != middle else 0

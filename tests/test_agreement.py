@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hf_flashcp.exchange.missing_ranks import within
+from hf_flashcp.distributed.liveness import within
 from tests import agreement_cases
 
 

@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 
-from hf_flashcp.bench import calibrate
-from hf_flashcp.bench.calibration_fit import EFFICIENCIES, Call, fit_kernel, fit_line, root_mean_square
+from hf_flashcp.bench.calibration import calibrate
+from hf_flashcp.bench.calibration.fit import EFFICIENCIES, Call, fit_kernel, fit_line, root_mean_square
 from hf_flashcp.planning import HardwareProfile
-from hf_flashcp.planning.hardware_profile import Kernel, Pass
-from hf_flashcp.planning.layer_work import call_seconds
-from hf_flashcp.planning.model_shape import AttentionLayers
+from hf_flashcp.predict.hardware_profile import Kernel, Pass
+from hf_flashcp.predict.layer_work import call_seconds
+from hf_flashcp.predict.model_shape import AttentionLayers
 from tests.test_cli import run
 
 

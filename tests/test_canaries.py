@@ -39,13 +39,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto as auto
 
 from hf_flashcp import save_attention_context_fn
-from hf_flashcp.integrations.checkpointing import (
+from hf_flashcp.integrations.models.checkpointing import (
     CHECKPOINTING_ARGUMENT,
     enable_checkpointing,
     inside_wrappers,
     layers_run_again,
 )
-from hf_flashcp.integrations.forward_arguments import CACHES, MEDIA
+from hf_flashcp.integrations.models.forward_arguments import CACHES, MEDIA
 from hf_flashcp.integrations.registration import INTERNAL_NAME
 from tests.models import SMALL
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hf_flashcp.bench.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data import sample_pack
+from hf_flashcp.plan.traffic import kv_traffic
 from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
-from hf_flashcp.planning.volume import kv_traffic
 from tests.packs import arbitrary_plans
 
 

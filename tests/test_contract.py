@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_flashcp.errors import ConfigurationError
 from hf_flashcp.integrations import plugin
-from hf_flashcp.integrations.predictions import per_token_outputs
+from hf_flashcp.integrations.trainers.predictions import per_token_outputs
 from tests import contract_cases
 
 

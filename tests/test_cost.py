@@ -16,9 +16,10 @@ from hf_flashcp import CostModel, FlashCPCollator, plan_documents
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
-from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, hardware_profile
-from hf_flashcp.planning.layer_work import call_seconds
-from hf_flashcp.planning.model_shape import AttentionLayers, ModelShape
+from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile
+from hf_flashcp.predict import hardware_profile
+from hf_flashcp.predict.layer_work import call_seconds
+from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
 from tests.packs import packs
 from tests.step_time_evaluator import step_times
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from hf_flashcp import FlashCPPlugin, errors, plan_documents
 from hf_flashcp.errors import BatchError, ConfigurationError, FlashCPError, PlanError, UnsupportedModelError
-from hf_flashcp.integrations.per_document_mixers import require_whole_documents
+from hf_flashcp.integrations.models.per_document_mixers import require_whole_documents
 from hf_flashcp.planning import STRATEGIES
 from tests import error_cases
 

@@ -12,12 +12,12 @@ from hf_flashcp.bench.memory import CASES, LLAMA, RANK_CASES, compare, compare_o
 from hf_flashcp.errors import ConfigurationError
 from hf_flashcp.layout import RankPlan
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
-from hf_flashcp.planning.attention_memory import attention_backward, backward_buffers, backward_workspace
-from hf_flashcp.planning.fit import Choice, best, choices, cp_sizes, usable_bytes
-from hf_flashcp.planning.layer_work import largest_calls
-from hf_flashcp.planning.memory import PARTS, MemoryEstimate, TrainingSetup, estimate_memory, largest_window
-from hf_flashcp.planning.memory_shape import MemoryShape
-from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.predict.attention_memory import attention_backward, backward_buffers, backward_workspace
+from hf_flashcp.predict.layer_work import largest_calls
+from hf_flashcp.predict.memory import PARTS, MemoryEstimate, TrainingSetup, estimate_memory, largest_window
+from hf_flashcp.predict.memory_shape import MemoryShape
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
+from hf_flashcp.simulation.sizing import Choice, best, choices, cp_sizes, usable_bytes
 from tests.models import FAMILIES
 from tests.test_cli import png_size, run
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS
 
-from hf_flashcp.bench import calibration_fit
-from hf_flashcp.bench.calibration_fit import Call, fit_device_kernel, root_mean_square
+from hf_flashcp.bench.calibration import fit as calibration_fit
+from hf_flashcp.bench.calibration.fit import Call, fit_device_kernel, root_mean_square
 from hf_flashcp.bench.gpu import calibration, calibration_timing, model_step
 from hf_flashcp.bench.gpu.hardware import OUT_OF_MEMORY, fits_in_memory, packaged_hardware
 from hf_flashcp.bench.gpu.settings import Settings
 from hf_flashcp.bench.step_worker import Trainer
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
-from hf_flashcp.planning.hardware_profile import Kernel, Pass
-from hf_flashcp.planning.model_shape import AttentionLayers
+from hf_flashcp.predict.hardware_profile import Kernel, Pass
+from hf_flashcp.predict.model_shape import AttentionLayers
 
 
 LAYERS = AttentionLayers(1, 32, 8, 128, 128)

@@ -11,9 +11,9 @@ import pytest
 from tqdm import tqdm
 
 from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
-from hf_flashcp.doctor.workers import WorkerPool
+from hf_flashcp.distributed.workers import WorkerPool
+from hf_flashcp.plan.report import plan_costs
 from hf_flashcp.planning import STRATEGIES, plan_documents
-from hf_flashcp.planning.volume import plan_costs
 from tests import load_cases, model_cases
 from tests.independent_plan_checker import assert_caps, check_plan
 from tests.test_models import FP64, check

@@ -12,7 +12,7 @@ from hf_flashcp.data.lengths import sample_lengths
 from hf_flashcp.data.packing import imbalance
 from hf_flashcp.data.packing_steps import StepPacker, Waiting, best_fit, cut_up, least_time
 from hf_flashcp.errors import PlanError
-from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
 
 
 @st.composite

@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
+from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 
 from .accelerate_state import fresh_accelerate
 from .launch_cases import ROOT, accelerate, run_forked

@@ -9,7 +9,7 @@ import torch
 import transformers.models
 from transformers import BambaConfig
 
-from hf_flashcp.integrations.router_loss import FUNCTION, router_loss, share_router_losses
+from hf_flashcp.integrations.models.router_loss import FUNCTION, router_loss, share_router_losses
 from tests import router_cases
 from tests.models import build_model
 

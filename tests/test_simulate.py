@@ -14,22 +14,15 @@ from hf_flashcp.bench.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import draw_pack, read_lengths, sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError
-from hf_flashcp.planning import (
-    HARDWARE,
-    CostModel,
-    HardwareProfile,
-    ShardPlan,
-    Topology,
-    hardware_profile,
-    plan_documents,
-)
-from hf_flashcp.planning.cost import _backward_end, _forward_end
-from hf_flashcp.planning.events import COLLECTIVE, COPY, HOP, KERNEL, Event, ends, parts
-from hf_flashcp.planning.memory import TrainingSetup, estimate_memory
-from hf_flashcp.planning.memory_shape import MemoryShape
-from hf_flashcp.planning.model_shape import AttentionLayers
-from hf_flashcp.planning.schemes import SCHEMES, Layer, passes, ring_pieces, ring_rectangles, shared_tokens
-from hf_flashcp.planning.simulation import EXACT, RIVALS, TIMED, simulate
+from hf_flashcp.planning import HARDWARE, CostModel, HardwareProfile, ShardPlan, Topology, plan_documents
+from hf_flashcp.predict import hardware_profile
+from hf_flashcp.predict.cost_model import _backward_end, _forward_end
+from hf_flashcp.predict.memory import TrainingSetup, estimate_memory
+from hf_flashcp.predict.memory_shape import MemoryShape
+from hf_flashcp.predict.model_shape import AttentionLayers
+from hf_flashcp.predict.timeline import COLLECTIVE, COPY, HOP, KERNEL, Event, ends, parts
+from hf_flashcp.simulation.baselines import SCHEMES, Layer, passes, ring_pieces, ring_rectangles, shared_tokens
+from hf_flashcp.simulation.simulate import EXACT, RIVALS, TIMED, simulate
 from tests.packs import KNOWN_PACKS, owners, packs
 from tests.step_time_evaluator import call_seconds as counted_call
 

@@ -14,8 +14,8 @@ from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
 from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, Topology, fastest, plan_documents
 from hf_flashcp.planning.fastest import node_plans
-from hf_flashcp.planning.model_shape import LLAMA_3_8B
-from hf_flashcp.planning.search_nodes import grouped
+from hf_flashcp.planning.search.search.nodes import grouped
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.independent_plan_checker import assert_caps, check_plan
 from tests.packs import arbitrary_plans, owners
 
@@ -36,7 +36,7 @@ def links(plan, ranks_per_node):
     return found
 
 
-def relayed_links(plan, size):
+def hierarchical_links(plan, size):
     """The same where tokens cross to a node once, in the first step; and (2, cp_size) that it gets and gives in the
     second."""
     first, second = np.zeros((2, plan.cp_size, plan.cp_size), dtype=np.int64)
@@ -61,7 +61,7 @@ def relayed_links(plan, size):
 
 def busiest(plan, topology):
     cost = topology.inter_node_cost
-    first, second = relayed_links(plan, min(topology.ranks_per_node, plan.cp_size))
+    first, second = hierarchical_links(plan, min(topology.ranks_per_node, plan.cp_size))
     return (first * np.array([[1], [cost], [1], [cost]])).max() + second.max()
 
 
@@ -203,7 +203,7 @@ def test_bench_plan_measures_links():
     topology = Topology(2)
     with_topology = {"with topology": lambda lengths, cp_size: plan_documents(lengths, cp_size, topology=topology)}
     found = measure("pile", [4096], [4], packs=1, strategies=["search"], others=with_topology, topology=topology)
-    parts, handed_on = relayed_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
+    parts, handed_on = hierarchical_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
     parts[::2] += handed_on
     row = found["cells"][0]["strategies"]["with topology"]
     assert [row["intra_node"], row["inter_node"]] == [parts[::2].max(), parts[1::2].max()]
@@ -222,7 +222,7 @@ def test_bench_nodes(capsys):
     flat, planned = (plan_documents(lengths, 16, topology=topology) for topology in (None, Topology(8)))
     plans = flat, flat.with_ranks_per_node(8), planned.with_ranks_per_node(None), planned
     for row, plan in zip(cell["variants"].values(), plans):
-        parts = links(plan, 8) if plan.ranks_per_node is None else relayed_links(plan, 8)[0]
+        parts = links(plan, 8) if plan.ranks_per_node is None else hierarchical_links(plan, 8)[0]
         assert row["inter_node"] == parts[1::2].max()
         assert row["step_seconds"] == model.step_time(plan).seconds
     assert cell["variants"]["directly"]["over_directly"] == 1

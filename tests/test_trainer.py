@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from hf_flashcp import plan_documents
-from hf_flashcp.integrations import plan_metrics
-from hf_flashcp.integrations.plan_metrics import PlanMetrics
+from hf_flashcp.integrations.trainers import plan_metrics
+from hf_flashcp.integrations.trainers.plan_metrics import PlanMetrics
 from tests import trainer_cases
 from tests.device import ON_CPU
 

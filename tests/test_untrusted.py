@@ -12,7 +12,7 @@ from hf_flashcp.data.json_lines import _corrupt_lines
 from hf_flashcp.data.lengths import read_lengths
 from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.planning import CostModel, HardwareProfile
-from hf_flashcp.planning.simulation import simulate
+from hf_flashcp.simulation.simulate import simulate
 from tests.fuzz.command_lines import no_constant, run
 from tests.fuzz.values import CONFIG, H100
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
-from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
+from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU
 from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients

@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
-from hf_flashcp.integrations.checkpointing import CHECKPOINTING_ARGUMENT
+from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import (
     build_model,

@@ -6,13 +6,14 @@ from typing import Any, assert_type
 
 from hf_flashcp import CostModel, ShardPlan, errors, pack_lengths, plan_documents
 from hf_flashcp.data import Packing, sample_pack
+from hf_flashcp.plan import Slice
 from hf_flashcp.planning import HardwareProfile, StepTime
 
 
 def planning(config: dict[str, Any]) -> None:
     plan = plan_documents(sample_pack("pile", 4096), 2, strategy="per_doc")
     assert_type(plan, ShardPlan)
-    assert_type(plan.slices, tuple[tuple[tuple[int, int, int], ...], ...])
+    assert_type(plan.slices, tuple[tuple[Slice, ...], ...])
     assert_type(plan.report(window=8), dict[str, Any])
     assert_type(ShardPlan.from_dict(plan.to_dict()), ShardPlan)
     assert_type(CostModel.from_config(config, HardwareProfile.load("h100")).step_time(plan), StepTime)

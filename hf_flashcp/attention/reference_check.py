@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..distributed import add_over_ranks, gather_numbers, gather_rows
 from ..errors import ConfigurationError, FlashCPError
-from ..exchange import add_over_ranks, gather_numbers, gather_rows
 from ..layout import RankPlan
 from ..layout.rank_layout import token_index
 from ..layout.stage import Rectangle

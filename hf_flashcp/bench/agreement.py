@@ -9,7 +9,7 @@ from typing import Any
 
 def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
     """Median milliseconds of one comparison, slowest rank, for each number of gloo processes on this machine."""
-    from ..doctor.workers import WorkerPool
+    from ..distributed.workers import WorkerPool
 
     with WorkerPool() as pool:
         medians = {size: max(pool.run(size, _median_milliseconds, rounds)) for size in world_sizes}
@@ -19,7 +19,7 @@ def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
 def _median_milliseconds(rounds: int) -> float:
     import torch.distributed as dist
 
-    from ..exchange import require_agreement
+    from ..distributed import require_agreement
     from ..planning import plan_documents
 
     plan = plan_documents([4096, 1024, 512], 2)

@@ -21,7 +21,8 @@ from ..attention import AttentionKernel, document_attention, select_kernel
 from ..doctor.one_by_one import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
-from ..planning import ShardPlan, kv_bytes, plan_documents
+from ..plan import ShardPlan, kv_bytes
+from ..planning import plan_documents
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -72,7 +73,7 @@ def measure(
         round / cp_size / seconds), and, exactly counted, the largest rank's `bytes_received` forward and
         `kernel_calls` and `collectives` forward and backward; from the plan's report `copies`.
     """
-    from ..doctor.workers import WorkerPool
+    from ..distributed.workers import WorkerPool
 
     shape = (heads, kv_heads, head_dim)
     cases = [

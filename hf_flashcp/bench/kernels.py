@@ -17,7 +17,8 @@ from ..attention import engine as engine_module
 from ..attention.engine import Engine
 from ..exchange.kv_exchange import pack_rows
 from ..layout import RankLayout, Rectangle
-from ..planning import ShardPlan, plan_documents
+from ..plan import ShardPlan
+from ..planning import plan_documents
 from .attention import DTYPES
 from .turns import median_seconds
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..doctor.workers import WorkerPool
-from ..planning.memory import TrainingSetup, estimate_memory
-from ..planning.memory_shape import MemoryShape
+from ..distributed.workers import WorkerPool
+from ..predict.memory import TrainingSetup, estimate_memory
+from ..predict.memory_shape import MemoryShape
 from .traces import FORWARD_DONE, kept_and_peak, trace_events
 
 
@@ -126,7 +126,7 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
 def _checkpoint(model, mode: str) -> None:
     from ..attention import save_attention_context_fn
-    from ..integrations.checkpointing import enable_checkpointing
+    from ..integrations.models.checkpointing import enable_checkpointing
 
     if mode != "none":
         options = {"use_reentrant": False}

@@ -10,8 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.lengths import sample_pack
-from ..planning import CostModel, HardwareProfile, Topology, plan_documents
-from ..planning.model_shape import LLAMA_3_8B
+from ..plan import Topology
+from ..planning import plan_documents
+from ..predict import CostModel, HardwareProfile
+from ..predict.model_shape import LLAMA_3_8B
 
 
 DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"

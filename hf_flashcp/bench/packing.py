@@ -15,8 +15,9 @@ from ..data.lengths import sample_lengths
 from ..data.packing import imbalance, pack_lengths
 from ..data.packing_options import PackingOptions
 from ..errors import ConfigurationError
-from ..planning import CostModel, plan_documents
-from ..planning.model_shape import LLAMA_3_8B
+from ..planning import plan_documents
+from ..predict import CostModel
+from ..predict.model_shape import LLAMA_3_8B
 
 
 ROUNDS = 3

@@ -10,7 +10,8 @@ from statistics import mean, median
 from typing import Any
 
 from ..data.lengths import sample_pack
-from ..planning import STRATEGIES, ShardPlan, Topology, plan_documents
+from ..plan import ShardPlan, Topology
+from ..planning import STRATEGIES, plan_documents
 from ..planning.lower_bound import kv_lower_bound
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.lengths import sample_pack
-from ..planning import CostModel, HardwareProfile, ShardPlan, plan_documents
-from ..planning.schemes import SCHEMES, passes
+from ..plan import ShardPlan
+from ..planning import plan_documents
+from ..predict import CostModel, HardwareProfile
+from ..simulation.baselines import SCHEMES, passes
 
 
 PARTS = ("copies", "forward", "backward", "all_gather", "reduce_scatter")

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.lengths import sample_pack
-from ..doctor.workers import WorkerFailure, WorkerPool
+from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
 from .step_worker import run_turn

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.batch import shard_inputs
 from ..integrations.attach import attach
-from ..layout import shard_inputs
-from ..planning import ShardPlan
+from ..plan import ShardPlan
 from .attention import DTYPES, AllGatherLayout
 from .memory import random_batch
 from .traces import (

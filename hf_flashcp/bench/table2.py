@@ -6,8 +6,9 @@ from statistics import mean
 from typing import Any
 
 from ..data.lengths import sample_pack
-from ..planning import STRATEGIES, ShardPlan, plan_documents
-from ..planning.schemes import shared_tokens
+from ..plan import ShardPlan
+from ..planning import STRATEGIES, plan_documents
+from ..simulation.baselines import shared_tokens
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}

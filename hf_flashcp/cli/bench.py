@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS
-from ..planning import Topology, plan_documents
+from ..plan import Topology
+from ..planning import plan_documents
 from .bench_gpu import add_gpu
 from .bench_measured import add_measured
 from .bench_options import add_corpora, check_at_least, show
@@ -151,7 +152,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 def run_predicted(arguments: argparse.Namespace) -> None:
     from ..bench.predicted import measure, text
-    from ..planning.model_shape import LLAMA_3_8B
+    from ..predict.model_shape import LLAMA_3_8B
 
     check_at_least(1, "--packs", arguments.packs)
     found = measure(

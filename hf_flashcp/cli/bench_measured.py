@@ -221,7 +221,7 @@ def run_agreement(arguments: argparse.Namespace) -> None:
 def run_calibrate(arguments: argparse.Namespace) -> None:
     for least, name in ((1, "rounds"), (1, "packs"), (2, "cp_size")):
         check_at_least(least, f"--{name.replace('_', '-')}", getattr(arguments, name))
-    from ..bench.calibrate import measure, text
+    from ..bench.calibration.calibrate import measure, text
 
     found = measure(
         arguments.lengths_from,

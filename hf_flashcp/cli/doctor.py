@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _one_model(arguments: argparse.Namespace) -> int:
+    from ..distributed.workers import WorkerPool
     from ..doctor.diagnosis import SUPPORTED, WHOLE_DOCUMENTS, diagnose
     from ..doctor.layer_groups import layer_groups
-    from ..doctor.workers import WorkerPool
 
     config = load_config(arguments.model)
     processes = min(arguments.cp_size, MAX_PROCESSES)
@@ -138,9 +138,9 @@ def load_config(name: str):
 def _all_models(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from ..distributed.workers import WorkerPool
     from ..doctor.models_page import diagnose_all, page
     from ..doctor.tiny import causal_language_models
-    from ..doctor.workers import WorkerPool
 
     with WorkerPool() as pool, tqdm(total=len(causal_language_models()), unit="model") as progress:
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import ConfigurationError, PlanError
-from ..planning import HARDWARE, HardwareProfile
-from ..planning.fit import Choice, best, choices, usable_bytes
-from ..planning.memory import (
+from ..predict import HARDWARE, HardwareProfile
+from ..predict.memory import (
     DTYPES,
     GRADIENT_CHECKPOINTING,
     MIXED_PRECISIONS,
@@ -20,7 +19,8 @@ from ..planning.memory import (
     MemoryEstimate,
     TrainingSetup,
 )
-from ..planning.memory_shape import MemoryShape
+from ..predict.memory_shape import MemoryShape
+from ..simulation.sizing import Choice, best, choices, usable_bytes
 from .model_config import add_checkpointing, read_config
 from .plan import _aligned, counted, json_text
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..planning.fit import Choice
-from ..planning.memory import PARTS, TrainingSetup
+from ..predict.memory import PARTS, TrainingSetup
+from ..simulation.sizing import Choice
 from .estimate import GIB
 from .plots import COLOURS, INK, new_figure, save_figure
 

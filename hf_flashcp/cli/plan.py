@@ -11,17 +11,9 @@ from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
-from ..planning import (
-    DEFAULT_STRATEGY,
-    HARDWARE,
-    STRATEGIES,
-    CostModel,
-    HardwareProfile,
-    ShardPlan,
-    StepTime,
-    Topology,
-    plan_documents,
-)
+from ..plan import ShardPlan, Topology
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from ..predict import HARDWARE, CostModel, HardwareProfile, StepTime
 from .model_config import read_config
 
 

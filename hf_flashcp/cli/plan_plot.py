@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..planning import ShardPlan
-from ..planning.volume import kv_traffic
+from ..plan import ShardPlan
 from .plan import counted
 from .plots import COLOURS, INK, new_figure, require_matplotlib, save_figure
 
@@ -28,7 +27,7 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
         FlashCPError: matplotlib is not installed, or the file cannot be written.
     """
     require_matplotlib()
-    traffic = kv_traffic(plan)
+    traffic = plan.kv_traffic().tolist()
     arrows = _arrows(traffic)
     lane = min(0.75, max(0.28, 7 / plan.cp_size))
     side = min(max(0.34 * len(arrows), 2.4), 6.5) if arrows else 0

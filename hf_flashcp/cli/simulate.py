@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS, draw_pack, read_lengths, sample_pack
 from ..errors import ConfigurationError, PlanError
-from ..planning import HARDWARE, CostModel, HardwareProfile
-from ..planning.model_shape import LLAMA_3_8B
-from ..planning.plan import MOST_TOKENS
-from ..planning.schemes import SCHEMES, why_not
-from ..planning.simulation import EXACT, RIVALS, TIMED, check_ranks, simulate
+from ..plan.lengths import MOST_TOKENS
+from ..predict import HARDWARE, CostModel, HardwareProfile
+from ..predict.model_shape import LLAMA_3_8B
+from ..simulation.baselines import SCHEMES, why_not
+from ..simulation.simulate import EXACT, RIVALS, TIMED, check_ranks, simulate
 from .estimate import GIB
 from .model_config import add_checkpointing, read_config
 from .plan import comma_separated, counted, json_text

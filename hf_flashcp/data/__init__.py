@@ -11,6 +11,7 @@ from .packing import Packing, pack_lengths
 
 
 if TYPE_CHECKING:
+    from .batch import shard_inputs
     from .collator import FlashCPCollator
     from .json_lines import load_json_lines
     from .packed_documents import PackedDocuments, PackedDocumentStream
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "FlashCPCollator": ".collator",
     "PackedDocumentStream": ".packed_documents",
+    "shard_inputs": ".batch",
     "PackedDocuments": ".packed_documents",
     "TokenizedDocuments": ".tokenization",
     "load_json_lines": ".json_lines",
@@ -36,6 +38,7 @@ __all__ = [
     "pack_lengths",
     "sample_lengths",
     "sample_pack",
+    "shard_inputs",
     "tokenize_chats",
     "tokenize_texts",
 ]

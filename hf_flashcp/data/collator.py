@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithFlattening
 
-from .._parent_process import end_with_parent
+from ..distributed.parent_process import end_with_parent
 from ..errors import BatchError, PlanError
-from ..layout.batch import IGNORE_INDEX, content_digest
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, CostModel, Topology, plan_documents
-from ..planning.topology import check_topology
+from ..plan import Topology
+from ..plan.topology import check_topology
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from ..predict import CostModel
+from .batch import content_digest
 from .features import read_documents
+from .labels import IGNORE_INDEX
 
 
 MOST_PADDING = 2**24

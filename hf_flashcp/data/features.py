@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BatchError
-from ..layout.batch import IGNORE_INDEX
+from .labels import IGNORE_INDEX
 
 
 LOSS_MASKS = ("completion_mask", "assistant_masks")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PlanError
-from ..planning.plan import MOST_TOKENS
+from ..plan.lengths import MOST_TOKENS
 
 
 _DISTRIBUTIONS = json.loads(Path(__file__).with_name("length_distributions.json").read_text(encoding="utf-8"))

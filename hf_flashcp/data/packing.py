@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import PlanError
-from ..planning import CostModel
+from ..predict import CostModel
 from .packing_options import Counts, PackingOptions, Piece
 from .packing_steps import Waiting, arrange, pack_seconds
 

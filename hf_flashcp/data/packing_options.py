@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import PlanError
-from ..planning import CostModel
-from ..planning.model_shape import LLAMA_3_8B
+from ..predict import CostModel
+from ..predict.model_shape import LLAMA_3_8B
 from .packing_steps import StepPacker, Waiting, best_fit, least_time
 
 

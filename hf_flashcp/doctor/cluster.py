@@ -19,8 +19,8 @@ import transformers
 
 from .. import __version__
 from ..attention import select_kernel
+from ..distributed import require_agreement
 from ..errors import ConfigurationError
-from ..exchange import require_agreement
 from .layer_errors import LayerCase, layer_errors
 
 

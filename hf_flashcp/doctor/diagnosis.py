@@ -8,10 +8,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
-from ..integrations.per_document_mixers import MIXERS
+from ..distributed.workers import WorkerPool
+from ..integrations.models.per_document_mixers import MIXERS
 from .gradients import LIMIT, run_check
 from .tiny import causal_language_models, default_config, tiny_copy
-from .workers import WorkerPool
 
 
 SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = (

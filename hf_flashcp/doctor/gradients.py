@@ -16,13 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data import FlashCPCollator
+from ..data.batch import shard_inputs
+from ..data.labels import IGNORE_INDEX
 from ..errors import FlashCPError
 from ..integrations.attach import attach
 from ..integrations.gradient_check import gradient_error
+from ..integrations.models.router_loss import FUNCTION
 from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
-from ..integrations.router_loss import FUNCTION
-from ..layout import shard_inputs
-from ..layout.batch import IGNORE_INDEX
 from .float64 import float64_throughout
 from .tiny import build
 

@@ -8,7 +8,8 @@ import torch
 
 from ..attention import AttentionKernel, document_attention
 from ..layout import RankPlan
-from ..planning import Topology, plan_documents
+from ..plan import Topology
+from ..planning import plan_documents
 from .one_by_one import attend_one_by_one
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import transformers
 
+from ..distributed.workers import WorkerPool
 from .diagnosis import NOT_CHECKED, REFUSED, SUPPORTED, WHOLE_DOCUMENTS, Diagnosis, diagnose_model_type
 from .gradients import LENGTHS, LIMIT
 from .tiny import causal_language_models
 from .tiny_sizes import WINDOW
-from .workers import WorkerPool
 
 
 COMMAND = "python -m hf_flashcp doctor --all-models --output docs/models.md"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ..distributed.gather import gather_numbers
 from ..errors import ConfigurationError, FlashCPError
-from .gather import gather_numbers
 
 
 if TYPE_CHECKING:

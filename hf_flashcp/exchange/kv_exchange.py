@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage
+from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
 from .ranges import named_range
-from .relay import RelayedTransfer, relay_grads, relay_kv
 from .transfer import GRADIENTS, Transfer
 
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def send_kv(
     key: torch.Tensor, value: torch.Tensor, layout: RankLayout, group: ProcessGroup
-) -> list[Transfer | RelayedTransfer]:
+) -> list[Transfer | HierarchicalTransfer]:
     """Posts the KV rows that other ranks need, for all stages: packed at once, since they depend on nothing that the
     stages compute.
 
@@ -31,8 +31,8 @@ def send_kv(
         value (`torch.Tensor`): (H_kv, T_r, D_v).
 
     Returns:
-        `list[Transfer | RelayedTransfer]`: one a stage, of rows (n, H_kv * (D_k + D_v)) as [`pack_rows`] makes them:
-        those received, and the local ones that the stage joins to them.
+        `list[Transfer | HierarchicalTransfer]`: one per stage, of rows (n, H_kv * (D_k + D_v)) as [`pack_rows`] makes
+        them: those received, and the local ones that the stage joins to them.
     """
     stages = layout.stages(key.device)
     if not stages:
@@ -41,15 +41,15 @@ def send_kv(
     rows = layout.send_rows(key.device)
     with named_range("pack"):
         packed = pack_rows(key, value, rows, key.new_empty(rows.count, width))
-    transfers: list[Transfer | RelayedTransfer] = []
+    transfers: list[Transfer | HierarchicalTransfer] = []
     for stage in stages:
         local = stage.local_rows.count if stage.local_rows else 0
         keys = key.new_empty(stage.received + local, width)
         received = keys[: stage.received]
-        if stage.relay is None:
+        if stage.second_step is None:
             transfer = Transfer(packed[stage.sent], received, stage.send_splits, stage.recv_splits, group, result=keys)
         else:
-            transfer = relay_kv(packed[stage.sent], received, stage, group, result=keys)
+            transfer = send_kv_over_nodes(packed[stage.sent], received, stage, group, result=keys)
         transfers.append(transfer)
         if local:
             pack_rows(key, value, stage.local_rows, keys[stage.received :])
@@ -87,13 +87,13 @@ def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 
 def send_grads_home(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
-) -> Transfer | RelayedTransfer:
+) -> Transfer | HierarchicalTransfer:
     """Posts the gradients of what `send_kv` received in a stage, in the order it was received.
 
     Args:
         grad (`torch.Tensor`): (n_received, width), contiguous.
         home (`torch.Tensor`): (n_sent, width), where those of this rank's tokens arrive.
     """
-    if stage.relay is not None:
-        return relay_grads(grad, home, stage, group)
+    if stage.second_step is not None:
+        return send_grads_over_nodes(grad, home, stage, group)
     return Transfer(grad, home, stage.recv_splits, stage.send_splits, group, what=GRADIENTS)

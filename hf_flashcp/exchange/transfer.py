@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ..distributed.liveness import naming
 from .checksums import CheckedExchange, debug_mode
-from .missing_ranks import naming
 from .ranges import named_range
 
 

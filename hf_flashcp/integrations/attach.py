@@ -18,21 +18,30 @@ from transformers import __version__ as transformers_version
 from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
 from ..attention.kernels import check_activated_kernel
+from ..data.batch import shard_inputs
+from ..data.labels import IGNORE_INDEX
+from ..distributed import require_agreement
+from ..distributed.process_group import context_parallel_group
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
-from ..exchange import debug_mode, require_agreement
-from ..layout import RankPlan, shard_inputs
-from ..layout.batch import IGNORE_INDEX, context_parallel_group
-from ..planning import DEFAULT_STRATEGY, ShardPlan
-from .checkpointing import layers_run_again
-from .first_forward import check_first_forward
-from .forward_arguments import has_cache, media
-from .loss_check import LossCheck
-from .model_support import check_model, config_value
-from .per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
-from .per_document_rope import hook_length_dependent_rope
+from ..exchange import debug_mode
+from ..layout import RankPlan
+from ..plan import ShardPlan
+from ..planning import DEFAULT_STRATEGY
+from .models.checkpointing import layers_run_again
+from .models.first_forward import check_first_forward
+from .models.forward_arguments import has_cache, media
+from .models.loss_check import LossCheck
+from .models.model_support import check_model, config_value
+from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
+from .models.per_document_rope import hook_length_dependent_rope
+from .models.router_loss import scale_mean_terms, share_router_losses
+from .models.sharded_forward import (
+    ShardedForward,
+    current_sharded_forward,
+    enter_sharded_forward,
+    leave_sharded_forward,
+)
 from .plugin import FlashCPPlugin
-from .router_loss import scale_mean_terms, share_router_losses
-from .sharded_forward import ShardedForward, current_sharded_forward, enter_sharded_forward, leave_sharded_forward
 
 
 if TYPE_CHECKING:

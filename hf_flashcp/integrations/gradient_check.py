@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..layout.batch import IGNORE_INDEX
-from .router_loss import router_coefficients, router_statistics
+from ..data.labels import IGNORE_INDEX
+from .models.router_loss import router_coefficients, router_statistics
 
 
 def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

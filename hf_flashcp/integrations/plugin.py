@@ -13,10 +13,10 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from ..distributed import group_timeout, require_agreement
 from ..errors import ConfigurationError
-from ..exchange import group_timeout, require_agreement
 from ..planning import DEFAULT_STRATEGY, STRATEGIES
-from .sharded_forward import sharded_forward_count
+from .models.sharded_forward import sharded_forward_count
 
 
 if TYPE_CHECKING:

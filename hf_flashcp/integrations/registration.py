@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import document_attention
 from ..errors import BatchError, UnsupportedModelError
 from ..layout import RankPlan
-from ..planning import ShardPlan
-from . import sharded_forward
-from .sharded_forward import ShardedForward, current_sharded_forward
+from ..plan import ShardPlan
+from .models import sharded_forward
+from .models.sharded_forward import ShardedForward, current_sharded_forward
 
 
 NAME = "flashcp"

@@ -1,6 +1,5 @@
 """From a plan and a rank to index maps: the local row, what to send, what to receive, what attends to what."""
 
-from .batch import shard_inputs
 from .rank_layout import RankLayout
 from .rank_plan import RankPlan
 from .rows import Rows
@@ -8,4 +7,4 @@ from .stage import Rectangle, Stage
 from .window_layout import WindowLayout
 
 
-__all__ = ["RankLayout", "RankPlan", "Rectangle", "Rows", "Stage", "WindowLayout", "shard_inputs"]
+__all__ = ["RankLayout", "RankPlan", "Rectangle", "Rows", "Stage", "WindowLayout"]

@@ -38,9 +38,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..planning import ShardPlan
-from ..planning.volume import key_ranges, needed_keys, overlaps
-from .relay import Relay, RelayedRoutes
+from ..plan import ShardPlan
+from ..plan.calls import KeyPiece, key_ranges
+from ..plan.traffic import needed_keys, overlaps
+from .hierarchical import HierarchicalRoutes, SecondStep
 from .rows import Rows, distinct_groups
 from .stage import Rectangle, Stage, groups_to
 
@@ -52,15 +53,6 @@ class LocalSlice(NamedTuple):
     start: int
     stop: int
     row: int
-
-
-class Piece(NamedTuple):
-    """`count` tokens of a document from `start` on, at row `offset` of a buffer of keys."""
-
-    document: int
-    start: int
-    count: int
-    offset: int
 
 
 class RankLayout:
@@ -97,7 +89,7 @@ class RankLayout:
 
     @staticmethod
     def _offset_groups(plan: ShardPlan) -> Sequence[Sequence[int]]:
-        return [range(1, plan.cp_size)] if plan.offset_groups is None else plan.offset_groups
+        return plan.stage_offsets
 
     @cached_property
     def token_index(self) -> torch.Tensor:
@@ -156,13 +148,12 @@ class RankLayout:
 
     def _stage(self, offsets: Sequence[int]) -> Stage:
         received, exchange = self._exchange(offsets)
-        local = [piece[:3] for piece in self.slices]
         order = None
-        ranges = key_ranges([piece[:3] for piece in received], local)
+        ranges = key_ranges(received, self._plan.slices[self._rank])
         if ranges is None:
             received = sorted(received)
-            order = concatenated([np.arange(piece.offset, piece.offset + piece.count) for piece in received])
-            ranges = key_ranges([piece[:3] for piece in received], local)
+            order = concatenated([np.arange(piece.offset, piece.offset + piece.tokens) for piece in received])
+            ranges = key_ranges(received, self._plan.slices[self._rank])
         rectangles: list[Rectangle] = []
         for (_, start, stop, row), (k_start, k_stop) in zip(self.slices, ranges):
             if k_start == k_stop:
@@ -181,19 +172,24 @@ class RankLayout:
             rows=Rows(rows_of(rectangles)),
         )
 
-    def _exchange(self, offsets: Sequence[int]) -> tuple[list[Piece], dict[str, Any]]:
+    def _exchange(self, offsets: Sequence[int]) -> tuple[list[KeyPiece], dict[str, Any]]:
         """What a stage brings, and how: what [`Stage`] has of it."""
         received, recv_splits = self._received(offsets)
-        relay: Relay | None = None
+        second_step: SecondStep | None = None
         if self._plan.ranks_per_node is None:
             sent, send_splits = self._outgoing(offsets)
         else:
-            routes = RelayedRoutes(self._plan, self._rank, offsets, self._needed)
+            routes = HierarchicalRoutes(self._plan, self._rank, offsets, self._needed)
             before = sum(map(len, self._sent))
             self._sent.append(np.searchsorted(token_index(self._plan, self._rank), routes.sent))
             sent, send_splits = slice(before, before + len(routes.sent)), routes.send_splits
-            recv_splits, relay = routes.recv_splits, routes.relay
-        return received, {"sent": sent, "send_splits": send_splits, "recv_splits": recv_splits, "relay": relay}
+            recv_splits, second_step = routes.recv_splits, routes.second_step
+        return received, {
+            "sent": sent,
+            "send_splits": send_splits,
+            "recv_splits": recv_splits,
+            "second_step": second_step,
+        }
 
     def _outgoing(self, offsets: Sequence[int]) -> tuple[slice, list[int]]:
         """Notes the local rows for every destination, and says where they stand among all, and how many each gets."""
@@ -209,7 +205,7 @@ class RankLayout:
                     splits[other] += last - first
         return slice(before, before + sum(splits)), splits
 
-    def _received(self, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
+    def _received(self, offsets: Sequence[int]) -> tuple[list[KeyPiece], list[int]]:
         """What is needed of others, source after source, and how much of each."""
         cp_size = self._plan.cp_size
         received, splits = [], [0] * cp_size
@@ -219,7 +215,7 @@ class RankLayout:
                 continue
             for document, start, stop in self._plan.slices[other]:
                 for first, last in overlaps(start, stop, self._needed.get(document, {}).get(self._rank, ())):
-                    received.append(Piece(document, first, last - first, offset))
+                    received.append(KeyPiece(document, first, last - first, offset))
                     offset += last - first
                     splits[other] += last - first
         return received, splits

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from ..planning import ShardPlan
-from ..planning.volume import MOST_KEPT, full_attention_traffic
+from ..plan import ShardPlan
+from ..plan.slices import rank_tokens
+from ..plan.traffic import MOST_KEPT
 from .rank_layout import RankLayout
 from .window_layout import WindowLayout
 
@@ -63,8 +64,7 @@ class RankPlan:
         self.group = group
         self.target_count = target_count
         self.position_ids = position_ids
-        received, _ = full_attention_traffic(plan.cp_size, plan.slices)
-        own = [sum(stop - start for _, start, stop in slices) for slices in plan.slices]
+        received, own = plan.kv_moved()[0], rank_tokens(plan.slices)
         self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
         self.layers_run_again: frozenset[int] = frozenset()
         self.checked_layer: int | None = None

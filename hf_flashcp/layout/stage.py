@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .relay import Relay
+from .hierarchical import SecondStep
 from .rows import Rows
 
 
@@ -20,7 +20,7 @@ class Rectangle(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One uneven all-to-all of KV, or two where nodes relay it, and the attention that waits for it.
+    """One uneven all-to-all of KV, or two for a hierarchical exchange, and the attention that waits for it.
 
     Attributes:
         sent (`slice`): its rows in what the rank packs for all stages together, destination after destination, in
@@ -36,8 +36,8 @@ class Stage(NamedTuple):
             and ascending.
         causal (`bool`): whether the rectangles are causal, aligned bottom-right; without a mask if not.
         rows (`Rows`): the local rows that the rectangles cover.
-        relay (`Relay`, *optional*): the second step of an exchange over several nodes, of which `sent`, `send_splits`
-            and `recv_splits` are the first.
+        second_step (`SecondStep`, *optional*): the second step of an exchange over several nodes, of which `sent`,
+            `send_splits` and `recv_splits` are the first.
     """
 
     sent: slice
@@ -49,12 +49,16 @@ class Stage(NamedTuple):
     rectangles: tuple[Rectangle, ...]
     causal: bool
     rows: Rows
-    relay: Relay | None = None
+    second_step: SecondStep | None = None
 
     @property
     def received(self) -> int:
         """Rows that arrive and are needed."""
-        return sum(self.recv_splits) if self.relay is None else self.relay.first.count + self.relay.second.count
+        return (
+            sum(self.recv_splits)
+            if self.second_step is None
+            else self.second_step.first.count + self.second_step.second.count
+        )
 
     def to(self, device: torch.device) -> Stage:
         return self._replace(
@@ -62,7 +66,7 @@ class Stage(NamedTuple):
             key_order=self.key_order and self.key_order.to(device),
             order_groups=groups_to(self.order_groups, device),
             rows=self.rows.to(device),
-            relay=self.relay and self.relay.to(device),
+            second_step=self.second_step and self.second_step.to(device),
         )
 
 

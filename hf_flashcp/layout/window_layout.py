@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..planning import ShardPlan
-from ..planning.volume import overlaps
-from .rank_layout import Piece, RankLayout, concatenated, grouped, rows_of
+from ..plan import ShardPlan
+from ..plan.calls import KeyPiece
+from ..plan.traffic import overlaps
+from .rank_layout import RankLayout, concatenated, grouped, rows_of
 from .rows import Rows
 from .stage import Rectangle, Stage
 
@@ -82,7 +83,7 @@ class WindowLayout(RankLayout):
     def _stage(self, offsets: Sequence[int]) -> Stage:
         received, exchange = self._exchange(offsets)
         bands = self._bands()
-        local_rows, local = self._local_keys(bands, offset=sum(piece.count for piece in received))
+        local_rows, local = self._local_keys(bands, offset=sum(piece.tokens for piece in received))
         sources = defaultdict(list)
         for piece in sorted([*received, *local]):
             sources[piece.document].append(piece)
@@ -104,7 +105,7 @@ class WindowLayout(RankLayout):
             rows=Rows(rows_of(rectangles)),
         )
 
-    def _local_keys(self, bands: list[Band], offset: int) -> tuple[Rows, list[Piece]]:
+    def _local_keys(self, bands: list[Band], offset: int) -> tuple[Rows, list[KeyPiece]]:
         """The rank's own rows that lie in bands, each once, and where they stand behind `offset` received ones."""
         covered: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for document, start, stop, _, _ in bands:
@@ -116,6 +117,6 @@ class WindowLayout(RankLayout):
         for document, start, stop, row in self.slices:
             for first, last in overlaps(start, stop, covered.get(document, ())):
                 rows.append(np.arange(row + first - start, row + last - start))
-                pieces.append(Piece(document, first, last - first, offset))
+                pieces.append(KeyPiece(document, first, last - first, offset))
                 offset += last - first
         return Rows(concatenated(rows)), pieces

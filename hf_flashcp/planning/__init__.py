@@ -1,11 +1,8 @@
-"""Which rank holds which tokens of which document. Pure Python and NumPy: nothing here imports torch."""
+"""From document lengths to a `ShardPlan`, by any strategy. Pure Python and NumPy: nothing here imports torch."""
 
-from .cost import CostModel, StepTime
-from .hardware_profile import HARDWARE, HardwareProfile
-from .plan import ShardPlan
+from ..plan import ShardPlan, Topology, kv_bytes
+from ..predict import HARDWARE, CostModel, HardwareProfile, StepTime
 from .strategies import DEFAULT_STRATEGY, STRATEGIES, plan_documents
-from .topology import Topology
-from .volume import kv_bytes
 
 
 __all__ = [

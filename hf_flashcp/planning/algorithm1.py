@@ -16,8 +16,8 @@ from __future__ import annotations
 import heapq
 import math
 
-from .sharding import Lengths, Slices, assign_whole, give_empty_ranks_a_token, per_doc
-from .volume import attention_pairs, rank_pairs, rank_tokens
+from ..plan.slices import Lengths, Slice, Slices, attention_pairs, rank_pairs, rank_tokens
+from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
 
 
 def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float) -> Slices:
@@ -31,7 +31,7 @@ def flashcp(lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imba
         pairs, tokens = rank_pairs(slices), rank_tokens(slices)
         pieces: Slices = [[] for _ in range(cp_size)]
         for document, rank in assign_whole(lengths, whole, pairs, tokens):
-            pieces[rank].append((document, 0, lengths[document]))
+            pieces[rank].append(Slice(document, 0, lengths[document]))
             tokens[rank] += lengths[document]
         equalize_tokens(pieces, tokens, token_shares(tokens, max_token_imbalance))
         for rank_pieces, rank_slices in zip(pieces, slices):
@@ -77,9 +77,9 @@ def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> Non
             if not owed:
                 break
             moved = min(owed, stop - start)
-            pieces[donor].remove((document, start, stop))
+            pieces[donor].remove(Slice(document, start, stop))
             if moved < stop - start:
-                pieces[donor].append((document, start + moved, stop))
-            pieces[receiver].append((document, start, start + moved))
+                pieces[donor].append(Slice(document, start + moved, stop))
+            pieces[receiver].append(Slice(document, start, start + moved))
             owed -= moved
         assert not owed

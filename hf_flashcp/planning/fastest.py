@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..plan.shard_plan import ShardPlan
+from ..plan.slices import Lengths, Slices, rank_pairs, rank_tokens
+from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
-from .cost import CostModel
-from .lower_bound import Caps
-from .plan import ShardPlan
-from .search import search
-from .search_nodes import node_plans
-from .sharding import Lengths, Slices, per_doc, per_seq, whole_doc
-from .volume import kv_traffic, rank_pairs, rank_tokens
+from .caps import Caps
+from .search.nodes import node_plans
+from .search.search import search
+from .sharding import per_doc, per_seq, whole_doc
 
 
 TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
@@ -91,7 +91,7 @@ def in_stages(plan: ShardPlan, num_stages: int) -> ShardPlan:
 
 def _offset_loads(plan: ShardPlan) -> list[int]:
     """What the busiest rank receives from each ring offset, 1 first, in tokens."""
-    traffic, cp_size = kv_traffic(plan), plan.cp_size
+    traffic, cp_size = plan.kv_traffic().tolist(), plan.cp_size
     return [max(traffic[rank][(rank + offset) % cp_size] for rank in range(cp_size)) for offset in range(1, cp_size)]
 
 

@@ -18,8 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from .plan import Slice
-from .volume import attention_pairs
+from ..plan.slices import Slice, attention_pairs
 
 
 Lengths = tuple[int, ...]
@@ -31,7 +30,7 @@ def whole_doc(lengths: Lengths, cp_size: int) -> Slices:
     takes the next single token from the head of the longest piece."""
     slices: Slices = [[] for _ in range(cp_size)]
     for document, rank in assign_whole(lengths, range(len(lengths)), [0] * cp_size, [0] * cp_size):
-        slices[rank].append((document, 0, lengths[document]))
+        slices[rank].append(Slice(document, 0, lengths[document]))
     give_empty_ranks_a_token(slices)
     return slices
 
@@ -67,8 +66,8 @@ def give_empty_ranks_a_token(slices: Slices) -> None:
             )
             document, start, stop = piece
             place = slices[donor].index(piece)
-            slices[donor][place : place + 1] = [(document, start + 1, stop)] if stop - start > 1 else []
-            rank_slices.append((document, start, start + 1))
+            slices[donor][place : place + 1] = [Slice(document, start + 1, stop)] if stop - start > 1 else []
+            rank_slices.append(Slice(document, start, start + 1))
 
 
 def per_doc(
@@ -104,7 +103,7 @@ def per_doc(
         for chunk, size in enumerate(sizes):
             if size:
                 rank = (min(chunk, chunks - 1 - chunk) + shift) % cp_size
-                slices[rank].append((document, start, start + size))
+                slices[rank].append(Slice(document, start, start + size))
             start += size
     return slices
 
@@ -124,7 +123,7 @@ def per_seq(lengths: Lengths, cp_size: int) -> Slices:
             document_stop = document_start + lengths[document]
             piece_stop = min(stop, document_stop)
             rank = min(chunk, chunks - 1 - chunk)
-            slices[rank].append((document, start - document_start, piece_stop - document_start))
+            slices[rank].append(Slice(document, start - document_start, piece_stop - document_start))
             start = piece_stop
             if start == document_stop:
                 document, document_start = document + 1, document_stop

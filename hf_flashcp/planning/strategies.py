@@ -11,15 +11,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import PlanError, UnmetCapWarning
+from ..plan.lengths import MOST_TOKENS, check_lengths
+from ..plan.shard_plan import ShardPlan
+from ..plan.slices import Slice, rank_pairs
+from ..plan.topology import Topology, check_topology
+from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
-from .cost import CostModel
 from .fastest import fastest, in_stages
-from .plan import MOST_TOKENS, ShardPlan, Slice, check_lengths
-from .search import search
-from .search_nodes import search_in_nodes
+from .search.nodes import search_in_nodes
+from .search.search import search
 from .sharding import per_doc, per_seq, whole_doc
-from .topology import Topology, check_topology
-from .volume import rank_pairs
 
 
 STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")

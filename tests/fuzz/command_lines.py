@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hf_flashcp.cli import estimate, main, plan, report, simulate
 from hf_flashcp.errors import UnmetCapWarning
 from hf_flashcp.planning import HARDWARE
-from hf_flashcp.planning.hardware_profile import _loaded
-from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.predict.hardware_profile import _loaded
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.fuzz.values import H100, changed, json_values, mostly
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from hf_flashcp.planning import HARDWARE, STRATEGIES, CostModel
-from hf_flashcp.planning.model_shape import LLAMA_3_8B
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.packs import arbitrary_plans
 
 

@@ -1,14 +1,7 @@
 """Attention kernels behind one interface, and the table that says which one runs a layer."""
 
 from .base import AttentionKernel, accumulate_dtype
-from .capabilities import (
-    CAPABILITIES,
-    EXPERIMENTAL,
-    TESTED,
-    check_activated_kernel,
-    explain_kernels,
-    select_kernel,
-)
+from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, check_activated_kernel, explain_kernels, select_kernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
 from .flash_attn2 import FlashAttn2Kernel

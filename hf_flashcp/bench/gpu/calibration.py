@@ -14,10 +14,12 @@ import numpy as np
 
 from ...data.lengths import sample_pack
 from ...errors import ConfigurationError
-from ...planning import CostModel, HardwareProfile, ShardPlan, plan_documents
-from ...planning.hardware_profile import Kernel
-from ...planning.model_shape import AttentionLayers
-from ..calibration_fit import Call, copy_rate, error_summary, fit_device_kernel, root_mean_square
+from ...plan import ShardPlan
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
+from ...predict.hardware_profile import Kernel
+from ...predict.model_shape import AttentionLayers
+from ..calibration.fit import Call, copy_rate, error_summary, fit_device_kernel, root_mean_square
 from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
 from .hardware import OUT_OF_MEMORY, packaged_hardware
 from .settings import Found, Record, Run, Settings

@@ -13,8 +13,8 @@ import torch
 from ...attention import AttentionKernel, select_kernel
 from ...attention.kernels import accumulate_dtype
 from ...layout import Rectangle, Rows
-from ...planning import ShardPlan
-from ..calibration_worker import Shape, copies
+from ...plan import ShardPlan
+from ..calibration.worker import Shape, copies
 from ..kernels import RankWork
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory

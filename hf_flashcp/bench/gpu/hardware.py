@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...planning import HARDWARE
+from ...predict import HARDWARE
 
 
 OUT_OF_MEMORY = "out of memory"

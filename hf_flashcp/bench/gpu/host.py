@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...attention import select_kernel
+from ...data.batch import shard_inputs
 from ...integrations.attach import attach
-from ...layout import shard_inputs
 from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ...attention import select_kernel
+from ...data.labels import IGNORE_INDEX
 from ...data.lengths import sample_pack
 from ...integrations.attach import attach
-from ...layout.batch import IGNORE_INDEX
-from ...planning import CostModel, plan_documents
-from ...planning.memory import TrainingSetup, estimate_memory
-from ...planning.memory_shape import MemoryShape
-from ...planning.simulation import model_flops
+from ...planning import plan_documents
+from ...predict import CostModel
+from ...predict.memory import TrainingSetup, estimate_memory
+from ...predict.memory_shape import MemoryShape
+from ...simulation.simulate import model_flops
 from ..memory import random_batch
 from ..step import TOLERANCES
 from ..step_worker import Trainer

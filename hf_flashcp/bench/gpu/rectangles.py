@@ -15,7 +15,8 @@ from ...attention.kernels import CAPABILITIES, AttentionKernel
 from ...attention.kernels.varlen import deal_rounds
 from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
-from ...planning import ShardPlan, plan_documents
+from ...plan import ShardPlan
+from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings, fused_kernels

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...doctor.workers import LostWorker, WorkerFailure, WorkerPool
+from ...distributed.workers import LostWorker, WorkerFailure, WorkerPool
 from ...errors import ConfigurationError, FlashCPError
 from .settings import Found, Settings, Step
 
@@ -205,7 +205,9 @@ class Pools:
     @staticmethod
     def _start_server() -> None:
         if sys.platform == "linux":
-            forkserver.set_forkserver_preload(["hf_flashcp.bench.gpu.steps", "hf_flashcp.integrations.trainer"])
+            forkserver.set_forkserver_preload(
+                ["hf_flashcp.bench.gpu.steps", "hf_flashcp.integrations.trainers.trainer"]
+            )
             forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:

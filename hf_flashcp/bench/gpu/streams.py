@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...doctor.cluster import check_cluster
 from ...exchange import Transfer
-from ...exchange.relay import RelayedTransfer
+from ...exchange.hierarchical import HierarchicalTransfer
 from .settings import Found, Record, Run, Settings
 
 
@@ -36,7 +36,7 @@ def _transfers(settings: Settings) -> list[Record]:
     group = dist.new_group([0], backend=backend)
     rows = settings.sized(4096, 64)
     found = []
-    for what, transfer in (("transfers", _transfer), ("two-step transfers", _relayed)):
+    for what, transfer in (("transfers", _transfer), ("two-step transfers", _hierarchical)):
         wrong = 0
         for turn in range(TURNS):
             # Beside work on the main stream, which sends wait for and results are used by.
@@ -54,9 +54,9 @@ def _transfer(sent: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
     return Transfer(sent, torch.empty_like(sent), [len(sent)], [len(sent)], group)
 
 
-def _relayed(sent: torch.Tensor, group: dist.ProcessGroup) -> RelayedTransfer:
+def _hierarchical(sent: torch.Tensor, group: dist.ProcessGroup) -> HierarchicalTransfer:
     first = _transfer(sent, group)
-    return RelayedTransfer(first, lambda arrived: _transfer(arrived, group).wait(), (sent,))
+    return HierarchicalTransfer(first, lambda arrived: _transfer(arrived, group).wait(), (sent,))
 
 
 def _check_cluster(settings: Settings) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from ...attention import save_attention_context_fn
 from ...data import FlashCPCollator
-from ...integrations.checkpointing import CHECKPOINTING_ARGUMENT
 from ...integrations.gradient_check import gradient_error, per_document_gradients
+from ...integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from ...integrations.plugin import FlashCPPlugin
-from ...integrations.trainer import FlashCPTrainer
+from ...integrations.trainers.trainer import FlashCPTrainer
 from .settings import Found, Record, Run, Settings
 from .small_models import packed_batch, random_documents, small_llama
 

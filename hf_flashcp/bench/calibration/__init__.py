@@ -1,0 +1,1 @@
+"""Hardware profiles measured on the machine at hand."""

@@ -1,0 +1,225 @@
+"""A hardware profile of this machine's cores, from timed parts, and how far it is from whole attention layers.
+
+Parts are single kernel calls, copies, transfers and matrix products; but for transfers, their CPU seconds count.
+Layers run under plans of drawn packs, none of which the fit has seen: the kernels, copies and transfers of every rank,
+overlapped as in training. A layer takes seconds by the clock, and CPU seconds: other programs of the machine, and
+waiting, lengthen only the first.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ...data.lengths import sample_pack
+from ...distributed.workers import WorkerPool
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
+from ...predict.model_shape import AttentionLayers
+from ..attention import DTYPES
+from . import worker as worker
+from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, root_mean_square
+
+
+LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Of the causal squares: one alone, and 2,048 tokens of each."""
+
+QUERIES, KEYS = (64, 128, 256, 512, 1024, 2048), (64, 256, 1024, 4096)
+"""Of the rectangles without a mask, each number of the ones with each of the others."""
+
+ROWS = (128, 512, 2048)
+BYTES = tuple(2**power for power in range(12, 24))
+WIDTHS, TOKENS = (256, 512, 1024), 1024
+
+_WHOLE = 2048
+
+CLOCKS = ("seconds", "cpu_seconds")
+
+
+def measure(
+    corpora: Sequence[str],
+    window: int,
+    cp_size: int,
+    packs: int,
+    *,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: str = "fp32",
+    strategies: Sequence[str] = ("search", "per_doc"),
+    num_stages: int | None = None,
+    rounds: int = 5,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Times parts, fits, times layers.
+
+    Args:
+        corpora: of `LENGTH_DISTRIBUTIONS`, from which packs are drawn in turns.
+        window: tokens of a pack.
+        cp_size: processes, of one thread each.
+        packs: how many are drawn.
+        strategies: of [`plan_documents`], in turns too: the first pack of each corpus is planned by the first.
+        num_stages: see [`plan_documents`].
+        rounds: timed turns of every part and layer, after one that is not.
+        seed: of the first pack.
+
+    Returns:
+        `dict`, JSON-serializable: the arguments, `profile` in the form of the data files, `fit`, root mean square
+        errors of kernel calls, `forward` and `backward`, and their number `calls`; `layers`, each with `corpus`,
+        `strategy`, `seed`, `documents`, `longest`, and for `seconds` and `cpu_seconds` (without waiting) what was
+        `measured` and `predicted` of the slowest rank; for both of them `error`: over the layers the `median`,
+        `largest` and the share `within_10_percent` of |predicted / measured - 1|.
+
+    Raises:
+        ConfigurationError: scipy is not installed.
+    """
+    shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
+    with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None if progress else True) as bar:
+
+        def timed(what: str, function, *arguments) -> list[list[list[float]]]:
+            bar.set_description(what)
+            found = pool.run(cp_size, function, *arguments, timeout=3600)
+            bar.update()
+            return found
+
+        shapes = _calls()
+        calls = timed("kernel calls", worker.time_calls, shapes, shape, dtype, rounds)
+        copies = timed("copies", worker.time_copies, ROWS, shape, dtype, 4 * rounds)
+        transfers = timed("transfers", worker.time_transfers, BYTES, 4 * rounds)
+        products = timed("matrix products", worker.time_products, TOKENS, WIDTHS, dtype, 4 * rounds)
+        bar.set_description("fit")
+        fitted = [Call(*call, *seconds) for call, seconds in zip(shapes, _over_ranks(calls))]
+        kernel, ratios = fit_kernel(fitted, layers)
+        bar.update()
+        profile = _profile(kernel, _over_ranks(copies), _over_ranks(transfers), _over_ranks(products), layers, dtype)
+        profile["ranks_per_node"] = cp_size
+        profile["description"] = (
+            f"cores of {platform.processor() or platform.machine()}, {cp_size} processes of one thread, {dtype}, "
+            f"{heads}/{kv_heads} heads of {head_dim}; measured by flashcp bench calibrate"
+        )
+        itemsize = DTYPES[dtype].itemsize
+        model = CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
+        drawn = [
+            (corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
+            for index in range(packs)
+        ]
+        plans = [
+            plan_documents(sample_pack(corpus, window, seed=number), cp_size, strategy=strategy)
+            for corpus, strategy, number in drawn
+        ]
+        by_rank = timed("layers", worker.time_layers, plans, shape, dtype, rounds)
+    rows = []
+    for index, ((corpus, strategy, number), plan) in enumerate(zip(drawn, plans)):
+        predicted = model.step_time(plan)
+        computed = float((predicted.attention + predicted.copies).max())
+        rows.append(
+            {
+                "corpus": corpus,
+                "strategy": strategy,
+                "seed": number,
+                "documents": len(plan.lengths),
+                "longest": max(plan.lengths),
+                **{
+                    name: {"measured": max(times[index][place] for times in by_rank), "predicted": seconds}
+                    for place, (name, seconds) in enumerate(zip(CLOCKS, (predicted.attention_seconds, computed)))
+                },
+            }
+        )
+    error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
+    profile["error"] = {"layers": len(rows), **error}
+    return {
+        "window": window,
+        "cp_size": cp_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "rounds": rounds,
+        "profile": profile,
+        "fit": {
+            "calls": len(fitted),
+            "forward": root_mean_square(ratios[:, 0]),
+            "backward": root_mean_square(ratios[:, 1]),
+        },
+        "layers": rows,
+        "error": error,
+    }
+
+
+def _ratio(row: dict[str, Any], clock: str) -> float:
+    return row[clock]["predicted"] / row[clock]["measured"]
+
+
+def _calls() -> list[tuple[bool, tuple[tuple[int, int], ...]]]:
+    squares = {(length,) * times for length in LENGTHS for times in (1, max(_WHOLE // length, 1))}
+    causal = [(True, tuple((length, length) for length in lengths)) for lengths in sorted(squares)]
+    return causal + [(False, ((queries, keys),)) for queries in QUERIES for keys in KEYS]
+
+
+def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Of each run and thing that it timed, the mean over ranks."""
+    return np.mean(by_rank, axis=0).tolist()
+
+
+def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype: str) -> dict[str, Any]:
+    latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
+    flops = [2 * TOKENS * width * width / seconds for width, (seconds,) in zip(WIDTHS, products)]
+    link = {"bytes_per_second": rate, "latency_seconds": latency}
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    sizes = ("tile", "units", "call_seconds", "causal_efficiency")
+    return {
+        "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
+        "linear_flops_per_second": median(flops),
+        "memory_bytes_per_second": copy_rate(ROWS, copies, layers, DTYPES[dtype].itemsize),
+        "kernel": {**{name: getattr(kernel, name) for name in sizes}, **passes},
+        "links": {"intra_node": link, "inter_node": link},
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table for a terminal."""
+    profile, kernel = found["profile"], found["profile"]["kernel"]
+    link = profile["links"]["intra_node"]
+    lines = [
+        profile["description"],
+        "",
+        f"{'':9}{'GFLOP/s':>9}{'tile overhead, keys':>21}{'causal':>9}{'error of calls (rms)':>22}",
+        *(
+            f"{name:9}{kernel[name]['flops_per_second'] / 1e9:9.1f}{kernel[name]['tile_overhead_keys']:21.0f}"
+            f"{kernel[name]['causal_tile_overhead_keys']:9.0f}{found['fit'][name]:22.1%}"
+            for name in ("forward", "backward")
+        ),
+        f"tiles of {kernel['tile']} queries, speed under a causal mask {kernel['causal_efficiency']:.2f}, a call "
+        f"{1e6 * kernel['call_seconds']:.0f} us; {found['fit']['calls']} calls fitted",
+        f"linear {profile['linear_flops_per_second'] / 1e9:.1f} GFLOP/s, copies "
+        f"{profile['memory_bytes_per_second'] / 1e9:.1f} GB/s, link {link['bytes_per_second'] / 1e9:.2f} GB/s after "
+        f"{1e6 * link['latency_seconds']:.0f} us",
+        "",
+        f"one attention layer, forward and backward, of {len(found['layers'])} packs of {found['window']:,} tokens on "
+        f"{found['cp_size']} ranks; medians of {found['rounds']} rounds",
+        f"{'':32}{'seconds, predicted / measured':>40}{'CPU seconds, likewise':>33}",
+        f"{'corpus':13}{'strategy':>10}{'packs':>7}{'ms':>9}" + f"{'median':>11}{'least':>11}{'most':>11}" * 2,
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["layers"]:
+        groups.setdefault((row["corpus"], row["strategy"]), []).append(row)
+    for (corpus, strategy), rows in groups.items():
+        ratios = [[_ratio(row, name) for row in rows] for name in CLOCKS]
+        lines.append(
+            f"{corpus:13}{strategy:>10}{len(rows):7}{1000 * median(row['seconds']['measured'] for row in rows):9.1f}"
+            + "".join(f"{median(one):11.3f}{min(one):11.3f}{max(one):11.3f}" for one in ratios)
+        )
+    lines.append("")
+    for name, what in zip(CLOCKS, ("seconds", "CPU seconds")):
+        error = found["error"][name]
+        lines.append(
+            f"error of predicted {what + ':':12} median {error['median']:.1%}, largest {error['largest']:.1%}, "
+            f"{error['within_10_percent']:.0%} of the packs within 10%"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""From timed kernel calls to the kernel's entry of a hardware profile.
+
+For a given tile and causal efficiency, `planning.layer_work.call_seconds` is linear in what is left on a core, which
+works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative
+least squares solves for them, on relative errors, for every tile and efficiency of a grid. A GPU works on many tiles
+at the same time, and a call takes at least as long as its longest tile: there the tile is given, and nonlinear least
+squares on logarithms of ratios finds the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import ConfigurationError
+from ...predict.hardware_profile import Kernel, Pass
+from ...predict.layer_work import call_seconds
+from ...predict.model_shape import AttentionLayers
+
+
+TILES = (16, 32, 64, 128, 256)
+EFFICIENCIES = np.linspace(0.5, 1.2, 36)
+
+STARTS = tuple((efficiency, overhead) for efficiency in (0.6, 1.0) for overhead in (30.0, 300.0))
+"""Causal efficiencies and overheads of a tile, in keys, from which the nonlinear fit starts."""
+
+LEAST_SECONDS = 1e-18
+"""A floating-point operation that is fitted as free costs this much."""
+
+
+class Call(NamedTuple):
+    """A kernel call that was timed.
+
+    Attributes:
+        causal (`bool`): its rectangles are squares under a causal mask; else all queries see all keys.
+        rectangles (`tuple[tuple[int, int], ...]`): queries and keys of each.
+        forward (`float`): seconds.
+        backward (`float`): seconds.
+    """
+
+    causal: bool
+    rectangles: tuple[tuple[int, int], ...]
+    forward: float
+    backward: float
+
+
+def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
+    """The kernel that predicts the calls best, and what it predicts over what was measured, (calls, 2): forward and
+    backward. For devices that work on one tile at a time, as a core does.
+
+    Raises:
+        ConfigurationError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import nnls
+    except ImportError:
+        raise ConfigurationError("Fitting needs scipy: pip install scipy.") from None
+    measured = np.array([[call.forward, call.backward] for call in calls])
+    best: tuple[float, Kernel, np.ndarray] | None = None
+    for tile in TILES:
+        for efficiency in EFFICIENCIES:
+            matrix = _matrix(calls, layers, tile, float(efficiency)) / measured[..., None]
+            found, _ = nnls(matrix.reshape(len(calls) * 2, -1), np.ones(len(calls) * 2))
+            ratios = matrix @ found
+            error = float(np.square(ratios - 1).mean())
+            if best is None or error < best[0]:
+                best = error, _kernel(tile, float(efficiency), found), ratios
+    assert best is not None
+    return best[1:]
+
+
+def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficiency: float) -> np.ndarray:
+    """(calls, 2, 7): what multiplies, in the seconds of each call's forward and backward, the unknowns: of either
+    pass seconds an operation and those times the tile's overhead in keys, without a mask and with; seconds a call."""
+    matrix = np.zeros((len(calls), 2, 7))
+    for row, call in zip(matrix, calls):
+        rectangles = np.array([(0, queries, 0 if call.causal else keys) for queries, keys in call.rectangles])
+        for backward, column in ((False, 0), (True, 3)):
+            keys_only, with_overhead = (
+                float(
+                    call_seconds(
+                        Kernel(tile, 1, 0.0, efficiency, Pass(1.0, overhead), Pass(1.0, overhead)),
+                        rectangles,
+                        cp_size=1,
+                        layers=layers,
+                        window=None,
+                        causal=call.causal,
+                        backward=backward,
+                    )[0]
+                )
+                for overhead in (0.0, 1.0)
+            )
+            row[int(backward), column] = keys_only
+            row[int(backward), column + 1 + call.causal] = with_overhead - keys_only
+        row[:, 6] = 1
+    return matrix
+
+
+def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
+    passes = []
+    for seconds, overhead, causal_overhead in (found[:3], found[3:6]):
+        seconds = max(float(seconds), LEAST_SECONDS)
+        passes.append(Pass(1 / seconds, float(overhead) / seconds, float(causal_overhead) / seconds))
+    return Kernel(tile, 1, float(found[6]), efficiency, *passes)
+
+
+def fit_device_kernel(
+    calls: Sequence[Call], layers: AttentionLayers, *, units: int, tile: int = 128
+) -> tuple[Kernel, np.ndarray]:
+    """Like [`fit_kernel`], for a device that works on `units` tiles of `tile` queries at the same time.
+
+    Calls whose times this model does not explain pull less at the fit than in plain least squares (soft L1 loss).
+
+    Raises:
+        ConfigurationError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise ConfigurationError("Fitting needs scipy: pip install scipy.") from None
+    measured = np.array([[call.forward, call.backward] for call in calls])
+    tables = _tables(calls)
+
+    def kernel(unknowns: np.ndarray) -> Kernel:
+        forward, backward, efficiency, seconds = np.exp(unknowns[:4]).tolist()
+        overheads = (unknowns[4:] * tile).tolist()
+        passes = Pass(forward, *overheads[:2]), Pass(backward, *overheads[2:])
+        return Kernel(tile, units, seconds, efficiency, *passes)
+
+    def errors(unknowns: np.ndarray) -> np.ndarray:
+        return np.log(_predicted(kernel(unknowns), tables, layers) / measured).ravel()
+
+    unit = Kernel(tile, 1, 0.0, 1.0, Pass(1.0, 0.0), Pass(1.0, 0.0))
+    speeds = np.log((_predicted(unit, tables, layers) / measured).max(0))
+    shortest = float(np.log(measured.min()))
+    low = np.array([*(speeds - 3), np.log(0.1), shortest - 10, *[0.0] * 4])
+    high = np.array([*(speeds + 3), np.log(3.0), shortest, *[1e4] * 4])
+    found = [
+        least_squares(
+            errors,
+            [*speeds, np.log(efficiency), shortest - 0.5, *[overhead / tile] * 4],
+            bounds=(low, high),
+            loss="soft_l1",
+            f_scale=0.1,
+        )
+        for efficiency, overhead in STARTS
+    ]
+    best = kernel(min(found, key=lambda one: one.cost).x)
+    return best, _predicted(best, tables, layers) / measured
+
+
+def _tables(calls: Sequence[Call]) -> list[tuple[bool, np.ndarray]]:
+    """Rectangles as [`call_seconds`] takes them, those under a causal mask and the others, with a call as a rank."""
+    rows: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+    for number, call in enumerate(calls):
+        for queries, keys in call.rectangles:
+            rows[call.causal].append((number, queries, keys - queries if call.causal else keys))
+    return [(causal, np.array(table, dtype=np.int64).reshape(-1, 3)) for causal, table in rows.items()]
+
+
+def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, np.ndarray]], layers: AttentionLayers) -> np.ndarray:
+    """(calls, 2) seconds of forward and backward."""
+    count = 1 + max(int(table[:, 0].max()) for _, table in tables if len(table))
+    options = {"cp_size": count, "layers": layers, "window": None}
+    return np.stack(
+        [
+            sum(call_seconds(kernel, table, causal=causal, backward=backward, **options) for causal, table in tables)
+            for backward in (False, True)
+        ],
+        1,
+    )
+
+
+def copy_rate(
+    rows: Sequence[int], seconds: Sequence[Sequence[float]], layers: AttentionLayers, itemsize: int
+) -> float:
+    """Returns the bytes per second at which rows were merged and packed, counted as `CostModel` counts them.
+
+    Args:
+        rows: how many rows each measurement copied.
+        seconds: of each measurement, those of the merge and of packing.
+        itemsize: bytes of an element of keys and values.
+    """
+    merged = layers.query_heads * layers.value_dim * (2 * max(itemsize, 4) + itemsize)
+    packed = layers.kv_elements_per_token * 2 * itemsize
+    return sum(rows) * (merged + packed) / sum(map(sum, seconds))
+
+
+def error_summary(ratios: Sequence[float]) -> dict[str, float]:
+    """Returns the `median` and the `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
+    errors = [abs(ratio - 1) for ratio in ratios]
+    within = sum(error <= 0.1 for error in errors) / len(errors)
+    return {"median": median(errors), "largest": max(errors), "within_10_percent": within}
+
+
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """`(seconds at size 0, sizes a second)`, by least squares on relative errors; neither is negative."""
+    from scipy.optimize import nnls
+
+    matrix = np.stack([np.ones(len(sizes)), np.array(sizes)], 1) / np.array(seconds)[:, None]
+    (start, slope), _ = nnls(matrix, np.ones(len(sizes)))
+    return float(start), 1 / max(float(slope), LEAST_SECONDS)
+
+
+def root_mean_square(ratios: np.ndarray) -> float:
+    """Of relative errors."""
+    return math.sqrt(float(np.square(ratios - 1).mean()))

@@ -1,0 +1,187 @@
+"""What every process of `bench calibrate` times: kernel calls, copies, transfers, matrix products, attention layers.
+
+All processes time the same at the same moment, as they do in training, because they share caches and memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ...attention import document_attention, select_kernel
+from ...attention import engine as engine_module
+from ...attention.kernels import AttentionKernel, accumulate_dtype
+from ...exchange.kv_exchange import Transfer, kv_width, pack_rows
+from ...layout import RankPlan, Rectangle, Rows
+from ...plan import ShardPlan
+from ...planning import plan_documents
+from ..attention import DTYPES, random_inputs
+
+
+Shape = tuple[int, int, int]
+"""Query heads, KV heads, head dim."""
+
+Run = Callable[[], Sequence[float]]
+"""Does something and returns how many seconds each part of it took."""
+
+cpu_clock = time.thread_time
+"""Seconds of a core that this thread has used: what other programs take from it meanwhile is not in them."""
+
+
+def _in_turns(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """Of every run the medians over rounds of what it returns, after one round that does not count."""
+    found: list[list[Sequence[float]]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
+        for seconds, run in zip(found, runs):
+            dist.barrier()
+            taken = run()
+            if turn:
+                seconds.append(taken)
+    return [[median(column) for column in zip(*seconds)] for seconds in found]
+
+
+def time_calls(
+    calls: Sequence[tuple[bool, tuple[tuple[int, int], ...]]], shape: Shape, dtype: str, rounds: int
+) -> list[list[float]]:
+    """CPU seconds of each call's forward and backward. A call is whether it is causal, and (queries, keys) of its
+    rectangles; causal ones run as the local pass of a layer, with what autograd and the engine do around it."""
+    kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
+    runs = []
+    for causal, rectangles in calls:
+        if causal:
+            plan = plan_documents([queries for queries, _ in rectangles], 1)
+            runs.append(_layer(RankPlan(plan), shape, dtype, kernel, cpu_clock))
+        else:
+            runs.append(_rectangles(rectangles, shape, dtype, kernel))
+    return _in_turns(runs, rounds)
+
+
+def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
+    """Seconds of forward and backward of one attention layer under each plan, on this rank, and its CPU seconds."""
+    kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
+
+    def clocks() -> np.ndarray:
+        return np.array([time.perf_counter(), cpu_clock()])
+
+    runs = []
+    for plan in plans:
+        layer = _layer(RankPlan(plan, dist.get_rank(), dist.group.WORLD), shape, dtype, kernel, clocks)
+        runs.append(lambda layer=layer: sum(layer()))
+    return _in_turns(runs, rounds)
+
+
+def _layer(plan: RankPlan, shape: Shape, dtype: str, kernel: AttentionKernel, clock: Callable[[], Any]) -> Run:
+    *inputs, grad_out = random_inputs(plan.layout.num_tokens, shape, dtype)
+
+    def run() -> tuple[Any, Any]:
+        begin = clock()
+        out = document_attention(*inputs, plan, kernel=kernel)
+        middle = clock()
+        out.backward(grad_out)
+        end = clock()
+        for tensor in inputs:
+            tensor.grad = None
+        return middle - begin, end - middle
+
+    return run
+
+
+def _rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kernel: AttentionKernel) -> Run:
+    rectangles: list[Rectangle] = []
+    queries = keys = 0
+    for count, against in sizes:
+        rectangles.append(Rectangle(queries, queries + count, keys, keys + against))
+        queries, keys = queries + count, keys + against
+    query, _, _, grad_out = (tensor.detach() for tensor in random_inputs(queries, shape, dtype))
+    _, key, value, _ = (tensor.detach() for tensor in random_inputs(keys, shape, dtype))
+    options = {"causal": False, "scale": shape[2] ** -0.5}
+    out, lse = kernel.forward(query, key, value, tuple(rectangles), **options)
+    accumulated = accumulate_dtype(query.dtype)
+
+    def run() -> tuple[float, float]:
+        begin = cpu_clock()
+        kernel.forward(query, key, value, tuple(rectangles), **options)
+        middle = cpu_clock()
+        grads = {
+            f"grad_{name}": torch.zeros_like(tensor, dtype=accumulated)
+            for name, tensor in (("query", query), ("key", key), ("value", value))
+        }
+        kernel.backward(grad_out, query, key, value, out, lse, tuple(rectangles), **options, **grads)
+        return middle - begin, cpu_clock() - middle
+
+    return run
+
+
+def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
+    """CPU seconds of merging so many rows into twice as many, and of packing the KV of so many."""
+    return _in_turns([_copies(count, shape, dtype) for count in rows], rounds)
+
+
+def _copies(count: int, shape: Shape, dtype: str) -> Run:
+    inputs = [tensor.detach() for tensor in random_inputs(2 * count, shape, dtype)[:3]]
+    merge, pack = copies(*inputs, Rows(torch.arange(count, 2 * count).numpy()))
+
+    def run() -> tuple[float, float]:
+        begin = cpu_clock()
+        merge()
+        middle = cpu_clock()
+        pack()
+        return middle - begin, cpu_clock() - middle
+
+    return run
+
+
+def copies(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Returns two functions: one merges a partial output into some rows of the output of `query`, as the engine does,
+    the other packs the KV of those rows."""
+    out = torch.zeros_like(query, dtype=accumulate_dtype(query.dtype))
+    lse = torch.zeros(query.shape[:2], dtype=out.dtype, device=query.device)
+    part, part_lse = query[:, : rows.count].clone(), torch.zeros_like(lse[:, : rows.count])
+    packed = key.new_empty(rows.count, kv_width(key, value))
+    return (
+        lambda: engine_module._merge(out, lse, part, part_lse, rows),
+        lambda: pack_rows(key, value, rows, packed),
+    )
+
+
+def time_transfers(bytes_moved: Sequence[int], rounds: int) -> list[list[float]]:
+    """Seconds until so many bytes have come from the next rank and gone to the one before."""
+    return _in_turns([_transfer(count) for count in bytes_moved], rounds)
+
+
+def _transfer(count: int) -> Run:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sent, received = torch.zeros(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+    sends = [count * (other == (rank - 1) % ranks) for other in range(ranks)]
+    receives = [count * (other == (rank + 1) % ranks) for other in range(ranks)]
+
+    def run() -> tuple[float]:
+        begin = time.perf_counter()
+        Transfer(sent, received, sends, receives, dist.group.WORLD).wait()
+        return (time.perf_counter() - begin,)
+
+    return run
+
+
+def time_products(tokens: int, widths: Sequence[int], dtype: str, rounds: int) -> list[list[float]]:
+    """CPU seconds of a linear layer, forward, on so many tokens, from each width to as many."""
+
+    def product(width: int) -> Run:
+        rows, weight = (torch.randn(size, width).to(DTYPES[dtype]) for size in (tokens, width))
+
+        def run() -> tuple[float]:
+            begin = cpu_clock()
+            torch.nn.functional.linear(rows, weight)
+            return (cpu_clock() - begin,)
+
+        return run
+
+    return _in_turns([product(width) for width in widths], rounds)

@@ -1,0 +1,174 @@
+"""`shard_inputs`: a full packed batch to this rank's part of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..distributed import context_parallel_group
+from ..errors import BatchError
+from ..layout.rank_plan import RankPlan
+from ..planning import DEFAULT_STRATEGY, plan_documents
+from .labels import IGNORE_INDEX, shifted_labels
+
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# They describe the full row; the plan replaces them.
+_ROW_KEYS = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def shard_inputs(
+    batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy: str = DEFAULT_STRATEGY
+) -> dict[str, Any]:
+    """Cuts a full batch down to the tokens of this rank.
+
+    Args:
+        batch (`Mapping[str, Any]`): the same on every context-parallel rank. `input_ids` (or `inputs_embeds`) is a
+            packed row (1, C) or B rows (B, T) without padding, which become B documents of one row. Documents come
+            from `flashcp_plan`, else from `cu_seq_lens_q`, else they start where `position_ids` do not go up by one,
+            else every row is one document. Every tensor with these two leading dimensions is sharded, as are
+            `position_ids` of shape (3, B, T); everything else passes through.
+        mesh (`DeviceMesh`, *optional*): 1-D, or with a dimension "cp"; `None` for cp_size 1.
+        strategy (`str`, *optional*): for batches without a plan, see [`plan_documents`].
+
+    Returns:
+        `dict`: a new dict with tensors (1, T_r, ...), `position_ids` counted inside documents, the labels' targets
+        as `shift_labels` (shifted before the cut, so that no shard loses its boundary target), a bound
+        [`RankPlan`] as `flashcp_plan`, and, where there are labels and the caller gave no `num_items_in_batch`, one
+        that makes the mean over ranks of the ranks' losses the mean over the batch's targets. A batch that is already
+        sharded is returned as it is.
+
+    Raises:
+        BatchError: an empty batch, labels of another shape, a mask that masks something, targets across documents.
+        ConfigurationError: plan and mesh differ in cp_size.
+        PlanError: a batch without a plan has fewer tokens than ranks.
+    """
+    batch = dict(batch)
+    plan = batch.get("flashcp_plan")
+    if isinstance(plan, RankPlan):
+        return batch
+    shape = _row_shape(batch)
+    _check_mask(batch.get("attention_mask"))
+    group, rank, cp_size = context_parallel_group(mesh)
+    if plan is None:
+        lengths = _document_lengths(batch, shape)
+        plan = plan_documents(lengths, cp_size, strategy=strategy)
+        if group is not None:
+            plan.content_digest = content_digest(batch)
+    elif plan.num_tokens != shape.numel():
+        raise BatchError(
+            f"flashcp_plan covers {plan.num_tokens} tokens, but the batch has {shape[0]} x {shape[1]}. "
+            "Plan and batch must come from the same collator call."
+        )
+
+    batch = {key: value for key, value in batch.items() if key not in _ROW_KEYS}
+    tokens = _token_tensor(batch)
+    if batch.get("position_ids") is None:
+        batch["position_ids"] = _positions(plan.lengths, tokens.device).view(shape)
+    elif batch["position_ids"].shape == (1, shape[1]):
+        batch["position_ids"] = batch["position_ids"].expand(shape)
+    target_count = None
+    if batch.get("labels") is not None:
+        if batch.get("shift_labels") is None:
+            batch["shift_labels"] = shifted_labels(batch["labels"], plan)
+        if batch.get("num_items_in_batch") is None:
+            target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
+            batch["num_items_in_batch"] = target_count
+    bound = RankPlan(plan, rank, group, target_count, _full_row(batch["position_ids"], shape))
+    index = bound.layout.token_index.to(tokens.device)
+    sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
+    sharded["flashcp_plan"] = bound
+    return sharded
+
+
+def content_digest(batch: Mapping[str, Any]) -> str:
+    """Hash of a batch's tokens and labels, for ranks to see that they read the same data."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key in ("input_ids", "labels"):
+        if isinstance(batch.get(key), torch.Tensor):
+            digest.update(batch[key].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _token_tensor(batch: dict[str, Any]) -> torch.Tensor:
+    for key in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(key), torch.Tensor):
+            return batch[key]
+    raise BatchError(f"The batch has neither input_ids nor inputs_embeds; its keys are {sorted(batch)}.")
+
+
+def _row_shape(batch: dict[str, Any]) -> torch.Size:
+    tokens = _token_tensor(batch)
+    shape = tokens.shape[:2]
+    if tokens.dim() < 2 or shape.numel() == 0:
+        raise BatchError(f"The batch has token shape {tuple(tokens.shape)}; expected (rows, tokens), neither empty.")
+    for key in ("labels", "shift_labels"):
+        labels = batch.get(key)
+        if labels is not None and labels.shape != shape:
+            raise BatchError(
+                f"{key} have shape {tuple(labels.shape)}, but the tokens have {tuple(shape)}: one label a token."
+            )
+    return shape
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise BatchError(
+            "Context parallelism attends causally inside each document and cannot honour a custom attention_mask "
+            f"({f'shape {tuple(mask.shape)}' if isinstance(mask, torch.Tensor) else type(mask).__name__}). Remove it."
+        )
+    masked = int((mask == 0).sum())
+    if masked:
+        raise BatchError(
+            f"attention_mask masks {masked} of {mask.numel()} tokens. A sharded batch has no padding: collate "
+            "documents with FlashCPCollator (or another padding-free collator) instead of padding them. (TRL's "
+            "'wrapped' packing pads its last, shorter row where a batch has several: pack with 'bfd', or one row a "
+            "batch.)"
+        )
+
+
+def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
+    num_rows, row_length = shape
+    cu_seqlens = batch.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.flatten().tolist()
+        if bounds[0] != 0 or bounds[-1] != shape.numel():
+            raise BatchError(
+                f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, but the batch has tokens 0 to {shape.numel()}."
+            )
+        return [stop - start for start, stop in zip(bounds, bounds[1:])]
+    position_ids = batch.get("position_ids")
+    if position_ids is None:
+        return [row_length] * num_rows
+    if position_ids.dim() == 3:
+        position_ids = position_ids[0]
+    starts = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    bounds = [*starts.flatten().nonzero().flatten().tolist(), shape.numel()]
+    return [stop - start for start, stop in zip(bounds, bounds[1:])]
+
+
+def _full_row(position_ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """(..., C), the row that the B rows become; `None` for positions of another shape, which are not sharded."""
+    return position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
+
+
+def _positions(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).to(device)
+
+
+def _shard(key: str, value: Any, shape: torch.Size, index: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() >= 2 and value.shape[:2] == shape:
+        return value.flatten(0, 1).index_select(0, index).unsqueeze(0)
+    if key == "position_ids" and value.dim() == 3 and value.shape[1:] == shape:
+        return value.flatten(1).index_select(1, index).unsqueeze(1)
+    return value

@@ -1,0 +1,17 @@
+"""What ranks share beside KV: process groups, agreement, liveness, numbers of all ranks, worker processes."""
+
+from .agreement import require_agreement
+from .gather import add_over_ranks, gather_numbers, gather_rows
+from .liveness import group_timeout, name_missing_ranks
+from .process_group import context_parallel_group
+
+
+__all__ = [
+    "add_over_ranks",
+    "context_parallel_group",
+    "gather_numbers",
+    "gather_rows",
+    "group_timeout",
+    "name_missing_ranks",
+    "require_agreement",
+]

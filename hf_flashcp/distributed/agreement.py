@@ -1,0 +1,99 @@
+"""Ranks agree or say so: values compared through the process group's key-value store before anything depends on them.
+
+A collective whose sizes differ between ranks hangs or corrupts memory, depending on the backend. The store needs no
+device, works before and between collectives, and gives every rank every value, so all of them raise the same error.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from ..errors import ConfigurationError, FlashCPError
+from .liveness import find_missing_ranks, group_timeout, verdict_of_others, watch_for_roll_calls, within
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_LOOK_AROUND = timedelta(seconds=1)
+_rounds: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
+
+
+def require_agreement(
+    what: str,
+    values: dict[str, Any],
+    group: ProcessGroup,
+    *,
+    advice: str,
+    error: type[FlashCPError] = ConfigurationError,
+    timeout: timedelta | None = None,
+) -> None:
+    """Returns when all ranks of `group` have called it with equal `values`; costs a write and two reads of the store.
+
+    Args:
+        what (`str`): what the values are, for the message and to tell calls apart.
+        values (`dict`): JSON-serializable.
+        group (`ProcessGroup`): every rank of it calls, in the same order.
+        advice (`str`): what to change, the end of the message.
+        error: what is raised.
+        timeout (`timedelta`, *optional*): defaults to that of the group's collectives.
+
+    Raises:
+        FlashCPError: on every rank, naming the values that differ and who has which; or, after `timeout` or as soon as
+            another rank has told of a failure, the ranks that did not come.
+    """
+    watch_for_roll_calls()
+    store = dist.distributed_c10d._get_default_store()
+    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
+    prefix = f"flashcp/{what}/{group.group_name}"
+    rounds = _rounds.setdefault(group, Counter())
+    turn = rounds[what]
+    rounds[what] += 1
+    keys = [f"{prefix}/{turn}/{each}" for each in ranks]
+    store.set(f"{prefix}/{turn}/{rank}", json.dumps(values))
+    timeout, begin = timeout or group_timeout(group), time.monotonic()
+    found = within(timeout.total_seconds() + 5, lambda: _values(store, keys, timeout))
+    if found is None:
+        check = within(5, lambda: [each for each, key in zip(ranks, keys) if not store.check([key])])
+        missing = "other ranks" if check is None else f"ranks {check}"
+        raise error(
+            f"Waited {time.monotonic() - begin:.0f} seconds for {missing} to compare {what} (rank {rank} is here). "
+            f"{find_missing_ranks()} They failed, stalled, or have fewer batches: look at their output. {advice}"
+        )
+    if turn >= 2:  # whoever wrote turn - 1 has read all of turn - 2
+        store.delete_key(f"{prefix}/{turn - 2}/{rank}")
+    if any(each != found[0] for each in found):
+        raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
+
+
+def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict[str, Any]] | None:
+    """What stands under all keys, or `None` if they do not come."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        try:
+            store.wait(keys, min(left, _LOOK_AROUND))
+            return [json.loads(value) for value in store.multi_get(keys)]
+        except dist.DistStoreError:
+            if left < _LOOK_AROUND or verdict_of_others() is not None:
+                return None
+
+
+def _differences(ranks: list[int], found: list[dict[str, Any]]) -> str:
+    """`cp_size is 2 on ranks 0, 1 and 4 on rank 2`, for every key that differs."""
+    texts = []
+    for key in found[0] | found[-1]:
+        holders: dict[str, list[str]] = defaultdict(list)
+        for rank, values in zip(ranks, found):
+            holders[json.dumps(values.get(key))].append(str(rank))
+        if len(holders) > 1:
+            sides = (f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in holders.items())
+            texts.append(f"{key} is " + " and ".join(sides))
+    return "; ".join(texts)

@@ -1,0 +1,366 @@
+"""Which ranks are missing, said once and alike on all the others, when a collective fails or times out.
+
+A backend says that a connection closed or a time passed, not whose. So each process has a thread that answers from the
+process group's key-value store, also while the main thread is stuck in a collective. The first rank whose collective
+fails calls the roll; who does not answer was killed or is stopped, and who answers says where its main thread is. What
+the first rank concludes is the verdict for all. A rank that ends with an exception of its own is a verdict, too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import FlashCPError
+
+
+ANSWER = timedelta(seconds=10)  # for a live process to answer the roll call, or the group's timeout if that is less
+_POLL = 1.0  # seconds
+_MOST_NAMED = 8
+_ADVICE = (
+    "Look at the output of these ranks first. Checkpoints that were saved are whole: start again with "
+    "resume_from_checkpoint=True (docs/reliability.md)."
+)
+_FAILED_COLLECTIVE = re.compile(
+    r"\bgloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms|Broken pipe|NCCL (error|communicator)|ncclUnh"
+)
+_WAITING_CODE = ("/torch/distributed/", "/torch/nn/parallel/", "/hf_flashcp/distributed/", "/hf_flashcp/exchange/")
+_activities: list[str | Callable[[], str]] = []
+_watch: _Watch | None = None
+
+
+def group_timeout(group: dist.ProcessGroup | None = None) -> timedelta:
+    """What a group's collectives wait at most; by default the group of all ranks (`TrainingArguments.ddp_timeout`)."""
+    group = group or dist.group.WORLD
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
+
+
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether the error says that other ranks could not be reached or did not come, and not what this one did."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _FAILED_COLLECTIVE.search(str(error)) is not None
+    )
+
+
+@contextlib.contextmanager
+def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterator[None]:
+    """Within it, a collective that fails or times out raises one [`FlashCPError`] that names the missing ranks, each
+    with its host; and what else ends this rank is told to the others, so that they name it.
+
+    `FlashCPTrainer` and the mixin train and evaluate within it. Put it around a training loop of your own. Every rank
+    enters it. Where no launcher (torchrun, accelerate) holds the key-value store, rank 0 does, and once that is gone
+    the error says so and cannot name others.
+
+    Args:
+        activity (`str` or a function that returns one): what the ranks are at, for the message.
+
+    Raises:
+        FlashCPError: a collective failed, from the backend's own error.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield
+        return
+    watch = watch_for_roll_calls()
+    _activities.append(activity)
+    try:
+        with naming("a collective"):
+            yield
+    except FlashCPError as error:
+        if not (error.__cause__ is not None and is_failed_collective(error.__cause__)):
+            _tell_others(error)
+        raise
+    except (Exception, SystemExit) as error:
+        _tell_others(error)
+        raise
+    finally:
+        _activities.pop()
+        watch.run += not _activities  # all ranks may go on from a failure: it is not the cause of the next one
+
+
+@contextlib.contextmanager
+def naming(waited_for: str) -> Iterator[None]:
+    """Turns the failure of a collective within into the error that names the missing ranks."""
+    try:
+        yield
+    except FlashCPError:
+        raise
+    except RuntimeError as error:
+        if not is_failed_collective(error):
+            raise
+        place = f" of {_activity()}" if _activities else ""
+        raise FlashCPError(
+            f"R{_name(dist.get_rank())[1:]} waited in vain for {waited_for}{place}. {find_missing_ranks()} "
+            f"{_ADVICE} The backend said: {_first_line(error)}"
+        ) from error
+
+
+def find_missing_ranks() -> str:
+    """Who is missing, in a sentence: the same on every rank that asks after the same failure. Takes `ANSWER` where a
+    rank does not answer."""
+    watch, most = watch_for_roll_calls(), _longest_answer()
+    if watch.verdict is None:
+        within(3 * most + 5 * _POLL, lambda: _call_the_roll(watch, most))
+        watch.keep_verdict(watch.run, _store_is_gone())
+    return watch.verdict
+
+
+def verdict_of_others() -> str | None:
+    """What another rank found out, or told of itself, if anything."""
+    return _watch.verdict if _watch is not None else None
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """The function's result, or `None` if it takes longer or the store is gone: a call to a store whose process is
+    stopped never returns."""
+    helper = _idle_helpers.pop() if _idle_helpers else _Helper()
+    helper.functions.put(function)
+    try:
+        result, error = helper.outcomes.get(timeout=seconds)
+    except queue.Empty:
+        helper.functions.put(None)  # its thread ends if the call ever returns
+        return None
+    _idle_helpers.append(helper)
+    if error is not None and not isinstance(error, (dist.DistError, RuntimeError)):
+        raise error
+    return result
+
+
+class _Helper:
+    """A thread that calls functions one after the other, until it is given `None`."""
+
+    def __init__(self) -> None:
+        self.functions: queue.SimpleQueue = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="flashcp-helper", daemon=True).start()
+
+    def _run(self) -> None:
+        while (function := self.functions.get()) is not None:
+            try:
+                outcome = function(), None
+            except Exception as error:
+                outcome = None, error
+            self.outcomes.put(outcome)
+            del function, outcome  # not kept until the next call
+
+
+_idle_helpers: list[_Helper] = []
+os.register_at_fork(after_in_child=_idle_helpers.clear)  # threads do not live on in a forked process
+
+
+def watch_for_roll_calls() -> _Watch:
+    """Starts the thread that answers for this process, once for each default process group."""
+    global _watch
+    store = dist.distributed_c10d._get_default_store()
+    if _watch is None or _watch.shared_store is not store:
+        if _watch is not None:
+            _watch.stop()
+        _watch = _Watch(store)
+    return _watch
+
+
+class _Watch:
+    """This process's part in roll calls.
+
+    Attributes:
+        store (`Store`): a connection of its own, on which nobody waits: a wait on the shared one blocks all others.
+        hosts (`dict[int, str]`): of the ranks that have told it.
+        run (`int`): how many outermost [`name_missing_ranks`] were left; each has a roll call of its own.
+    """
+
+    def __init__(self, shared_store: dist.Store):
+        self.shared_store, self.store = shared_store, shared_store.clone()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.hosts: dict[int, str] = {}
+        self.run = 0
+        self._verdicts: dict[int, str] = {}
+        self._answered: set[str] = set()
+        self._end = threading.Event()
+        self.store.set(_host_key(self.rank), socket.gethostname())
+        self._thread = threading.Thread(target=self._run, name="flashcp-roll-call", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
+
+    @property
+    def others(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+    @property
+    def verdict(self) -> str | None:
+        return self._verdicts.get(self.run)
+
+    def keep_verdict(self, run: int, verdict: str) -> None:
+        self._verdicts.setdefault(run, verdict)
+
+    def stop(self) -> None:
+        # Before Python is taken down: a thread that comes back from the store into an interpreter that ends aborts it.
+        atexit.unregister(self.stop)
+        self._end.set()
+        self._thread.join(5 * _POLL)
+
+    def learn_hosts(self) -> None:
+        keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
+        if keys and self.store.check(list(keys.values())):
+            self.hosts.update(zip(keys, (host.decode() for host in self.store.multi_get(list(keys.values())))))
+
+    def _run(self) -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            while not self._end.wait(_POLL):
+                self.learn_hosts()
+                for run in (self.run, self.run - 1):  # others may not have left it yet
+                    self._answer(run)
+
+    def _answer(self, run: int) -> None:
+        called, here, verdict, heard = (_key(run, name) for name in ("call", "here", "verdict", "heard"))
+        if here not in self._answered and self.store.check([called]):
+            self.store.set(f"{here}/{self.rank}", json.dumps(_whereabouts()))
+            self._answered.add(here)
+        if here in self._answered and heard not in self._answered and self.store.check([verdict]):
+            self.keep_verdict(run, self.store.get(verdict).decode())
+            self.store.set(f"{heard}/{self.rank}", "null")
+            self._answered.add(heard)
+
+
+def _key(run: int, name: str) -> str:
+    return f"flashcp/missing/{run}/{name}"
+
+
+def _host_key(rank: int) -> str:
+    return f"flashcp/host/{rank}"
+
+
+def _longest_answer() -> float:
+    return min(ANSWER, group_timeout()).total_seconds()
+
+
+def _call_the_roll(watch: _Watch, most: float) -> None:
+    """Asks everybody, concludes, publishes, and stays until those who answered have heard it: the store may go with
+    this process."""
+    run = watch.run
+    watch.store.set(_key(run, "call"), str(watch.rank))
+    able = [rank for rank in watch.others if watch.store.check([_host_key(rank)])]
+    answers = _collect(watch, run, "here", able, most, until=_key(run, "verdict"))
+    _publish(watch, run, _conclude(watch, answers), list(answers), most)
+
+
+def _tell_others(error: BaseException) -> None:
+    """This rank ends by its own doing."""
+    if not dist.is_initialized():
+        return
+    watch, most = watch_for_roll_calls(), min(_longest_answer(), 3 * _POLL)
+    run = watch.run
+    if watch.verdict is not None:
+        return
+    verdict = f"Missing: {_name(watch.rank)}, which raised {type(error).__name__}: {_first_line(error)}."
+
+    def tell():
+        watch.store.set(_key(run, "call"), str(watch.rank))
+        _publish(watch, run, verdict, watch.others, most)
+
+    within(most + 5 * _POLL, tell)
+
+
+def _publish(watch: _Watch, run: int, verdict: str, hearers: list[int], most: float) -> None:
+    watch.keep_verdict(run, watch.store.compare_set(_key(run, "verdict"), "", verdict).decode())
+    _collect(watch, run, "heard", hearers, most)
+
+
+def _collect(
+    watch: _Watch, run: int, name: str, ranks: list[int], most: float, until: str | None = None
+) -> dict[int, Any]:
+    """What these ranks write under `name`, of those that do so within `most` seconds and before `until` is there."""
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + most
+    while len(found) < len(ranks) and time.monotonic() < deadline and not (until and watch.store.check([until])):
+        for rank in ranks:
+            key = f"{_key(run, name)}/{rank}"
+            if rank not in found and watch.store.check([key]):
+                found[rank] = json.loads(watch.store.get(key))
+        time.sleep(0.1)
+    return found
+
+
+def _conclude(watch: _Watch, answers: dict[int, dict[str, Any]]) -> str:
+    silent = [rank for rank in watch.others if rank not in answers]
+    known = [rank for rank in silent if watch.store.check([_host_key(rank)])]
+    if known:
+        return f"Missing: {_names(known)}, which {_do(known)} not answer: killed, or stopped."
+    if silent:
+        return f"Missing: {_names(silent)}, which {_do(silent)} not answer and never came as far as hf_flashcp."
+    elsewhere = {rank: answer["at"] for rank, answer in answers.items() if not answer["waits"]}
+    if elsewhere:
+        texts = [f"{_name(rank)}, which is at {at}" for rank, at in elsewhere.items()]
+        return f"Missing: {'; '.join(_shortened(texts))}."
+    texts = [f"{_name(rank)} at {answer['at']}" for rank, answer in answers.items()]
+    return (
+        "All ranks answer and are in collectives: they wait for each other in different ones, or the network between "
+        f"them failed. {'; '.join(_shortened(texts))}."
+    )
+
+
+def _whereabouts() -> dict[str, Any]:
+    """The line that this process's main thread is at, outside libraries where it can be, and whether it waits there
+    for other ranks, as far as its innermost function tells."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_back:
+        frame = frame.f_back  # a lock or a join tells nothing: its caller does
+    innermost, shown = frame, frame
+    while shown is not None and f"{os.sep}site-packages{os.sep}" in shown.f_code.co_filename and shown.f_back:
+        shown = shown.f_back
+    if innermost is None:
+        return {"at": "no line of Python", "waits": False}
+    path, function = innermost.f_code.co_filename.replace(os.sep, "/"), innermost.f_code.co_name
+    waits = function == "_engine_run_backward" or any(
+        part in path
+        for part in ("/torch/distributed/", "/torch/nn/parallel/", "/hf_flashcp/exchange/", "/hf_flashcp/distributed/")
+    )
+    at = f"{shown.f_code.co_filename}:{shown.f_lineno} in {shown.f_code.co_name}"
+    return {"at": f"{at} ({_activity()})" if _activities else at, "waits": waits}
+
+
+def _store_is_gone() -> str:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return "Missing: the launcher of the first node, which holds the key-value store; so no rank can be asked."
+    return f"Missing: {_name(0)}, whose process holds the key-value store; so the others cannot be asked."
+
+
+def _activity() -> str:
+    activity = _activities[-1] if _activities else "a collective"
+    return activity() if callable(activity) else activity
+
+
+def _name(rank: int) -> str:
+    host = _watch.hosts.get(rank) if _watch is not None else None
+    if host is None and rank == dist.get_rank():
+        host = socket.gethostname()
+    return f"rank {rank}" + (f" (host {host})" if host else "")
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(_shortened([_name(rank) for rank in ranks]))
+
+
+def _shortened(texts: list[str]) -> list[str]:
+    more = len(texts) - _MOST_NAMED
+    return texts if more <= 0 else [*texts[:_MOST_NAMED], f"and {more} more"]
+
+
+def _do(ranks: list[int]) -> str:
+    return "does" if len(ranks) == 1 else "do"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]

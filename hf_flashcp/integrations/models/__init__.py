@@ -1,0 +1,1 @@
+"""What attaching changes in a transformers model: forwards, mixers, rotary embeddings, router losses."""

@@ -1,0 +1,157 @@
+"""Router losses of mixture-of-experts models, which are not sums over tokens.
+
+The load balancing loss of Switch Transformers (https://huggingface.co/papers/2101.03961, equations 4 to 6) multiplies
+two means over the tokens of a batch, of all layers:
+
+    loss = E * sum_e f_e P_e    f_e: tokens routed to expert e (no gradient)    P_e: its router probability
+
+so the mean of what ranks compute on their own tokens is another number. Ranks add up their counts and probabilities
+before the product instead: 2 E + 1 numbers per forward. transformers copies the function that computes it into each
+modeling file, under one name, and the model adds `coefficient * loss` to the sum over targets.
+
+Other terms are plain means over the forward's tokens, such as z-losses: there each rank's coefficient is scaled by its
+share of the tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from ...distributed import add_over_ranks
+from ...errors import UnsupportedModelError
+from .sharded_forward import ShardedForward, current_sharded_forward
+
+
+FUNCTION = "load_balancing_loss_func"
+"""The name in transformers' modeling files, and in those that import it from there."""
+
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""What models multiply it by, an attribute of the model or of its config."""
+
+MEAN_COEFFICIENTS = ("z_loss_coefficient",)
+"""Attributes of models: factors of loss terms that are means over all tokens of the forward."""
+
+_TOLERANCE = 1e-4  # relative: transformers adds up in fp32
+
+
+def share_router_losses(model: torch.nn.Module) -> None:
+    """Replaces the router loss in the modules that define the model's class, once; without a sharded forward it is
+    transformers' own."""
+    for module in {cls.__module__: sys.modules.get(cls.__module__) for cls in type(model).__mro__}.values():
+        stock = getattr(module, FUNCTION, None)
+        if stock is not None and not hasattr(stock, "_flashcp_stock"):
+            setattr(module, FUNCTION, _shared(stock))
+
+
+def _shared(stock: Callable) -> Callable:
+    @torch.compiler.disable
+    @functools.wraps(stock)
+    def load_balancing_loss(gate_logits, num_experts=None, top_k=2, attention_mask=None, *args, **kwargs):
+        forward = current_sharded_forward()
+        if forward is None or not isinstance(gate_logits, tuple):
+            return stock(gate_logits, num_experts, top_k, attention_mask, *args, **kwargs)
+        if not load_balancing_loss._flashcp_checked:
+            _require_same_formula(forward, stock, gate_logits, num_experts, top_k, attention_mask, *args, **kwargs)
+            load_balancing_loss._flashcp_checked = True
+        loss = router_loss(gate_logits, num_experts, top_k, forward.router_group)
+        forward.router_loss = loss
+        return loss * forward.router_weight
+
+    load_balancing_loss._flashcp_stock, load_balancing_loss._flashcp_checked = stock, False
+    return load_balancing_loss
+
+
+def router_loss(
+    gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """The load balancing loss over the tokens of all ranks of `group`.
+
+    Args:
+        gate_logits (`tuple[torch.Tensor, ...]`): (T_r, E) of this rank's tokens, one per layer.
+        num_experts (`int`): E.
+        top_k (`int`): experts per token.
+        group (`ProcessGroup`, *optional*): every rank of it calls.
+
+    Returns:
+        `torch.Tensor`: a number, the same on every rank, in fp32, or fp64 where the logits are. The mean over ranks of
+        their gradients is its gradient.
+    """
+    counts, probabilities, rows = router_statistics(gate_logits, num_experts, top_k)
+    if group is not None:
+        sums = _SumOverRanks.apply(torch.cat((probabilities, counts, rows)), group)
+        probabilities, counts, rows = sums.split((num_experts, num_experts, 1))
+    return num_experts * (counts.detach() / rows * probabilities / rows).sum()
+
+
+def router_statistics(
+    gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(E,) tokens routed to each expert, (E,) its probability summed over tokens, and (1,) tokens, of all layers."""
+    dtype = torch.promote_types(torch.float32, gate_logits[0].dtype)
+    device = gate_logits[0].device
+    counts, probabilities, rows = (torch.zeros(size, dtype=dtype, device=device) for size in (num_experts,) * 2 + (1,))
+    for logits in gate_logits:
+        weights = logits.to(device).reshape(-1, num_experts).softmax(dim=-1)
+        chosen = weights.topk(top_k, dim=-1).indices.flatten()
+        counts = counts + _histogram(chosen, num_experts).to(dtype)
+        probabilities = probabilities + weights.to(dtype).sum(dim=0)
+        rows = rows + len(weights)
+    return counts, probabilities, rows
+
+
+def _histogram(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(E,) how often each comes; deterministic, and without waiting for the device."""
+    dtype = torch.int32 if experts.device.type == "cuda" else torch.float32
+    return torch.histc(experts.to(dtype), bins=num_experts, min=0, max=num_experts)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward needs none: every rank computes the same loss from the sums, so the others' gradients
+    are equal to its own, and add up to `size` times that."""
+
+    @staticmethod
+    def forward(ctx, numbers: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.size = group.size()
+        return add_over_ranks(numbers.clone(), group, "the router statistics of other ranks")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient * ctx.size, None
+
+
+def _require_same_formula(
+    forward: ShardedForward, stock: Callable, gate_logits: tuple, num_experts, top_k, *args, **kwargs
+):
+    with torch.no_grad():
+        try:
+            expected = stock(gate_logits, num_experts, top_k, *args, **kwargs)
+            ours = router_loss(gate_logits, num_experts, top_k, None)
+            same = torch.allclose(ours.double(), expected.double(), rtol=_TOLERANCE, atol=0)
+        except (TypeError, ValueError, RuntimeError):  # logits of another kind
+            same = False
+    if not same:
+        raise UnsupportedModelError(
+            f"{type(forward.model).__name__} computes its router loss otherwise than Switch Transformers do "
+            f"({stock.__module__}.{stock.__name__}), so ranks cannot add up what it needs. Turn it off: "
+            "config.output_router_logits = False, or its coefficient 0."
+        )
+
+
+def scale_mean_terms(model: torch.nn.Module, weight: float) -> dict[str, float]:
+    """Multiplies the coefficients of loss terms that are means over a forward's tokens, and returns what they were."""
+    stock = {name: getattr(model, name) for name in MEAN_COEFFICIENTS if getattr(model, name, 0)}
+    for name, coefficient in stock.items():
+        setattr(model, name, coefficient * weight)
+    return stock
+
+
+def router_coefficients(model: torch.nn.Module) -> set[float]:
+    """What the model may multiply its router loss by."""
+    places = (model, model.config, model.config.get_text_config())
+    found = (getattr(place, name, None) for place in places for name in COEFFICIENTS)
+    return {float(coefficient) for coefficient in found if coefficient is not None}

@@ -1,0 +1,1 @@
+"""transformers and TRL trainers under context parallelism."""

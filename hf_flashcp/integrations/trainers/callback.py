@@ -1,0 +1,89 @@
+"""`FlashCPCallback`: context parallelism for a stock Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ...errors import ConfigurationError
+from ..attach import ContextParallelHandle, attach
+from ..plugin import FlashCPPlugin, require_exact_arguments
+from .plan_metrics import PlanMetrics
+
+
+class FlashCPCallback(TrainerCallback):
+    """Attaches the model of a Trainer that is left as it is: `Trainer(..., callbacks=[FlashCPCallback()])`.
+
+    The arguments need `parallelism_config=FlashCPPlugin(cp_size=...)`. Losses and gradients are exact. What a callback
+    cannot reach is better with [`FlashCPTrainer`] or [`FlashCPTrainerMixin`]: `num_input_tokens_seen` and `total_flos`
+    count a shared batch cp_size times, plan metrics land in `trainer.state.log_history` but in trackers only if these
+    come after it in the list of callbacks, and evaluation is refused, because Trainer averages it as if every process
+    had a batch of its own.
+
+    Attributes:
+        handle (`ContextParallelHandle`, *optional*): see [`attach`].
+        plan_metrics (`PlanMetrics`): means over the run so far.
+
+    Raises:
+        ConfigurationError: when training begins, without a [`FlashCPPlugin`]; with a cp_size above 1, also for
+            evaluation, label smoothing, and what else would not be exact.
+    """
+
+    def __init__(self):
+        self.handle: ContextParallelHandle | None = None
+        self.plan_metrics: PlanMetrics = PlanMetrics()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs: Any
+    ) -> None:
+        config = args.parallelism_config
+        if not isinstance(config, FlashCPPlugin):
+            raise ConfigurationError(
+                f"parallelism_config is {config!r}: FlashCPCallback needs "
+                "TrainingArguments(parallelism_config=FlashCPPlugin(cp_size=...))."
+            )
+        if config.cp_size > 1:
+            require_exact_arguments(args)
+        if config.cp_size > 1 and args.eval_strategy != IntervalStrategy.NO:
+            self._refuse_evaluation()
+        if config.cp_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
+            raise ConfigurationError(
+                "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
+                'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+            )
+        self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
+        mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
+        self.handle = attach(
+            model,
+            mesh,
+            strategy=config.strategy,
+            on_plan=self.plan_metrics.add,
+            keep_received_kv=config.keep_received_kv,
+            global_router_loss=config.global_router_loss,
+        )
+        self.handle.losses_add_up = args.average_tokens_across_devices
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if getattr(args.parallelism_config, "cp_size", 1) > 1:
+            self._refuse_evaluation()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            means = self.plan_metrics.take_interval_means()
+            for where in (logs, state.log_history[-1]):
+                where.update(means)
+
+    @staticmethod
+    def _refuse_evaluation() -> None:
+        raise ConfigurationError(
+            "A stock Trainer cannot evaluate under context parallelism: it averages and truncates losses as if every "
+            "process had a batch of its own. Use FlashCPTrainer (or FlashCPTrainerMixin), or eval_strategy='no'."
+        )

@@ -1,0 +1,104 @@
+"""Means of what plans cost and how fast they run, for logs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from ...exchange import seconds_waited
+from ...plan import ShardPlan
+from ...plan.report import plan_costs
+
+
+class PlanMetrics:
+    """Means over the packs that have been trained on: over the run, and since they were last logged.
+
+    Args:
+        groups (`int`, *optional*, defaults to 1): data-parallel groups, each of which trains on a pack at a time.
+    """
+
+    def __init__(self, groups: int = 1):
+        self._groups = groups
+        self._run = _Sums()
+        self._interval = _Sums()
+
+    def add(self, plan: ShardPlan) -> None:
+        costs = plan_costs(plan)
+        for sums in (self._run, self._interval):
+            sums.add(costs, plan)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, as in evaluation, time does not count."""
+        begin, waited = time.perf_counter(), seconds_waited()
+        yield
+        for sums in (self._run, self._interval):
+            sums.leave_out(time.perf_counter() - begin, (seconds_waited() or 0.0) - (waited or 0.0))
+
+    def means(self) -> dict[str, float]:
+        """Empty before the first pack, then
+
+        - `flashcp_kv_fraction`: KV moved against an all-gather, over all packs;
+        - `flashcp_token_imbalance`, `flashcp_pair_imbalance`: max / mean over ranks, mean over packs;
+        - `flashcp_plan_ms`: milliseconds that planning a pack took, wherever it was done; absent for plans that were
+          not timed;
+        - `flashcp_tokens_per_second`: of all data-parallel groups, without evaluation;
+        - `flashcp_exposed_transfer_ms`: milliseconds a pack that this process waited for KV and its gradients (on CPU
+          alone, see [`seconds_waited`]).
+        """
+        return self._run.means(self._groups)
+
+    def take_interval_means(self) -> dict[str, float]:
+        """[`~PlanMetrics.means`] of the packs since the last call. What comes between the last one and the next pack,
+        such as saving the model at the end, is not in the run's speed."""
+        self._run.ended = time.perf_counter()
+        interval, self._interval = self._interval, _Sums()
+        self._interval.begin()
+        return interval.means(self._groups)
+
+
+class _Sums:
+    def __init__(self):
+        self.packs = self.tokens = 0
+        self.reported = {"kv_total": 0, "kv_all_gather": 0, "token_imbalance": 0.0, "pair_imbalance": 0.0}
+        self.timed = 0
+        self.planning_seconds = 0.0
+        self.begun: float | None = None
+        self.ended: float | None = None
+        self.waited_before = 0.0
+
+    def begin(self) -> None:
+        self.begun, self.waited_before = time.perf_counter(), seconds_waited() or 0.0
+
+    def leave_out(self, seconds: float, waited: float) -> None:
+        if self.begun is not None:
+            self.begun += seconds
+            self.waited_before += waited
+
+    def add(self, costs: dict, plan: ShardPlan) -> None:
+        if self.begun is None:
+            self.begin()
+        self.ended = None
+        self.packs += 1
+        self.tokens += plan.num_tokens
+        for key in self.reported:
+            self.reported[key] += costs[key]
+        if plan.planning_seconds is not None:
+            self.timed += 1
+            self.planning_seconds += plan.planning_seconds
+
+    def means(self, groups: int) -> dict[str, float]:
+        if not self.packs:
+            return {}
+        means = {
+            "flashcp_kv_fraction": self.reported["kv_total"] / max(self.reported["kv_all_gather"], 1),
+            "flashcp_token_imbalance": self.reported["token_imbalance"] / self.packs,
+            "flashcp_pair_imbalance": self.reported["pair_imbalance"] / self.packs,
+            "flashcp_tokens_per_second": groups * self.tokens / ((self.ended or time.perf_counter()) - self.begun),
+        }
+        if self.timed:
+            means["flashcp_plan_ms"] = 1000 * self.planning_seconds / self.timed
+        if (waited := seconds_waited()) is not None:
+            means["flashcp_exposed_transfer_ms"] = 1000 * (waited - self.waited_before) / self.packs
+        return means

@@ -1,0 +1,264 @@
+"""`FlashCPTrainerMixin` and `FlashCPTrainer`: Trainer under context parallelism, counters and losses right."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from transformers import Trainer
+
+from ...data import FlashCPCollator, PackedDocuments, PackedDocumentStream
+from ...data.features import LOSS_MASKS
+from ...data.labels import IGNORE_INDEX
+from ...distributed import require_agreement
+from ...distributed.parent_process import init_loader_worker
+from ...errors import BatchError, ConfigurationError
+from ..attach import ContextParallelHandle, attach, attached_handle, transformers_model
+from ..plugin import FlashCPPlugin, require_exact_arguments
+from .evaluation import DocumentLosses, target_labels
+from .fault_tolerance import ReliableTrainerMixin
+from .plan_metrics import PlanMetrics
+from .trainer_evaluation import EvaluatingTrainerMixin
+from .trl_guards import refuse_other_trainers
+
+
+class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
+    """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
+
+    Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
+    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. A model that
+    takes its place (`model_init`, a hyper-parameter search, `trainer.model = other`) is attached too. Plan metrics go
+    to whatever the trainer reports to. Evaluation gives the same results with every cp_size, 1 included.
+
+    Args:
+        args: those of the Trainer class behind it.
+        kwargs: likewise.
+
+    Attributes:
+        flashcp (`ContextParallelHandle`): of the current model, see [`attach`].
+        plan_metrics (`PlanMetrics`): means over the run so far.
+
+    Raises:
+        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or, with a
+            cp_size above 1, an option that would see full labels beside this rank's logits (label smoothing,
+            compute_loss_func, a prediction_step of the class behind). When training begins, for an evaluation that
+            would be refused later.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._refuse_options()
+        self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
+        self.flashcp: ContextParallelHandle = self._attach(self.model)
+
+    def _attach(self, model: torch.nn.Module) -> ContextParallelHandle:
+        handle = attach(model, self.accelerator, on_plan=self.plan_metrics.add)
+        handle.losses_add_up = self.args.average_tokens_across_devices
+        return handle
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model that is attached. `train()` sets another one where there is a `model_init`."""
+        return self._model
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        earlier = getattr(self, "flashcp", None)
+        if earlier is not None and transformers_model(model) is not transformers_model(self._model):
+            if attached_handle(model) is not earlier:  # a copy of the model keeps its handle
+                self.flashcp = self._attach(model)
+                earlier.remove()
+            self.model_wrapped = model  # what train() takes
+        self._model = model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        config = self.args.parallelism_config
+        if config is None:
+            self.args.parallelism_config = FlashCPPlugin()
+        elif not isinstance(config, FlashCPPlugin):
+            raise ConfigurationError(
+                f"parallelism_config is a {type(config).__name__}. Use FlashCPPlugin(cp_size={config.cp_size})."
+            )
+        refuse_other_trainers(self.args)
+        if self.args.deepspeed is not None:
+            raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
+        if self.args.accelerator_config.dispatch_batches and self.args.parallelism_config.cp_size > 1:
+            raise ConfigurationError(
+                "accelerator_config has dispatch_batches: one process would read for all, which knows nothing of "
+                "cp_size. Leave it out, or set it to False."
+            )
+        if self.args.accelerator_config.dispatch_batches is None:
+            # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
+            self.args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+        if hasattr(self, "flashcp"):  # a trial of a hyper-parameter search has set arguments
+            self._refuse_options()
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        bare = getattr(model, "_orig_mod", model)
+        prepared = any(getattr(each, "_is_accelerate_prepared", False) for each in (model, bare))
+        if training and prepared and not self.is_fsdp_enabled and not isinstance(bare, DistributedDataParallel):
+            # For evaluation, so without DDP, and accelerate would leave it so: gradients would not be averaged.
+            model = self.accelerator.unwrap_model(bare, keep_fp32_wrapper=False)
+            model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return super()._wrap_model(model, training, dataloader)
+
+    @property
+    def _dp_size(self) -> int:
+        """Data-parallel groups."""
+        return self.args.world_size // self.get_cp_size()
+
+    @property
+    def _dp_rank(self) -> int:
+        """The group of this process."""
+        return self.args.process_index // self.get_cp_size()
+
+    def _refuse_options(self) -> None:
+        if self.get_cp_size() == 1:
+            return
+        require_exact_arguments(self.args)
+        if (owner := self._own_prediction_step()) is not None:
+            raise ConfigurationError(
+                f"{owner.__name__} has a prediction_step of its own, which would see a part of the batch. Leave it "
+                f"out, or override prediction_step in a subclass of {type(self).__name__}."
+            )
+        known = {"labels", "shift_labels", *getattr(self.data_collator, "per_token_keys", ())}
+        if not self.label_names or not {*self.label_names} <= known:
+            raise ConfigurationError(
+                f"label_names is {self.label_names}, but labels under context parallelism have a value for each "
+                "token. Leave it out, or name others in the per_token_keys of FlashCPCollator."
+            )
+        if self.compute_loss_func:
+            raise ConfigurationError(
+                "compute_loss_func needs whole documents, but under context parallelism each rank has the logits of "
+                "its own tokens only. Leave it out, or evaluate with cp_size 1."
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        wanted = ["seq_lengths"]
+        if isinstance(self.data_collator, FlashCPCollator):
+            wanted += [*LOSS_MASKS, *self.data_collator.per_token_keys]
+        self._signature_columns += [column for column in wanted if column not in self._signature_columns]
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
+            # Trainer seeds every process's workers apart, but those of a group must draw alike.
+            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": self._dp_rank})
+        inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and num_batches > 1 and self._dp_size > 1 and isinstance(self.train_dataset, IterableDataset):
+            require_agreement(
+                "accumulated batches",
+                {"batches": len(batches)},
+                dist.group.WORLD,
+                advice="The streams of data-parallel groups end at different steps, and some would wait for others in "
+                "vain. Give all shards as many rows, gradient_accumulation_steps=1 (a stream that ends earlier begins "
+                'again), or accelerator_config={"split_batches": True} (every group reads the whole stream).',
+                error=BatchError,
+            )
+        return batches, targets
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
+            if self.args.train_batch_size != 1:
+                raise ConfigurationError(
+                    f"per_device_train_batch_size is {self.args.train_batch_size}, but packed rows are batches "
+                    "already. Set it to 1."
+                )
+            self.train_dataset.for_run(
+                cp_size=self.get_cp_size(),
+                dp_size=self._dp_size,
+                gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            )
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        # In order: packs next to each other take about the same time, and their documents are shuffled.
+        return (
+            SequentialSampler(dataset) if isinstance(dataset, PackedDocuments) else super()._get_train_sampler(dataset)
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        targets = super()._get_num_items_in_batch(batch_samples, device)
+        if targets is None:
+            return None
+        if not self.args.average_tokens_across_devices:
+            # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
+            # A Python number, because FSDP2 casts tensors of floats to its param_dtype, and bf16 rounds counts.
+            own = sum(int(target_labels(batch).ne(IGNORE_INDEX).sum()) for batch in batch_samples)
+            return max(own, 1) / self.get_cp_size()
+        # A whole number, for the same reason. Without any target the mean is 0 / 0, which would end the run.
+        return torch.as_tensor(targets, device=device).round().long().clamp(min=1)
+
+    def _prepare_context_parallel_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
+        return contextlib.nullcontext, self.flashcp.shard(self._prepare_inputs(inputs))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self.plan_metrics.take_interval_means())
+            if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
+                logs.update(self.train_dataset.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def document_losses(self, dataset: Any = None) -> DocumentLosses:
+        """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
+
+        Args:
+            dataset (`Dataset`, *optional*): rows as for evaluation; defaults to the `eval_dataset`.
+
+        Returns:
+            `DocumentLosses`: in the order of the dataset, on every process.
+        """
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
+        self._losses_by_document = True
+        try:
+            output = self.predict(self.eval_dataset if dataset is None else dataset)
+        finally:
+            self._losses_by_document, self.compute_metrics = False, compute_metrics
+            self.args.eval_do_concat_batches = concatenates
+        return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
+
+    # Trainer adds these up over all processes, but cp_size of them work on the same batch.
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_cp_size()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        return super().floating_point_ops(inputs) / self.get_cp_size()
+
+
+class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
+    """`transformers.Trainer` with context parallelism: [`FlashCPTrainerMixin`] in front of it.
+
+    Without a `data_collator` it uses a [`FlashCPCollator`] with the plugin's strategy.
+
+    Args:
+        args: those of `Trainer`.
+        kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if kwargs.get("data_collator") is None and len(args) < 3:
+            self.data_collator = FlashCPCollator(self.get_cp_size(), strategy=self.args.parallelism_config.strategy)

@@ -1,0 +1,219 @@
+"""The part of `FlashCPTrainerMixin` that evaluates: eval_loss over all targets, predictions of documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+
+from ...data import FlashCPCollator
+from ...data.labels import IGNORE_INDEX
+from ...distributed.process_group import context_parallel_group
+from ...errors import ConfigurationError
+from ...layout import RankPlan
+from ..attach import ContextParallelHandle
+from .evaluation import EvaluationPass, require_known_rows, require_length, target_labels
+from .plan_metrics import PlanMetrics
+from .predictions import (
+    Tree,
+    documents_of,
+    first_rows,
+    losses_by_document,
+    losses_by_row,
+    per_token_outputs,
+    refuse_outputs,
+    whole_documents,
+    whole_rows,
+)
+from .trl_guards import is_sft_trainer
+
+
+_OUTPUTS_OF_A_BATCH = {"output_router_logits": ("aux_loss", "router_logits"), "output_attentions": ("attentions",)}
+
+
+class EvaluatingTrainerMixin:
+    """Part of [`FlashCPTrainerMixin`]: evaluation with the same results for every cp_size, 1 included.
+
+    `eval_loss` is the mean over all targets, and the predictions, labels, inputs and losses that `compute_metrics`
+    sees have a row for each document. A padded batch, which runs unsharded with cp_size 1, keeps its rows.
+    """
+
+    flashcp: ContextParallelHandle
+    plan_metrics: PlanMetrics
+    _pass: EvaluationPass | None = None
+    _losses_by_document = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.eval_strategy != IntervalStrategy.NO or self.args.eval_on_start:
+            self._check_evaluation(kwargs.get("ignore_keys_for_eval", args[2] if len(args) > 2 else None))
+        return super().train(*args, **kwargs)
+
+    def _check_evaluation(self, ignore_keys: list[str] | None) -> None:
+        """Raises what the first evaluation would raise."""
+        flashcp_collator = isinstance(self.data_collator, FlashCPCollator)
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        for name in datasets if self.get_cp_size() > 1 else ():
+            require_length(datasets[name], self._dp_size)
+            if not flashcp_collator and self._dp_size > 1:
+                require_known_rows(self.get_eval_dataloader(name), self.args.eval_batch_size)
+        predicts = self.compute_metrics is not None and not self.args.prediction_loss_only
+        if predicts and (self.get_cp_size() > 1 or flashcp_collator) and not is_sft_trainer(self):
+            config, ignored = self.model.config.get_text_config(), self._ignored_outputs(ignore_keys)
+            for option, keys in _OUTPUTS_OF_A_BATCH.items():
+                if getattr(config, option, False) and not {*keys} <= {*ignored}:
+                    refuse_outputs(keys)
+
+    def _ignored_outputs(self, ignore_keys: list[str] | None) -> list[str]:
+        if ignore_keys is not None:
+            return ignore_keys
+        return getattr(self.model.config, "keys_to_ignore_at_inference", ["cache", "past_key_values"])
+
+    def _own_prediction_step(self) -> type | None:
+        """The class behind this one whose `prediction_step` does more than ours makes up for."""
+        behind = type(self).__mro__[type(self).__mro__.index(EvaluatingTrainerMixin) + 1 :]
+        owner = next(each for each in behind if "prediction_step" in vars(each))
+        generates = owner is Seq2SeqTrainer and self.args.predict_with_generate
+        known = owner in (Trainer, Seq2SeqTrainer) or is_sft_trainer(self, owner)
+        return owner if generates or not known else None
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        evaluation, cp_size = self._pass, self.get_cp_size()
+        if evaluation is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch = evaluation.mask_repeated_rows(self._prepare_inputs(inputs))
+        labels = tuple(batch.get(name) for name in self.label_names)
+        if not labels or any(each is None for each in labels):
+            return self._predict_without_labels(model, batch, prediction_loss_only, ignore_keys)
+        labels = labels[0] if len(labels) == 1 else labels
+        targets = target_labels(batch).ne(IGNORE_INDEX).sum()
+        num_items = None if self._losses_by_document else self._count_for_loss(batch, targets)
+        shard = self.flashcp.shard(batch)
+        loss = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self._losses_by_document:
+                outputs = model(**{key: value for key, value in shard.items() if key != "labels"})
+            else:
+                if self.args.use_liger_kernel and prediction_loss_only:
+                    shard["skip_logits"] = True
+                loss = self.compute_loss(
+                    model, dict(shard), return_outputs=not prediction_loss_only, num_items_in_batch=num_items
+                )
+                loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
+        if loss is not None:
+            # compute_loss multiplies by the number of processes, or the ranks' losses average to the group's.
+            multiplied = num_items is not None and self.args.average_tokens_across_devices
+            weight = targets.double() / (self.accelerator.num_processes if multiplied else cp_size)
+            group, _, _ = context_parallel_group(self.flashcp.mesh)
+            loss = evaluation.add(loss.detach().mean() * weight, targets, group)
+        if outputs is None:
+            return loss, None, None
+        predictions, label_ids = self._predictions(outputs, labels, batch, shard, ignore_keys)
+        if loss is not None and "loss" in self.args.include_for_metrics:
+            documents = len(label_ids[0] if isinstance(label_ids, tuple) else label_ids)
+            evaluation.set_losses(evaluation.gather(loss.expand(documents)))
+        if "inputs" in self.args.include_for_metrics:  # the loop reads them from the batch that it has passed
+            shown = self._inputs_for_metrics(batch, shard)
+            inputs.clear()
+            inputs.update(shown)
+        return loss, evaluation.gather(predictions), evaluation.gather(label_ids)
+
+    def _count_for_loss(self, batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor | float | None:
+        """`num_items_in_batch` where the loss takes one: of this group's batch, so that what is no sum over targets
+        counts once for each batch."""
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return None
+        if self.args.average_tokens_across_devices:
+            return targets.clamp(min=1)
+        return self._get_num_items_in_batch([batch], self.args.device)
+
+    def _predict_without_labels(self, model, batch, prediction_loss_only, ignore_keys):
+        if self.get_cp_size() > 1 and not prediction_loss_only:
+            raise ConfigurationError(
+                "Predictions under context parallelism are put together from documents with labels, which this batch "
+                "has not. Give it labels (-100 where there is no target), or predict with cp_size 1."
+            )
+        loss, outputs, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+        if outputs is None:
+            return loss, None, None
+        kept, rows = self._pass.kept_rows, self._pass.rows
+        outputs, labels = whole_rows(outputs, labels, kept, rows, self._pass.preprocess)
+        return loss, self._pass.gather(outputs), self._pass.gather(labels)
+
+    def _predictions(
+        self, outputs: Any, labels: Tree, batch: dict[str, Any], shard: dict[str, Any], ignore_keys: list[str] | None
+    ) -> tuple[Tree, Tree]:
+        """What the evaluation loop collects of this group's batch: predictions and labels."""
+        evaluation, plan = self._pass, shard.get("flashcp_plan")
+        sharded = isinstance(plan, RankPlan)
+        if self._losses_by_document:
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            if sharded:
+                return losses_by_document(logits, shard["shift_labels"], plan, evaluation.kept_tokens)
+            return losses_by_row(logits, batch["labels"], evaluation.kept_rows)
+        if is_sft_trainer(self):
+            outputs = {"logits": outputs["logits"]}
+        tokens = len(plan.layout.token_index) if sharded else None
+        outputs = per_token_outputs(outputs, self._ignored_outputs(ignore_keys), tokens)
+        if sharded:
+            return whole_documents(outputs, labels, plan, evaluation.kept_tokens, evaluation.preprocess)
+        return whole_rows(outputs, labels, evaluation.kept_rows, evaluation.rows, evaluation.preprocess)
+
+    def _inputs_for_metrics(self, batch: dict[str, Any], shard: dict[str, Any]) -> dict[str, torch.Tensor]:
+        evaluation, plan = self._pass, shard.get("flashcp_plan")
+        if isinstance(plan, RankPlan):
+            return evaluation.gather(documents_of(batch, plan, evaluation.kept_tokens))
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        return evaluation.gather(first_rows(tensors, evaluation.kept_rows, evaluation.rows))
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self.plan_metrics.paused():
+            if self._evaluates_as_stock and not self._losses_by_document:
+                return super().evaluation_loop(*arguments)
+            return self._evaluation_loop(*arguments)
+
+    @property
+    def _evaluates_as_stock(self) -> bool:
+        """With cp_size 1 only: whether an option asks for the evaluation of the class behind this one."""
+        return self.get_cp_size() == 1 and (
+            self._own_prediction_step() is not None or self.args.eval_use_gather_object
+        )
+
+    def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any) -> EvalLoopOutput:
+        evaluation = EvaluationPass(
+            dataloader.dataset,
+            self.accelerator,
+            self.get_cp_size(),
+            self.args.eval_batch_size,
+            preprocess=self.preprocess_logits_for_metrics,
+            filter_nan=self.args.logging_nan_inf_filter,
+        )
+        compute_metrics, gather_for_metrics = self.compute_metrics, self.accelerator.gather_for_metrics
+        self._pass, self.preprocess_logits_for_metrics = evaluation, None  # called for each document
+        self.gather_function = evaluation.gathered
+        # It drops what processes beyond the dataset's last row bring, of a batch that every rank has a part of.
+        self.accelerator.gather_for_metrics = self.accelerator.gather
+        if compute_metrics is not None:
+            self.compute_metrics = evaluation.recording(compute_metrics)
+        try:
+            output = super().evaluation_loop(dataloader, *arguments)
+        finally:
+            self._pass, self.preprocess_logits_for_metrics = None, evaluation.preprocess
+            self.compute_metrics = compute_metrics
+            self.gather_function = self.accelerator.gather_for_metrics = gather_for_metrics
+        # Trainer averages batches. A "loss" that compute_metrics returns takes the place of its own.
+        loss_key = f"{arguments[-1]}_loss"
+        mean_loss = evaluation.mean_loss()
+        if loss_key in output.metrics and not evaluation.loss_is_a_metric:
+            output.metrics[loss_key] = mean_loss
+        return output

@@ -1,0 +1,47 @@
+"""What a plan costs in one attention layer: the numbers of [`ShardPlan.report`]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .calls import full_attention_calls, window_calls
+from .hierarchical_traffic import traffic_by_link
+from .slices import rank_pairs, rank_tokens
+
+
+if TYPE_CHECKING:
+    from .shard_plan import ShardPlan
+
+
+def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
+    """The report but for what each rank calls: in a time that grows with the number of slices alone, where there is no
+    window."""
+    tokens, pairs = rank_tokens(plan.slices), rank_pairs(plan.slices, window)
+    received, sent = plan.kv_moved(window)
+    kv_total, kv_all_gather = sum(received), (plan.cp_size - 1) * plan.num_tokens
+    return {
+        "tokens": tokens,
+        "pairs": pairs,
+        "kv_received": list(received),
+        "kv_sent": list(sent),
+        "grad_received": list(sent),
+        "grad_sent": list(received),
+        "kv_total": kv_total,
+        "kv_all_gather": kv_all_gather,
+        "kv_fraction": kv_total / kv_all_gather if kv_all_gather else 0.0,
+        "token_imbalance": max(tokens) * plan.cp_size / sum(tokens),
+        "pair_imbalance": max(pairs) * plan.cp_size / sum(pairs),
+    }
+
+
+def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None) -> dict[str, Any]:
+    """See [`ShardPlan.report`]; traffic is counted by link where `ranks_per_node` is given."""
+    window = plan.hiding_window(window)
+    calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
+    report = {**plan_costs(plan, window), **calls._asdict()}
+    if plan.ranks_per_node is not None:
+        report["collectives"] = [2 * count for count in report["collectives"]]
+    if ranks_per_node is not None:
+        for way, parts in zip(("received", "sent"), traffic_by_link(plan, ranks_per_node, window)):
+            report[f"intra_node_{way}"], report[f"inter_node_{way}"] = parts.tolist()
+    return report

@@ -1,0 +1,116 @@
+"""KV that a plan moves between ranks, counted exactly from its slices. A token is sent once to every other rank that
+needs it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .slices import Slice, slices_by_document
+
+
+Interval = tuple[int, int]
+"""Tokens [start, stop) of a document."""
+
+MOST_KEPT = 4
+"""Tokens received for each of a rank's own above which KV is fetched again in backward instead of kept."""
+
+
+def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, itemsize: int) -> int:
+    """Bytes on the wire for the K and V of `tokens` tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize.
+
+    Args:
+        tokens (`int`): tokens that travel, as [`~ShardPlan.report`] counts them.
+        num_kv_heads (`int`): H_kv.
+        key_dim (`int`): D_k of a head.
+        value_dim (`int`): D_v of a head.
+        itemsize (`int`): bytes of an element.
+    """
+    return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
+
+
+def needed_keys(slices: Sequence[Sequence[Slice]], window: int | None = None) -> dict[int, dict[int, list[Interval]]]:
+    """Which tokens before its own slices each rank attends to.
+
+    Args:
+        slices: of each rank, as in [`ShardPlan`].
+        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
+
+    Returns:
+        `{document: {rank: intervals}}`: disjoint and ascending. Some of their tokens may be the rank's own.
+    """
+    needed: dict[int, dict[int, list[Interval]]] = defaultdict(dict)
+    for rank, rank_slices in enumerate(slices):
+        for document, start, _ in rank_slices:
+            first = 0 if window is None else max(0, start - window + 1)
+            if first == start:
+                continue
+            intervals = needed[document].setdefault(rank, [])
+            if intervals and first <= intervals[-1][1]:
+                first, _ = intervals.pop()
+            intervals.append((first, start))
+    return needed
+
+
+def overlaps(start: int, stop: int, intervals: Sequence[Interval]) -> list[Interval]:
+    """The parts of [start, stop) that lie in `intervals`."""
+    return [(max(start, first), min(stop, last)) for first, last in intervals if first < stop and start < last]
+
+
+def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int], list[int]]:
+    """`(received, sent)`: KV that each rank receives and sends in the forward of one full-attention layer, in tokens.
+
+    In a time that grows with the number of slices alone: a rank receives, of each document, the tokens before its last
+    slice's end that are not its own, and a slice goes to every other rank with a later one (FlashCP eq. 2, exchanged
+    exactly).
+    """
+    received, sent = [0] * len(slices), [0] * len(slices)
+    for held in slices_by_document(slices).values():
+        if len(held) == 1:
+            continue
+        holders: set[int] = set()
+        for start, stop, rank in reversed(held):
+            if rank not in holders:
+                holders.add(rank)
+                received[rank] += stop
+            received[rank] -= stop - start
+            sent[rank] += (len(holders) - 1) * (stop - start)
+    return received, sent
+
+
+def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None) -> np.ndarray:
+    """(cp_size, cp_size) int64: tokens whose K and V go from rank to rank in the forward of one layer,
+    [sender][receiver]; zero on the diagonal.
+
+    Args:
+        window (`int`, *optional*): of a sliding-window layer, in tokens; full attention if `None`.
+    """
+    cp_size = len(slices)
+    traffic = np.zeros((cp_size, cp_size), dtype=np.int64)
+    if window is None:
+        # A slice goes to every rank that has a later one of its document.
+        for held in slices_by_document(slices).values():
+            if len(held) > 1:
+                starts, stops, ranks = np.array(held).T
+                last_start = np.zeros(cp_size, dtype=np.int64)
+                np.maximum.at(last_start, ranks, starts)
+                np.add.at(traffic, ranks, (stops - starts)[:, None] * (last_start >= stops[:, None]))
+    else:
+        needed = needed_keys(slices, window)
+        for sender, rank_slices in enumerate(slices):
+            for document, start, stop in rank_slices:
+                for receiver, intervals in needed.get(document, {}).items():
+                    traffic[sender, receiver] += sum(last - first for first, last in overlaps(start, stop, intervals))
+    np.fill_diagonal(traffic, 0)
+    return traffic
+
+
+def by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(received, sent)`, (2, cp_size) each, of traffic [sender][receiver]: inside the rank's node, and from and to
+    other nodes."""
+    node = np.arange(len(traffic)) // ranks_per_node
+    inside = node[:, None] == node
+    parts = [traffic * which for which in (inside, ~inside)]
+    return np.array([part.sum(0) for part in parts]), np.array([part.sum(1) for part in parts])

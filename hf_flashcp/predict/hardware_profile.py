@@ -1,0 +1,181 @@
+"""Hardware profiles: how fast kernels and links are, as data files beside this module (`hardware/*.json`)."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+_FOLDER = Path(__file__).with_name("hardware")
+
+HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+"""Names of the profiles that come with the library."""
+
+_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "causal_tile_overhead_keys")
+_MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys", "causal_tile_overhead_keys")
+_WHOLE = ("tile", "units", "ranks_per_node")
+_LARGEST = 2**31 - 1
+_LEAST, _MOST = 1e-30, 1e30  # products of what is beyond might not be finite
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction of the attention kernel.
+
+    Args:
+        flops_per_second (`float`): of long rectangles without a mask.
+        tile_overhead_keys (`float`): what starting and ending a tile of queries costs, in keys that it could have
+            attended to meanwhile.
+        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if that costs a tile more.
+    """
+
+    flops_per_second: float
+    tile_overhead_keys: float
+    causal_tile_overhead_keys: float | None = None
+
+    def overhead_keys(self, causal: bool) -> float:
+        """Of a tile."""
+        if causal and self.causal_tile_overhead_keys is not None:
+            return self.causal_tile_overhead_keys
+        return self.tile_overhead_keys
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A flash-attention kernel: tiles of queries, each against the keys it sees, spread over the device's units.
+
+    Args:
+        tile (`int`): queries of a tile; fewer cost as much, and under a causal mask a tile takes keys in blocks of as
+            many.
+        units (`int`): tiles (of one head) that run at the same time.
+        call_seconds (`float`): what a call costs besides.
+        causal_efficiency (`float`): speed under a causal mask, over that without one, on the same tiles.
+        forward (`Pass`): speed of the forward.
+        backward (`Pass`): of the backward.
+    """
+
+    tile: int
+    units: int
+    call_seconds: float
+    causal_efficiency: float
+    forward: Pass
+    backward: Pass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects a rank to others.
+
+    Args:
+        bytes_per_second (`float`): that it can send, and receive at the same time.
+        latency_seconds (`float`): until the first byte.
+    """
+
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A kind of device and how it is connected.
+
+    Args:
+        linear_flops_per_second (`float`): reached by large matrix products in the training dtype.
+        memory_bytes_per_second (`float`): read or written by operations that only copy or add.
+        kernel (`Kernel`): of attention.
+        intra_node (`Link`): between ranks of a node.
+        inter_node (`Link`): between ranks of different nodes, for each rank.
+        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
+        description (`str`): what it is.
+        memory_bytes (`float`, *optional*): of a device.
+        peak_flops_per_second (`float`, *optional*): of the data sheet, dense, in the training dtype: what a model's
+            utilization (MFU) is a share of.
+    """
+
+    linear_flops_per_second: float
+    memory_bytes_per_second: float
+    kernel: Kernel
+    intra_node: Link
+    inter_node: Link
+    ranks_per_node: int
+    description: str = ""
+    memory_bytes: float | None = None
+    peak_flops_per_second: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:
+        """Reads the form of the data files.
+
+        Raises:
+            ConfigurationError: a key is missing, unknown, or has no positive number.
+        """
+        try:
+            kernel = dict(data["kernel"])
+            passes: dict[str, Any] = {name: Pass(**kernel.pop(name)) for name in ("forward", "backward")}
+            links = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
+            profile = cls(
+                linear_flops_per_second=data["linear_flops_per_second"],
+                memory_bytes_per_second=data["memory_bytes_per_second"],
+                kernel=Kernel(**kernel, **passes),
+                **links,
+                ranks_per_node=data["ranks_per_node"],
+                description=data.get("description", ""),
+                memory_bytes=data.get("memory_bytes"),
+                peak_flops_per_second=data.get("peak_flops_per_second"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigurationError(
+                f"The hardware profile cannot be read: {error}. hf_flashcp/predict/hardware/h100.json shows the form."
+            ) from None
+        for part in (profile, profile.kernel, profile.kernel.forward, profile.kernel.backward, *links.values()):
+            for name, value in vars(part).items():
+                if isinstance(value, (Kernel, Pass, Link)):
+                    continue
+                if not _is_sound(name, value):
+                    raise ConfigurationError(
+                        f"The hardware profile has {name} = {reprlib.repr(value)}: a positive number is needed, for "
+                        f"{', '.join(_WHOLE)} a whole one."
+                    )
+        return profile
+
+    @classmethod
+    def load(cls, hardware: str | Path | HardwareProfile) -> HardwareProfile:
+        """A profile by the name of one in `HARDWARE`, or by the path of a JSON file; a profile is returned as it is.
+
+        Raises:
+            ConfigurationError: no such name or file, or a file that is no profile.
+        """
+        return hardware if isinstance(hardware, HardwareProfile) else _loaded(str(hardware))
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    if name == "description":
+        return isinstance(value, str)
+    if value is None:
+        return name in _MAY_BE_LEFT_OUT
+    if name in _WHOLE:
+        return type(value) is int and 1 <= value <= _LARGEST
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and (0 if name in _MAY_BE_ZERO else _LEAST) <= value <= _MOST
+
+
+@cache
+def _loaded(hardware: str) -> HardwareProfile:
+    path = _FOLDER / f"{hardware}.json" if hardware in HARDWARE else Path(hardware)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"There is no hardware profile {hardware!r} ({error.strerror}): choose one of {', '.join(HARDWARE)}, or "
+            "give the path of a JSON file of that form."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"The hardware profile {hardware!r} is not JSON: {error}.") from None
+    return HardwareProfile.from_dict(data)

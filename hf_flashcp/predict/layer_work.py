@@ -1,0 +1,190 @@
+"""What the ranks of a plan compute and send in one attention layer: rectangles, stages, and what a kernel call costs.
+
+A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
+in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest
+tile, which one unit of the device works on alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..plan.hierarchical_traffic import hierarchical_traffic
+from ..plan.shard_plan import ShardPlan
+from ..plan.slices import Slice, slices_by_document
+from ..plan.traffic import by_link
+from .hardware_profile import Kernel
+from .model_shape import AttentionLayers
+
+
+_NO_WINDOW = 1 << 40
+
+
+class StageWork(NamedTuple):
+    """One exchange and the rectangles that wait for it.
+
+    Attributes:
+        rectangles (`np.ndarray`): (n, 3) int64: rank, queries, keys that they all see (with a window: keys before
+            them, and a causal mask).
+        received, sent (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the forward: inside its
+            node, and from and to other nodes. In a hierarchical exchange, of the first step.
+        handed_on (`np.ndarray`): (2, cp_size) tokens that it gets and gives in the second, inside its node.
+        copied (`np.ndarray`): (cp_size,) tokens whose KV it packs to give, and those that a hierarchical exchange
+            puts in place.
+    """
+
+    rectangles: np.ndarray
+    received: np.ndarray
+    sent: np.ndarray
+    handed_on: np.ndarray
+    copied: np.ndarray
+
+
+def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[np.ndarray, list[StageWork]]:
+    """`(local, stages)`: the local rectangles (n, 3): rank, queries, keys before them, under a causal mask; and what
+    each stage brings. Stages in which nothing travels are left out.
+
+    Args:
+        window (`int`, *optional*): keys that a query sees. Windowed layers have one stage.
+        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
+    """
+    groups = plan.offset_groups
+    local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
+    if window is not None or groups is None or len(groups) < 2:
+        work = _stage(plan, remote, window, None, ranks_per_node)
+        return local, [work] if work.received.any() else []
+    staged = _staged_rectangles(plan.slices, plan.cp_size, groups)
+    works = [_stage(plan, rectangles, None, group, ranks_per_node) for rectangles, group in zip(staged, groups)]
+    return local, [work for work in works if work.received.any()]
+
+
+def _stage(
+    plan: ShardPlan, rectangles: np.ndarray, window: int | None, group: Sequence[int] | None, ranks_per_node: int
+) -> StageWork:
+    cp_size = plan.cp_size
+    nothing = np.zeros((2, cp_size), dtype=np.int64)
+    if plan.ranks_per_node is not None:
+        first, second = hierarchical_traffic(plan.slices, plan.ranks_per_node, window, group)
+        received, sent = by_link(first, ranks_per_node)
+        handed_on = np.array([second.sum(0), second.sum(1)])
+        # What it hands on is packed again, what the second step brings put in place; of the first's, the rest.
+        return StageWork(rectangles, received, sent, handed_on, sent.sum(0) + handed_on.sum(0) + received.sum(0))
+    if group is not None:
+        received, sent = by_link(plan.kv_traffic() * np.isin(_ring_offsets(cp_size), group), ranks_per_node)
+    elif cp_size <= ranks_per_node and window is None:
+        received, sent = (np.array([tokens, [0] * cp_size]) for tokens in plan.kv_moved())
+    else:
+        received, sent = by_link(plan.kv_traffic(window), ranks_per_node)
+    return StageWork(rectangles, received, sent, nothing, sent.sum(0))
+
+
+def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
+    """Returns `(keys, sequences)`: the most keys that a stage attends to, and the most rectangles that one kernel call
+    takes, on any rank and in any of the layers."""
+    keys, sequences = [0], [0]
+    for window in {plan.hiding_window(each.window) for each in layers}:
+        if window is None:
+            local, remote = _full_rectangles(plan.slices)
+            traffic, offset = plan.kv_traffic(), _ring_offsets(plan.cp_size)
+            keys += [int((traffic * np.isin(offset, group)).sum(0).max()) for group in plan.stage_offsets]
+        else:
+            local, remote = _window_rectangles(plan.slices, window)
+            rank, queries, before = remote.T
+            keys.append(int(np.bincount(rank, queries + before, plan.cp_size).max()))  # a band for each rectangle
+        sequences += [int(np.bincount(each[:, 0], minlength=plan.cp_size).max()) for each in (local, remote)]
+    return max(keys), max(sequences)
+
+
+def call_seconds(
+    kernel: Kernel,
+    rectangles: np.ndarray,
+    *,
+    cp_size: int,
+    layers: AttentionLayers,
+    window: int | None,
+    causal: bool,
+    backward: bool,
+) -> np.ndarray:
+    """(cp_size,) seconds of one kernel call on each rank, over its rectangles (n, 3): rank, queries, and keys before
+    them (`causal`) or in all. A rank without any makes no call."""
+    speed = kernel.backward if backward else kernel.forward
+    rank, queries, before = rectangles.T
+    tiles = -(-queries // kernel.tile)
+    if causal:
+        # Tile i = 1 ... sees before + i x tile keys, those beyond a window plus a tile cut off.
+        most = (window or _NO_WINDOW) + kernel.tile
+        growing = np.clip((most - before) // kernel.tile, 0, tiles)
+        keys = before * growing + kernel.tile * growing * (growing + 1) / 2 + (tiles - growing) * most
+        longest = np.minimum(before + tiles * kernel.tile, most)
+    else:
+        keys, longest = tiles * before, before
+    a_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
+    a_key = kernel.tile * a_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
+    overhead = speed.overhead_keys(causal)
+    total = np.bincount(rank, (keys + tiles * overhead) * layers.query_heads * a_key, cp_size)
+    alone = np.zeros(cp_size)
+    np.maximum.at(alone, rank, (longest + overhead) * kernel.units * a_key)
+    calls = np.bincount(rank, minlength=cp_size) > 0
+    return np.maximum(total, alone) + kernel.call_seconds * calls
+
+
+def _ring_offsets(cp_size: int) -> np.ndarray:
+    """(cp_size, cp_size): how many ranks a receiver lies behind a sender in the ring, [sender][receiver]."""
+    return (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
+
+
+def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:
+    """`(local, remote)`. A rank's slices of a document form one causal square; each of them sees, of the other ranks'
+    tokens, those before it, without a mask."""
+    local, remote = [], []
+    for rank, held in enumerate(slices):
+        last, owned = None, 0
+        for document, start, stop in held:
+            if document != last:
+                if owned:
+                    local.append((rank, owned, 0))
+                last, owned = document, 0
+            if start > owned:
+                remote.append((rank, stop - start, start - owned))
+            owned += stop - start
+        if owned:
+            local.append((rank, owned, 0))
+    return _table(local), _table(remote)
+
+
+def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
+    local, remote = [], []
+    for rank, held in enumerate(slices):
+        for _, start, stop in held:
+            waiting = min(stop - start, window - 1) if start else 0
+            if waiting:
+                remote.append((rank, waiting, min(start, window - 1)))
+            if start + waiting < stop:
+                local.append((rank, stop - start - waiting, waiting))
+    return _table(local), _table(remote)
+
+
+def _staged_rectangles(
+    slices: Sequence[Sequence[Slice]], cp_size: int, groups: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Each slice against the keys before it that come from the ranks of one stage, stage by stage."""
+    group_of = {offset: index for index, group in enumerate(groups) for offset in group}
+    found: list[list[tuple[int, int, int]]] = [[] for _ in groups]
+    for of_document in slices_by_document(slices).values():
+        for index, (start, stop, rank) in enumerate(of_document):
+            keys = [0] * len(groups)
+            for other_start, other_stop, other in of_document[:index]:
+                if other != rank:
+                    keys[group_of[(rank - other) % cp_size]] += other_stop - other_start
+            for rectangles, count in zip(found, keys):
+                if count:
+                    rectangles.append((rank, stop - start, count))
+    return [_table(rectangles) for rectangles in found]
+
+
+def _table(rows: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)

@@ -1,0 +1,195 @@
+"""Which cp_size a window needs on some devices: memory, step time and traffic of every size that divides them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigurationError, PlanError
+from ..plan.shard_plan import ShardPlan
+from ..planning.strategies import plan_documents
+from ..predict.cost_model import CostModel, StepTime
+from ..predict.hardware_profile import HardwareProfile
+from ..predict.layer_work import largest_calls
+from ..predict.memory import MemoryEstimate, TrainingSetup, estimate_memory, largest_window
+from ..predict.memory_shape import MemoryShape
+
+
+USABLE_MEMORY = 0.9
+"""The assumed share of a device: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and fragmentation."""
+
+MOST_GPUS = 2**20
+"""Whose divisors are looked for one by one."""
+
+AS_FAST = 0.99
+"""Predicted throughputs within this factor of the best count as equal: the smallest of their sizes is chosen."""
+
+# Of attention's seconds, forward's share with two products of seven (five in backward).
+_RECOMPUTED_ATTENTION = 2 / 7
+_RECOMPUTED_LINEAR = 1 / 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a cp_size costs.
+
+    Args:
+        cp_size (`int`): ranks that share a row.
+        memory (`MemoryEstimate`): of the rank that needs most.
+        largest_window (`int`): tokens of a row up to which it fits; 0 if none does.
+        fits (`bool`): whether the window does.
+        step_seconds (`float`): predicted, forward and backward of one row.
+        tokens_per_second (`float`): of all devices together.
+        kv_bytes (`float`): a rank receives at most in the forward of a step, all layers.
+        exposed_seconds (`float`): of the step, waiting for KV and its gradients.
+    """
+
+    cp_size: int
+    memory: MemoryEstimate
+    largest_window: int
+    fits: bool
+    step_seconds: float
+    tokens_per_second: float
+    kv_bytes: float
+    exposed_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable."""
+        return {**vars(self), "memory": self.memory.to_dict()}
+
+
+def cp_sizes(gpus: int, window: int) -> list[int]:
+    """Divisors of the number of devices, no larger than the window has tokens."""
+    return [size for size in range(1, gpus + 1) if gpus % size == 0 and size <= window]
+
+
+def usable_bytes(hardware: HardwareProfile) -> float:
+    """What a device has for training.
+
+    Raises:
+        ConfigurationError: the profile does not say how much memory it has.
+    """
+    if hardware.memory_bytes is None:
+        raise ConfigurationError("The hardware profile has no memory_bytes: add the bytes of a device's memory to it.")
+    return USABLE_MEMORY * hardware.memory_bytes
+
+
+def choices(
+    config: Any,
+    hardware: HardwareProfile,
+    setup: TrainingSetup,
+    lengths: Sequence[int],
+    sizes: Sequence[int] | None = None,
+) -> list[Choice]:
+    """One for each size.
+
+    Args:
+        config: of the model, see [`CostModel.from_config`].
+        hardware (`HardwareProfile`): of the devices.
+        setup (`TrainingSetup`): how it is trained, the number of devices included.
+        lengths (`Sequence[int]`): tokens of the row's documents, which decide what travels.
+        sizes (`Sequence[int]`, *optional*): cp_sizes, by default every one that divides the devices.
+
+    Raises:
+        ConfigurationError: sizes that do not divide the devices, a config or profile without what is needed.
+        PlanError: fewer tokens than ranks.
+    """
+    window, usable = sum(lengths), usable_bytes(hardware)
+    if setup.gpus < 1:
+        raise ConfigurationError(f"gpus must be at least 1, got {setup.gpus}.")
+    if setup.gpus > MOST_GPUS:
+        raise ConfigurationError(f"gpus must be at most {MOST_GPUS:,}, got {setup.gpus:,}.")
+    for size in sizes or ():
+        if size < 1 or setup.gpus % size:
+            raise ConfigurationError(
+                f"cp_size {size} does not divide the {setup.gpus} GPUs: choose one of "
+                f"{', '.join(map(str, cp_sizes(setup.gpus, setup.gpus)))}."
+            )
+        if size > window:
+            raise PlanError(
+                f"A window of {window} tokens is too short for cp_size {size}: every rank needs at least one token."
+            )
+    shape = MemoryShape.from_config(config)
+    cost_model = CostModel.from_config(config, hardware, itemsize=setup.compute_bytes)
+    return [_choice(shape, cost_model, setup, lengths, size, usable) for size in sizes or cp_sizes(setup.gpus, window)]
+
+
+def _choice(
+    shape: MemoryShape,
+    cost_model: CostModel,
+    setup: TrainingSetup,
+    lengths: Sequence[int],
+    cp_size: int,
+    usable: float,
+) -> Choice:
+    plan = plan_documents(lengths, cp_size, cost_model=cost_model)
+    window = sum(lengths)
+    tokens = max(plan.report()["tokens"])
+    received, sent = _moved(plan, cost_model)
+    keys, sequences = largest_calls(plan, cost_model.layers)
+    memory = estimate_memory(shape, setup, tokens, received, sent, window, stage_keys=keys, sequences=sequences)
+    time = cost_model.step_time(plan)
+    seconds = step_seconds(time, setup.gradient_checkpointing)
+    shares = {
+        "received_share": received / tokens,
+        "sent_share": sent / tokens,
+        "stage_share": keys / tokens,
+        "sequence_share": sequences / tokens,
+    }
+    return Choice(
+        cp_size=cp_size,
+        memory=memory,
+        largest_window=largest_window(shape, setup, cp_size, usable, **shares),
+        fits=memory.total <= usable,
+        step_seconds=seconds,
+        tokens_per_second=setup.gpus / cp_size * window / seconds,
+        kv_bytes=float(received * shape.kv_width * setup.compute_bytes * shape.layers),
+        exposed_seconds=float(time.exposed.max()),
+    )
+
+
+def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
+    """Of the slowest rank, with what gradient checkpointing computes and exchanges again."""
+    exchanged = time.copies + time.exposed
+    seconds = time.linear + time.attention + exchanged
+    if gradient_checkpointing != "none":
+        seconds = seconds + _RECOMPUTED_LINEAR * time.linear
+    if gradient_checkpointing == "full":
+        seconds = seconds + _RECOMPUTED_ATTENTION * time.attention + exchanged / 2
+    return float(seconds.max())
+
+
+def _moved(plan: ShardPlan, cost_model: CostModel) -> tuple[float, float]:
+    """Tokens whose KV the busiest rank receives, and sends, in a layer: the mean over layers with attention."""
+    received, sent = np.zeros(plan.cp_size), np.zeros(plan.cp_size)
+    count = sum(layers.count for layers in cost_model.layers)
+    for layers in cost_model.layers:
+        report = plan.report(window=layers.window)
+        received += layers.count / count * np.array(report["kv_received"])
+        sent += layers.count / count * np.array(report["kv_sent"])
+    return float(received.max()), float(sent.max())
+
+
+def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
+    """Of the sizes that fit, the smallest whose predicted throughput is within [`AS_FAST`] of the highest, and why;
+    `None` if nothing fits."""
+    fitting = [choice for choice in found if choice.fits]
+    if not fitting:
+        return None, "nothing fits"
+    fastest = max(choice.tokens_per_second for choice in fitting)
+    chosen = next(choice for choice in fitting if choice.tokens_per_second >= AS_FAST * fastest)
+    smallest = fitting[0]
+    if len(found) == 1:
+        return chosen, "it is the one asked for, and fits"
+    if len(fitting) == 1:
+        return chosen, "the only one that fits"
+    if chosen is smallest:
+        return (
+            chosen,
+            "the smallest that fits: the most data parallelism, and none is predicted to be more than 1% faster",
+        )
+    gain = chosen.tokens_per_second / smallest.tokens_per_second - 1
+    return chosen, f"predicted to be {gain:.0%} faster than cp_size {smallest.cp_size}, the smallest that fits"
