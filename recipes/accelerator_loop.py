@@ -57,7 +57,7 @@ def main():
     rows = rows.train_test_split(args.eval_rows, seed=0)
     options = {"attn_implementation": "flashcp", "dtype": args.dtype}
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
-    collator = FlashCPCollator(plugin.cp_size, strategy=plugin.strategy)
+    collator = FlashCPCollator()  # plans with the plugin's settings
     same_order = torch.Generator().manual_seed(0)  # on every process: those of a group read the same batches
     loader = DataLoader(rows["train"], shuffle=True, generator=same_order, collate_fn=collator)
     eval_loader = DataLoader(rows["test"], collate_fn=collator)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Tra
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from hf_flashcp import CostModel, FlashCPCollator, FlashCPPlugin, FlashCPTrainer
+from hf_flashcp import FlashCPPlugin, FlashCPTrainer
 from hf_flashcp.integrations.gradient_check import gradient_error, per_document_gradients
 
 
@@ -225,7 +225,9 @@ def checkpoint_to_resume(training_args):
 def main():
     model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
-    plugin = training_args.parallelism_config = FlashCPPlugin(cp_size=cp_args.cp_size, strategy=cp_args.strategy)
+    plugin = training_args.parallelism_config = FlashCPPlugin(
+        cp_size=cp_args.cp_size, strategy=cp_args.strategy, hardware=cp_args.hardware
+    )
 
     with training_args.main_process_first(desc="data"):
         default_tokenizer = use_default_data(
@@ -242,12 +244,10 @@ def main():
         )
     model = make_model(model_args, data_args, tokenizer)
     tokenizer.model_max_length = max(tokenizer.model_max_length, data_args.window)
-    cost_model = CostModel.from_config(model.config, cp_args.hardware) if cp_args.hardware else None
     trainer = CheckedTrainer(
         model=model,
         args=training_args,
         train_dataset=rows,
-        data_collator=FlashCPCollator(plugin.cp_size, strategy=plugin.strategy, cost_model=cost_model),
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )

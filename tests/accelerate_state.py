@@ -1,7 +1,14 @@
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from hf_flashcp.planning.settings import remember_owner
 from tests.device import ON_CPU
+
+
+def without_plugin(function, *args):
+    """Calls a function in a process that has made no plugin."""
+    remember_owner(None)
+    return function(*args)
 
 
 def fresh_accelerate():
@@ -9,6 +16,7 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+    remember_owner(None)
     forbid_tf32()
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, plan_documents
 from hf_flashcp.distributed import require_agreement
+from hf_flashcp.planning import PlanSettings
 from tests.accelerate_state import fresh_accelerate
 from tests.attention_cases import make_inputs, sharded_attention
 from tests.device import ExactKernel
@@ -37,7 +38,7 @@ def different_strategies():
     model = build_model("llama")
     attach(model, cp_mesh())
     strategy = "per_doc" if dist.get_rank() == 0 else "per_seq"
-    batch = FlashCPCollator(dist.get_world_size(), strategy=strategy)(make_documents([12, 9]))
+    batch = FlashCPCollator(settings=PlanSettings(dist.get_world_size(), strategy))(make_documents([12, 9]))
     return timed(lambda: model(**batch))
 
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.errors import BatchError
+from hf_flashcp.planning import PlanSettings
 from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents
 
@@ -40,6 +41,6 @@ def save_whole_models(directory):
     for family in SAVED:
         model = saved_model(family)
         attach(model, cp_mesh(), on_plan=lambda plan: None)
-        model(**FlashCPCollator(size, strategy="whole_doc")(make_documents([12, 9, 8]))).loss.backward()
+        model(**FlashCPCollator(settings=PlanSettings(size, "whole_doc"))(make_documents([12, 9, 8]))).loss.backward()
         torch.save(model, os.path.join(path, f"{family}.pt"))
     return path

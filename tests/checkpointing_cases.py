@@ -13,8 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     offload_wrapper,
 )
 
-from hf_flashcp import FlashCPCollator, attach, save_attention_context_fn, shard_inputs
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, save_attention_context_fn, shard_inputs
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
+from hf_flashcp.planning import PlanSettings
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.engine_cases import _Calls
 from tests.model_cases import cp_mesh, sum_gradients
@@ -55,7 +56,7 @@ def build(family, lora, implementation="flashcp"):
 
 def backward(model, features, strategy="per_doc"):
     """Gradients of the mean loss over all targets, of a model that is attached."""
-    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy=strategy)(features))
+    batch = on_device(FlashCPCollator(settings=PlanSettings(dist.get_world_size(), strategy))(features))
     shard = shard_inputs(batch, cp_mesh())
     inputs = {key: value for key, value in shard.items() if "labels" not in key}
     count = sum(len(feature["input_ids"]) - 1 for feature in features)
@@ -72,7 +73,7 @@ def errors(lora):
     for kind, every, offload, keep in COMBINATIONS:
         model = build("llama", lora).train()
         enable_checkpointing(model, KINDS[kind], every_n_layers=every, offload=offload)
-        attach(model, cp_mesh(), keep_received_kv=keep)
+        attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep))
         with offload_on_cpu() as copies:
             found[kind, every, offload, keep] = largest_error(backward(model, features), expected)
         assert bool(copies.call_count) == (offload and ON_CPU)
@@ -131,7 +132,7 @@ def offloaded_forward_error(keep):
     features = make_documents(LENGTHS)
     _, expected = per_document_gradients(build("llama", False, "sdpa"), features)
     model = build("llama", False).train()
-    attach(model, cp_mesh(), keep_received_kv=keep)
+    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep))
     with offload_on_cpu() as copies, save_on_cpu(pin_memory=True, device_type=DEVICE.type):
         error = largest_error(backward(model, features), expected)
     assert copies.call_count or not ON_CPU
@@ -143,10 +144,12 @@ def exchanges(kind, every, keep, kept_by_plan):
     model = build_model("llama", num_hidden_layers=4).train()
     if kind:
         enable_checkpointing(model, KINDS[kind], every_n_layers=every)
-    handle = attach(model, cp_mesh(), keep_received_kv=keep)
-    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(make_documents(LENGTHS)))
+    handle = attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep))
+    batch = on_device(
+        FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(make_documents(LENGTHS))
+    )
     shard = handle.shard(batch)
-    shard["flashcp_plan"].keep_received = kept_by_plan
+    shard["flashcp_plan"] = shard["flashcp_plan"].with_layers(kept_by_plan, frozenset(), None)
     with _Calls() as calls:
         model(**shard).loss.backward()
     return calls.exchanges

@@ -6,6 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from hf_flashcp.planning.settings import remember_owner
 from tests import leftovers
 
 
@@ -89,6 +90,12 @@ def pytest_terminal_summary(terminalreporter, config):
         )
 
 
+@pytest.fixture(autouse=True)
+def no_plugin():
+    """A plugin that one test made says nothing to the next."""
+    remember_owner(None)
+
+
 @pytest.fixture(scope="session")
 def forked():
     """Processes that multiprocessing's forkserver starts have imported everything already."""
@@ -100,8 +107,13 @@ def forked():
 
 @pytest.fixture(scope="session")
 def pool(forked, pytestconfig):
-    from hf_flashcp.distributed.workers import WorkerPool
+    from hf_flashcp.distributed.workers import TIMEOUT, WorkerPool
+    from tests.accelerate_state import without_plugin
 
-    workers = WorkerPool(device=pytestconfig.getoption("--device"))
+    class FreshPool(WorkerPool):
+        def outcomes(self, world_size, function, *args, timeout=TIMEOUT):
+            return super().outcomes(world_size, without_plugin, function, *args, timeout=timeout)
+
+    workers = FreshPool(device=pytestconfig.getoption("--device"))
     yield workers
     workers.close()

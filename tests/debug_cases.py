@@ -10,6 +10,7 @@ from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.attention import document_attention, reference_check
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from hf_flashcp.layout import RankLayout
+from hf_flashcp.planning import PlanSettings
 from tests import attention_cases as cases
 from tests.device import ExactKernel, on_device
 from tests.model_cases import cp_mesh
@@ -143,7 +144,7 @@ def layer_without_exchange(plan, dtype):
 
 def make_batch(lengths, seed=0):
     features = make_documents(lengths, seed=seed)
-    return on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features))
+    return on_device(FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(features))
 
 
 def checked_layers(steps, every, options):

@@ -12,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_flashcp import FlashCPCollator, attach, shard_inputs
+from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
 from hf_flashcp.attention import document_attention, function, reference_check
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
+from hf_flashcp.planning import PlanSettings
 from tests import attention_cases as cases
 from tests import debug_cases, trainer_cases
 from tests.device import ON_CPU, ExactKernel, kernels, make_kernel, on_device
@@ -254,8 +255,8 @@ def checkpointed(family, lengths, kwargs, keep_received_kv):
     if kwargs is not None:
         enable_checkpointing(model, kwargs)
     model.train()
-    attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
-    batch = on_device(FlashCPCollator(dist.get_world_size(), strategy="per_doc")(features))
+    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep_received_kv))
+    batch = on_device(FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(features))
     shard = shard_inputs(batch, cp_mesh())
     inputs = {key: value for key, value in shard.items() if "labels" not in key}
     with _Calls() as calls:
@@ -308,6 +309,8 @@ def selective_trainer(lengths, kwargs):
 
 def keep_on_one_rank():
     model = build_model("llama")
-    attach(model, cp_mesh(), keep_received_kv=dist.get_rank() == 0)
+    attach(
+        model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=dist.get_rank() == 0)
+    )
     model.train()
     model(**on_device(FlashCPCollator(2)(make_documents([30, 12]))))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.errors import UnsupportedModelError
+from hf_flashcp.planning import PlanSettings
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, gradients, largest_error, make_documents, target_count
 from tests.router_cases import ROUTER
@@ -62,7 +63,7 @@ def first_step(family, loss, prompt=0.3):
     model = _model(family, loss)
     attach(model, cp_mesh())
     features = make_documents([40, 3, 17], prompt=prompt)
-    batch = FlashCPCollator(dist.get_world_size(), strategy="whole_doc")(features)
+    batch = FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "whole_doc"))(features)
     try:
         # Without labels nothing can be said yet.
         model(input_ids=batch["input_ids"], flashcp_plan=batch["flashcp_plan"])

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
+from hf_flashcp.planning import PlanSettings
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.models import (
@@ -98,8 +99,9 @@ def model_errors(
         enable_checkpointing(model, {"use_reentrant": checkpointing})
         model.train()
     cp_size = dist.get_world_size()
-    attach(model, cp_mesh(), keep_received_kv=keep_received_kv)
-    batch = on_device(FlashCPCollator(cp_size, strategy=strategy, topology=topology, num_stages=num_stages)(features))
+    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep_received_kv))
+    settings = PlanSettings(cp_size, strategy, topology=topology, num_stages=num_stages)
+    batch = on_device(FlashCPCollator(settings=settings)(features))
 
     expected_loss, expected = per_document_gradients(reference, features)
     shard = shard_inputs(batch, cp_mesh())

@@ -14,6 +14,7 @@ from hf_flashcp.doctor.tiny import build, default_config, tiny_copy
 from hf_flashcp.errors import UnsupportedModelError
 from hf_flashcp.integrations.gradient_check import per_document_gradients
 from hf_flashcp.integrations.models import router_loss
+from hf_flashcp.planning import PlanSettings
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, exact_loss_sum, gradients, largest_error, make_documents, target_count
@@ -54,7 +55,7 @@ def router_errors(family, lengths, strategy, losses_add_up, shared=True):
         expected = main + COEFFICIENT * aux
         expected.backward()
         attach(model, cp_mesh())
-        batch = FlashCPCollator(size, strategy=strategy)(features)
+        batch = FlashCPCollator(settings=PlanSettings(size, strategy))(features)
         options = {"num_items_in_batch": target_count(features)} if losses_add_up else {}
         output = model(**batch, **options)
         loss = output.loss if losses_add_up else output.loss / size
@@ -198,7 +199,7 @@ def z_loss_errors(lengths, losses_add_up):
         expected.backward()
         attach(model, cp_mesh())
         options = {"num_items_in_batch": target_count(features)} if losses_add_up else {}
-        loss = model(**FlashCPCollator(size, strategy="whole_doc")(features), **options).loss
+        loss = model(**FlashCPCollator(settings=PlanSettings(size, "whole_doc"))(features), **options).loss
         loss = loss if losses_add_up else loss / size
         loss.backward()
         assert model.z_loss_coefficient == COEFFICIENT

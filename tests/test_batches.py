@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening
 from hf_flashcp import FlashCPCollator, RankPlan, ShardPlan, plan_documents, shard_inputs
 from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
 from hf_flashcp.layout import RankLayout, WindowLayout
+from hf_flashcp.planning import PlanSettings
 from tests.packs import arbitrary_plans
 
 
@@ -144,7 +145,7 @@ def test_whole_numbers_may_be_floats():
 
 
 def test_the_collator_is_stateless_and_survives_a_spawned_worker():
-    collator = pickle.loads(pickle.dumps(FlashCPCollator(2, strategy="per_seq")))
+    collator = pickle.loads(pickle.dumps(FlashCPCollator(settings=PlanSettings(2, "per_seq"))))
     assert collator(DOCUMENTS)["flashcp_plan"] == plan_documents([4, 2, 3], 2, strategy="per_seq")
     loader = torch.utils.data.DataLoader(
         DOCUMENTS, batch_size=3, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"
@@ -194,7 +195,7 @@ def test_bad_collator_arguments(arguments, message):
     with pytest.raises(PlanError, match=message):
         FlashCPCollator(*arguments)
     with pytest.raises(PlanError, match="Unknown strategy"):
-        FlashCPCollator(2, strategy="zigzag")
+        PlanSettings(2, "zigzag")
     with pytest.raises(BatchError, match="pad_to_multiple_of"):
         FlashCPCollator(2, pad_to_multiple_of=0)
     with pytest.raises(BatchError, match="pad_to_multiple_of must be a positive integer, at most 16,777,216"):
@@ -287,7 +288,7 @@ def test_documents_are_found_without_a_plan(extra):
     assert "cu_seq_lens_q" not in first and "max_length_q" not in first
     if "position_ids" in extra:
         assert torch.equal(first["position_ids"], extra["position_ids"][..., first["input_ids"][0]])
-    (by_row, _) = shards(batch, 2, strategy="per_seq")
+    (by_row, _) = shards(batch, 2, settings=PlanSettings(2, "per_seq"))
     assert by_row["flashcp_plan"].plan == plan_documents([4, 2, 3], 2, strategy="per_seq")
 
 

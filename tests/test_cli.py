@@ -140,7 +140,7 @@ def test_the_default_strategy_and_seed_are_the_library_s(capsys):
     [
         ("--lengths 4,0,3 --cp-size 2", "error: Document 1 has 0 tokens."),
         ("--lengths 1,1 --cp-size 3", "error: The batch holds 2 tokens for cp_size 3"),
-        ("--lengths 8 --cp-size 0", "error: cp_size must be at least 1"),
+        ("--lengths 8 --cp-size 0", "error: cp_size must be a positive integer"),
         ("--lengths-from pile --cp-size 2", "error: --lengths-from needs --window"),
         ("--lengths 8 --window 8 --cp-size 2", "error: --window goes with --lengths-from"),
         ("--lengths-from pile --window 0 --cp-size 2", "error: window must be at least 1, got 0"),

@@ -16,7 +16,7 @@ from hf_flashcp import CostModel, FlashCPCollator, plan_documents
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
-from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile
+from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings
 from hf_flashcp.predict import hardware_profile
 from hf_flashcp.predict.layer_work import call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
@@ -189,7 +189,7 @@ def test_published_kernel_speeds_are_met():
 def test_a_model_travels_to_workers_and_is_equal_there():
     model = model_of()
     assert pickle.loads(pickle.dumps(model)) == model and hash(model_of()) == hash(model)
-    collator = pickle.loads(pickle.dumps(FlashCPCollator(cp_size=2, cost_model=model)))
+    collator = pickle.loads(pickle.dumps(FlashCPCollator(settings=PlanSettings(2, cost_model=model))))
     batch = collator([{"input_ids": list(range(1, 60))}, {"input_ids": [1, 2, 3]}])
     assert batch["flashcp_plan"] == plan_documents([59, 3], 2, cost_model=model)
     found = model.step_time(batch["flashcp_plan"]).to_dict()
@@ -212,9 +212,9 @@ def test_bad_input():
             HardwareProfile.from_dict({**data, **change})
     with pytest.raises(PlanError, match="cost_model is an option of the strategy 'search'"):
         plan_documents([10], 2, strategy="per_doc", cost_model=model_of())
-    with pytest.raises(PlanError, match="num_stages must be a whole number"):
+    with pytest.raises(PlanError, match="num_stages must be a positive integer"):
         plan_documents([10], 2, num_stages=0)
-    with pytest.raises(PlanError, match="two different goals"):
+    with pytest.raises(PlanError, match="minimize_total is a goal of its own"):
         plan_documents([10], 2, minimize_total=True, cost_model=model_of())
 
 

@@ -340,8 +340,8 @@ def test_keys_fetched_again_are_exact(pool, stages):
 def test_keys_are_fetched_again_where_a_rank_receives_more_than_four_tokens_for_each_of_its_own():
     """One document over six ranks: the first holds its first and last twelfth and receives all the others."""
     near, far = (RankPlan(plan_documents([60], size, strategy="per_doc"), 0, FakeGroup(size)) for size in (5, 6))
-    assert near.plan.report()["kv_received"][0] / near.layout.num_tokens <= 4 and near.keep_received
-    assert far.plan.report()["kv_received"][0] / far.layout.num_tokens == 5 and not far.keep_received
+    assert near.plan.report()["kv_received"][0] / near.layout.num_tokens <= 4 and near.keep_received_kv
+    assert far.plan.report()["kv_received"][0] / far.layout.num_tokens == 5 and not far.keep_received_kv
 
 
 class FakeGroup:

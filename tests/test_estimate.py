@@ -338,7 +338,7 @@ def test_errors(capsys, config, options, message):
 
 
 def test_a_profile_without_memory(capsys, config, tmp_path):
-    profile = json.loads((files("hf_flashcp.planning") / "hardware" / "h100.json").read_text())
+    profile = json.loads((files("hf_flashcp.predict") / "hardware" / "h100.json").read_text())
     del profile["memory_bytes"]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(profile))

@@ -12,9 +12,9 @@ from hf_flashcp.bench.plan_quality import measure, text
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
-from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, Topology, fastest, plan_documents
+from hf_flashcp.planning import CostModel, HardwareProfile, PlanSettings, ShardPlan, Topology, fastest, plan_documents
 from hf_flashcp.planning.fastest import node_plans
-from hf_flashcp.planning.search.search.nodes import grouped
+from hf_flashcp.planning.search.nodes import grouped
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.independent_plan_checker import assert_caps, check_plan
 from tests.packs import arbitrary_plans, owners
@@ -155,10 +155,16 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
             lambda: plan_documents([99], 12, topology=Topology(8)),
             "12 is no multiple of the topology's 8 ranks_per_node",
         ),
-        (lambda: FlashCPCollator(16, topology=8), "topology is 8: make one by"),
+        (lambda: PlanSettings(16, topology=8), "topology is 8: make one by"),
         (lambda: plan_documents([99], 16, topology=8), "topology is 8: make one by"),
-        (lambda: FlashCPCollator(12, topology=Topology(8)), "12 is no multiple of the topology's 8 ranks_per_node"),
-        (lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)), "topology is a goal of its own"),
+        (
+            lambda: PlanSettings(12, topology=Topology(8)),
+            "12 is no multiple of the topology's 8 ranks_per_node",
+        ),
+        (
+            lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)),
+            "minimize_total is a goal of its own",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -168,7 +174,9 @@ def test_what_cannot_be_is_refused(make, message):
 
 def test_the_collator_plans_for_nodes():
     lengths = sample_pack("wlb_llm", 4096, seed=2)
-    batch = FlashCPCollator(16, topology=Topology(4))([{"input_ids": [1] * length} for length in lengths])
+    batch = FlashCPCollator(settings=PlanSettings(16, topology=Topology(4)))(
+        [{"input_ids": [1] * length} for length in lengths]
+    )
     assert batch["flashcp_plan"] == plan_documents(lengths, 16, topology=Topology(4))
     assert batch["flashcp_plan"] != plan_documents(lengths, 16)
 

@@ -23,7 +23,7 @@ RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 CALL_OUT = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"}
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 SAFE = {"shell": "False", "trust_remote_code": "False", "allow_pickle": "False"}
-ALLOWED = {("hf_flashcp/doctor/workers.py", "pickle")}  # over pipes to processes that it has started itself
+ALLOWED = {("hf_flashcp/distributed/workers.py", "pickle")}  # over pipes to processes that it has started itself
 
 
 def unsafe(tree):
@@ -87,7 +87,7 @@ def nested(depth):
         ({"cp_size": 10**30}, "at most 2,147,483,647 tokens"),
         ({"lengths": [2**30], "cp_size": 2**29, "offset_groups": [[1]]}, "offset_groups are"),
         ({"lengths": [2**30], "cp_size": 2**29, "slices": []}, "slices for 0 ranks"),
-        ({"cp_size": float("nan")}, "cp_size must be an integer"),
+        ({"cp_size": float("nan")}, "cp_size must be a positive integer"),
         ({"lengths": nested(100_000)}, "whole numbers of tokens"),
         ({"slices": nested(100_000)}, "slices must hold"),
         ({"offset_groups": nested(100_000)}, "offset_groups are"),

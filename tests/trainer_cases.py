@@ -80,13 +80,13 @@ def trainer_step(
     trainer = InOrder(
         model=build_model("llama"),
         args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            parallelism_config=FlashCPPlugin(cp_size=cp_size, strategy=strategy),
             per_device_train_batch_size=per_batch,
             max_steps=steps,
             **arguments,
         ),
         train_dataset=features,
-        data_collator=FlashCPCollator(cp_size, strategy=strategy) if own_collator else None,
+        data_collator=FlashCPCollator() if own_collator else None,
         callbacks=[keep],
     )
     trainer.train()

@@ -12,6 +12,7 @@ from transformers import (
 
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
+from hf_flashcp.planning import PlanSettings
 from tests.model_cases import _total, cp_mesh, sum_gradients
 from tests.models import (
     SMALL,
@@ -92,7 +93,9 @@ def overlaid_mask(tokens=(2, 3, 4, 15, 16, 17)):
     """Token types that make Gemma 3 attend in both directions among image tokens."""
     model = build("gemma3", TEXT_ONLY).train()
     attach(model, cp_mesh())
-    batch = FlashCPCollator(torch.distributed.get_world_size(), strategy="whole_doc")(make_documents([12, 9]))
+    batch = FlashCPCollator(settings=PlanSettings(torch.distributed.get_world_size(), "whole_doc"))(
+        make_documents([12, 9])
+    )
     token_type_ids = torch.zeros_like(batch["input_ids"])
     token_type_ids[:, tokens] = 1
     model(**batch, token_type_ids=token_type_ids)

@@ -146,12 +146,12 @@ def _step(
     trainer = InOrder(
         model=wrap(build_model("llama", dtype=dtype, **(overrides or {}))),
         args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=cp_size, **(sizes or {})),
+            parallelism_config=FlashCPPlugin(cp_size=cp_size, strategy=strategy, **(sizes or {})),
             per_device_train_batch_size=per_batch,
             **{"max_steps": 1, **arguments},
         ),
         train_dataset=features,
-        data_collator=FlashCPCollator(cp_size, strategy=strategy),
+        data_collator=FlashCPCollator(),
         callbacks=[keep],
     )
     forbid_tf32()

@@ -61,7 +61,7 @@ def document_attention(
         kernel or _select(query, value, softcap),
         query.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
-        plan.keep_received if keep_received is None else keep_received,
+        plan.keep_received_kv if keep_received is None else keep_received,
     )
     if check_as is not None:
         engine = CheckedEngine(engine, plan, check_as, sinks)

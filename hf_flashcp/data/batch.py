@@ -11,8 +11,9 @@ import torch
 from ..distributed import context_parallel_group
 from ..errors import BatchError
 from ..layout.rank_plan import RankPlan
-from ..planning import DEFAULT_STRATEGY, plan_documents
-from .labels import IGNORE_INDEX, shifted_labels
+from ..planning import PlanSettings, plan_with
+from ..planning.settings import current_settings
+from .boundaries import IGNORE_INDEX, begins_document, shift_inside_documents
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _ROW_KEYS = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
 
 
 def shard_inputs(
-    batch: Mapping[str, Any], mesh: DeviceMesh | None, *, strategy: str = DEFAULT_STRATEGY
+    batch: Mapping[str, Any], mesh: DeviceMesh | None, *, settings: PlanSettings | None = None
 ) -> dict[str, Any]:
     """Cuts a full batch down to the tokens of this rank.
 
@@ -34,7 +35,8 @@ def shard_inputs(
             else every row is one document. Every tensor with these two leading dimensions is sharded, as are
             `position_ids` of shape (3, B, T); everything else passes through.
         mesh (`DeviceMesh`, *optional*): 1-D, or with a dimension "cp"; `None` for cp_size 1.
-        strategy (`str`, *optional*): for batches without a plan, see [`plan_documents`].
+        settings (`PlanSettings`, *optional*): for batches without a plan; defaults to those of the [`FlashCPPlugin`]
+            made before, if it has as many ranks as the mesh.
 
     Returns:
         `dict`: a new dict with tensors (1, T_r, ...), `position_ids` counted inside documents, the labels' targets
@@ -57,7 +59,7 @@ def shard_inputs(
     group, rank, cp_size = context_parallel_group(mesh)
     if plan is None:
         lengths = _document_lengths(batch, shape)
-        plan = plan_documents(lengths, cp_size, strategy=strategy)
+        plan = plan_with(settings or current_settings(cp_size), lengths)
         if group is not None:
             plan.content_digest = content_digest(batch)
     elif plan.num_tokens != shape.numel():
@@ -75,7 +77,7 @@ def shard_inputs(
     target_count = None
     if batch.get("labels") is not None:
         if batch.get("shift_labels") is None:
-            batch["shift_labels"] = shifted_labels(batch["labels"], plan)
+            batch["shift_labels"] = shift_inside_documents(batch["labels"], plan.lengths)
         if batch.get("num_items_in_batch") is None:
             target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
             batch["num_items_in_batch"] = target_count
@@ -111,7 +113,7 @@ def _row_shape(batch: dict[str, Any]) -> torch.Size:
         labels = batch.get(key)
         if labels is not None and labels.shape != shape:
             raise BatchError(
-                f"{key} have shape {tuple(labels.shape)}, but the tokens have {tuple(shape)}: one label a token."
+                f"{key} have shape {tuple(labels.shape)}, but the tokens have {tuple(shape)}: one label per token."
             )
     return shape
 
@@ -129,7 +131,7 @@ def _check_mask(mask: Any) -> None:
         raise BatchError(
             f"attention_mask masks {masked} of {mask.numel()} tokens. A sharded batch has no padding: collate "
             "documents with FlashCPCollator (or another padding-free collator) instead of padding them. (TRL's "
-            "'wrapped' packing pads its last, shorter row where a batch has several: pack with 'bfd', or one row a "
+            "'wrapped' packing pads its last, shorter row where a batch has several: pack with 'bfd', or one row per "
             "batch.)"
         )
 
@@ -139,19 +141,16 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()
-        if bounds[0] != 0 or bounds[-1] != shape.numel():
-            raise BatchError(
-                f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, but the batch has tokens 0 to {shape.numel()}."
-            )
+        if bounds[:1] != [0] or bounds[-1] != shape.numel():
+            ends = f"runs from {bounds[0]} to {bounds[-1]}" if bounds else "is empty"
+            raise BatchError(f"cu_seq_lens_q {ends}, but the batch has tokens 0 to {shape.numel()}.")
         return [stop - start for start, stop in zip(bounds, bounds[1:])]
     position_ids = batch.get("position_ids")
     if position_ids is None:
         return [row_length] * num_rows
     if position_ids.dim() == 3:
         position_ids = position_ids[0]
-    starts = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    bounds = [*starts.flatten().nonzero().flatten().tolist(), shape.numel()]
+    bounds = [*begins_document(position_ids).flatten().nonzero().flatten().tolist(), shape.numel()]
     return [stop - start for start, stop in zip(bounds, bounds[1:])]
 
 

@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithFlattening
 
 from ..distributed.parent_process import end_with_parent
-from ..errors import BatchError, PlanError
-from ..plan import Topology
-from ..plan.topology import check_topology
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
-from ..predict import CostModel
+from ..errors import BatchError, ConfigurationError
+from ..planning import PlanSettings, plan_with
+from ..planning.settings import current_settings
 from .batch import content_digest
+from .boundaries import IGNORE_INDEX, shift
 from .features import read_documents
-from .labels import IGNORE_INDEX
 
 
 MOST_PADDING = 2**24
@@ -29,17 +26,19 @@ class FlashCPCollator(DataCollatorWithFlattening):
     """Flattens documents as `DataCollatorWithFlattening` does, and plans how ranks share them.
 
     The batch is the full row, the same on every rank, and the plan is for all of them: cutting happens later
-    ([`attach`]), so that trainers count tokens and targets of the whole batch. Stateless and deterministic; needs
-    cp_size but not the rank, so that loader workers of every rank do the same.
+    ([`attach`]), so that trainers count tokens and targets of the whole batch. Stateless and deterministic, and knows
+    nothing of its rank, so that loader workers of every rank do the same.
+
+    How ranks share them is set in one place, the [`FlashCPPlugin`]:
+
+        args = TrainingArguments(..., parallelism_config=FlashCPPlugin(cp_size=8, strategy="flashcp"))
+        collator = FlashCPCollator()
 
     Args:
-        cp_size (`int`): context-parallel ranks that share a batch.
-        strategy (`str`, *optional*): see [`plan_documents`], like the next three.
-        cost_model (`CostModel`, *optional*): with the strategy "search", plan for the least predicted step time.
-        max_imbalance (`float`, *optional*, defaults to 1.05): of attention pairs.
-        max_token_imbalance (`float`, *optional*, defaults to 1.0): of tokens.
-        num_stages (`int`, *optional*): see [`plan_documents`].
-        topology (`Topology`, *optional*): ranks in nodes, to each of which keys and values cross once.
+        cp_size (`int`, *optional*): context-parallel ranks that share a batch. Leave it out: it comes with everything
+            else from the plugin made before, or from the environment of `accelerate launch`. Alone, without a plugin
+            of that size, it means default settings.
+        settings (`PlanSettings`, *optional*): in place of both, for use without a plugin.
         pad_to_multiple_of (`int`, *optional*): C is a multiple of it. The padding is a document of its own: no other
             attends to it, and it has no targets.
         pad_token_id (`int`, *optional*, defaults to 0): in `input_ids` of padding.
@@ -64,38 +63,27 @@ class FlashCPCollator(DataCollatorWithFlattening):
 
     Raises:
         BatchError: no documents, an empty one, values that do not fit the tokens, masked tokens.
-        PlanError: fewer tokens than ranks, an unknown strategy.
+        PlanError: fewer tokens than ranks.
+        ConfigurationError: no cp_size, and neither a plugin nor a launcher that says it.
     """
 
     def __init__(
         self,
-        cp_size: int,
+        cp_size: int | None = None,
         *,
-        strategy: str = DEFAULT_STRATEGY,
-        cost_model: CostModel | None = None,
-        max_imbalance: float = 1.05,
-        max_token_imbalance: float = 1.0,
-        num_stages: int | None = None,
-        topology: Topology | None = None,
+        settings: PlanSettings | None = None,
         pad_to_multiple_of: int | None = None,
         pad_token_id: int = 0,
         per_token_keys: Sequence[str] = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if strategy not in STRATEGIES:
-            raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
-        if not isinstance(cp_size, int) or cp_size < 1:
-            raise PlanError(f"cp_size must be a positive integer, got {cp_size!r}.")
-        self.cp_size = cp_size
-        self.strategy = strategy
-        self.cost_model = cost_model
-        self.max_imbalance = max_imbalance
-        self.max_token_imbalance = max_token_imbalance
-        self.num_stages = num_stages
-        if topology is not None:
-            check_topology(topology, cp_size)
-        self.topology = topology
+        if settings is not None and cp_size not in (None, settings.cp_size):
+            raise ConfigurationError(
+                f"cp_size is {cp_size}, but the settings have {settings.cp_size}: leave cp_size out."
+            )
+        self.settings = settings or current_settings(cp_size)
+        self._has_own_settings = settings is not None
         if pad_to_multiple_of is not None and (
             not isinstance(pad_to_multiple_of, int) or not 1 <= pad_to_multiple_of <= MOST_PADDING
         ):
@@ -130,20 +118,11 @@ class FlashCPCollator(DataCollatorWithFlattening):
         padding = -sum(row_lengths) % (self.pad_to_multiple_of or 1)
         if padding:
             documents.append(self._padding(padding))
-        plan = plan_documents(
-            [len(document["input_ids"]) for document in documents],
-            self.cp_size,
-            strategy=self.strategy,
-            cost_model=self.cost_model,
-            max_imbalance=self.max_imbalance,
-            max_token_imbalance=self.max_token_imbalance,
-            num_stages=self.num_stages,
-            topology=self.topology,
-        )
+        plan = plan_with(self.settings, [len(document["input_ids"]) for document in documents])
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         if padding:
             batch["labels"][:, -padding:] = IGNORE_INDEX
-        batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        batch["shift_labels"] = shift(batch["labels"])
         if any("position_ids" in document for document in documents) and self.return_position_ids:
             batch["position_ids"] = _joined(documents, "position_ids")
         for key in self.per_token_keys:
@@ -152,6 +131,20 @@ class FlashCPCollator(DataCollatorWithFlattening):
         plan.row_lengths = row_lengths
         batch["flashcp_plan"] = plan
         return batch
+
+    def share_settings(self, settings: PlanSettings) -> None:
+        """Plans with the settings of a trainer from now on.
+
+        Raises:
+            ConfigurationError: the collator was made for others.
+        """
+        own = self.settings
+        if own.cp_size != settings.cp_size or self._has_own_settings and own != settings:
+            raise ConfigurationError(
+                f"The collator plans with {own}, but FlashCPPlugin with {settings}. Make the collator by "
+                "FlashCPCollator(), without cp_size and settings: it takes the plugin's."
+            )
+        self.settings = settings
 
     def _padding(self, tokens: int) -> dict[str, Any]:
         zeros = {key: [0] * tokens for key in self.per_token_keys}

@@ -8,9 +8,10 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import BatchError
-from .labels import IGNORE_INDEX
+from .boundaries import IGNORE_INDEX, begins_document
 
 
 LOSS_MASKS = ("completion_mask", "assistant_masks")
@@ -87,8 +88,7 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
             )
         return lengths
     if "position_ids" in row:
-        positions = row["position_ids"]
-        starts = [t for t in range(length) if t == 0 or positions[t] != positions[t - 1] + 1]
+        starts = begins_document(torch.tensor(row["position_ids"])).nonzero().flatten().tolist()
         return [stop - start for start, stop in pairwise([*starts, length])]
     return [length]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BatchError
+from .boundaries import IGNORE_INDEX
 from .chat_columns import is_mentioned, taken_columns, template_arguments, without_filled
-from .labels import IGNORE_INDEX
 
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data import FlashCPCollator
 from ..data.batch import shard_inputs
-from ..data.labels import IGNORE_INDEX
+from ..data.boundaries import IGNORE_INDEX
 from ..errors import FlashCPError
 from ..integrations.attach import attach
 from ..integrations.gradient_check import gradient_error
 from ..integrations.models.router_loss import FUNCTION
 from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
+from ..planning import PlanSettings
 from .float64 import float64_throughout
 from .tiny import build
 
@@ -75,7 +76,9 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
         expected_loss = expected_loss + ROUTER_COEFFICIENT * _router_loss(reference, outputs)
     expected_loss.backward()
     found["stage"] = "run"
-    batch = FlashCPCollator(size, strategy=strategy)([{"input_ids": ids[0].tolist()} for ids, _ in documents])
+    batch = FlashCPCollator(settings=PlanSettings(size, strategy))(
+        [{"input_ids": ids[0].tolist()} for ids, _ in documents]
+    )
     shard = shard_inputs(batch, mesh)
     targets = shard["shift_labels"]
     with _recorded_layers() as layers:

@@ -19,14 +19,15 @@ from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
 from ..attention.kernels import check_activated_kernel
 from ..data.batch import shard_inputs
-from ..data.labels import IGNORE_INDEX
+from ..data.boundaries import IGNORE_INDEX, without_starts
 from ..distributed import require_agreement
 from ..distributed.process_group import context_parallel_group
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import debug_mode
 from ..layout import RankPlan
 from ..plan import ShardPlan
-from ..planning import DEFAULT_STRATEGY
+from ..planning import PlanSettings
+from ..planning.settings import current_owner, current_settings
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
 from .models.forward_arguments import has_cache, media
@@ -52,10 +53,8 @@ def attach(
     model: torch.nn.Module,
     accelerator_or_mesh: Accelerator | DeviceMesh | None,
     *,
-    strategy: str | None = None,
+    plugin: FlashCPPlugin | None = None,
     on_plan: Callable[[ShardPlan], None] | None = None,
-    keep_received_kv: bool | None = None,
-    global_router_loss: bool | None = None,
 ) -> ContextParallelHandle:
     """Makes `model(**batch)` run on this rank's part of a full packed batch.
 
@@ -68,16 +67,9 @@ def attach(
             (DDP, FSDP2, PEFT, torch.compile).
         accelerator_or_mesh (`Accelerator` or `DeviceMesh`, *optional*): an Accelerator with a [`FlashCPPlugin`], or a
             mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
-        strategy (`str`, *optional*): for batches that come without a plan, see [`plan_documents`]; defaults to the
-            plugin's.
+        plugin (`FlashCPPlugin`, *optional*): settings where a mesh is given, by default those of the plugin made last,
+            if it has as many ranks. An Accelerator has its own.
         on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
-        keep_received_kv (`bool`, *optional*): whether a layer keeps the KV that it received in forward until its
-            backward (`True`: more memory), or fetches it again (`False`: more traffic); the same on every rank.
-            Defaults to the plugin's; if that is `None` too, each layer that runs again in backward (activation
-            checkpointing without a `context_fn`) keeps it, as it is then held for one layer at a time, and every
-            other layer does as the plan says (see [`RankPlan`]).
-        global_router_loss (`bool`, *optional*): in training, whether a mixture-of-experts model's router loss is that
-            of the batches of all data-parallel groups together, and not of the group's own. Defaults to the plugin's.
 
     With torch.compile, compile the layers: `for layer in model.model.layers: layer.compile(dynamic=True)` (accelerate:
     `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)`). The only graph breaks are then the attention
@@ -100,21 +92,21 @@ def attach(
     check_activated_kernel()
     mesh = accelerator_or_mesh
     if isinstance(accelerator_or_mesh, Accelerator):
+        if plugin is not None:
+            raise ConfigurationError("The Accelerator has its own parallelism_config: leave plugin out.")
         mesh, plugin = _accelerator_mesh(accelerator_or_mesh)
-        strategy = strategy or getattr(plugin, "strategy", None)
-        if keep_received_kv is None:
-            keep_received_kv = getattr(plugin, "keep_received_kv", None)
-        if global_router_loss is None:
-            global_router_loss = getattr(plugin, "global_router_loss", None)
     group, _, cp_size = context_parallel_group(mesh)
+    if plugin is not None and plugin.cp_size != cp_size:
+        raise ConfigurationError(f"FlashCPPlugin has cp_size {plugin.cp_size}, but the mesh has {cp_size} ranks.")
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     if (earlier := attached_handle(inner)) is not None:
         earlier.remove()
     share_router_losses(inner)
-    return ContextParallelHandle(
-        inner, mesh, strategy or DEFAULT_STRATEGY, on_plan, keep_received_kv, bool(global_router_loss), model
-    )
+    plugin = plugin or current_owner(cp_size)
+    settings = current_settings(cp_size) if plugin is None else plugin.plan_settings
+    settings.for_model(inner.config, _training_itemsize(inner, accelerator_or_mesh))
+    return ContextParallelHandle(inner, mesh, settings, plugin, on_plan, model)
 
 
 def attached_handle(model: torch.nn.Module) -> ContextParallelHandle | None:
@@ -137,20 +129,19 @@ class ContextParallelHandle:
         self,
         model: PreTrainedModel,
         mesh: DeviceMesh | None,
-        strategy: str,
+        settings: PlanSettings,
+        plugin: FlashCPPlugin | None,
         on_plan: Callable[[ShardPlan], None] | None,
-        keep_received_kv: bool | None,
-        global_router_loss: bool,
         outermost: torch.nn.Module,
     ):
         self.plan: RankPlan | None = None
         self.losses_add_up: bool = True
         self.mesh = mesh
         self._whole_documents = needs_whole_documents(model)
-        self._strategy = "whole_doc" if self._whole_documents else strategy
+        self._settings = settings.with_whole_documents() if self._whole_documents else settings
         self._on_plan = on_plan
-        self._keep_received_kv = keep_received_kv
-        self._global_router_loss = global_router_loss
+        self._keep_received_kv = getattr(plugin, "keep_received_kv", None)
+        self._global_router_loss = getattr(plugin, "global_router_loss", False)
         self._checked = self._loss_checked = self._loss_unknown = False
         self._loss_check: LossCheck | None = None
         self._stock_coefficients: dict[str, float] = {}
@@ -178,8 +169,8 @@ class ContextParallelHandle:
         return {**vars(self), "mesh": None, "plan": None, "_on_plan": None}
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """[`shard_inputs`] with this handle's mesh and strategy, for batches that the hooks would shard."""
-        return shard_inputs(batch, self.mesh, strategy=self._strategy) if self._can_shard(batch) else batch
+        """[`shard_inputs`] with this handle's mesh and settings, for batches that the hooks would shard."""
+        return shard_inputs(batch, self.mesh, settings=self._settings) if self._can_shard(batch) else batch
 
     def _can_shard(self, batch: dict[str, Any]) -> bool:
         if batch.get("flashcp_plan") is not None:
@@ -228,16 +219,12 @@ class ContextParallelHandle:
             )
         self._restore_count(batch)
         batch = self.shard(batch)
-        self.plan = batch["flashcp_plan"]
+        self.plan = batch["flashcp_plan"] = self._with_layers(batch["flashcp_plan"], model)
         if self._whole_documents:
             require_whole_documents(self.plan.plan, model)
             batch.pop("seq_idx", None)
         # A cache would hold part of the keys or a document's state for the next one, and grow when a layer runs again.
         batch["use_cache"] = False
-        if self._keep_received_kv is not None:
-            self.plan.keep_received = self._keep_received_kv
-        elif model.training:
-            self.plan.layers_run_again |= layers_run_again(model)
         if self.plan.group is not None:
             require_agreement(
                 "the batch",
@@ -246,14 +233,19 @@ class ContextParallelHandle:
                 advice=_SAME_BATCH,
                 error=BatchError,
             )
-        if debug_mode():
-            layers = model.config.get_text_config().num_hidden_layers
-            self.plan.checked_layer = layer_to_check(self._forwards, layers)
-            self._forwards += 1
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         self._share_loss(model, batch)
         return (), batch
+
+    def _with_layers(self, plan: RankPlan, model: PreTrainedModel) -> RankPlan:
+        again, checked = plan.layers_run_again, None
+        if self._keep_received_kv is None and model.training:
+            again |= layers_run_again(model)
+        if debug_mode():
+            checked = layer_to_check(self._forwards, model.config.get_text_config().num_hidden_layers)
+            self._forwards += 1
+        return plan.with_layers(self._keep_received_kv, again, checked)
 
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
         """Enters the sharded forward, in which terms of the loss that are no sums over targets are this rank's share
@@ -271,7 +263,7 @@ class ContextParallelHandle:
         if batch.get("labels") is None or batch.get("shift_labels") is None:
             return
         if plan.plan.cp_size == 1:
-            batch["labels"] = _without_starts(batch["labels"], plan.plan)
+            batch["labels"] = without_starts(batch["labels"], plan.plan.lengths)
         else:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             if not self._loss_checked:
@@ -306,12 +298,6 @@ _SAME_BATCH = (
     "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
     "rank, use one strategy, and set FLASHCP_DEBUG for all or none."
 )
-
-
-def _without_starts(labels: torch.Tensor, plan: ShardPlan) -> torch.Tensor:
-    """(1, C) labels that may be shifted as one row: no document ends with the next one's first token as its target."""
-    starts = torch.tensor((0, *plan.lengths[:-1])).cumsum(0)
-    return labels.index_fill(1, starts.to(labels.device), IGNORE_INDEX)
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -350,10 +336,17 @@ def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
         "tokens": bound.plan.num_tokens,
         "plan": bound.plan.digest[:16],
         "content": bound.plan.content_digest,
-        "keep_received_kv": bound.keep_received,
+        "keep_received_kv": bound.keep_received_kv,
         "layers_run_again": sorted(bound.layers_run_again),
         **{name: os.environ.get(name) for name in ("FLASHCP_DEBUG", "FLASHCP_DEBUG_EVERY")},
     }
+
+
+def _training_itemsize(model: PreTrainedModel, accelerator_or_mesh: Accelerator | DeviceMesh | None) -> int:
+    """Bytes of an element of keys and values."""
+    if getattr(accelerator_or_mesh, "mixed_precision", "no") in ("bf16", "fp16"):
+        return 2
+    return model.dtype.itemsize
 
 
 def _accelerator_mesh(accelerator: Accelerator) -> tuple[DeviceMesh | None, FlashCPPlugin | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..data.labels import IGNORE_INDEX
+from ..data.boundaries import IGNORE_INDEX
 from .models.router_loss import router_coefficients, router_statistics
 
 

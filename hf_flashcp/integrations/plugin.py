@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -14,8 +14,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from ..distributed import group_timeout, require_agreement
-from ..errors import ConfigurationError
-from ..planning import DEFAULT_STRATEGY, STRATEGIES
+from ..errors import ConfigurationError, PlanError
+from ..plan import Topology
+from ..plan.lengths import check_size
+from ..planning import HardwareProfile, PlanSettings
+from ..planning.settings import remember_owner, size_from_environment, strategy_from_environment
 from .models.sharded_forward import sharded_forward_count
 
 
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 
 BACKEND = "flashcp"
 _SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
+_PLAN_SETTINGS = (
+    "cp_size",
+    "strategy",
+    "hardware",
+    "topology",
+    "max_imbalance",
+    "max_token_imbalance",
+    "num_stages",
+)
 _ANY = object()
 _REFUSED_ARGUMENTS = (
     (
@@ -77,17 +89,38 @@ class FlashCPPlugin(ParallelismConfig):
             `dp_shard_size` given, the processes that cp_size leaves replicate it under DDP and shard it under FSDP2.
         dp_shard_size (`int`, *optional*): data-parallel groups that shard the model under FSDP2, together with the
             `cp_size` processes of each.
-        strategy (`str`, *optional*): for batches that come without a plan; defaults to `FLASHCP_STRATEGY`,
-            else to that of [`plan_documents`].
-        keep_received_kv (`bool`, *optional*): see [`attach`].
-        global_router_loss (`bool`, *optional*, defaults to `False`): see [`attach`].
+        strategy (`str`, *optional*): how documents are sharded, see [`plan_documents`]; defaults to the environment
+            variable `FLASHCP_STRATEGY`, else to "search".
+        hardware (`str`, `Path` or `HardwareProfile`, *optional*): with "search", plan for the least predicted step
+            time on it: a profile's name, its JSON file, or a profile. Without, for little KV within the caps.
+        topology (`Topology`, *optional*): ranks in nodes, to each of which keys and values cross once. Beside
+            `hardware` it takes the place of the profile's `ranks_per_node`.
+        max_imbalance (`float`, *optional*, defaults to 1.05): cap on a rank's attention pairs, see [`plan_documents`].
+        max_token_imbalance (`float`, *optional*, defaults to 1.0): cap on a rank's tokens, likewise.
+        num_stages (`int`, *optional*): in how many stages a layer's KV travels, likewise.
+        keep_received_kv (`bool`, *optional*): whether a layer keeps the KV that it received in forward until its
+            backward (`True`: more memory), or fetches it again (`False`: more traffic). By default each layer that
+            runs again in backward (activation checkpointing without a `context_fn`) keeps it, as it is then held for
+            one layer at a time, and every other layer does as the plan says (see [`RankPlan`]).
+        global_router_loss (`bool`, *optional*, defaults to `False`): in training, whether a mixture-of-experts model's
+            router loss is that of the batches of all data-parallel groups together, and not of the group's own.
+
+    Settings are the same in every process. [`FlashCPCollator`], [`attach`] and the trainers take them from here.
+
+    Attributes:
+        plan_settings (`PlanSettings`): those that decide how batches are planned.
 
     Raises:
         ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
-            DeepSpeed or FSDP1 beside it.
+            DeepSpeed or FSDP1 beside it; settings of plans that do not fit each other (see [`PlanSettings`]).
     """
 
     strategy: str | None = None
+    hardware: str | Path | HardwareProfile | None = None
+    topology: Topology | None = None
+    max_imbalance: float = 1.05
+    max_token_imbalance: float = 1.0
+    num_stages: int | None = None
     keep_received_kv: bool | None = None
     global_router_loss: bool = False
 
@@ -99,19 +132,16 @@ class FlashCPPlugin(ParallelismConfig):
         if self.cp_handler is not None:
             raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism: leave it out.")
         if self.strategy is None:
-            self.strategy = os.environ.get("FLASHCP_STRATEGY", DEFAULT_STRATEGY)
-        if self.strategy not in STRATEGIES:
-            raise ConfigurationError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
-        for name in _SIZES:
-            size = getattr(self, name)
-            if size is None:
-                size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
-                with contextlib.suppress(ValueError):
-                    size = int(size)
-            if not isinstance(size, int) or size < 1:
-                raise ConfigurationError(f"{name} must be a positive integer, got {size!r}.")
-            setattr(self, name, size)
-            if size > 1 and name in ("tp_size", "sp_size"):
+            self.strategy = strategy_from_environment()
+        try:
+            for name in _SIZES:
+                size = getattr(self, name)
+                setattr(self, name, check_size(name, size_from_environment(name) if size is None else size))
+            self.plan_settings = PlanSettings(**{name: getattr(self, name) for name in _PLAN_SETTINGS})
+        except PlanError as error:
+            raise ConfigurationError(str(error)) from None
+        for name in ("tp_size", "sp_size"):
+            if (size := getattr(self, name)) > 1:
                 raise ConfigurationError(f"{name} is {size}: flashcp does not combine with it. Set {name} to 1.")
         cp_size = self.cp_size
         # The base class knows only its own backend and its restrictions: it validates the rest with cp_size 1.
@@ -119,6 +149,7 @@ class FlashCPPlugin(ParallelismConfig):
         super().__post_init__()
         self.cp_backend = BACKEND
         self._set_size("cp", cp_size)
+        remember_owner(self)
 
     @property
     def cp_enabled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
@@ -30,14 +31,12 @@ class RankPlan:
             over ranks of their losses is the batch's; `None` if the caller gave one.
         position_ids (`torch.Tensor`, *optional*): (..., C) of the whole row; `None` if they count each document's
             tokens.
-
-    Attributes:
-        keep_received (`bool`): whether attention layers keep the KV that they receive until backward, or fetch it
-            again; the same on every rank, may be set before the first layer runs. Kept unless some rank receives more
-            than `MOST_KEPT` tokens for each of its own, which with four query heads a KV head is 0.8 times the
-            queries, keys, values and outputs that are saved anyway. Fetching again moves half as many bytes more.
-        layers_run_again (`frozenset`): the `layer_idx` of layers that run again in backward and keep what they receive
-            there whatever `keep_received` says; the same on every rank. [`attach`] sets it.
+        keep_received_kv (`bool`, *optional*): whether attention layers keep the KV that they receive until backward,
+            or fetch it again; the same on every rank. By default kept unless some rank receives more than `MOST_KEPT`
+            tokens for each of its own, which with four query heads per KV head is 0.8 times the queries, keys, values
+            and outputs that are saved anyway. Fetching again moves half as many bytes more.
+        layers_run_again (`frozenset`, *optional*): the `layer_idx` of layers that run again in backward and keep what
+            they receive there whatever `keep_received_kv` says; the same on every rank.
         checked_layer (`int`, *optional*): the `layer_idx` of the layer that debug mode compares with float64; the same
             on every rank.
 
@@ -52,24 +51,38 @@ class RankPlan:
         group: ProcessGroup | None = None,
         target_count: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        *,
+        keep_received_kv: bool | None = None,
+        layers_run_again: frozenset[int] = frozenset(),
+        checked_layer: int | None = None,
     ):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
             raise ConfigurationError(
                 f"The plan is for cp_size {plan.cp_size}, but the context-parallel group has {size} ranks. "
-                "Give the collator and the plugin (or mesh) the same cp_size."
+                "Give FlashCPPlugin (or the mesh) as many ranks as the plan has; FlashCPCollator() takes them from it."
             )
         self.plan = plan
         self.rank = rank
         self.group = group
         self.target_count = target_count
         self.position_ids = position_ids
-        received, own = plan.kv_moved()[0], rank_tokens(plan.slices)
-        self.keep_received: bool = all(rows <= MOST_KEPT * tokens for rows, tokens in zip(received, own))
-        self.layers_run_again: frozenset[int] = frozenset()
-        self.checked_layer: int | None = None
+        self.keep_received_kv: bool = _keeps_received_kv(plan) if keep_received_kv is None else keep_received_kv
+        self.layers_run_again = layers_run_again
+        self.checked_layer = checked_layer
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, WindowLayout] = {}
+
+    def with_layers(
+        self, keep_received_kv: bool | None, layers_run_again: frozenset[int], checked_layer: int | None
+    ) -> RankPlan:
+        """The same batch and layouts for layers with other options, see [`RankPlan`]; with `None` `keep_received_kv`
+        stays as it is."""
+        other = copy.copy(self)
+        if keep_received_kv is not None:
+            other.keep_received_kv = keep_received_kv
+        other.layers_run_again, other.checked_layer = layers_run_again, checked_layer
+        return other
 
     def layout_for(self, window: int | None) -> RankLayout:
         """The layout of layers whose queries see `window` keys, built once: the full one if no document is longer."""
@@ -81,3 +94,8 @@ class RankPlan:
 
     def __repr__(self) -> str:
         return f"RankPlan(rank={self.rank}, {self.plan})"
+
+
+def _keeps_received_kv(plan: ShardPlan) -> bool:
+    received, _ = plan.kv_moved()
+    return all(rows <= MOST_KEPT * own for rows, own in zip(received, rank_tokens(plan.slices)))

@@ -5,22 +5,29 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 from ..errors import PlanError
 
 
 MOST_TOKENS = 2**31 - 1
-"""Of a batch: cumulative sequence lengths are int32 in attention kernels."""
+"""Tokens of a batch at most: cumulative sequence lengths are int32 in attention kernels."""
+
+
+def check_size(name: str, size: Any) -> int:
+    """Returns `size` as a plain int, or raises a `PlanError` that names it, e.g. "cp_size"."""
+    try:
+        checked = operator.index(size)
+    except TypeError:
+        checked = 0
+    if checked < 1:
+        raise PlanError(f"{name} must be a positive integer, got {reprlib.repr(size)}.")
+    return checked
 
 
 def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...], int]:
     """Returns `(lengths, cp_size)` as plain ints, or raises a `PlanError` that names the offending entry."""
-    try:
-        cp_size = operator.index(cp_size)
-    except TypeError:
-        raise PlanError(f"cp_size must be an integer, got {reprlib.repr(cp_size)}.") from None
-    if cp_size < 1:
-        raise PlanError(f"cp_size must be at least 1, got {cp_size}.")
+    cp_size = check_size("cp_size", cp_size)
     checked = []
     try:
         lengths = iter(lengths)

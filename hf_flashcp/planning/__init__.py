@@ -2,7 +2,8 @@
 
 from ..plan import ShardPlan, Topology, kv_bytes
 from ..predict import HARDWARE, CostModel, HardwareProfile, StepTime
-from .strategies import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from .settings import DEFAULT_STRATEGY, STRATEGIES, PlanSettings
+from .strategies import plan_documents, plan_with
 
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "STRATEGIES",
     "CostModel",
     "HardwareProfile",
+    "PlanSettings",
     "ShardPlan",
     "StepTime",
     "Topology",
     "kv_bytes",
     "plan_documents",
+    "plan_with",
 ]

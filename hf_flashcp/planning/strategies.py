@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
-import reprlib
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..errors import PlanError, UnmetCapWarning
-from ..plan.lengths import MOST_TOKENS, check_lengths
+from ..errors import UnmetCapWarning
+from ..plan.lengths import check_lengths
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import Slice, rank_pairs
-from ..plan.topology import Topology, check_topology
+from ..plan.slices import Lengths, Slice, rank_pairs
+from ..plan.topology import Topology
 from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
 from .fastest import fastest, in_stages
 from .search.nodes import search_in_nodes
 from .search.search import search
+from .settings import DEFAULT_STRATEGY, PlanSettings
 from .sharding import per_doc, per_seq, whole_doc
-
-
-STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
-"""Names that `plan_documents` takes as `strategy`."""
-
-DEFAULT_STRATEGY = "search"
-"""What plans batches that come without a plan, and what collator and plugin take if not told otherwise."""
 
 
 def plan_documents(
@@ -77,72 +69,74 @@ def plan_documents(
             largest rank's share of it falls.
         topology (`Topology`, *optional*): ranks in nodes: KV crosses to each node once and is handed on there.
             `"search"` then looks for the plan whose busiest links take the shortest, where a row between nodes takes
-            `inter_node_cost` times longer; never busier than without. A `cost_model` goes by the `ranks_per_node` of
-            its hardware profile.
+            `inter_node_cost` times longer; never busier than without. Beside a `cost_model` it takes the place of the
+            hardware profile's `ranks_per_node`.
 
     Returns:
         `ShardPlan`: a validated partition.
 
     Raises:
-        PlanError: no documents, an empty document, fewer tokens than ranks, an unknown strategy, a cap below 1, an
-            option that the strategy does not have, two goals at once, ranks that do not fill their nodes.
+        PlanError: no documents, an empty document, fewer tokens than ranks, or options that do not fit (see
+            [`PlanSettings`]).
     """
-    begin, offset_groups = time.perf_counter(), None
-    lengths, cp_size = check_lengths(lengths, cp_size)
-    for name, cap in (("max_imbalance", max_imbalance), ("max_token_imbalance", max_token_imbalance)):
-        if not isinstance(cap, (int, float)) or not (1 <= cap <= MOST_TOKENS or cap == math.inf):
-            raise PlanError(
-                f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, a number not below 1 (no cap: infinity)."
-            )
-    options = {
-        "rotate_ranks": (rotate_ranks, "per_doc"),
-        "minimize_total": (minimize_total, "search"),
-        "cost_model": (cost_model is not None, "search"),
-    }
-    for name, (given, owner) in options.items():
-        if given and strategy != owner:
-            raise PlanError(f"{name} is an option of the strategy {owner!r}, not of {strategy!r}: leave it out.")
-    if cost_model is not None and not isinstance(cost_model, CostModel):
-        raise PlanError(
-            f"cost_model is {reprlib.repr(cost_model)}: make one by CostModel.from_config(config, hardware)."
-        )
-    if minimize_total and cost_model is not None:
-        raise PlanError("minimize_total and cost_model are two different goals: leave one out.")
-    if topology is not None:
-        if minimize_total or cost_model is not None:
-            raise PlanError(
-                "topology is a goal of its own beside minimize_total and cost_model: leave those out. A cost_model "
-                "goes by the nodes of its hardware profile (ranks_per_node)."
-            )
-        check_topology(topology, cp_size)
-    if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
-        raise PlanError(f"num_stages must be a whole number, at least 1, got {num_stages!r}.")
-    ranks_per_node = None if topology is None else topology.ranks_per_node
-    slices: Sequence[Sequence[Slice]]
-    match strategy:
-        case "whole_doc":
-            slices = whole_doc(lengths, cp_size)
-        case "per_doc":
-            slices = per_doc(lengths, cp_size, rotate_ranks)
-        case "per_seq":
-            slices = per_seq(lengths, cp_size)
-        case "flashcp":
-            slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
-        case "search" if cost_model is not None:
-            slices, offset_groups, ranks_per_node = _timed(
-                lengths, cp_size, cost_model, max_imbalance, max_token_imbalance, num_stages
-            )
-        case "search":
-            slices = _searched(lengths, cp_size, max_imbalance, max_token_imbalance, minimize_total, topology)
-        case _:
-            raise PlanError(f"Unknown strategy {strategy!r}: choose one of {', '.join(map(repr, STRATEGIES))}.")
-    plan = ShardPlan(lengths, cp_size, slices, offset_groups, ranks_per_node).validate()
-    if num_stages is not None and cost_model is None:
-        plan = in_stages(plan, num_stages)
-    if strategy in ("flashcp", "search"):
-        _warn_of_unmet_cap(plan, max_imbalance)
+    settings = PlanSettings(
+        cp_size,
+        strategy,
+        cost_model=cost_model,
+        max_imbalance=max_imbalance,
+        max_token_imbalance=max_token_imbalance,
+        minimize_total=minimize_total,
+        num_stages=num_stages,
+        rotate_ranks=rotate_ranks,
+        topology=topology,
+    )
+    return plan_with(settings, lengths)
+
+
+def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
+    """[`plan_documents`] with options that have been checked.
+
+    Raises:
+        PlanError: no documents, an empty document, fewer tokens than ranks.
+        ConfigurationError: settings with `hardware` before a model is known.
+    """
+    begin = time.perf_counter()
+    lengths, cp_size = check_lengths(lengths, settings.cp_size)
+    cost_model = settings.timing()
+    if cost_model is not None:
+        caps = settings.max_imbalance, settings.max_token_imbalance
+        plan = _timed(lengths, cp_size, cost_model, *caps, settings.num_stages)
+    else:
+        nodes = settings.topology.ranks_per_node if settings.topology else None
+        plan = ShardPlan(lengths, cp_size, _sharded(settings, lengths), None, nodes).validate()
+        if settings.num_stages is not None:
+            plan = in_stages(plan, settings.num_stages)
+    if settings.strategy in ("flashcp", "search"):
+        _warn_of_unmet_cap(plan, settings.max_imbalance)
     plan.planning_seconds = time.perf_counter() - begin
     return plan
+
+
+def _sharded(settings: PlanSettings, lengths: Lengths) -> Sequence[Sequence[Slice]]:
+    """Slices by any strategy but "search" with a cost model."""
+    cp_size = settings.cp_size
+    match settings.strategy:
+        case "whole_doc":
+            return whole_doc(lengths, cp_size)
+        case "per_doc":
+            return per_doc(lengths, cp_size, settings.rotate_ranks)
+        case "per_seq":
+            return per_seq(lengths, cp_size)
+        case "flashcp":
+            return flashcp(lengths, cp_size, settings.max_imbalance, settings.max_token_imbalance)
+    return _searched(
+        lengths,
+        cp_size,
+        settings.max_imbalance,
+        settings.max_token_imbalance,
+        settings.minimize_total,
+        settings.topology,
+    )
 
 
 @functools.lru_cache(maxsize=128)
@@ -163,10 +157,14 @@ def _searched(
     return tuple(map(tuple, slices))
 
 
+def _timed(lengths: Lengths, cp_size: int, *options) -> ShardPlan:
+    """A plan of its own for each call: it carries what differs from batch to batch."""
+    return ShardPlan(lengths, cp_size, *_fastest(lengths, cp_size, *options)).validate()
+
+
 @functools.lru_cache(maxsize=128)
-def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
-    """Slices, offset groups and ranks per node of [`fastest`]: a plan itself carries what differs from batch to
-    batch."""
+def _fastest(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
+    """Slices, offset groups and ranks per node of [`fastest`]."""
     plan = fastest(*arguments)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 
@@ -183,5 +181,5 @@ def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
             "of attention pairs on a rank. Pack more tokens, lower cp_size, raise the cap, or turn this into an "
             'error: warnings.simplefilter("error", hf_flashcp.errors.UnmetCapWarning).',
             UnmetCapWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

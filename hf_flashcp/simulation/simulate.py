@@ -15,7 +15,8 @@ from ..plan.hierarchical_traffic import traffic_by_link
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import attention_pairs, rank_tokens
 from ..plan.topology import Topology
-from ..planning.strategies import STRATEGIES, plan_documents
+from ..planning.settings import STRATEGIES
+from ..planning.strategies import plan_documents
 from ..predict.cost_model import BACKWARD_OF_LINEAR, CostModel, StepTime
 from ..predict.layer_work import largest_calls
 from ..predict.memory import TrainingSetup, estimate_memory

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...attention import select_kernel
-from ...data.labels import IGNORE_INDEX
+from ...data.boundaries import IGNORE_INDEX
 from ...data.lengths import sample_pack
 from ...integrations.attach import attach
 from ...planning import plan_documents

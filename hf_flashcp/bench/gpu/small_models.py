@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...data import FlashCPCollator
+from ...planning import PlanSettings
 
 
 VOCABULARY = 1024
@@ -38,5 +39,5 @@ def random_documents(lengths: Sequence[int]) -> list[dict[str, list[int]]]:
 
 def packed_batch(lengths: Sequence[int], device: torch.device, cp_size: int = 1) -> dict[str, Any]:
     """Those documents as one batch on `device`, every one cut over `cp_size` ranks."""
-    batch = FlashCPCollator(cp_size, strategy="per_doc")(random_documents(lengths))
+    batch = FlashCPCollator(settings=PlanSettings(cp_size, "per_doc"))(random_documents(lengths))
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

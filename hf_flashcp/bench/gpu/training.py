@@ -109,14 +109,14 @@ def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Setti
             optim="sgd",
             disable_tqdm=True,
             per_device_train_batch_size=len(documents),
-            parallelism_config=FlashCPPlugin(cp_size=size),
+            parallelism_config=FlashCPPlugin(cp_size=size, strategy="per_doc"),
             **options,
         )
         FlashCPTrainer(
             model=_model("flashcp", dtype, settings),
             args=arguments,
             train_dataset=documents,
-            data_collator=FlashCPCollator(size, strategy="per_doc"),
+            data_collator=FlashCPCollator(),
             callbacks=[keep],
         ).train()
     assert keep.gradient is not None

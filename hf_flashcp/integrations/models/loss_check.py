@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ...data.labels import IGNORE_INDEX
+from ...data.boundaries import IGNORE_INDEX
 from ...errors import UnsupportedModelError
 from .router_loss import router_coefficients
 from .sharded_forward import ShardedForward

@@ -57,14 +57,7 @@ class FlashCPCallback(TrainerCallback):
             )
         self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
-        self.handle = attach(
-            model,
-            mesh,
-            strategy=config.strategy,
-            on_plan=self.plan_metrics.add,
-            keep_received_kv=config.keep_received_kv,
-            global_router_loss=config.global_router_loss,
-        )
+        self.handle = attach(model, mesh, plugin=config, on_plan=self.plan_metrics.add)
         self.handle.losses_add_up = args.average_tokens_across_devices
 
     def on_prediction_step(

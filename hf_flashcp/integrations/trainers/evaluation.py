@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ...data.labels import IGNORE_INDEX
+from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
 from .predictions import Tree, filled_up, map_tensors, token_shape
 

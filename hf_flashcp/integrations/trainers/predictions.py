@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils.operations import honor_type
 
-from ...data.labels import IGNORE_INDEX
+from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
 from ...layout import RankPlan
 from ...layout.rank_layout import token_index

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 from transformers import Trainer
 
 from ...data import FlashCPCollator, PackedDocuments, PackedDocumentStream
+from ...data.boundaries import IGNORE_INDEX
 from ...data.features import LOSS_MASKS
-from ...data.labels import IGNORE_INDEX
 from ...distributed import require_agreement
 from ...distributed.parent_process import init_loader_worker
 from ...errors import BatchError, ConfigurationError
@@ -54,6 +54,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
+        if isinstance(self.data_collator, FlashCPCollator):
+            self.data_collator.share_settings(self.args.parallelism_config.plan_settings)
         self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
         self.flashcp: ContextParallelHandle = self._attach(self.model)
 
@@ -251,7 +253,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
     """`transformers.Trainer` with context parallelism: [`FlashCPTrainerMixin`] in front of it.
 
-    Without a `data_collator` it uses a [`FlashCPCollator`] with the plugin's strategy.
+    Without a `data_collator` it uses a [`FlashCPCollator`].
 
     Args:
         args: those of `Trainer`.
@@ -261,4 +263,4 @@ class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if kwargs.get("data_collator") is None and len(args) < 3:
-            self.data_collator = FlashCPCollator(self.get_cp_size(), strategy=self.args.parallelism_config.strategy)
+            self.data_collator = FlashCPCollator(settings=self.args.parallelism_config.plan_settings)

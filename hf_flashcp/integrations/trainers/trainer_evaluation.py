@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ...data import FlashCPCollator
-from ...data.labels import IGNORE_INDEX
+from ...data.boundaries import IGNORE_INDEX
 from ...distributed.process_group import context_parallel_group
 from ...errors import ConfigurationError
 from ...layout import RankPlan
