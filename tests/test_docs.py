@@ -46,6 +46,8 @@ def raised_messages():
     for tree in source_trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                if ast.unparse(node.exc.args[0]) == "str(error)":
+                    continue  # an error that was raised elsewhere, as another class
                 if ast.unparse(node.exc.func) not in ("AttributeError", "WorkerFailure"):
                     yield text_of(node.exc.args[0])
 

@@ -128,7 +128,7 @@ def test_a_thousand_ranks(name, capsys):
     assert_caps(counts, 1.0)
     imbalance = counts["pairs"].max() / counts["pairs"].mean()
     assert imbalance <= 1.05
-    costs = plan_costs(lengths, 1024, plan.slices)
+    costs = plan_costs(plan)
     assert costs["kv_received"] == counts["received"].tolist() and costs["kv_sent"] == counts["sent"].tolist()
     travels = load_cases.check_layouts(plan, [0, 1, 2, 511, 512, 1022, 1023])
     with capsys.disabled():

@@ -142,8 +142,8 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()
         if bounds[:1] != [0] or bounds[-1] != shape.numel():
-            ends = f"runs from {bounds[0]} to {bounds[-1]}" if bounds else "is empty"
-            raise BatchError(f"cu_seq_lens_q {ends}, but the batch has tokens 0 to {shape.numel()}.")
+            ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "nothing to nothing"
+            raise BatchError(f"cu_seq_lens_q runs from {ends}, but the batch has tokens 0 to {shape.numel()}.")
         return [stop - start for start, stop in zip(bounds, bounds[1:])]
     position_ids = batch.get("position_ids")
     if position_ids is None:
