@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..errors import ConfigurationError, FlashCPError
-from .liveness import find_missing_ranks, group_timeout, verdict_of_others, watch_for_roll_calls, within
+from .liveness import find_missing_ranks, group_timeout, result_of_others, watch_liveness, within
 
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def require_agreement(
         FlashCPError: on every rank, naming the values that differ and who has which; or, after `timeout` or as soon as
             another rank has told of a failure, the ranks that did not come.
     """
-    watch_for_roll_calls()
+    watch_liveness()
     store = dist.distributed_c10d._get_default_store()
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
     prefix = f"flashcp/{what}/{group.group_name}"
@@ -82,7 +82,7 @@ def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict
             store.wait(keys, min(left, _LOOK_AROUND))
             return [json.loads(value) for value in store.multi_get(keys)]
         except dist.DistStoreError:
-            if left < _LOOK_AROUND or verdict_of_others() is not None:
+            if left < _LOOK_AROUND or result_of_others() is not None:
                 return None
 
 

@@ -2,8 +2,9 @@
 
 A backend says that a connection closed or a time passed, not whose. So each process has a thread that answers from the
 process group's key-value store, also while the main thread is stuck in a collective. The first rank whose collective
-fails calls the roll; who does not answer was killed or is stopped, and who answers says where its main thread is. What
-the first rank concludes is the verdict for all. A rank that ends with an exception of its own is a verdict, too.
+fails asks all others; a rank that does not answer was killed or is stopped, and one that answers says where its main
+thread is. What the first rank concludes is the result for all. A rank that ends with an exception of its own publishes
+that as the result.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from ..errors import FlashCPError
 
 
-ANSWER = timedelta(seconds=10)  # for a live process to answer the roll call, or the group's timeout if that is less
+ANSWER = timedelta(seconds=10)  # for a live process to answer a check, or the group's timeout if that is less
 _POLL = 1.0  # seconds
 _MOST_NAMED = 8
 _ADVICE = (
@@ -74,7 +75,7 @@ def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterat
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield
         return
-    watch = watch_for_roll_calls()
+    watch = watch_liveness()
     _activities.append(activity)
     try:
         with naming("a collective"):
@@ -103,24 +104,29 @@ def naming(waited_for: str) -> Iterator[None]:
             raise
         place = f" of {_activity()}" if _activities else ""
         raise FlashCPError(
-            f"R{_name(dist.get_rank())[1:]} waited in vain for {waited_for}{place}. {find_missing_ranks()} "
+            f"R{_name(dist.get_rank())[1:]} {_how(error)} {waited_for}{place}. {find_missing_ranks()} "
             f"{_ADVICE} The backend said: {_first_line(error)}"
         ) from error
+
+
+def _how(error: BaseException) -> str:
+    timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
+    return "timed out waiting for" if timed_out else "lost the connection while waiting for"
 
 
 def find_missing_ranks() -> str:
     """Who is missing, in a sentence: the same on every rank that asks after the same failure. Takes `ANSWER` where a
     rank does not answer."""
-    watch, most = watch_for_roll_calls(), _longest_answer()
-    if watch.verdict is None:
-        within(3 * most + 5 * _POLL, lambda: _call_the_roll(watch, most))
-        watch.keep_verdict(watch.run, _store_is_gone())
-    return watch.verdict
+    watch, most = watch_liveness(), _longest_answer()
+    if watch.result is None:
+        within(3 * most + 5 * _POLL, lambda: _check_liveness(watch, most))
+        watch.keep_result(watch.run, _store_is_gone())
+    return watch.result
 
 
-def verdict_of_others() -> str | None:
+def result_of_others() -> str | None:
     """What another rank found out, or told of itself, if anything."""
-    return _watch.verdict if _watch is not None else None
+    return _watch.result if _watch is not None else None
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
@@ -161,7 +167,7 @@ _idle_helpers: list[_Helper] = []
 os.register_at_fork(after_in_child=_idle_helpers.clear)  # threads do not live on in a forked process
 
 
-def watch_for_roll_calls() -> _Watch:
+def watch_liveness() -> _Watch:
     """Starts the thread that answers for this process, once for each default process group."""
     global _watch
     store = dist.distributed_c10d._get_default_store()
@@ -173,12 +179,12 @@ def watch_for_roll_calls() -> _Watch:
 
 
 class _Watch:
-    """This process's part in roll calls.
+    """This process's part in liveness checks.
 
     Attributes:
         store (`Store`): a connection of its own, on which nobody waits: a wait on the shared one blocks all others.
         hosts (`dict[int, str]`): of the ranks that have told it.
-        run (`int`): how many outermost [`name_missing_ranks`] were left; each has a roll call of its own.
+        run (`int`): how many outermost [`name_missing_ranks`] were left; each has a check of its own.
     """
 
     def __init__(self, shared_store: dist.Store):
@@ -186,11 +192,11 @@ class _Watch:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.hosts: dict[int, str] = {}
         self.run = 0
-        self._verdicts: dict[int, str] = {}
+        self._results: dict[int, str] = {}
         self._answered: set[str] = set()
         self._end = threading.Event()
         self.store.set(_host_key(self.rank), socket.gethostname())
-        self._thread = threading.Thread(target=self._run, name="flashcp-roll-call", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="flashcp-liveness", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
 
@@ -199,11 +205,11 @@ class _Watch:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
     @property
-    def verdict(self) -> str | None:
-        return self._verdicts.get(self.run)
+    def result(self) -> str | None:
+        return self._results.get(self.run)
 
-    def keep_verdict(self, run: int, verdict: str) -> None:
-        self._verdicts.setdefault(run, verdict)
+    def keep_result(self, run: int, result: str) -> None:
+        self._results.setdefault(run, result)
 
     def stop(self) -> None:
         # Before Python is taken down: a thread that comes back from the store into an interpreter that ends aborts it.
@@ -224,12 +230,12 @@ class _Watch:
                     self._answer(run)
 
     def _answer(self, run: int) -> None:
-        called, here, verdict, heard = (_key(run, name) for name in ("call", "here", "verdict", "heard"))
+        called, here, result, heard = (_key(run, name) for name in ("call", "here", "result", "heard"))
         if here not in self._answered and self.store.check([called]):
-            self.store.set(f"{here}/{self.rank}", json.dumps(_whereabouts()))
+            self.store.set(f"{here}/{self.rank}", json.dumps(_location()))
             self._answered.add(here)
-        if here in self._answered and heard not in self._answered and self.store.check([verdict]):
-            self.keep_verdict(run, self.store.get(verdict).decode())
+        if here in self._answered and heard not in self._answered and self.store.check([result]):
+            self.keep_result(run, self.store.get(result).decode())
             self.store.set(f"{heard}/{self.rank}", "null")
             self._answered.add(heard)
 
@@ -246,13 +252,13 @@ def _longest_answer() -> float:
     return min(ANSWER, group_timeout()).total_seconds()
 
 
-def _call_the_roll(watch: _Watch, most: float) -> None:
+def _check_liveness(watch: _Watch, most: float) -> None:
     """Asks everybody, concludes, publishes, and stays until those who answered have heard it: the store may go with
     this process."""
     run = watch.run
     watch.store.set(_key(run, "call"), str(watch.rank))
     able = [rank for rank in watch.others if watch.store.check([_host_key(rank)])]
-    answers = _collect(watch, run, "here", able, most, until=_key(run, "verdict"))
+    answers = _collect(watch, run, "here", able, most, until=_key(run, "result"))
     _publish(watch, run, _conclude(watch, answers), list(answers), most)
 
 
@@ -260,21 +266,21 @@ def _tell_others(error: BaseException) -> None:
     """This rank ends by its own doing."""
     if not dist.is_initialized():
         return
-    watch, most = watch_for_roll_calls(), min(_longest_answer(), 3 * _POLL)
+    watch, most = watch_liveness(), min(_longest_answer(), 3 * _POLL)
     run = watch.run
-    if watch.verdict is not None:
+    if watch.result is not None:
         return
-    verdict = f"Missing: {_name(watch.rank)}, which raised {type(error).__name__}: {_first_line(error)}."
+    result = f"Missing: {_name(watch.rank)}, which raised {type(error).__name__}: {_first_line(error)}."
 
     def tell():
         watch.store.set(_key(run, "call"), str(watch.rank))
-        _publish(watch, run, verdict, watch.others, most)
+        _publish(watch, run, result, watch.others, most)
 
     within(most + 5 * _POLL, tell)
 
 
-def _publish(watch: _Watch, run: int, verdict: str, hearers: list[int], most: float) -> None:
-    watch.keep_verdict(run, watch.store.compare_set(_key(run, "verdict"), "", verdict).decode())
+def _publish(watch: _Watch, run: int, result: str, hearers: list[int], most: float) -> None:
+    watch.keep_result(run, watch.store.compare_set(_key(run, "result"), "", result).decode())
     _collect(watch, run, "heard", hearers, most)
 
 
@@ -311,7 +317,7 @@ def _conclude(watch: _Watch, answers: dict[int, dict[str, Any]]) -> str:
     )
 
 
-def _whereabouts() -> dict[str, Any]:
+def _location() -> dict[str, Any]:
     """The line that this process's main thread is at, outside libraries where it can be, and whether it waits there
     for other ranks, as far as its innermost function tells."""
     frame = sys._current_frames().get(threading.main_thread().ident)

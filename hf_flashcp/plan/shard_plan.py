@@ -235,9 +235,9 @@ class ShardPlan:
         return self._moved[window]
 
     def kv_traffic(self, window: int | None = None) -> np.ndarray:
-        """(cp_size, cp_size) int64: tokens whose K and V travel in the forward of one layer, from the row's rank to the
-        column's, zero on the diagonal; counted once per plan and window, not to be written to. The backward sends
-        gradients along the transpose."""
+        """(cp_size, cp_size) int64: tokens whose K and V travel in a layer's forward, from the rank of the row to
+        that of the column, zero on the diagonal. They are counted once per plan and window; do not write to them. The
+        backward sends gradients along the transpose."""
         window = self.hiding_window(window)
         if window not in self._traffic:
             self._traffic[window] = traffic_matrix(self.slices, window)
