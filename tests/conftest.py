@@ -12,6 +12,8 @@ from tests import leftovers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PyTorch asks for the name of every connection's other end: a DNS server that loses a question costs 5 seconds else.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("default")
