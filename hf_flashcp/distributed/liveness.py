@@ -30,6 +30,7 @@ from ..errors import FlashCPError
 
 ANSWER = timedelta(seconds=10)  # for a live process to answer a check, or the group's timeout if that is less
 _POLL = 1.0  # seconds
+_LATE_ANSWER = 20.0  # seconds; the store's process stalls for 5 where DNS does not name a new connection
 _MOST_NAMED = 8
 _ADVICE = (
     "Look at the output of these ranks first. Checkpoints that were saved are whole: start again with "
@@ -215,7 +216,7 @@ class _Watch:
         # Before Python is taken down: a thread that comes back from the store into an interpreter that ends aborts it.
         atexit.unregister(self.stop)
         self._end.set()
-        self._thread.join(5 * _POLL)
+        self._thread.join(_LATE_ANSWER)
 
     def learn_hosts(self) -> None:
         keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
