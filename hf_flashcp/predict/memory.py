@@ -10,19 +10,16 @@ A step has a few moments at which memory can be at its highest. Each is a sum of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from ..errors import ConfigurationError
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
+from .gathered_memory import Gathered, gathered_memory
 from .memory_shape import MemoryShape
+from .training_setup import RankLoad, TrainingSetup
 
 
-SHARDINGS = ("fsdp2", "ddp")
-GRADIENT_CHECKPOINTING = ("none", "full", "attention-saving")
-DTYPES = {"bfloat16": 2, "float32": 4}
-MIXED_PRECISIONS = ("bf16", "no")
-DEVICES = ("cuda", "cpu")
 WORKSPACE = "attention workspace"
 PARTS = (
     "weights",
@@ -36,61 +33,6 @@ PARTS = (
     WORKSPACE,
 )
 """The parts that add up to the memory of every moment."""
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """How a model is trained, as far as memory depends on it.
-
-    Args:
-        gpus (`int`): devices in all.
-        sharding (`str`): "fsdp2", which shards weights, gradients and optimizer over all devices, or "ddp".
-        dtype (`str`): in which the model is loaded.
-        mixed_precision (`str`): accelerate's. With "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers
-            them in bf16; DDP runs under autocast.
-        gradient_checkpointing (`str`): "none", "full", or "attention-saving" (`save_attention_context_fn`).
-        device (`str`): "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu",
-            where there is none.
-    """
-
-    gpus: int = 1
-    sharding: str = "fsdp2"
-    dtype: str = "bfloat16"
-    mixed_precision: str = "bf16"
-    gradient_checkpointing: str = "none"
-    device: str = "cuda"
-
-    def __post_init__(self):
-        choices = {
-            "sharding": SHARDINGS,
-            "dtype": tuple(DTYPES),
-            "mixed_precision": MIXED_PRECISIONS,
-            "gradient_checkpointing": GRADIENT_CHECKPOINTING,
-            "device": DEVICES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of a parameter that the optimizer sees; its gradient has as many, Adam's two moments twice as many."""
-        return 4 if self.sharding == "fsdp2" and self.mixed_precision == "bf16" else DTYPES[self.dtype]
-
-    @property
-    def compute_bytes(self) -> int:
-        """Of an element of what linear layers compute."""
-        return 2 if self.mixed_precision == "bf16" else DTYPES[self.dtype]
-
-    @property
-    def stream_bytes(self) -> int:
-        """Of an element of the residual stream: autocast adds bf16 results to the fp32 ones of fp32 weights."""
-        return 4 if self.autocasts else self.compute_bytes
-
-    @property
-    def autocasts(self) -> bool:
-        """Whether autocast casts weights, and what each linear layer reads."""
-        return self.weight_bytes != self.compute_bytes and self.sharding == "ddp"
 
 
 @dataclass(frozen=True)
@@ -112,24 +54,234 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Of that moment."""
+        """Bytes of each of [`PARTS`] at that moment."""
         return self.moments[self.peak]
 
     @property
     def total(self) -> float:
+        """Bytes at that moment."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable, in whole bytes."""
+        """Returns a JSON-serializable form, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
         return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Bytes a token of one layer.
+def estimate_memory(
+    shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
+) -> MemoryEstimate:
+    """Predicts the memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has
+    as default.
 
     Args:
+        shape (`MemoryShape`): the model's sizes.
+        setup (`TrainingSetup`): how it is trained.
+        load (`RankLoad`): what the plan loads on the device's rank.
+        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
+            library does.
+    """
+    if kept is None:
+        kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
+    step = _Step(shape, setup, load, kept)
+    moments = {
+        "loss": step.loss(),
+        "loss backward": step.loss_backward(),
+        "head backward": step.head_backward(),
+        "last layer's backward": step.last_layer_backward(),
+        "first layer's backward": step.first_layer_backward(),
+        "embedding's backward": step.embedding_backward(),
+        "optimizer": step.optimizer(),
+    }
+    return MemoryEstimate({name: step.parts(moment) for name, moment in moments.items()}, step.kept_bytes)
+
+
+class _Moment(NamedTuple):
+    """What memory holds at one moment of a step, beside what it always holds: numbers of parameters with a gradient,
+    and bytes."""
+
+    parameters: float
+    activations: float = 0
+    logits: float = 0
+    received_kv: float = 0
+    gathered: float = 0
+    temporary: float = 0
+    workspace: float = 0
+
+
+class _Kept(NamedTuple):
+    """What a layer holds in backward: bytes per token of activations, and bytes of received KV."""
+
+    per_token: float
+    received_kv: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step on one device: what forward keeps for backward, and the moments."""
+
+    shape: MemoryShape
+    setup: TrainingSetup
+    load: RankLoad
+    keeps_kv: bool
+
+    @cached_property
+    def shards(self) -> int:
+        return self.setup.gpus if self.setup.sharding == "fsdp2" else 1
+
+    @cached_property
+    def layer(self) -> _Layer:
+        return _layer(self.shape, self.setup)
+
+    @cached_property
+    def gathered(self) -> Gathered:
+        return gathered_memory(self.shape, self.setup)
+
+    @cached_property
+    def received_kv(self) -> float:
+        """Bytes of received KV that a layer keeps, or fetches again in a forward that is repeated."""
+        return self.setup.compute_bytes * self.load.received * self.shape.kv_width if self.keeps_kv else 0
+
+    @cached_property
+    def kept(self) -> _Kept:
+        """What each layer keeps from forward to backward."""
+        checkpointing = self.setup.gradient_checkpointing
+        if checkpointing == "none":
+            return _Kept(self.layer.kept, self.received_kv)
+        layer_input = self.setup.stream_bytes * self.shape.hidden
+        if checkpointing == "attention-saving":
+            return _Kept(layer_input + self.layer.attention_result, self.received_kv)
+        return _Kept(layer_input, 0)
+
+    @cached_property
+    def repeated(self) -> _Kept:
+        """What the layer in backward has computed again beside what it kept."""
+        checkpointing = self.setup.gradient_checkpointing
+        if checkpointing == "none":
+            return _Kept(0, 0)
+        beside_input = self.layer.kept - self.layer.shared_input
+        if checkpointing == "attention-saving":
+            return _Kept(beside_input - self.layer.attention_result, 0)
+        return _Kept(beside_input, self.received_kv)
+
+    @cached_property
+    def head_per_token(self) -> float:
+        """Bytes per token that the final norm and the head keep."""
+        shape, setup = self.shape, self.setup
+        read = setup.compute_bytes if setup.autocasts else setup.stream_bytes
+        return shape.norm_bytes(shape.hidden, setup.stream_bytes) + read * shape.hidden
+
+    @cached_property
+    def rope_per_token(self) -> float:
+        """Bytes per token of sines and cosines."""
+        return 2 * self.setup.stream_bytes * self.shape.key_dim
+
+    @cached_property
+    def stack(self) -> float:
+        """Activations of all layers."""
+        tokens = self.load.tokens
+        always = tokens * (self.head_per_token + self.rope_per_token)
+        return always + self.shape.layers * tokens * self.kept.per_token
+
+    @cached_property
+    def all_kv(self) -> float:
+        return self.shape.layers * self.kept.received_kv
+
+    @cached_property
+    def logits(self) -> float:
+        """Number of logits."""
+        return self.load.tokens * self.shape.vocabulary
+
+    @cached_property
+    def softcap(self) -> float:
+        """Bytes of the logits that softcapping keeps."""
+        return self.setup.compute_bytes * self.logits * self.shape.softcapped
+
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes that forward keeps for backward."""
+        return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
+
+    @cached_property
+    def in_layer(self) -> BackwardPoint:
+        """The point with the most bytes in a layer's backward."""
+        freed = self.load.tokens * self.layer.block
+        in_attention = attention_backward(self.shape, self.setup, self.load, kept=self.keeps_kv, freed=freed)
+        in_block = BackwardPoint(self.load.tokens * self.layer.backward)
+        return max((in_block, *in_attention), key=lambda point: point.total)
+
+    def loss(self) -> _Moment:
+        c = self.setup.compute_bytes
+        logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
+        return _Moment(0, self.stack, logits, self.all_kv, self.gathered.forward)
+
+    def loss_backward(self) -> _Moment:
+        return _Moment(0, self.stack, 12 * self.logits + self.softcap, self.all_kv, self.gathered.loss_backward)
+
+    def head_backward(self) -> _Moment:
+        c, embedding = self.setup.compute_bytes, self.shape.embedding_parameters
+        cast_head = c * embedding * (self.setup.weight_bytes != c or self.shards > 1)
+        temporary = self.load.tokens * self.setup.stream_bytes * self.shape.hidden + cast_head
+        logits = c * self.logits
+        return _Moment(embedding, self.stack, logits, self.all_kv, self.gathered.loss_backward, temporary)
+
+    def last_layer_backward(self) -> _Moment:
+        shape, setup, tokens, in_layer = self.shape, self.setup, self.load.tokens, self.in_layer
+        head_is_reduced = setup.sharding == "fsdp2" and shape.tied
+        of_layer = setup.weight_bytes * shape.layer_parameters / 3 * (self.shards == 1)
+        return _Moment(
+            parameters=0 if head_is_reduced else shape.embedding_parameters + shape.hidden,
+            activations=self.stack - tokens * self.head_per_token + tokens * self.repeated.per_token - in_layer.freed,
+            received_kv=self.all_kv + self.repeated.received_kv,
+            gathered=self.gathered.backward,
+            temporary=in_layer.temporary + of_layer,
+            workspace=in_layer.workspace,
+        )
+
+    def first_layer_backward(self) -> _Moment:
+        shape, tokens, in_layer = self.shape, self.load.tokens, self.in_layer
+        one = tokens * (self.kept.per_token + self.repeated.per_token)
+        without = shape.embedding_parameters * (not shape.tied)
+        return _Moment(
+            parameters=shape.parameters - without - shape.layer_parameters * 2 / 3,
+            activations=one + tokens * self.rope_per_token - in_layer.freed,
+            received_kv=self.kept.received_kv + self.repeated.received_kv,
+            gathered=self.gathered.first_layer,
+            temporary=in_layer.temporary,
+            workspace=in_layer.workspace,
+        )
+
+    def embedding_backward(self) -> _Moment:
+        shape, setup = self.shape, self.setup
+        itemsize = setup.weight_bytes if self.shards == 1 else setup.compute_bytes
+        temporary = self.load.tokens * setup.stream_bytes * shape.hidden
+        temporary += itemsize * shape.embedding_parameters * shape.tied
+        return _Moment(shape.parameters, gathered=self.gathered.embedding, temporary=temporary)
+
+    def optimizer(self) -> _Moment:
+        return _Moment(self.shape.parameters, gathered=self.gathered.optimizer)
+
+    def parts(self, moment: _Moment) -> dict[str, float]:
+        """Returns the bytes of each of [`PARTS`]."""
+        w, parameters = self.setup.weight_bytes, self.shape.parameters
+        batch = 8 * (3 * self.load.batch_tokens + 4 * self.load.tokens)
+        return {
+            "weights": w * parameters / self.shards,
+            "gradients": w * moment.parameters / self.shards,
+            "optimizer": 2 * w * parameters / self.shards,
+            "activations": moment.activations,
+            "logits": moment.logits,
+            "received KV": moment.received_kv,
+            "gathered": moment.gathered,
+            "temporary": moment.temporary + batch,
+            WORKSPACE: moment.workspace,
+        }
+
+
+class _Layer(NamedTuple):
+    """Bytes per token of one layer.
+
+    Attributes:
         kept: what backward needs.
         attention_result: of that, attention's output and logsumexp.
         shared_input: of that, the layer's input.
@@ -144,131 +296,8 @@ class _Layer:
     block: float
 
 
-def estimate_memory(
-    shape: MemoryShape,
-    setup: TrainingSetup,
-    tokens: float,
-    received: float = 0,
-    sent: float = 0,
-    batch_tokens: int = 0,
-    kept: bool | None = None,
-    stage_keys: float | None = None,
-    sequences: float = 1,
-) -> MemoryEstimate:
-    """Memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has as default.
-
-    Args:
-        shape (`MemoryShape`): of the model.
-        setup (`TrainingSetup`): how it is trained.
-        tokens (`float`): of the rank's row.
-        received (`float`), sent (`float`): tokens whose KV the rank receives and sends in a layer.
-        batch_tokens (`int`): of the whole batch, which every rank reads.
-        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
-            library does.
-        stage_keys (`float`, *optional*): tokens whose KV the largest stage of a layer attends to; by default there is
-            one stage, with all that the rank receives.
-        sequences (`float`): sequences in one kernel call, at most.
-    """
-    layer = _layer(shape, setup)
-    w, c, s = setup.weight_bytes, setup.compute_bytes, setup.stream_bytes
-    shards = setup.gpus if setup.sharding == "fsdp2" else 1
-    checkpointing = setup.gradient_checkpointing != "none"
-    saving = setup.gradient_checkpointing == "attention-saving"
-    if kept is None:
-        kept = setup.gradient_checkpointing == "full" or received <= MOST_KEPT * tokens
-    kept_kv = c * received * shape.kv_width if kept else 0
-
-    # Kept by each layer from forward to backward, and what the layer in backward has besides.
-    input_bytes = s * shape.hidden
-    result = layer.attention_result
-    if checkpointing:
-        of_each, of_one = input_bytes + saving * result, layer.kept - layer.shared_input - saving * result
-    else:
-        of_each, of_one = layer.kept, 0
-    kv_of_each, kv_of_one = (kept_kv, 0) if saving or not checkpointing else (0, kept_kv)
-
-    head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
-    rope = 2 * s * shape.key_dim
-    always = tokens * (head + rope)
-    stack = always + shape.layers * tokens * of_each
-    logits = tokens * shape.vocabulary
-    softcap = c * logits * shape.softcapped
-    kept_logits = 4 * logits + softcap
-
-    embedding, of_layer = shape.embedding_parameters, shape.layer_parameters
-    state = {"weights": w * shape.parameters / shards, "optimizer": 2 * w * shape.parameters / shards}
-    grads_of_head = 0 if setup.sharding == "fsdp2" and shape.tied else embedding + shape.hidden
-    in_attention = attention_backward(
-        shape,
-        setup,
-        tokens,
-        received,
-        sent,
-        received if stage_keys is None else stage_keys,
-        sequences,
-        kept=kept,
-        freed=tokens * layer.block,
-    )
-    in_layer = max((BackwardPoint(tokens * layer.backward), *in_attention), key=lambda point: point.total)
-    gathered = _gathered(shape, setup)
-    batch = 8 * (3 * batch_tokens + 4 * tokens)
-
-    def moment(gradients, activations, logits=0, kv=0, gathered=0, temporary=0, workspace=0):
-        values = {
-            **state,
-            "gradients": w * gradients / shards,
-            "activations": activations,
-            "logits": logits,
-            "received KV": kv,
-            "gathered": gathered,
-            "temporary": temporary + batch,
-            WORKSPACE: workspace,
-        }
-        return {part: values[part] for part in PARTS}
-
-    everything = shape.parameters
-    all_kv = shape.layers * kv_of_each
-    cast_head = c * embedding * (w != c or shards > 1)
-    one = tokens * (of_each + of_one)
-    moments = {
-        "loss": moment(0, stack, (c + 4 + 4 * (c != 4)) * logits + softcap, all_kv, gathered["forward"]),
-        "loss backward": moment(0, stack, 12 * logits + softcap, all_kv, gathered["loss backward"]),
-        "head backward": moment(
-            embedding, stack, c * logits, all_kv, gathered["loss backward"], tokens * s * shape.hidden + cast_head
-        ),
-        "last layer's backward": moment(
-            grads_of_head,
-            stack - tokens * head + tokens * of_one - in_layer.freed,
-            0,
-            all_kv + kv_of_one,
-            gathered["backward"],
-            in_layer.temporary + w * of_layer / 3 * (shards == 1),
-            in_layer.workspace,
-        ),
-        "first layer's backward": moment(
-            everything - embedding * (not shape.tied) - of_layer * 2 / 3,
-            one + tokens * rope - in_layer.freed,
-            0,
-            kv_of_each + kv_of_one,
-            gathered["first layer"],
-            in_layer.temporary,
-            in_layer.workspace,
-        ),
-        "embedding's backward": moment(
-            everything,
-            0,
-            0,
-            0,
-            gathered["embedding"],
-            tokens * s * shape.hidden + (w if shards == 1 else c) * embedding * shape.tied,
-        ),
-        "optimizer": moment(everything, 0, gathered=gathered["optimizer"]),
-    }
-    return MemoryEstimate(moments, stack + kept_logits + all_kv + gathered["kept"])
-
-
 def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
-    """Kept by the feed-forward block and the norm before it."""
+    """Bytes per token that the feed-forward block and the norm before it keep."""
     c, s, readers = setup.compute_bytes, setup.stream_bytes, 2 if shape.gated else 1
     read = c * readers if setup.autocasts else s
     inner = shape.kept_widths * c * shape.intermediate
@@ -296,78 +325,29 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
-def _gathered(shape: MemoryShape, setup: TrainingSetup) -> dict[str, float]:
-    """Copies of weights and gradients beside those of the optimizer, by moment.
-
-    FSDP2 as accelerate wraps it: embedding, every layer, and final norm with head (which stays gathered until its
-    backward); a layer is gathered ahead, and in backward a layer's gradients are reduced while the next computes.
-    DDP's buckets hold all gradients once more. Autocast keeps what it casts until its layer's backward, or under
-    checkpointing until forward ends.
-    """
-    c, of_layer, head = setup.compute_bytes, setup.compute_bytes * shape.layer_parameters, shape.embedding_parameters
-    if setup.sharding == "fsdp2":
-        tail = c * head
-        return {
-            "forward": tail + 2 * of_layer,
-            "loss backward": tail + of_layer,
-            "backward": 4 * of_layer + (2 * tail if shape.tied else 0),
-            "first layer": 4 * of_layer + (2 * tail if shape.tied else 0),
-            "embedding": 2 * tail + 2 * of_layer,
-            "optimizer": 0,
-            "kept": tail,
-        }
-    buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
-    casts = c * (shape.layers * shape.layer_parameters + head) if setup.autocasts else 0
-    if setup.gradient_checkpointing == "none":
-        kept, of_layers = casts, casts - c * head * setup.autocasts
-    else:
-        kept, of_layers = c * head * setup.autocasts, of_layer * setup.autocasts
-    return {
-        "forward": buckets + casts,
-        "loss backward": buckets + kept,
-        "backward": buckets + of_layers,
-        "first layer": buckets + of_layer * setup.autocasts,
-        "embedding": buckets,
-        "optimizer": buckets,
-        "kept": kept,
-    }
-
-
 def largest_window(
     shape: MemoryShape,
     setup: TrainingSetup,
     cp_size: int,
     memory_bytes: float,
+    load: RankLoad,
     *,
-    received_share: float = 0,
-    sent_share: float = 0,
-    stage_share: float | None = None,
-    sequence_share: float = 0,
     multiple: int = 1024,
 ) -> int:
-    """The most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
+    """Returns the most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
 
     Args:
+        shape (`MemoryShape`): the model's sizes.
+        setup (`TrainingSetup`): how it is trained.
         cp_size (`int`): ranks that share the row.
-        memory_bytes (`float`): what a device has for training.
-        received_share (`float`), sent_share (`float`): tokens received and sent for each of the rank's own.
-        stage_share (`float`, *optional*), sequence_share (`float`): likewise `stage_keys` and `sequences` of
-            [`estimate_memory`].
+        memory_bytes (`float`): bytes that a device has for training.
+        load (`RankLoad`): what a rank holds and moves of some row, longer or shorter ones in proportion.
+        multiple (`int`): step of the search, in tokens.
     """
 
     def fits(units: int) -> bool:
-        tokens = units * multiple / cp_size
-        estimate = estimate_memory(
-            shape,
-            setup,
-            tokens,
-            received_share * tokens,
-            sent_share * tokens,
-            units * multiple,
-            stage_keys=None if stage_share is None else stage_share * tokens,
-            sequences=sequence_share * tokens,
-        )
-        return estimate.total <= memory_bytes
+        scaled = load.scaled(units * multiple / cp_size, batch_tokens=units * multiple)
+        return estimate_memory(shape, setup, scaled).total <= memory_bytes
 
     low, high = 0, 1
     while fits(high) and high < 2**24:
