@@ -1,4 +1,4 @@
-"""`CostModel`: how long a training step would take under a plan, from a model's config and a hardware profile.
+"""`CostModel`: predicts how long a training step takes under a plan, from a model's config and a hardware profile.
 
 What a rank does in one attention layer, and when (here with two stages; R1, R2 are the rectangles of received KV):
 
@@ -77,10 +77,11 @@ class CostModel:
 
     Args:
         hardware (`HardwareProfile`): speeds of kernels and links.
-        linear_flops_per_token (`float`): forward, all layers: twice the parameters that a token meets.
+        linear_flops_per_token (`float`): floating-point operations of the forward of all layers, twice the parameters
+            that a token meets.
         layers (`tuple[AttentionLayers, ...]`): the attention layers, grouped.
-        itemsize (`int`): bytes of an element of K and V on the wire.
-        grad_itemsize (`int`): likewise of their gradients.
+        itemsize (`int`): bytes per element of K and V on the wire.
+        grad_itemsize (`int`): bytes per element of their gradients on the wire.
 
     Equal arguments make equal models, so that all ranks plan alike, and a model can be a key of a cache.
     """
@@ -99,13 +100,13 @@ class CostModel:
         *,
         itemsize: int = 2,
     ) -> CostModel:
-        """A model for a transformers config on some hardware.
+        """Makes a cost model of a transformers config and some hardware.
 
         Args:
-            config (`PreTrainedConfig` or `Mapping`): of a causal language model, or what its config.json holds.
+            config (`PreTrainedConfig` or `Mapping`): a causal language model's config, or the dict in a config.json.
             hardware: the name of a profile (`hf_flashcp.planning.HARDWARE`), the path of one, or a profile.
-            itemsize (`int`, *optional*, defaults to 2): bytes of an element in the training dtype, which is also that
-                of the wire.
+            itemsize (`int`, *optional*, defaults to 2): bytes per element of the training dtype, which is also that of
+                the wire.
 
         Raises:
             ConfigurationError: a config without the sizes of its attention, or an unknown profile.
