@@ -44,7 +44,11 @@ def load_json_lines(
         if not any(corrupt.values()):
             raise
         if not skip_corrupt:
-            raise _unreadable(corrupt) from None
+            file, number, reason = next((file, *line) for file, lines in corrupt.items() for line in lines.items())
+            raise BatchError(
+                f"{file}, line {number}: {reason}. {sum(map(len, corrupt.values()))} of the lines cannot be read. "
+                "Repair the data, or skip such lines (skip_corrupt); how many is counted."
+            ) from None
         copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
         return _load(copies), sum(map(len, corrupt.values()))
 
@@ -53,15 +57,6 @@ def _load(files: Sequence[str | os.PathLike]) -> Dataset:
     from datasets import load_dataset
 
     return load_dataset("json", data_files=[str(file) for file in files], split="train")
-
-
-def _unreadable(corrupt: dict[Path, dict[int, str]]) -> BatchError:
-    file, lines = next((file, lines) for file, lines in corrupt.items() if lines)
-    number, reason = next(iter(lines.items()))
-    return BatchError(
-        f"{file}, line {number}: {reason}. {sum(map(len, corrupt.values()))} of the lines cannot be read. Repair the "
-        "data, or skip such lines (skip_corrupt); how many is counted."
-    )
 
 
 def _decode(file: Path) -> None:

@@ -70,14 +70,6 @@ class PackedRows:
         names = ("fill_rate", "micro_step_imbalance", "step_imbalance", "mean_delay")
         return {f"flashcp_{name}": report[name] for name in names if report.get("packs")}
 
-    def report(self) -> dict[str, Any]:
-        """Returns what the packs hold, JSON-serializable."""
-        raise NotImplementedError
-
-    def _reset(self) -> None:
-        """Forgets what was packed with other options."""
-        raise NotImplementedError
-
     def _document(self, index: int, row: Any) -> dict[str, list]:
         if not isinstance(row, Mapping):
             raise BatchError(f"Row {index} is a {type(row).__name__}, not a mapping with the columns of a document.")

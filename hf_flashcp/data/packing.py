@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,6 @@ class Packing:
         - `mean_delay` and `max_delay`: optimizer steps between the one that was being filled when a document's turn
           came in the random order, and the one it is in.
         """
-        return dict(self._report)
-
-    @cached_property
-    def _report(self) -> dict[str, Any]:
         options = self.options
         return {
             "packs": len(self),

@@ -288,18 +288,19 @@ def _tokenize_chats(
         ignored = [name for name in arguments if name not in own_arguments and not is_mentioned(name, templates)]
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         document, mask = _encoded(index, messages, arguments, tokenizer)
-        rows.note(ignored, _begins_with_assistant(messages))
+        noted = {"ignored": ignored, "assistant_first": _begins_with_assistant(messages)}
         labels = [token if kept else IGNORE_INDEX for token, kept in zip(document, mask)]
         if not any(mask[1:]):
-            rows.leave_out("no_assistant", len(document))
+            rows.leave_out("no_assistant", len(document), **noted)
         elif max_length is None or len(document) <= max_length:
-            rows.keep("whole", document, labels)
+            rows.keep("whole", document, labels, **noted)
         elif overlong == "drop":
-            rows.leave_out("too_long", len(document))
+            rows.leave_out("too_long", len(document), **noted)
         elif not any(mask[1:max_length]):
-            rows.leave_out("assistant_cut_off", len(document))
+            rows.leave_out("assistant_cut_off", len(document), **noted)
         else:
-            rows.keep("truncated", document[:max_length], labels[:max_length], left_out=len(document) - max_length)
+            left_out = len(document) - max_length
+            rows.keep("truncated", document[:max_length], labels[:max_length], left_out, **noted)
     return rows.columns
 
 
@@ -338,34 +339,36 @@ def _is_conversation(messages: Any) -> bool:
 
 
 class _Rows:
-    """Columns of tokenized rows. `outcome` is None for the further pieces of a split document."""
+    """Columns of tokenized rows. With labels, rows also note the template arguments that nothing reads, and whether
+    the assistant speaks first."""
 
     def __init__(self, with_labels: bool):
         names = ["input_ids", "outcome", *_TOKEN_COUNTS]
         names += ["labels", "ignored", "assistant_first"] if with_labels else []
         self.columns: dict[str, list] = {name: [] for name in names}
-        self._noted: tuple[list[str], bool] = ([], False)
 
-    def note(self, ignored: list[str], assistant_first: bool):
-        """Sets what the next `keep` or `leave_out` adds to its row: template arguments that nothing reads, and whether
-        the assistant speaks first."""
-        self._noted = (ignored, assistant_first)
-
-    def keep(self, outcome: str | None, document: list[int], labels: list[int] | None = None, left_out: int = 0):
+    def keep(
+        self,
+        outcome: str | None,
+        document: list[int],
+        labels: list[int] | None = None,
+        left_out: int = 0,
+        **noted: Any,
+    ) -> None:
+        """Adds a document; `outcome` is None for the further pieces of a split one."""
         targets = sum(label != IGNORE_INDEX for label in (labels or document)[1:])
-        self._add(document, labels or [], outcome, targets, left_out)
+        self._add(document, labels or [], outcome, targets, left_out, **noted)
 
-    def leave_out(self, outcome: str, tokens: int = 0):
-        self._add([], [], outcome, 0, tokens)
+    def leave_out(self, outcome: str, tokens: int = 0, **noted: Any) -> None:
+        """Adds a row without a document."""
+        self._add([], [], outcome, 0, tokens, **noted)
 
-    def _add(self, document, labels, outcome, targets, left_out):
-        ignored, assistant_first = self._noted
-        self._noted = ([], False)
+    def _add(self, document, labels, outcome, targets, left_out, ignored=(), assistant_first=False) -> None:
         row = {
             "input_ids": document,
             "labels": labels,
             "outcome": outcome,
-            "ignored": ignored,
+            "ignored": list(ignored),
             "tokens": len(document),
             "targets": targets,
             "tokens_left_out": left_out,

@@ -10,12 +10,11 @@ A step has a few moments at which memory can be at its highest. Each is a sum of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
-from .gathered_memory import Gathered, gathered_memory
+from .gathered_memory import gathered_memory
 from .memory_shape import MemoryShape
 from .training_setup import RankLoad, TrainingSetup
 
@@ -84,21 +83,29 @@ def estimate_memory(
     if kept is None:
         kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
     step = _Step(shape, setup, load, kept)
-    moments = {
-        "loss": step.loss(),
-        "loss backward": step.loss_backward(),
-        "head backward": step.head_backward(),
-        "last layer's backward": step.last_layer_backward(),
-        "first layer's backward": step.first_layer_backward(),
-        "embedding's backward": step.embedding_backward(),
-        "optimizer": step.optimizer(),
+    always = {
+        "weights": setup.weight_bytes * shape.parameters / step.shards,
+        "optimizer": 2 * setup.weight_bytes * shape.parameters / step.shards,
+        "temporary": 8 * (3 * load.batch_tokens + 4 * load.tokens),  # the batch
     }
-    return MemoryEstimate({name: step.parts(moment) for name, moment in moments.items()}, step.kept_bytes)
+    moments = {}
+    for name, moment in step.moments().items():
+        at_moment = {
+            "gradients": setup.weight_bytes * moment.parameters / step.shards,
+            "activations": moment.activations,
+            "logits": moment.logits,
+            "received KV": moment.received_kv,
+            "gathered": moment.gathered,
+            "temporary": moment.temporary,
+            WORKSPACE: moment.workspace,
+        }
+        moments[name] = {part: at_moment.get(part, 0) + always.get(part, 0) for part in PARTS}
+    return MemoryEstimate(moments, step.kept_bytes)
 
 
 class _Moment(NamedTuple):
-    """What memory holds at one moment of a step, beside what it always holds: numbers of parameters with a gradient,
-    and bytes."""
+    """What memory holds at one moment of a step beside what it always holds: `parameters` that have a gradient, and
+    bytes of the other parts."""
 
     parameters: float
     activations: float = 0
@@ -109,173 +116,104 @@ class _Moment(NamedTuple):
     workspace: float = 0
 
 
-class _Kept(NamedTuple):
-    """What a layer holds in backward: bytes per token of activations, and bytes of received KV."""
+class _Held(NamedTuple):
+    """What a layer holds: bytes per token of activations, and bytes of received KV."""
 
     per_token: float
     received_kv: float
 
 
-@dataclass(frozen=True)
 class _Step:
-    """A step on one device: what forward keeps for backward, and the moments."""
+    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest.
 
-    shape: MemoryShape
-    setup: TrainingSetup
-    load: RankLoad
-    keeps_kv: bool
+    Attributes:
+        kept (`_Held`): what each layer keeps from forward to its backward.
+        repeated (`_Held`): what the layer in backward has computed again beside that.
+        head (`float`), rope (`float`): bytes per token that final norm and head keep, and of sines and cosines.
+        stack (`float`), all_kv (`float`): bytes of the activations and of the received KV of all layers.
+        logits (`float`), softcap (`float`): number of logits, and bytes that softcapping them keeps.
+        in_layer (`BackwardPoint`): the point with the most bytes in a layer's backward.
+    """
 
-    @cached_property
-    def shards(self) -> int:
-        return self.setup.gpus if self.setup.sharding == "fsdp2" else 1
-
-    @cached_property
-    def layer(self) -> _Layer:
-        return _layer(self.shape, self.setup)
-
-    @cached_property
-    def gathered(self) -> Gathered:
-        return gathered_memory(self.shape, self.setup)
-
-    @cached_property
-    def received_kv(self) -> float:
-        """Bytes of received KV that a layer keeps, or fetches again in a forward that is repeated."""
-        return self.setup.compute_bytes * self.load.received * self.shape.kv_width if self.keeps_kv else 0
-
-    @cached_property
-    def kept(self) -> _Kept:
-        """What each layer keeps from forward to backward."""
-        checkpointing = self.setup.gradient_checkpointing
-        if checkpointing == "none":
-            return _Kept(self.layer.kept, self.received_kv)
-        layer_input = self.setup.stream_bytes * self.shape.hidden
-        if checkpointing == "attention-saving":
-            return _Kept(layer_input + self.layer.attention_result, self.received_kv)
-        return _Kept(layer_input, 0)
-
-    @cached_property
-    def repeated(self) -> _Kept:
-        """What the layer in backward has computed again beside what it kept."""
-        checkpointing = self.setup.gradient_checkpointing
-        if checkpointing == "none":
-            return _Kept(0, 0)
-        beside_input = self.layer.kept - self.layer.shared_input
-        if checkpointing == "attention-saving":
-            return _Kept(beside_input - self.layer.attention_result, 0)
-        return _Kept(beside_input, self.received_kv)
-
-    @cached_property
-    def head_per_token(self) -> float:
-        """Bytes per token that the final norm and the head keep."""
-        shape, setup = self.shape, self.setup
-        read = setup.compute_bytes if setup.autocasts else setup.stream_bytes
-        return shape.norm_bytes(shape.hidden, setup.stream_bytes) + read * shape.hidden
-
-    @cached_property
-    def rope_per_token(self) -> float:
-        """Bytes per token of sines and cosines."""
-        return 2 * self.setup.stream_bytes * self.shape.key_dim
-
-    @cached_property
-    def stack(self) -> float:
-        """Activations of all layers."""
-        tokens = self.load.tokens
-        always = tokens * (self.head_per_token + self.rope_per_token)
-        return always + self.shape.layers * tokens * self.kept.per_token
-
-    @cached_property
-    def all_kv(self) -> float:
-        return self.shape.layers * self.kept.received_kv
-
-    @cached_property
-    def logits(self) -> float:
-        """Number of logits."""
-        return self.load.tokens * self.shape.vocabulary
-
-    @cached_property
-    def softcap(self) -> float:
-        """Bytes of the logits that softcapping keeps."""
-        return self.setup.compute_bytes * self.logits * self.shape.softcapped
+    def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
+        self.shape, self.setup, self.tokens = shape, setup, load.tokens
+        self.shards = setup.gpus if setup.sharding == "fsdp2" else 1
+        c, s, layer = setup.compute_bytes, setup.stream_bytes, _layer(shape, setup)
+        received_kv = c * load.received * shape.kv_width if keeps_kv else 0
+        layer_input, beside_input = s * shape.hidden, layer.kept - layer.shared_input
+        match setup.gradient_checkpointing:
+            case "none":
+                self.kept, self.repeated = _Held(layer.kept, received_kv), _Held(0, 0)
+            case "full":
+                self.kept, self.repeated = _Held(layer_input, 0), _Held(beside_input, received_kv)
+            case "attention-saving":
+                self.kept = _Held(layer_input + layer.attention_result, received_kv)
+                self.repeated = _Held(beside_input - layer.attention_result, 0)
+        self.head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
+        self.rope = 2 * s * shape.key_dim
+        self.stack = load.tokens * (self.head + self.rope) + shape.layers * load.tokens * self.kept.per_token
+        self.all_kv = shape.layers * self.kept.received_kv
+        self.logits = load.tokens * shape.vocabulary
+        self.softcap = c * self.logits * shape.softcapped
+        self.gathered = gathered_memory(shape, setup)
+        in_block = BackwardPoint(load.tokens * layer.backward)
+        in_attention = attention_backward(shape, setup, load, kept=keeps_kv, freed=load.tokens * layer.block)
+        self.in_layer = max((in_block, *in_attention), key=lambda point: point.total)
 
     @property
     def kept_bytes(self) -> float:
         """Bytes that forward keeps for backward."""
         return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
 
-    @cached_property
-    def in_layer(self) -> BackwardPoint:
-        """The point with the most bytes in a layer's backward."""
-        freed = self.load.tokens * self.layer.block
-        in_attention = attention_backward(self.shape, self.setup, self.load, kept=self.keeps_kv, freed=freed)
-        in_block = BackwardPoint(self.load.tokens * self.layer.backward)
-        return max((in_block, *in_attention), key=lambda point: point.total)
-
-    def loss(self) -> _Moment:
-        c = self.setup.compute_bytes
-        logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
-        return _Moment(0, self.stack, logits, self.all_kv, self.gathered.forward)
-
-    def loss_backward(self) -> _Moment:
-        return _Moment(0, self.stack, 12 * self.logits + self.softcap, self.all_kv, self.gathered.loss_backward)
-
-    def head_backward(self) -> _Moment:
-        c, embedding = self.setup.compute_bytes, self.shape.embedding_parameters
+    def moments(self) -> dict[str, _Moment]:
+        """Returns the moments of the step by name."""
+        shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
+        everything, embedding = shape.parameters, shape.embedding_parameters
+        row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
+        loss_logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
         cast_head = c * embedding * (self.setup.weight_bytes != c or self.shards > 1)
-        temporary = self.load.tokens * self.setup.stream_bytes * self.shape.hidden + cast_head
-        logits = c * self.logits
-        return _Moment(embedding, self.stack, logits, self.all_kv, self.gathered.loss_backward, temporary)
+        tied_gradient = (self.setup.weight_bytes if self.shards == 1 else c) * embedding * shape.tied
+        return {
+            "loss": _Moment(0, self.stack, loss_logits, self.all_kv, gathered.forward),
+            "loss backward": _Moment(
+                0, self.stack, 12 * self.logits + self.softcap, self.all_kv, gathered.loss_backward
+            ),
+            "head backward": _Moment(
+                embedding, self.stack, c * self.logits, self.all_kv, gathered.loss_backward, row_gradient + cast_head
+            ),
+            "last layer's backward": self._last_layer(),
+            "first layer's backward": self._first_layer(),
+            "embedding's backward": _Moment(
+                everything, gathered=gathered.embedding, temporary=row_gradient + tied_gradient
+            ),
+            "optimizer": _Moment(everything, gathered=gathered.optimizer),
+        }
 
-    def last_layer_backward(self) -> _Moment:
-        shape, setup, tokens, in_layer = self.shape, self.setup, self.load.tokens, self.in_layer
-        head_is_reduced = setup.sharding == "fsdp2" and shape.tied
-        of_layer = setup.weight_bytes * shape.layer_parameters / 3 * (self.shards == 1)
+    def _last_layer(self) -> _Moment:
+        shape, in_layer = self.shape, self.in_layer
+        head_is_reduced = self.setup.sharding == "fsdp2" and shape.tied
+        of_layer = self.setup.weight_bytes * shape.layer_parameters / 3 * (self.shards == 1)
         return _Moment(
             parameters=0 if head_is_reduced else shape.embedding_parameters + shape.hidden,
-            activations=self.stack - tokens * self.head_per_token + tokens * self.repeated.per_token - in_layer.freed,
+            activations=self.stack - self.tokens * self.head + self.tokens * self.repeated.per_token - in_layer.freed,
             received_kv=self.all_kv + self.repeated.received_kv,
             gathered=self.gathered.backward,
             temporary=in_layer.temporary + of_layer,
             workspace=in_layer.workspace,
         )
 
-    def first_layer_backward(self) -> _Moment:
-        shape, tokens, in_layer = self.shape, self.load.tokens, self.in_layer
-        one = tokens * (self.kept.per_token + self.repeated.per_token)
-        without = shape.embedding_parameters * (not shape.tied)
+    def _first_layer(self) -> _Moment:
+        shape, in_layer = self.shape, self.in_layer
+        one = self.tokens * (self.kept.per_token + self.repeated.per_token)
+        embedding = shape.embedding_parameters * (not shape.tied)
         return _Moment(
-            parameters=shape.parameters - without - shape.layer_parameters * 2 / 3,
-            activations=one + tokens * self.rope_per_token - in_layer.freed,
+            parameters=shape.parameters - embedding - shape.layer_parameters * 2 / 3,
+            activations=one + self.tokens * self.rope - in_layer.freed,
             received_kv=self.kept.received_kv + self.repeated.received_kv,
             gathered=self.gathered.first_layer,
             temporary=in_layer.temporary,
             workspace=in_layer.workspace,
         )
-
-    def embedding_backward(self) -> _Moment:
-        shape, setup = self.shape, self.setup
-        itemsize = setup.weight_bytes if self.shards == 1 else setup.compute_bytes
-        temporary = self.load.tokens * setup.stream_bytes * shape.hidden
-        temporary += itemsize * shape.embedding_parameters * shape.tied
-        return _Moment(shape.parameters, gathered=self.gathered.embedding, temporary=temporary)
-
-    def optimizer(self) -> _Moment:
-        return _Moment(self.shape.parameters, gathered=self.gathered.optimizer)
-
-    def parts(self, moment: _Moment) -> dict[str, float]:
-        """Returns the bytes of each of [`PARTS`]."""
-        w, parameters = self.setup.weight_bytes, self.shape.parameters
-        batch = 8 * (3 * self.load.batch_tokens + 4 * self.load.tokens)
-        return {
-            "weights": w * parameters / self.shards,
-            "gradients": w * moment.parameters / self.shards,
-            "optimizer": 2 * w * parameters / self.shards,
-            "activations": moment.activations,
-            "logits": moment.logits,
-            "received KV": moment.received_kv,
-            "gathered": moment.gathered,
-            "temporary": moment.temporary + batch,
-            WORKSPACE: moment.workspace,
-        }
 
 
 class _Layer(NamedTuple):

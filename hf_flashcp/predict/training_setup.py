@@ -105,11 +105,6 @@ class RankLoad(NamedTuple):
             batch_tokens (`int`): tokens of the whole batch.
         """
         factor = tokens / self.tokens
-        return RankLoad(
-            tokens,
-            self.received * factor,
-            self.sent * factor,
-            self.largest_stage * factor,
-            self.sequences * factor,
-            batch_tokens,
-        )
+        sizes = (self.received, self.sent, self.largest_stage, self.sequences)
+        received, sent, stage_keys, sequences = (factor * size for size in sizes)
+        return RankLoad(tokens, received, sent, stage_keys, sequences, batch_tokens)
