@@ -1,4 +1,4 @@
-"""What datasets of packed rows share: options, documents from rows of a dataset, and packed rows from documents."""
+"""`PackedRows`, the base of datasets of packed rows: makes documents from rows, and packed rows from documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_THE_RUN = ("cp_size", "dp_size", "gradient_accumulation_steps")
 
 
 class PackedRows:
-    """What packed datasets share: options, those of the run filled in late, and how rows become documents."""
+    """Base of datasets of packed rows: holds the options, those of the run filled in late, and checks documents."""
 
     def __init__(
         self,

@@ -133,7 +133,7 @@ class PackingOptions:
 
 
 class Counts:
-    """What became of documents and their tokens: those in are those packed, dropped and, of tokens, truncated."""
+    """Counts of documents and tokens: those that came in are packed, dropped or, for tokens, truncated."""
 
     def __init__(self):
         names = ("packed", "dropped", "truncated", "split")

@@ -1,4 +1,4 @@
-"""What the first process of a run alone shows: progress bars and warnings."""
+"""Progress bars and warnings of the first process of a run."""
 
 from __future__ import annotations
 

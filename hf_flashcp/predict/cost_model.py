@@ -158,10 +158,10 @@ class CostModel:
 
 
 class LayerCosts:
-    """What one attention layer costs under a plan.
+    """Costs of one attention layer under a plan.
 
     Args:
-        model (`CostModel`): the speeds.
+        model (`CostModel`): speeds of the hardware, and bytes per element on the wire.
         layers (`AttentionLayers`): the layer's sizes.
         plan (`ShardPlan`): who holds what.
     """

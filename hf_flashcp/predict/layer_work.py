@@ -1,4 +1,4 @@
-"""What the ranks of a plan compute and send in one attention layer: rectangles, stages, and what a kernel call costs.
+"""Work of a plan's ranks in one attention layer: rectangles, stages of the exchange, and seconds per kernel call.
 
 A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
 in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest

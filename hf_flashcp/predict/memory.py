@@ -104,7 +104,7 @@ def estimate_memory(
 
 
 class _Moment(NamedTuple):
-    """What memory holds at one moment of a step beside what it always holds: `parameters` that have a gradient, and
+    """Memory at one moment of a step, the constant parts left out: the number of parameters that have a gradient, and
     bytes of the other parts."""
 
     parameters: float
@@ -117,7 +117,7 @@ class _Moment(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What a layer holds: bytes per token of activations, and bytes of received KV."""
+    """Memory of a layer in backward: bytes per token of activations, and bytes of received KV."""
 
     per_token: float
     received_kv: float
@@ -127,8 +127,8 @@ class _Step:
     """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest.
 
     Attributes:
-        kept (`_Held`): what each layer keeps from forward to its backward.
-        repeated (`_Held`): what the layer in backward has computed again beside that.
+        kept (`_Held`): kept by each layer from forward to its backward.
+        repeated (`_Held`): computed again by the layer in backward beside what it kept.
         head (`float`), rope (`float`): bytes per token that final norm and head keep, and of sines and cosines.
         stack (`float`), all_kv (`float`): bytes of the activations and of the received KV of all layers.
         logits (`float`), softcap (`float`): number of logits, and bytes that softcapping them keeps.

@@ -1,4 +1,4 @@
-"""What memory depends on beside the model: how it is trained, and what a plan loads on a rank."""
+"""`TrainingSetup` and `RankLoad`: memory depends on them beside the model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TrainingSetup:
 
 
 class RankLoad(NamedTuple):
-    """What a rank holds and moves in one attention layer, in tokens.
+    """Load of a plan on one rank: tokens that it holds and moves in an attention layer.
 
     Attributes:
         tokens (`float`): tokens of the rank's row.

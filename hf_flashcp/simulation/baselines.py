@@ -74,7 +74,7 @@ class Layer(LayerCosts):
 
 
 class Exchange(Protocol):
-    """What travels in a baseline's layer, and when."""
+    """A baseline's exchange in one attention layer."""
 
     def run(self, layer: Layer, backward: bool) -> PassTimes:
         """Predicts one pass."""
@@ -92,7 +92,7 @@ class Baseline(NamedTuple):
     Attributes:
         title (`str`): name in tables.
         slices (`Callable`): lengths and cp_size to the tokens whose linear layers each rank computes.
-        exchange (`Exchange`): what travels in a layer.
+        exchange (`Exchange`): the exchange in a layer, and the kernels around it.
         kept (`bool`): whether ranks hold the KV of others until backward, in every layer.
     """
 
@@ -116,7 +116,8 @@ class AllGather:
     document before it; in backward gradients of the gathered KV go the other way.
 
     Args:
-        shared_alone (`bool`): ranks pack and give what others need, padded to the same size, and not all they have.
+        shared_alone (`bool`): ranks pack and give the tokens that others need, padded to the same number, instead of
+            all that they hold.
     """
 
     shared_alone: bool = False

@@ -142,7 +142,7 @@ def model_flops(lengths: Sequence[int], model: CostModel) -> float:
 
 
 class _Step(NamedTuple):
-    """What a plan or a baseline makes of a batch: times, received bytes as in [`Outcome`], the busiest rank's load,
+    """A step on a batch before its memory is known: times, received bytes as in [`Outcome`], the busiest rank's load,
     and whether KV is kept until backward, see [`estimate_memory`]."""
 
     time: StepTime

@@ -1,4 +1,4 @@
-"""Which cp_size a window needs on some devices: memory, step time and traffic of every size that divides them."""
+"""Finds the cp_size that a window needs: memory, step time and traffic of every size that divides the devices."""
 
 from __future__ import annotations
 
