@@ -151,7 +151,7 @@ def pack_lengths(
 
     Raises:
         PlanError: documents without tokens, too long ones with `overlong="error"`, too few tokens for `cp_size`, or an
-            option that is none of those above.
+            option other than those listed.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(empty := np.flatnonzero(lengths < 1)):

@@ -37,7 +37,7 @@ class PackingOptions:
     """Options of [`pack_lengths`], checked, and what follows from them.
 
     Raises:
-        PlanError: an option that is none of those that [`pack_lengths`] names.
+        PlanError: an option that [`pack_lengths`] does not list, or a number out of range.
     """
 
     window: int

@@ -27,10 +27,10 @@ class TrainingSetup:
             them in bf16; DDP runs under autocast.
         gradient_checkpointing (`str`): "none", "full", or "attention-saving" (`save_attention_context_fn`).
         device (`str`): "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu",
-            where there is none.
+            where it needs no workspace.
 
     Raises:
-        ConfigurationError: a value that is none of the above.
+        ConfigurationError: a value other than those listed.
     """
 
     gpus: int = 1
