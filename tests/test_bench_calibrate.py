@@ -1,13 +1,12 @@
 import json
 
-import numpy as np
 import pytest
 
 from hf_flashcp.bench.calibration import calibrate
 from hf_flashcp.bench.calibration.fit import EFFICIENCIES, Call, fit_kernel, fit_line, root_mean_square
 from hf_flashcp.planning import HardwareProfile
 from hf_flashcp.predict.hardware_profile import Kernel, Pass
-from hf_flashcp.predict.layer_work import call_seconds
+from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers
 from tests.test_cli import run
 
@@ -16,7 +15,7 @@ LAYERS = AttentionLayers(1, 4, 2, 16, 16)
 
 
 def call(kernel, causal, rectangles):
-    table = np.array([(0, queries, 0 if causal else keys) for queries, keys in rectangles])
+    table = Rectangles.of([(0, queries, 0 if causal else keys) for queries, keys in rectangles])
     options = {"cp_size": 1, "layers": LAYERS, "window": None, "causal": causal}
     times = [float(call_seconds(kernel, table, backward=backward, **options)[0]) for backward in (False, True)]
     return Call(causal, rectangles, *times)

@@ -5,7 +5,6 @@ import pickle
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +17,7 @@ from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
 from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings
 from hf_flashcp.predict import hardware_profile
-from hf_flashcp.predict.layer_work import call_seconds
+from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
 from tests.packs import packs
 from tests.step_time_evaluator import step_times
@@ -179,7 +178,7 @@ def test_published_kernel_speeds_are_met():
     for (causal, backward), speeds in published.items():
         for power, teraflops in enumerate(speeds):
             length = 512 << power
-            rows = np.array([(0, length, 0 if causal else length)] * (16384 // length))
+            rows = Rectangles.of([(0, length, 0 if causal else length)] * (16384 // length))
             options = {"cp_size": 1, "layers": heads, "window": None, "causal": causal, "backward": backward}
             seconds = call_seconds(kernel, rows, **options)[0]
             flops = 4 * 128 * 16 * 16384 * length * (2.5 if backward else 1) / (2 if causal else 1)

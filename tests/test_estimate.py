@@ -14,9 +14,10 @@ from hf_flashcp.layout import RankPlan
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
 from hf_flashcp.predict.attention_memory import attention_backward, backward_buffers, backward_workspace
 from hf_flashcp.predict.layer_work import largest_calls
-from hf_flashcp.predict.memory import PARTS, MemoryEstimate, TrainingSetup, estimate_memory, largest_window
+from hf_flashcp.predict.memory import PARTS, MemoryEstimate, estimate_memory, largest_window
 from hf_flashcp.predict.memory_shape import MemoryShape
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
+from hf_flashcp.predict.training_setup import RankLoad, TrainingSetup
 from hf_flashcp.simulation.sizing import Choice, best, choices, cp_sizes, usable_bytes
 from tests.models import FAMILIES
 from tests.test_cli import png_size, run
@@ -105,19 +106,19 @@ H100 = HardwareProfile.load("h100")
 
 
 def test_fsdp2_shards_what_ddp_repeats():
-    sharded = estimate_memory(SHAPE, TrainingSetup(gpus=16), 8192)
+    sharded = estimate_memory(SHAPE, TrainingSetup(gpus=16), RankLoad(8192))
     # fp32 shards whatever the dtype: 4 bytes of weight, 8 of Adam's moments.
     assert sharded.parts["weights"] == pytest.approx(4 * SHAPE.parameters / 16)
     assert sharded.parts["optimizer"] == pytest.approx(8 * SHAPE.parameters / 16)
     assert sharded.moments["optimizer"]["gradients"] == pytest.approx(4 * SHAPE.parameters / 16)
-    repeated = estimate_memory(SHAPE, TrainingSetup(gpus=16, sharding="ddp"), 8192)
+    repeated = estimate_memory(SHAPE, TrainingSetup(gpus=16, sharding="ddp"), RankLoad(8192))
     assert repeated.parts["weights"] == pytest.approx(2 * SHAPE.parameters)
     assert repeated.moments["optimizer"]["gathered"] == pytest.approx(2 * SHAPE.parameters)
 
 
 def test_checkpointing_keeps_less_and_saving_attention_a_bit_more():
     kept = [
-        estimate_memory(SHAPE, TrainingSetup(gpus=8, gradient_checkpointing=mode), 32768, received=32768).kept
+        estimate_memory(SHAPE, TrainingSetup(gpus=8, gradient_checkpointing=mode), RankLoad(32768, 32768)).kept
         for mode in ("none", "attention-saving", "full")
     ]
     assert kept[0] > 2 * kept[1] and kept[1] > 1.3 * kept[2]
@@ -125,17 +126,18 @@ def test_checkpointing_keeps_less_and_saving_attention_a_bit_more():
 
 def test_received_kv_is_kept_up_to_a_bound():
     setup = TrainingSetup(gpus=8)
-    few, many = (estimate_memory(SHAPE, setup, 1000, received=n).parts["received KV"] for n in (4000, 4001))
+    few, many = (estimate_memory(SHAPE, setup, RankLoad(1000, n)).parts["received KV"] for n in (4000, 4001))
     assert (few, many) == (32 * 2 * 4000 * 8 * 256, 0)
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "attention-saving"])
 def test_largest_window_is_the_largest(mode):
     setup = TrainingSetup(gpus=8, gradient_checkpointing=mode)
-    window = largest_window(SHAPE, setup, 8, 60e9, received_share=1.5, sent_share=1.0)
-    sizes = [estimate_memory(SHAPE, setup, n / 8, 1.5 * n / 8, n / 8, n).total for n in (window, window + 1024)]
+    window = largest_window(SHAPE, setup, 8, 60e9, RankLoad(1, 1.5, 1.0))
+    loads = [RankLoad(n / 8, 1.5 * n / 8, n / 8, sequences=n / 8, batch_tokens=n) for n in (window, window + 1024)]
+    sizes = [estimate_memory(SHAPE, setup, load).total for load in loads]
     assert window > 0 and sizes[0] <= 60e9 < sizes[1]
-    assert largest_window(SHAPE, setup, 8, 1e9) == 0
+    assert largest_window(SHAPE, setup, 8, 1e9, RankLoad(1)) == 0
 
 
 def test_workspace_of_flash_attention_2():
@@ -178,7 +180,7 @@ def test_workspace_pads_heads(key_dim, value_dim, width, rounded, padded):
 
 def test_only_gpus_have_a_workspace():
     def most(shape=SHAPE, **options):
-        estimate = estimate_memory(shape, TrainingSetup(gpus=8, **options), 16384, 114688, 16384)
+        estimate = estimate_memory(shape, TrainingSetup(gpus=8, **options), RankLoad(16384, 114688, 16384))
         return max(parts["attention workspace"] for parts in estimate.moments.values())
 
     assert most() == sum(backward_buffers(SHAPE, 16384, 114688).values())
@@ -205,11 +207,10 @@ def test_estimate_of_one_long_document_has_the_workspace():
 
 def test_points_of_attention_s_backward():
     setup = TrainingSetup(gpus=8)
-    arguments = {"received": 40000, "sent": 5000, "sequences": 1, "freed": 0}
     c, kv, queries = 2, SHAPE.kv_width, 1000 * SHAPE.query_heads * SHAPE.key_dim
 
     def points(stage_keys, kept):
-        return attention_backward(SHAPE, setup, 1000, stage_keys=stage_keys, kept=kept, **arguments)
+        return attention_backward(SHAPE, setup, RankLoad(1000, 40000, 5000, stage_keys), kept=kept, freed=0)
 
     stage, cast, local, end = points(40000, kept=True)
     always = 4 * (queries + 1000 * kv) + c * 1000 * (SHAPE.query_heads * SHAPE.value_dim + 2 * SHAPE.hidden)

@@ -20,7 +20,7 @@ from hf_flashcp import FlashCPCollator, FlashCPPlugin, ShardPlan
 from hf_flashcp.data.features import TOKEN_COLUMNS
 from hf_flashcp.errors import FlashCPError, PlanError, UnmetCapWarning
 from hf_flashcp.planning import STRATEGIES, HardwareProfile, plan_documents
-from hf_flashcp.predict.memory import TrainingSetup
+from hf_flashcp.predict.training_setup import TrainingSetup
 from hf_flashcp.simulation.sizing import choices
 from tests.fuzz.__main__ import TARGETS, target
 from tests.fuzz.command_lines import FILES, command_lines, file_contents, no_constant, run

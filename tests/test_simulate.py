@@ -16,13 +16,15 @@ from hf_flashcp.data.lengths import draw_pack, read_lengths, sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.planning import HARDWARE, CostModel, HardwareProfile, ShardPlan, Topology, plan_documents
 from hf_flashcp.predict import hardware_profile
-from hf_flashcp.predict.cost_model import _backward_end, _forward_end
-from hf_flashcp.predict.memory import TrainingSetup, estimate_memory
+from hf_flashcp.predict.cost_model import LayerCosts
+from hf_flashcp.predict.layer_work import StageWork
+from hf_flashcp.predict.memory import estimate_memory
 from hf_flashcp.predict.memory_shape import MemoryShape
 from hf_flashcp.predict.model_shape import AttentionLayers
-from hf_flashcp.predict.timeline import COLLECTIVE, COPY, HOP, KERNEL, Event, ends, parts
-from hf_flashcp.simulation.baselines import SCHEMES, Layer, passes, ring_pieces, ring_rectangles, shared_tokens
-from hf_flashcp.simulation.simulate import EXACT, RIVALS, TIMED, simulate
+from hf_flashcp.predict.timeline import Timeline
+from hf_flashcp.predict.training_setup import RankLoad, TrainingSetup
+from hf_flashcp.simulation.baselines import BASELINES, Layer, RingPieces, passes, shared_tokens
+from hf_flashcp.simulation.simulate import EXACT, NAMES, TIMED, simulate
 from tests.packs import KNOWN_PACKS, owners, packs
 from tests.step_time_evaluator import call_seconds as counted_call
 
@@ -38,7 +40,7 @@ def model_of(layers=MHA, ranks_per_node=8, **changes):
 
 
 def plan_of(name, lengths, cp_size):
-    return ShardPlan(lengths, cp_size, SCHEMES[name].slices(tuple(lengths), cp_size))
+    return ShardPlan(lengths, cp_size, BASELINES[name].slices(tuple(lengths), cp_size))
 
 
 def row(*values):
@@ -47,37 +49,61 @@ def row(*values):
 
 def test_a_pass_by_hand():
     """Two ranks; the kernel of step 1 waits on rank 0 for a slow hop, on rank 1 for its own first kernel."""
-    events = [
-        Event(HOP, row(5, 1)),
-        Event(KERNEL, row(2, 4)),
-        Event(KERNEL, row(3, 3), (0,)),
-        Event(COPY, row(1, 1)),
-        Event(COLLECTIVE, row(2, 2), (3,)),
-    ]
-    assert [end.tolist() for end in ends(events, 2)] == [[5, 1], [2, 4], [8, 7], [9, 8], [11, 11]]
-    kernels, copies, exposed, transfer = parts(events, 2)
+    line = Timeline(2)
+    hop = line.hop(row(5, 1))
+    ends = [hop, line.kernel(row(2, 4)), line.kernel(row(3, 3), hop), copy := line.copy(row(1, 1))]
+    ends.append(line.collective(row(2, 2), copy))
+    assert [end.tolist() for end in ends] == [[5, 1], [2, 4], [8, 7], [9, 8], [11, 11]]
+    kernels, copies, exposed, transfer = line.times()
     assert kernels.tolist() == [5, 7] and copies.tolist() == [1, 1] and transfer.tolist() == [7, 3]
     assert exposed.tolist() == [5, 3]
 
 
 def test_a_hop_waits_for_the_rank_before_it():
     """Rank 2 is slow to begin: its KV comes late to rank 0, whose KV comes late to rank 1, and so on."""
-    events = [Event(KERNEL, row(1, 1, 9)), Event(HOP, row(1, 1, 1), (0,)), Event(HOP, row(1, 1, 1), (1,))]
-    assert [end.tolist() for end in ends(events, 3)] == [[1, 1, 9], [10, 2, 10], [11, 11, 11]]
+    line = Timeline(3)
+    ends = [line.kernel(row(1, 1, 9))]
+    for _ in range(2):
+        ends.append(line.hop(row(1, 1, 1), ends[-1]))
+    assert [end.tolist() for end in ends] == [[1, 1, 9], [10, 2, 10], [11, 11, 11]]
 
 
 @given(st.lists(st.tuples(*[st.floats(0, 10)] * 2), min_size=1, max_size=6), st.floats(0, 20))
-def test_stages_as_the_cost_model_has_them(stages, local):
-    """This library's exchange as events: all stages posted at once, gradients sent as they are computed."""
-    wires, works = ([row(stage[part]) for stage in stages] for part in (0, 1))
-    hops = [Event(HOP, wire) for wire in wires]
-    steps = [Event(KERNEL, work, (place,)) for place, work in enumerate(works)]
-    forward = ends([*hops, Event(KERNEL, row(local)), *steps], 1)
-    assert forward[-1] == pytest.approx(_forward_end(row(local), works, wires))
-    kernels = [Event(KERNEL, work) for work in works]
-    home = [Event(HOP, wire, (place,)) for place, wire in enumerate(wires)]
-    backward = ends([*kernels, *home, Event(KERNEL, row(local))], 1)
-    assert np.max(backward) == pytest.approx(_backward_end(row(local), works, wires).item())
+def test_stages_by_hand(stages, local):
+    """This library's exchange: all stages posted at once, gradients sent as they are computed."""
+    wires, works = ([stage[part] for stage in stages] for part in (0, 1))
+    end, arrived = local, 0.0
+    for wire, work in zip(wires, works):
+        arrived += wire
+        end = max(end, arrived) + work
+    forward, back = layer_of_times(wires, works, local).passes()
+    assert sum(forward[:3]).item() == pytest.approx(end)
+    home = done = 0.0
+    for wire, work in zip(wires, works):
+        done += work
+        home = max(home, done) + wire
+    assert sum(back[:3]).item() == pytest.approx(max(done + local, home))
+    assert forward.transfer.item() == back.transfer.item() == pytest.approx(sum(wires))
+
+
+def layer_of_times(wires, works, local):
+    """The costs of a layer on one rank whose stages take these seconds on the wire and to compute."""
+
+    class Given(LayerCosts):
+        def kernel_seconds(self, rectangles, **options):
+            return row(rectangles)
+
+        def stage_seconds(self, stage, backward):
+            return row(stage.received)
+
+        def merge_seconds(self, rectangles):
+            return row(0)
+
+        def passes(self):
+            stages = [StageWork(work, wire, wire, 0, 0) for wire, work in zip(wires, works)]
+            return self.forward(local, stages), self.backward(local, stages)
+
+    return Given(model_of(), MHA, ShardPlan([1], 1, [[(0, 0, 1)]]))
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
@@ -88,7 +114,7 @@ def test_traffic_is_that_of_the_closed_forms(cp_size, layers):
     tokens = 2 * cp_size * 64
     config = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
     model, kv = model_of(layers), layers.kv_elements_per_token * 2
-    found = simulate([tokens], cp_size, config, model, names=("per_doc", *RIVALS))
+    found = simulate([tokens], cp_size, config, model, names=("per_doc", *BASELINES))
     for name in ("llama3", "per_doc_cp", "ring", "zigzag_ring"):
         assert found[name].received.sum(0).tolist() == [(cp_size - 1) * tokens / cp_size * kv] * cp_size
     assert found["per_doc"].received.sum() == 3 * (cp_size - 1) / 4 * tokens * kv
@@ -136,7 +162,7 @@ def test_ring_steps_compute_each_pair_once(case, name):
     of it that is the same for all of them."""
     lengths, cp_size = case
     plan = plan_of(name, lengths, cp_size)
-    early, late = ring_pieces(plan)
+    pieces = RingPieces.of(plan)
     for step in range(1, cp_size):
         expected = []
         for ranks in owners(plan):
@@ -147,7 +173,7 @@ def test_ring_steps_compute_each_pair_once(case, name):
                 assert len(set(seen)) <= 1
                 if seen:
                     expected.append([rank, len(seen), seen[0]])
-        assert sorted(ring_rectangles(early, late, step).tolist()) == sorted(expected)
+        assert sorted(np.stack(pieces.remote(step), 1).tolist()) == sorted(expected)
 
 
 @pytest.mark.parametrize("pack", ["mixed", "blocks_of_128", "six_of_150", "giant_and_tiny", "ring_flash_attention"])
@@ -215,7 +241,7 @@ def test_exact_schemes_are_the_cost_models():
     model = CostModel.from_config(LLAMA_3_8B, dataclasses.replace(H100, ranks_per_node=4))
     found = simulate(lengths, 8, LLAMA_3_8B, model)
     again = simulate(lengths, 8, LLAMA_3_8B, model)
-    assert list(found) == [*EXACT, *RIVALS]
+    assert list(found) == [*NAMES]
     for name, outcome in found.items():
         assert outcome.to_dict() == again[name].to_dict()
         total = sum(getattr(outcome.time, part) for part in ("linear", "attention", "copies", "exposed"))
@@ -248,8 +274,9 @@ def test_memory_of_gathered_kv():
     kept = 32 * 7 * 2048 * 8 * 256 * 2
     at_loss = {name: outcome.memory_bytes for name, outcome in found.items()}
     assert at_loss["llama3"] - at_loss["ring"] == pytest.approx(kept)
-    without = estimate_memory(shape, setup, 2048, 7 * 2048, 0, 16384, kept=False)
-    assert estimate_memory(shape, setup, 2048, 7 * 2048, 0, 16384).to_dict() == without.to_dict()
+    load = RankLoad(2048, 7 * 2048, batch_tokens=16384)
+    without = estimate_memory(shape, setup, load, kept=False)
+    assert estimate_memory(shape, setup, load).to_dict() == without.to_dict()
 
 
 @pytest.mark.parametrize("pack", [sample_pack("pile", 16384), KNOWN_PACKS["mixed"], [64] * 8])
@@ -314,8 +341,8 @@ def test_faster_hardware_is_faster():
 def test_sixty_four_ranks():
     lengths = sample_pack("prolong64k", 131072)
     model = CostModel.from_config(LLAMA_3_8B, "h100")
-    found = simulate(lengths, 64, LLAMA_3_8B, model, names=["search", *RIVALS])
-    assert list(found) == ["search", *(name for name in RIVALS if name != "ulysses")]
+    found = simulate(lengths, 64, LLAMA_3_8B, model, names=["search", *BASELINES])
+    assert list(found) == ["search", *(name for name in BASELINES if name != "ulysses")]
     # A gathered token crosses to a node once, and here; a ring's block does to every rank.
     a_block = 2048 * 32 * 8 * 256 * 2
     assert (found["llama3"].received[1] == 7 * a_block).all()
@@ -374,7 +401,7 @@ def test_command(capsys, tmp_path, lengths_file):
     model = CostModel.from_config(LLAMA_3_8B, dataclasses.replace(H100, ranks_per_node=2))
     outcomes = [simulate(pack, 4, LLAMA_3_8B, model, names=("llama3", TIMED)) for pack in packs_drawn]
     for cell in found["cells"]:
-        assert list(cell["schemes"]) == [*EXACT, *RIVALS] and cell["left_out"] == {} and cell["reference"] == TIMED
+        assert list(cell["schemes"]) == [*NAMES] and cell["left_out"] == {} and cell["reference"] == TIMED
         for row_of_scheme in cell["schemes"].values():
             assert set(row_of_scheme) == SCHEME_KEYS
         assert cell["schemes"][TIMED]["over_reference"] == 1

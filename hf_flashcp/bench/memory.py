@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..distributed.workers import WorkerPool
-from ..predict.memory import TrainingSetup, estimate_memory
+from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
+from ..predict.training_setup import RankLoad, TrainingSetup
 from .traces import FORWARD_DONE, kept_and_peak, trace_events
 
 
@@ -109,14 +110,10 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
         before += sum(parameter.nbytes for parameter in model.parameters())
     report, rank = handle.plan.plan.report(), handle.plan.rank
     handle.remove()
-    estimate = estimate_memory(
-        MemoryShape.from_config(config),
-        setup,
-        report["tokens"][rank],
-        report["kv_received"][rank],
-        report["kv_sent"][rank],
-        sum(lengths),
+    load = RankLoad(
+        report["tokens"][rank], report["kv_received"][rank], report["kv_sent"][rank], batch_tokens=sum(lengths)
     )
+    estimate = estimate_memory(MemoryShape.from_config(config), setup, load)
     return {
         "peak": {"estimated": estimate.total, "measured": before + peak},
         "kept": {"estimated": estimate.kept, "measured": kept},

@@ -18,7 +18,7 @@ from ..data.lengths import sample_pack
 from ..plan import ShardPlan
 from ..planning import plan_documents
 from ..predict import CostModel, HardwareProfile
-from ..simulation.baselines import SCHEMES, passes
+from ..simulation.baselines import BASELINES, passes
 
 
 PARTS = ("copies", "forward", "backward", "all_gather", "reduce_scatter")
@@ -114,7 +114,7 @@ def measure(packs: int, *, seed: int = 0, progress: bool = False) -> dict[str, A
 
 
 def _kernel_ratios(parts: dict[str, Any], kind: str) -> dict[str, float]:
-    kernels = {scheme: parts[scheme][kind][1:3] for scheme in SCHEMES if scheme in parts}
+    kernels = {scheme: parts[scheme][kind][1:3] for scheme in BASELINES if scheme in parts}
     return {
         "llama3 / per_doc_cp": sum(kernels["llama3"]) / sum(kernels["per_doc_cp"]),
         "flashcp_paper / per_doc_cp": sum(kernels["flashcp_paper"]) / sum(kernels["per_doc_cp"]),
@@ -134,13 +134,14 @@ def _ours(lengths: list[int], model: CostModel) -> tuple[float, ...]:
     plan = plan_documents(lengths, CP_SIZE, cost_model=model)
     forward, backward = model.passes(plan, model.layers[0])
     slowest = sum(forward[:3] + backward[:3]).argmax()
-    found = (forward[1] + backward[1], forward[0], backward[0], forward[2], backward[2])
+    copies = forward.copies + backward.copies
+    found = (copies, forward.attention, backward.attention, forward.exposed, backward.exposed)
     return tuple(float(1000 * part[slowest]) for part in found)
 
 
 def _parts(scheme: str, lengths: list[int], model: CostModel) -> tuple[float, ...]:
     """Milliseconds by `PARTS` of the rank with the most attention."""
-    plan = ShardPlan(lengths, CP_SIZE, SCHEMES[scheme].slices(tuple(lengths), CP_SIZE))
+    plan = ShardPlan(lengths, CP_SIZE, BASELINES[scheme].slices(tuple(lengths), CP_SIZE))
     forward, backward = passes(scheme, model, plan, model.layers[0])
     busiest = (forward[0] + backward[0]).argmax()
     copies = forward[1] + backward[1]

@@ -10,16 +10,9 @@ from typing import Any
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import ConfigurationError, PlanError
 from ..predict import HARDWARE, HardwareProfile
-from ..predict.memory import (
-    DTYPES,
-    GRADIENT_CHECKPOINTING,
-    MIXED_PRECISIONS,
-    SHARDINGS,
-    WORKSPACE,
-    MemoryEstimate,
-    TrainingSetup,
-)
+from ..predict.memory import WORKSPACE, MemoryEstimate
 from ..predict.memory_shape import MemoryShape
+from ..predict.training_setup import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
 from ..simulation.sizing import Choice, best, choices, usable_bytes
 from .model_config import add_checkpointing, read_config
 from .plan import _aligned, counted, json_text

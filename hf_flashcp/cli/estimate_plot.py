@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..predict.memory import PARTS, TrainingSetup
+from ..predict.memory import PARTS
+from ..predict.training_setup import TrainingSetup
 from ..simulation.sizing import Choice
 from .estimate import GIB
 from .plots import COLOURS, INK, new_figure, save_figure

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..predict.memory import GRADIENT_CHECKPOINTING
+from ..predict.training_setup import GRADIENT_CHECKPOINTING
 
 
 def add_checkpointing(parser: argparse.ArgumentParser) -> None:

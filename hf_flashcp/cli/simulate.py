@@ -17,8 +17,8 @@ from ..errors import ConfigurationError, PlanError
 from ..plan.lengths import MOST_TOKENS
 from ..predict import HARDWARE, CostModel, HardwareProfile
 from ..predict.model_shape import LLAMA_3_8B
-from ..simulation.baselines import SCHEMES, why_not
-from ..simulation.simulate import EXACT, RIVALS, TIMED, check_ranks, simulate
+from ..simulation.baselines import BASELINES, why_not
+from ..simulation.simulate import NAMES, TIMED, check_ranks, simulate
 from .estimate import GIB
 from .model_config import add_checkpointing, read_config
 from .plan import comma_separated, counted, json_text
@@ -96,13 +96,13 @@ def run(arguments: argparse.Namespace) -> None:
             check_ranks(cp_size, profile.ranks_per_node)
     cells = []
     runs = len(profiles) * len(arguments.cp_size) * len(packs)
-    with tqdm(total=runs * len(EXACT + RIVALS), leave=False, disable=None) as bar:
+    with tqdm(total=runs * len(NAMES), leave=False, disable=None) as bar:
         for name, profile in profiles.items():
             model = CostModel.from_config(config, profile)
             for cp_size in arguments.cp_size:
                 rows: dict[str, list[dict[str, Any]]] = {}
                 for lengths in packs:
-                    for scheme in EXACT + RIVALS:
+                    for scheme in NAMES:
                         options = {"names": (scheme,), "gradient_checkpointing": arguments.gradient_checkpointing}
                         for _, outcome in simulate(lengths, cp_size, config, model, **options).items():
                             rows.setdefault(scheme, []).append(outcome.to_dict())
@@ -166,7 +166,7 @@ def _cell(name: str, profile: HardwareProfile, cp_size: int, rows, model: CostMo
         ):
             ratios = [one[part] / other[part] for one, other in zip(outcomes, rows[REFERENCE])]
             found[scheme][key] = math.exp(mean(map(math.log, ratios)))
-    left_out = {scheme: reason for scheme in RIVALS if (reason := why_not(scheme, model, cp_size))}
+    left_out = {scheme: reason for scheme in BASELINES if (reason := why_not(scheme, model, cp_size))}
     return {
         "hardware": name,
         "description": profile.description,
@@ -180,7 +180,7 @@ def _cell(name: str, profile: HardwareProfile, cp_size: int, rows, model: CostMo
 
 def title(scheme: str) -> str:
     """Of a row or a bar."""
-    return SCHEMES[scheme].title if scheme in SCHEMES else f"ours, {scheme}"
+    return BASELINES[scheme].title if scheme in BASELINES else f"ours, {scheme}"
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def _print(found: dict[str, Any]) -> None:
         for column in ("MFU", "GiB in\nnode", "GiB between\nnodes", "memory\nGiB"):
             table.add_column(column, justify="right")
         for scheme, row in cell["schemes"].items():
-            if scheme == RIVALS[0]:
+            if scheme == next(iter(BASELINES)):
                 table.add_section()
             table.add_row(
                 title(scheme),

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from .batch import shard_inputs
     from .collator import FlashCPCollator
     from .json_lines import load_json_lines
-    from .packed_documents import PackedDocuments, PackedDocumentStream
+    from .packed_document_stream import PackedDocumentStream
+    from .packed_documents import PackedDocuments
     from .tokenization import TokenizedDocuments, tokenize_chats, tokenize_texts
 
 _EXPORTS = {
     "FlashCPCollator": ".collator",
-    "PackedDocumentStream": ".packed_documents",
+    "PackedDocumentStream": ".packed_document_stream",
     "shard_inputs": ".batch",
     "PackedDocuments": ".packed_documents",
     "TokenizedDocuments": ".tokenization",

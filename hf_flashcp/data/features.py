@@ -1,4 +1,4 @@
-"""What one feature of a dataset holds: its documents, checked, with the labels that its masks leave."""
+"""Reads the documents of one feature of a dataset, checked, with the labels that its masks leave."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from .boundaries import IGNORE_INDEX, begins_document
 LOSS_MASKS = ("completion_mask", "assistant_masks")
 
 TOKEN_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask", *LOSS_MASKS)
-"""With one whole number for each token."""
+"""Columns with one whole number per token."""
 
 _WHOLE = (*TOKEN_COLUMNS, "seq_lengths")
 
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
-    """The documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
-    `per_token_keys`."""
+    """Returns the documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
+    `per_token_keys`.
+
+    Raises:
+        BatchError: columns that are missing, padded, or do not fit the tokens.
+    """
     if not isinstance(feature, Mapping):
         raise BatchError(
             f"Feature {index} is of type {type(feature).__name__}, not a mapping of columns: pass a list of rows."
@@ -94,7 +98,7 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
 
 
 def _numbers(index: int, key: str, values: Any) -> list:
-    """A column's values: whole numbers, but for those that `per_token_keys` names."""
+    """Returns a column's values: whole numbers, except in columns that `per_token_keys` names."""
     try:
         found = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
     except (TypeError, ValueError, RuntimeError):  # ragged rows, or a tensor without data

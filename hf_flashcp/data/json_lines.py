@@ -1,4 +1,4 @@
-"""Reading JSON lines of which some may be corrupt."""
+"""Reads files of JSON lines, some of which may be corrupt."""
 
 from __future__ import annotations
 
@@ -19,51 +19,56 @@ if TYPE_CHECKING:
 def load_json_lines(
     files: Sequence[str | os.PathLike], *, skip_corrupt: bool = False, cache_dir: str | os.PathLike = "."
 ) -> tuple[Dataset, int]:
-    """Loads files with one JSON object a line by the datasets library, which names no line where it fails.
+    """Loads files with one JSON object per line by the datasets library, which does not name the line where it fails.
 
     Args:
         files (`Sequence[str | os.PathLike]`): the files.
         skip_corrupt (`bool`, *optional*, defaults to `False`): read on behind lines that do not parse. Files with such
             lines are copied to `cache_dir` without them.
-        cache_dir (`str | os.PathLike`, *optional*): where those copies are.
+        cache_dir (`str | os.PathLike`, *optional*): folder of those copies.
 
     Returns:
         `tuple[Dataset, int]`: the rows, and how many lines were skipped.
 
     Raises:
-        BatchError: a line that does not parse, or is no object, without `skip_corrupt`.
+        BatchError: a line that does not parse, or is not an object, without `skip_corrupt`.
     """
-    from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
         for file in files:
             _decode(Path(file))
-        return load_dataset("json", data_files=[str(file) for file in files], split="train"), 0
+        return _load(files), 0
     except (DatasetGenerationError, UnicodeDecodeError):
         corrupt = {Path(file): dict(_corrupt_lines(Path(file))) for file in files}
-        skipped = sum(map(len, corrupt.values()))
-        if not skipped:
+        if not any(corrupt.values()):
             raise
-    if not skip_corrupt:
-        file, lines = next((file, lines) for file, lines in corrupt.items() if lines)
-        number, reason = next(iter(lines.items()))
-        raise BatchError(
-            f"{file}, line {number}: {reason}. {skipped} of the lines cannot be read. Repair the data, or skip such "
-            "lines (skip_corrupt); how many is counted."
-        )
-    copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
-    return load_dataset("json", data_files=[str(file) for file in copies], split="train"), skipped
+        if not skip_corrupt:
+            file, number, reason = next((file, *line) for file, lines in corrupt.items() for line in lines.items())
+            raise BatchError(
+                f"{file}, line {number}: {reason}. {sum(map(len, corrupt.values()))} of the lines cannot be read. "
+                "Repair the data, or skip such lines (skip_corrupt); how many is counted."
+            ) from None
+        copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
+        return _load(copies), sum(map(len, corrupt.values()))
+
+
+def _load(files: Sequence[str | os.PathLike]) -> Dataset:
+    from datasets import load_dataset
+
+    return load_dataset("json", data_files=[str(file) for file in files], split="train")
 
 
 def _decode(file: Path) -> None:
-    """pyarrow lets bytes pass that are no UTF-8; reading the row would fail."""
+    """Raises a `UnicodeDecodeError` where a file is not UTF-8: pyarrow lets such bytes pass, and reading the row
+    fails."""
     with file.open(encoding="utf-8") as text:
         while text.read(1 << 20):
             pass
 
 
 def _corrupt_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields the numbers of lines that cannot be read, and why."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -82,7 +87,7 @@ def _no_constant(name: str) -> None:
 
 
 def _copy(file: Path, corrupt: dict[int, str], directory: Path) -> Path:
-    """A copy without these lines, made once: another process may be reading it."""
+    """Copies a file without these lines, once: another process may be reading the copy."""
     state = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
     copy = directory / f"{file.stem}-{name}.jsonl"

@@ -63,12 +63,13 @@ def sample_pack(name: str, window: int, *, seed: int = 0) -> list[int]:
 
 
 def read_lengths(path: str | Path, column: str = "length") -> list[int]:
-    """Document lengths of a dataset that is tokenized already.
+    """Reads the document lengths of a dataset that is tokenized already.
 
     Args:
-        path (`str` or path): a `.jsonl` file with one document a line, or any other text with whole numbers between
+        path (`str` or path): a `.jsonl` file with one document per line, or any other text with whole numbers between
             spaces, commas or line ends.
-        column (`str`, *optional*, defaults to `"length"`): of a `.jsonl` file: a number of tokens, or the tokens.
+        column (`str`, *optional*, defaults to `"length"`): key of a `.jsonl` file's lines that holds a number of
+            tokens, or the tokens.
 
     Raises:
         PlanError: a file that cannot be read, or a line without a length of at least 1.
@@ -80,13 +81,7 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
     lengths = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            if Path(path).suffix != ".jsonl":
-                found = [int(word) for word in line.replace(",", " ").split()]
-            elif line.strip():
-                value = json.loads(line)[column]
-                found = [len(value) if isinstance(value, list) else operator.index(value)]
-            else:
-                found = []
+            found = _lengths_in_line(line, column if Path(path).suffix == ".jsonl" else None)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise PlanError(
                 f"{path}, line {number} has no document length: give whole numbers, or in a .jsonl file objects whose "
@@ -98,6 +93,16 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
             )
         lengths += found
     return lengths
+
+
+def _lengths_in_line(line: str, column: str | None) -> list[int]:
+    """Returns the lengths in a line of text, or of JSON with a column."""
+    if column is None:
+        return [int(word) for word in line.replace(",", " ").split()]
+    if not line.strip():
+        return []
+    value = json.loads(line)[column]
+    return [len(value) if isinstance(value, list) else operator.index(value)]
 
 
 def draw_pack(lengths: Sequence[int], window: int, *, seed: int = 0) -> list[int]:
@@ -132,7 +137,7 @@ def _draw_forever(name: str, seed: int) -> Iterator[int]:
     shortest = np.maximum(shortest, 1)
     up_to_bin = np.cumsum(documents)
     while True:
-        # Two numbers a document, next to each other in the stream: what is drawn first never depends on the count.
+        # Two numbers per document, next to each other in the stream: what is drawn first never depends on the count.
         which, where = generator.random((_DRAWN_AT_ONCE, 2)).T
         drawn = np.searchsorted(up_to_bin, which * up_to_bin[-1], side="right")
         low, high = shortest[drawn], longest[drawn]

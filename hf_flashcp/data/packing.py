@@ -1,4 +1,4 @@
-"""`pack_lengths`: which documents share a packed row, and which rows an optimizer step, from their lengths alone.
+"""`pack_lengths` decides which documents share a packed row, and which rows an optimizer step, from lengths alone.
 
 An optimizer step has `dp_size * gradient_accumulation_steps` packs. Documents come in random order and fill one step
 after the other; what a step has no room for is first in the next. "balanced" is the variable-length packing of
@@ -9,10 +9,8 @@ group. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,16 +18,20 @@ from tqdm import tqdm
 
 from ..errors import PlanError
 from ..predict import CostModel
-from .packing_options import Counts, PackingOptions, Piece
+from .packing_options import Counts, DocumentPart, PackingOptions
 from .packing_steps import Waiting, arrange, pack_seconds
+from .progress import bar_options
 
 
 MOST_WAITING = 0.1
-"""Of the tokens that are left in an epoch. Else the last steps would have no short documents to fill up with."""
+"""Share of the tokens left in an epoch that may wait. Else the last steps would have no short documents to fill up
+with."""
 
+MOST_TRIED = 20_000
+"""Documents of the trial that chooses how many packs an epoch has to spare."""
 
-MOST_TRIED, MOST_SPARE = 20_000, 0.2
-"""Documents of the trial that chooses how many packs an epoch has to spare, and the share that it stops at."""
+MOST_SPARE = 0.2
+"""Share of packs to spare above which that trial stops."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Packing:
     """Packs in the order in which they are trained on: `dp_size` after each other are a micro-step.
 
     Args:
-        documents (`np.ndarray`): (n,) int64, of the pieces, pack after pack: indices of the lengths.
-        starts (`np.ndarray`): (n,) int64, the first token of each piece.
+        documents (`np.ndarray`): (n,) int64, the document of each part, pack after pack, as an index of the lengths.
+        starts (`np.ndarray`): (n,) int64, the first token of each part.
         stops (`np.ndarray`): (n,) int64, the token behind its last one.
-        offsets (`np.ndarray`): (packs + 1,) int64, where each pack's pieces begin.
-        seconds (`np.ndarray`): (packs,) predicted, of a training step on one device.
-        delays (`np.ndarray`): (n,) optimizer steps, see [`~Packing.report`].
-        options (`PackingOptions`): that it was made with.
+        offsets (`np.ndarray`): (packs + 1,) int64, where each pack's parts begin.
+        seconds (`np.ndarray`): (packs,) predicted seconds of a training step on one device.
+        delays (`np.ndarray`): (n,) delays in optimizer steps, see [`~Packing.report`].
+        options (`PackingOptions`): options that the packing was made with.
         counts (`dict[str, int]`): documents and tokens that came in, and what became of them.
     """
 
@@ -59,28 +61,24 @@ class Packing:
     def __len__(self) -> int:
         return len(self.seconds)
 
-    def __getitem__(self, index: int) -> list[Piece]:
-        """The pieces of a pack."""
+    def __getitem__(self, index: int) -> list[DocumentPart]:
+        """Returns the parts of documents in a pack."""
         where = slice(self.offsets[index], self.offsets[index + 1])
         columns = (self.documents[where], self.starts[where], self.stops[where])
-        return [Piece(*row) for row in zip(*(column.tolist() for column in columns))]
+        return [DocumentPart(*row) for row in zip(*(column.tolist() for column in columns))]
 
-    def __iter__(self) -> Iterator[list[Piece]]:
+    def __iter__(self) -> Iterator[list[DocumentPart]]:
         return map(self.__getitem__, range(len(self)))
 
     def report(self) -> dict[str, Any]:
-        """JSON-serializable: `packs`, `documents_in` and `tokens_in`, how many of them were `packed`, `dropped` and
-        `truncated`, `documents_split`, and
+        """Returns a JSON-serializable dict: `packs`, `documents_in` and `tokens_in`, how many of them were `packed`,
+        `dropped` and `truncated`, `documents_split`, and
 
         - `fill_rate`: tokens packed, over those that the packs have room for;
         - `micro_step_imbalance` and `step_imbalance`, see [`imbalance`];
         - `mean_delay` and `max_delay`: optimizer steps between the one that was being filled when a document's turn
           came in the random order, and the one it is in.
         """
-        return dict(self._report)
-
-    @cached_property
-    def _report(self) -> dict[str, Any]:
         options = self.options
         return {
             "packs": len(self),
@@ -92,16 +90,16 @@ class Packing:
         }
 
 
-def bar_options(description: str, unit: str) -> dict[str, Any]:
-    """Of a progress bar for work that may take long, on the first process if that has a terminal."""
-    hidden = True if os.environ.get("RANK", "0") != "0" else None
-    return {"desc": description, "unit": f" {unit}", "delay": 2, "leave": False, "disable": hidden}
-
-
 def imbalance(seconds: np.ndarray, dp_size: int, gradient_accumulation_steps: int) -> dict[str, float]:
-    """What data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 if it is a tenth. Where
-    groups wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end of an
-    optimizer step, `step_imbalance`. A last micro-step that not every group has a pack for does not count."""
+    """Returns what data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 for a tenth.
+    Where groups wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end
+    of an optimizer step, `step_imbalance`. A last micro-step that not every group has a pack for does not count.
+
+    Args:
+        seconds (`np.ndarray`): (packs,) predicted seconds.
+        dp_size (`int`): data-parallel groups.
+        gradient_accumulation_steps (`int`): micro-steps of an optimizer step.
+    """
     micro_steps = np.asarray(seconds)[: len(seconds) // dp_size * dp_size].reshape(-1, dp_size)
     if not len(micro_steps):
         return {"micro_step_imbalance": 1.0, "step_imbalance": 1.0}
@@ -153,7 +151,7 @@ def pack_lengths(
 
     Raises:
         PlanError: documents without tokens, too long ones with `overlong="error"`, too few tokens for `cp_size`, or an
-            option that is none of those above.
+            option other than those listed.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(empty := np.flatnonzero(lengths < 1)):
@@ -182,29 +180,31 @@ class EpochPacker:
     dataset are kept together.
 
     Args:
-        lengths (`np.ndarray`): int64, 0 of what is no document.
-        options (`PackingOptions`)
+        lengths (`np.ndarray`): (rows,) int64, tokens of each row's document, 0 for rows that are left out.
+        options (`PackingOptions`): how to pack.
+
+    Raises:
+        PlanError: documents that cannot be packed, see [`pack_lengths`].
     """
 
     def __init__(self, lengths: np.ndarray, options: PackingOptions):
         self.options, self.counts = options, Counts()
         fits = (lengths > 0) & (lengths <= options.longest)
         self.counts.add_whole(int(fits.sum()), int(lengths[fits].sum()))
-        cut = []
+        cut: list[DocumentPart] = []
         for document in np.flatnonzero(lengths > options.longest).tolist():
-            pieces = options.pieces(document, int(lengths[document]))
-            self.counts.add(int(lengths[document]), pieces)
-            cut += pieces
+            parts = options.parts(document, int(lengths[document]))
+            self.counts.add(int(lengths[document]), parts)
+            cut += parts
         whole = np.flatnonzero(fits)
-        pieces = np.concatenate(
-            [np.stack([whole, 0 * whole, lengths[whole]], 1), np.array(cut, dtype=np.int64).reshape(-1, 3)]
-        )
-        if not len(pieces):
+        columns = np.stack([whole, np.zeros_like(whole), lengths[whole]])
+        documents, starts, stops = np.append(columns, np.array(cut, dtype=np.int64).reshape(-1, 3).T, axis=1)
+        if not len(documents):
             raise PlanError("There are no documents to pack: all rows were left out, or there are none.")
-        tokens = pieces[:, 2] - pieces[:, 1]
+        tokens = stops - starts
         unit = _units(tokens, options)
         by_unit = np.argsort(unit, kind="stable")
-        self._pieces = pieces[by_unit]
+        self._parts = documents[by_unit], starts[by_unit], stops[by_unit]
         self._offsets = np.append(0, np.bincount(unit).cumsum()).astype(np.int64)
         seconds, heavy = options.times(tokens)
         self._tokens = np.bincount(unit, tokens).astype(np.int64).tolist()
@@ -216,8 +216,8 @@ class EpochPacker:
         return [Waiting(self._seconds[unit], unit, self._tokens[unit], 0) for unit in units]
 
     def _spare(self) -> float:
-        """The share of packs to spare with which a trial on some of the documents does not have to pack many steps
-        again: documents that are long for the window leave more room in every step than few short ones fill."""
+        """Returns the share of packs to spare with which a trial on some of the documents does not have to pack many
+        steps again: documents that are long for the window leave more room in every step than few short ones fill."""
         order = np.random.default_rng(0).permutation(len(self._tokens))[:MOST_TRIED].tolist()
         spare = self.options.spare
         while True:
@@ -229,13 +229,14 @@ class EpochPacker:
             spare *= 2
 
     def pack(self, seed: int = 0, epoch: int = 0) -> Packing:
-        """The packs of an epoch: equal seeds and epochs give equal packs."""
+        """Packs an epoch: equal seeds and epochs give equal packs."""
         order = np.random.default_rng((seed, epoch)).permutation(len(self._tokens)).tolist()
         packs, _ = self._with_rest(*self._steps(order, self.num_packs), self.num_packs)
         return self._packing(packs)
 
     def _steps(self, order: list[int], packs: int) -> tuple[list[list[list[Waiting]]], list[Waiting]]:
-        """The packs of each step, at most `packs` in all, of documents in this order, and those that had no room."""
+        """Returns the packs of each step, at most `packs` in all, of documents in this order, and the documents that
+        had no room."""
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
         tokens = sum(self._tokens[unit] for unit in order)
@@ -260,7 +261,7 @@ class EpochPacker:
     def _with_rest(
         self, steps: list[list[list[Waiting]]], rest: list[Waiting], num_packs: int, most: int | None = None
     ) -> tuple[list[list[Waiting]], int | None]:
-        """The packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
+        """Returns the packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
         documents fit; and how many that were. `([], None)` if it would take more than `most`."""
         options, again = self.options, 1
         if not rest and sum(map(len, steps)) == num_packs:
@@ -280,10 +281,10 @@ class EpochPacker:
         units = np.array([document.item for pack in packs for document in pack], dtype=np.int64)
         sizes = self._offsets[units + 1] - self._offsets[units]
         ends = sizes.cumsum()
-        pieces = self._pieces[np.repeat(self._offsets[units] - ends + sizes, sizes) + np.arange(sizes.sum())]
+        where = np.repeat(self._offsets[units] - ends + sizes, sizes) + np.arange(sizes.sum())
+        documents, starts, stops = (column[where] for column in self._parts)
         step_of = np.repeat(np.arange(len(packs)) // self.options.step_packs, [len(pack) for pack in packs])
         turn = np.array([document.step for pack in packs for document in pack], dtype=np.int64)
-        documents, starts, stops = pieces.T
         return Packing(
             documents,
             starts,
@@ -297,13 +298,14 @@ class EpochPacker:
 
 
 def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
-    """(n,) which pieces stay together: those that are long enough for a pack are alone."""
+    """Returns the unit of each part, (n,) int64. Parts of a unit stay together; those that are long enough for a pack
+    are alone."""
     short = tokens < options.cp_size
     unit = np.cumsum(~short) - 1
     units, held = int((~short).sum()), 0
-    for piece in np.flatnonzero(short).tolist():
-        unit[piece] = units
-        held += int(tokens[piece])
+    for part in np.flatnonzero(short).tolist():
+        unit[part] = units
+        held += int(tokens[part])
         if held >= options.cp_size:
             units, held = units + 1, 0
     if held:

@@ -1,4 +1,4 @@
-"""What packing is asked for, and what becomes of documents that do not fit: `PackingOptions` and `Counts`."""
+"""`PackingOptions` and `Counts`: how documents are packed, and what becomes of those that do not fit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HEAVY_ATTENTION = 0.02
 """Documents wait for others if their attention takes more than this share of the linear work of a full pack."""
 
 
-class Piece(NamedTuple):
-    """Tokens [start, stop) of document `document` of the dataset: a document of its own in its pack."""
+class DocumentPart(NamedTuple):
+    """Tokens `start` to `stop` (half-open) of a document of the dataset: a document of its own in its pack."""
 
     document: int
     start: int
@@ -34,7 +34,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """Options of [`pack_lengths`], checked; with what follows from them."""
+    """Options of [`pack_lengths`], checked, and what follows from them.
+
+    Raises:
+        PlanError: an option that [`pack_lengths`] does not list, or a number out of range.
+    """
 
     window: int
     strategy: str = "balanced"
@@ -67,25 +71,28 @@ class PackingOptions:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest document that is packed whole."""
         return self.max_length or self.window
 
     @property
     def step_packs(self) -> int:
+        """Packs of an optimizer step."""
         return self.dp_size * self.gradient_accumulation_steps
 
     @property
     def spare(self) -> float:
+        """Share of packs to spare, see `SPARE_PACKS`."""
         return SPARE_PACKS[self.strategy]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
-        """Packs that have room for them in whatever order they come, with a share of them to spare; those of whole
-        steps if there are documents for them."""
+        """Returns how many packs have room for documents in whatever order they come, with a share of them to spare;
+        those of whole steps if there are documents for them."""
         least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
         steps = math.ceil(least * (1 + (self.spare if spare is None else spare)) / self.step_packs)
         return max(least, min(steps * self.step_packs, len(documents)))
 
     def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
-        """All documents in as many packs, if they fit."""
+        """Places all documents in as many packs, `None` if they do not fit."""
         documents = sorted(documents, reverse=True)
         for fill in (least_time, best_fit) if self.strategy == "balanced" else (best_fit,):
             found, left = fill(documents, self.window, packs)
@@ -94,49 +101,56 @@ class PackingOptions:
         return None
 
     def step_packer(self) -> StepPacker:
+        """Makes a packer of documents as they come."""
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(seconds, heavy)` of documents: predicted, on one device; whether they wait for others like them."""
+        """Returns `(seconds, heavy)`, (n,) each: predicted seconds of documents on one device, and whether they wait
+        for others like them."""
         model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
         different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
         linear, attention = model.document_times(different)
         heavy = attention > HEAVY_ATTENTION * linear[-1]
         return (linear + attention)[which[:-1]], heavy[which[:-1]]
 
-    def pieces(self, document: int, length: int) -> list[Piece]:
-        """Of one document; none if it is dropped.
+    def parts(self, document: int, length: int) -> list[DocumentPart]:
+        """Cuts a document to the parts that are packed; none if it is dropped.
 
         Raises:
             PlanError: it is too long, and `overlong` is "error".
         """
         longest = self.longest
         if length <= longest:
-            return [Piece(document, 0, length)]
+            return [DocumentPart(document, 0, length)]
         if self.overlong == "error":
             raise PlanError(
                 f"Document {document} has {length} tokens, more than the {longest} that fit. Choose what happens to "
                 'such documents: overlong="truncate", "split" or "drop".'
             )
         if self.overlong == "split":
-            return [Piece(document, at, min(at + longest, length)) for at in range(0, length, longest)]
-        return [Piece(document, 0, longest)] if self.overlong == "truncate" else []
+            return [DocumentPart(document, at, min(at + longest, length)) for at in range(0, length, longest)]
+        return [DocumentPart(document, 0, longest)] if self.overlong == "truncate" else []
 
 
 class Counts:
-    """What became of documents and their tokens: those in are those packed, dropped and, of tokens, truncated."""
+    """Counts of documents and tokens: those that came in are packed, dropped or, for tokens, truncated."""
 
     def __init__(self):
         names = ("packed", "dropped", "truncated", "split")
         self.documents = dict.fromkeys(("in", *names), 0)
         self.tokens = dict.fromkeys(("in", *names[:3]), 0)
 
-    def add(self, length: int, pieces: Sequence[Piece]) -> None:
-        packed = sum(piece.stop - piece.start for piece in pieces)
-        self.add_whole(1, packed) if packed == length else self._add_cut(length, packed)
-        self.documents["split"] += len(pieces) > 1
+    def add(self, length: int, parts: Sequence[DocumentPart]) -> None:
+        """Counts a document of `length` tokens of which `parts` are packed."""
+        packed = sum(part.stop - part.start for part in parts)
+        if packed == length:
+            self.add_whole(1, packed)
+        else:
+            self._add_cut(length, packed)
+        self.documents["split"] += len(parts) > 1
 
     def add_whole(self, documents: int, tokens: int) -> None:
+        """Counts documents that are packed whole."""
         for counts, number in ((self.documents, documents), (self.tokens, tokens)):
             counts["in"] += number
             counts["packed"] += number
@@ -151,7 +165,7 @@ class Counts:
         self.documents["truncated"] += packed > 0
 
     def drop(self, documents: int, tokens: int) -> None:
-        """Of those packed."""
+        """Counts documents as dropped that were counted as packed."""
         for counts, number in ((self.documents, documents), (self.tokens, tokens)):
             counts["packed"] -= number
             counts["dropped"] += number

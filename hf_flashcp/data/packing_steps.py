@@ -13,7 +13,14 @@ ALIKE = 0.05
 
 
 class Waiting(NamedTuple):
-    """A document without a pack. They sort by time."""
+    """A document without a pack; documents sort by time.
+
+    Attributes:
+        seconds (`float`): predicted seconds on one device.
+        item (`int`): number of the document or unit.
+        tokens (`int`): its tokens.
+        step (`int`): optimizer step that was being filled when it came.
+    """
 
     seconds: float
     item: int
@@ -26,13 +33,13 @@ class StepPacker:
 
     Args:
         window (`int`): tokens that a pack has room for.
-        balanced (`bool`): each document to the pack that would take the least time; else best fit.
+        balanced (`bool`): each document goes to the pack that takes the least time; else best fit.
         dp_size (`int`): packs of a micro-step.
         look_ahead (`int`): steps that a heavy document may wait for `dp_size - 1` others that are [`ALIKE`].
 
     Attributes:
-        tokens, documents (`int`): what the next step can have.
-        steps (`int`): so far.
+        tokens, documents (`int`): tokens and documents that the next step can have.
+        steps (`int`): steps so far.
     """
 
     def __init__(self, window: int, balanced: bool, dp_size: int, look_ahead: int):
@@ -43,6 +50,7 @@ class StepPacker:
         self._heavy: list[Waiting] = []
 
     def add(self, item: int, tokens: int, seconds: float, heavy: bool) -> None:
+        """Takes a document."""
         document = Waiting(seconds, item, tokens, self.steps)
         if heavy and self.balanced and self.look_ahead:
             bisect.insort(self._heavy, document)
@@ -55,18 +63,18 @@ class StepPacker:
 
     @property
     def waiting_tokens(self) -> int:
-        """Of documents that wait for others like them, so that the next step does not have them."""
+        """Tokens of documents that wait for others like them, so that the next step does not have them."""
         return sum(document.tokens for document in self._heavy)
 
     def release(self) -> bool:
-        """Lets those of them that differ least into the next step. Whether there were any."""
-        if self._heavy:
-            self._release(self._most_alike(range(len(self._heavy))))
-            return True
-        return False
+        """Lets those of them that differ least into the next step; returns whether there were any."""
+        if not self._heavy:
+            return False
+        self._release(self._most_alike(range(len(self._heavy))))
+        return True
 
     def step(self, packs: int) -> list[list[Waiting]]:
-        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
+        """Returns the packs of the next step, none of them empty; fewer than asked for if documents run out."""
         while self._heavy:
             oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
             if self._heavy[oldest].step + self.look_ahead > self.steps:
@@ -79,13 +87,14 @@ class StepPacker:
         return found
 
     def take_rest(self) -> list[Waiting]:
-        """All that has no pack yet."""
+        """Removes and returns all documents without a pack."""
         rest = self._left + self._pool + self._heavy
         self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
         return rest
 
     def _most_alike(self, among: Sequence[int]) -> int:
-        """Where the run of `dp_size` neighbours begins whose times differ least, of those with one of `among`."""
+        """Returns where the run of `dp_size` neighbours begins whose times differ least, of those with one of
+        `among`."""
         heavy, size = self._heavy, min(self.dp_size, len(self._heavy))
         firsts = range(max(among[0] - size + 1, 0), min(among[-1], len(heavy) - size) + 1)
         return min(firsts, key=lambda first: heavy[first + size - 1].seconds / heavy[first].seconds)
@@ -102,8 +111,11 @@ class StepPacker:
 
 
 def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Each document, as they come, to the pack that takes the least time of those with room.
-    `(packs, documents that had no room)`."""
+    """Puts each document, as they come, in the pack that takes the least time of those with room.
+
+    Returns:
+        `(packs, left)`: at most as many packs as asked for, none empty, and the documents that had no room.
+    """
     found: list[list[Waiting]] = [[] for _ in range(packs)]
     room = [window] * packs
     times = [(0.0, index) for index in range(packs)]
@@ -128,8 +140,12 @@ def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[l
 def best_fit(
     documents: Sequence[Waiting], window: int, packs: int | None = None
 ) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Each document, as they come, to the pack with the least room that is enough. `(packs, documents that had no
-    room)`: with as many `packs` as asked for, if there are documents for them."""
+    """Puts each document, as they come, in the pack with the least room that is enough.
+
+    Returns:
+        `(packs, left)`: as many packs as asked for, if there are documents for them, and the documents that had no
+        room.
+    """
     found: list[list[Waiting]] = []
     spaces: list[int] = []
     with_space: dict[int, list[list[Waiting]]] = {}
@@ -158,7 +174,7 @@ def best_fit(
 
 
 def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
-    """`count` packs, by halving the slowest; fewer if there are not as many documents."""
+    """Returns `count` packs, by halving the slowest; fewer if there are not as many documents."""
     done = [pack for pack in packs if len(pack) == 1]
     several = [(-pack_seconds(pack), index, pack) for index, pack in enumerate(packs) if len(pack) > 1]
     heapq.heapify(several)
@@ -175,24 +191,25 @@ def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
 
 
 def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_steps: int) -> list[list[Waiting]]:
-    """The packs of one or several steps in order: those of a micro-step take about the same time, and over a step
-    each data-parallel group about the same as the others."""
+    """Returns the packs of one or several steps in order: those of a micro-step take about the same time, and over a
+    step each data-parallel group about the same as the others."""
     packs = sorted(packs, key=pack_seconds, reverse=True)
     micro_steps = [packs[start : start + dp_size] for start in range(0, len(packs), dp_size)]
     steps = -(-len(micro_steps) // gradient_accumulation_steps)
     last = [micro_steps.pop()] if len(packs) % dp_size else []
     micro_steps = [micro_step for first in range(steps) for micro_step in micro_steps[first::steps]] + last
     ordered = []
-    for index, micro_step in enumerate(micro_steps):
-        if index % gradient_accumulation_steps == 0:
-            totals = [0.0] * dp_size
-        # The slowest pack to the group that has had the least.
-        placed = sorted(zip(sorted(range(len(micro_step)), key=totals.__getitem__), micro_step))
-        for group, pack in placed:
-            totals[group] += pack_seconds(pack)
-            ordered.append(pack)
+    for first in range(0, len(micro_steps), gradient_accumulation_steps):
+        totals = [0.0] * dp_size
+        for micro_step in micro_steps[first : first + gradient_accumulation_steps]:
+            # The slowest pack to the group that has had the least.
+            groups = sorted(range(len(micro_step)), key=totals.__getitem__)
+            for group, pack in sorted(zip(groups, micro_step)):
+                totals[group] += pack_seconds(pack)
+                ordered.append(pack)
     return ordered
 
 
 def pack_seconds(pack: Sequence[Waiting]) -> float:
+    """Returns the predicted seconds of a pack on one device."""
     return sum(document.seconds for document in pack)

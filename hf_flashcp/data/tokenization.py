@@ -1,10 +1,9 @@
-"""Texts and chats to documents of tokens. Each row that is left out or cut is counted."""
+"""Makes documents of tokens from texts and chats, and counts each row that is left out or cut."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BatchError
 from .boundaries import IGNORE_INDEX
 from .chat_columns import is_mentioned, taken_columns, template_arguments, without_filled
+from .progress import on_first_process
 
 
 if TYPE_CHECKING:
@@ -42,15 +42,15 @@ _TOKEN_COUNTS = ("tokens", "targets", "tokens_left_out")
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """What [`tokenize_texts`] and [`tokenize_chats`] return.
+    """Result of [`tokenize_texts`] and [`tokenize_chats`].
 
     Attributes:
-        documents (`datasets.Dataset`): `input_ids`, and with chats `labels`, a row for each document or piece of one.
+        documents (`datasets.Dataset`): `input_ids`, and with chats `labels`, one row per document or piece of one.
         counts (`dict[str, int]`): `rows` of the dataset, one count for each key of `KEPT` and `LEFT_OUT` (together
             they are `rows`), `documents`, `tokens` in them, `targets` (tokens that have a label and one before them),
             and `tokens_left_out` with rows that were cut or left out. With chats also `assistant_first`: of those
             kept, conversations that begin with the assistant (after a system message, if there is one).
-        unused_columns (`tuple[str, ...]`): columns of the dataset that nothing was made of, and
+        unused_columns (`tuple[str, ...]`): columns of the dataset that were not used, and
             `"chat_template_kwargs.<name>"` for arguments that the chat template does not mention.
     """
 
@@ -68,7 +68,7 @@ def tokenize_texts(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """One document per text: the tokens that the tokenizer makes of it, and its end token behind them.
+    """Makes one document per text: the tokens that the tokenizer makes of it, and its end token behind them.
 
     A beginning or end token that stands in the text itself is not doubled. Columns that are not used are named in one
     warning and in the result.
@@ -76,7 +76,7 @@ def tokenize_texts(
     Args:
         dataset (`datasets.Dataset`): with a column of texts.
         tokenizer (`PreTrainedTokenizerBase`): with an end token.
-        text_column (`str`, *optional*, defaults to `"text"`): its name.
+        text_column (`str`, *optional*, defaults to `"text"`): the column's name.
         max_length (`int`, *optional*): tokens that a document may have.
         overlong (`str`, *optional*, defaults to `"truncate"`): longer documents are truncated to it, are split into
             pieces that become documents of their own (`"split"`), or are left out (`"drop"`).
@@ -105,7 +105,7 @@ def tokenize_chats(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """One document per conversation, as the tokenizer's chat template writes it; targets are what it marks by
+    """Makes one document per conversation, as the tokenizer's chat template writes it; targets are what it marks by
     `{% generation %}`, the assistant's tokens. transformers only warns of a template without marks.
 
     The template gets what a row has for it, as it is or as a string of JSON: `tools` (a list of JSON schemas),
@@ -141,8 +141,8 @@ def tokenize_chats(
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
-    """The chat templates that rows of such a dataset can get, with marks: transformers takes "tool_use" for rows with
-    tools, where there is one."""
+    """Returns the chat templates, with marks, that rows of such a dataset can get: transformers takes "tool_use" for
+    rows with tools, where there is one."""
     given = tokenizer.chat_template
     named = given if isinstance(given, Mapping) else {"default": given}
     names = ["default", *(["tool_use"] if "tools" in column_names else [])]
@@ -209,7 +209,7 @@ def _tokenized(
     unused = [name for name in dataset.column_names if name not in used]
     if chats:
         unused += sorted({f"chat_template_kwargs.{name}" for names in rows["ignored"] for name in names})
-    if unused and os.environ.get("RANK", "0") == "0":
+    if unused and on_first_process():
         logger.warning("Columns not used: %s.", ", ".join(unused))
     documents = rows.filter(_has_tokens, input_columns="tokens", num_proc=num_proc, desc="Leaving out")
     counts["documents"] = len(documents)
@@ -255,7 +255,8 @@ def _tokenize_texts(
 
 
 def _with_ends_once(document: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end token behind a document; it and the beginning token once, where text and tokenizer both have them."""
+    """Puts the end token behind a document, and leaves it and the beginning token once where text and tokenizer both
+    have them."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, stop = 0, len(document)
     while begin is not None and document[start : start + 2] == [begin, begin]:
@@ -287,25 +288,26 @@ def _tokenize_chats(
         ignored = [name for name in arguments if name not in own_arguments and not is_mentioned(name, templates)]
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         document, mask = _encoded(index, messages, arguments, tokenizer)
-        rows.note(ignored, _begins_with_assistant(messages))
+        noted = {"ignored": ignored, "assistant_first": _begins_with_assistant(messages)}
         labels = [token if kept else IGNORE_INDEX for token, kept in zip(document, mask)]
         if not any(mask[1:]):
-            rows.leave_out("no_assistant", len(document))
+            rows.leave_out("no_assistant", len(document), **noted)
         elif max_length is None or len(document) <= max_length:
-            rows.keep("whole", document, labels)
+            rows.keep("whole", document, labels, **noted)
         elif overlong == "drop":
-            rows.leave_out("too_long", len(document))
+            rows.leave_out("too_long", len(document), **noted)
         elif not any(mask[1:max_length]):
-            rows.leave_out("assistant_cut_off", len(document))
+            rows.leave_out("assistant_cut_off", len(document), **noted)
         else:
-            rows.keep("truncated", document[:max_length], labels[:max_length], left_out=len(document) - max_length)
+            left_out = len(document) - max_length
+            rows.keep("truncated", document[:max_length], labels[:max_length], left_out, **noted)
     return rows.columns
 
 
 def _encoded(
     index: int, messages: list[dict], arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation, and 1 for those of the assistant."""
+    """Returns the tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
     try:
         encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
@@ -337,34 +339,36 @@ def _is_conversation(messages: Any) -> bool:
 
 
 class _Rows:
-    """Columns of tokenized rows. `outcome` is None for the further pieces of a split document."""
+    """Columns of tokenized rows. With labels, rows also note the template arguments that nothing reads, and whether
+    the assistant speaks first."""
 
     def __init__(self, with_labels: bool):
         names = ["input_ids", "outcome", *_TOKEN_COUNTS]
         names += ["labels", "ignored", "assistant_first"] if with_labels else []
         self.columns: dict[str, list] = {name: [] for name in names}
-        self._noted: tuple[list[str], bool] = ([], False)
 
-    def note(self, ignored: list[str], assistant_first: bool):
-        """Sets what the next `keep` or `leave_out` adds to its row: template arguments that nothing reads, and whether
-        the assistant speaks first."""
-        self._noted = (ignored, assistant_first)
-
-    def keep(self, outcome: str | None, document: list[int], labels: list[int] | None = None, left_out: int = 0):
+    def keep(
+        self,
+        outcome: str | None,
+        document: list[int],
+        labels: list[int] | None = None,
+        left_out: int = 0,
+        **noted: Any,
+    ) -> None:
+        """Adds a document; `outcome` is None for the further pieces of a split one."""
         targets = sum(label != IGNORE_INDEX for label in (labels or document)[1:])
-        self._add(document, labels or [], outcome, targets, left_out)
+        self._add(document, labels or [], outcome, targets, left_out, **noted)
 
-    def leave_out(self, outcome: str, tokens: int = 0):
-        self._add([], [], outcome, 0, tokens)
+    def leave_out(self, outcome: str, tokens: int = 0, **noted: Any) -> None:
+        """Adds a row without a document."""
+        self._add([], [], outcome, 0, tokens, **noted)
 
-    def _add(self, document, labels, outcome, targets, left_out):
-        ignored, assistant_first = self._noted
-        self._noted = ([], False)
+    def _add(self, document, labels, outcome, targets, left_out, ignored=(), assistant_first=False) -> None:
         row = {
             "input_ids": document,
             "labels": labels,
             "outcome": outcome,
-            "ignored": ignored,
+            "ignored": list(ignored),
             "tokens": len(document),
             "targets": targets,
             "tokens_left_out": left_out,

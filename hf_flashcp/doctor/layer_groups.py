@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..attention.kernels import CAPABILITIES, explain_kernels
-from ..integrations.models.model_support import config_value
+from ..predict.model_config import config_value
 
 
 def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

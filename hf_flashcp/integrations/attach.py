@@ -28,11 +28,12 @@ from ..layout import RankPlan
 from ..plan import ShardPlan
 from ..planning import PlanSettings
 from ..planning.settings import current_owner, current_settings
+from ..predict.model_config import config_value
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
 from .models.forward_arguments import has_cache, media
 from .models.loss_check import LossCheck
-from .models.model_support import check_model, config_value
+from .models.model_support import check_model
 from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
 from .models.per_document_rope import hook_length_dependent_rope
 from .models.router_loss import scale_mean_terms, share_router_losses

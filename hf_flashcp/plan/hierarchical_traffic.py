@@ -1,12 +1,12 @@
-"""KV that crosses to each node once and is handed on inside it: how many tokens' between which ranks, in which step.
+"""Traffic of the hierarchical exchange, in which KV crosses to each node once and is handed on inside it.
 
 What a rank sends to another node goes to the rank that has its own place there (see `layout/hierarchical.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,19 +19,28 @@ if TYPE_CHECKING:
     from .slices import Slice
 
 
+class _Runs(NamedTuple):
+    """Runs of a document's tokens that the same ranks need: the ranks that hold them (n,), their tokens (n,), and
+    whether each rank needs them (n, cp_size)."""
+
+    senders: np.ndarray
+    counts: np.ndarray
+    needs: np.ndarray
+
+
 def hierarchical_traffic(
     slices: Sequence[Sequence[Slice]],
     ranks_per_node: int,
     window: int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(first, second)`, (cp_size, cp_size) int64 each: tokens whose K and V go from rank to rank, [sender][receiver],
-    in either step of the forward of one layer.
+    """Returns `(first, second)`, (cp_size, cp_size) int64 each: tokens whose K and V go from rank to rank,
+    [sender][receiver], in either step of the forward of one layer.
 
     Args:
-        slices: of each rank, as in [`ShardPlan`].
-        ranks_per_node (`int`): of full nodes.
-        window (`int`, *optional*): of a sliding-window layer.
+        slices: the slices of each rank, as in [`ShardPlan`].
+        ranks_per_node (`int`): ranks of a full node.
+        window (`int`, *optional*): the layer's sliding window, in tokens; full attention if `None`.
         offsets (`Sequence[int]`, *optional*): ring offsets of the stage; all of them if `None`.
     """
     cp_size = len(slices)
@@ -40,8 +49,8 @@ def hierarchical_traffic(
     offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
     allowed = offset > 0 if offsets is None else np.isin(offset, offsets)
     first, second = np.zeros((2, cp_size * cp_size))
-    for senders, counts, needs in _pieces(slices, window):
-        needs &= allowed[senders]
+    for senders, counts, needs in _runs_by_document(slices, window):
+        needs = needs & allowed[senders]
         inside = needs & (node[senders][:, None] == node)
         crosses = needs & ~inside
         to_node = crosses.reshape(len(senders), -1, ranks_per_node).any(2)
@@ -56,8 +65,8 @@ def hierarchical_traffic(
 
 
 def traffic_by_link(plan: ShardPlan, ranks_per_node: int, window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`(received, sent)`, (2, cp_size) each: tokens whose K and V a rank gets and gives in the forward of one layer,
-    inside its node and between nodes, by the plan's exchange; what a rank hands on included."""
+    """Returns `(received, sent)`, (2, cp_size) each: tokens whose K and V a rank gets and gives in the forward of one
+    layer, inside its node and between nodes, by the plan's exchange; what a rank hands on included."""
     if plan.ranks_per_node is None:
         return by_link(plan.kv_traffic(window), ranks_per_node)
     return by_link(np.add(*hierarchical_traffic(plan.slices, plan.ranks_per_node, window)), ranks_per_node)
@@ -68,9 +77,7 @@ def _sums(rows, columns, counts: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(places.ravel(), counts.ravel(), size * size)
 
 
-def _pieces(slices: Sequence[Sequence[Slice]], window: int | None):
-    """Document after document `(senders, counts, needs)`: runs of tokens that the same ranks need, who holds them
-    (n,), how many they are (n,), and by whom they are needed (n, cp_size)."""
+def _runs_by_document(slices: Sequence[Sequence[Slice]], window: int | None) -> Iterator[_Runs]:
     cp_size = len(slices)
     needed = needed_keys(slices, window) if window is not None else {}
     for document, pieces in slices_by_document(slices).items():
@@ -81,7 +88,7 @@ def _pieces(slices: Sequence[Sequence[Slice]], window: int | None):
             starts, stops, senders = np.array(pieces).T
             last = np.full(cp_size, -1)
             np.maximum.at(last, senders, starts)
-            yield senders, stops - starts, last >= stops[:, None]
+            yield _Runs(senders, stops - starts, last >= stops[:, None])
             continue
         by_rank = [needed[document].get(rank, ()) for rank in range(cp_size)]
         runs = [
@@ -89,12 +96,11 @@ def _pieces(slices: Sequence[Sequence[Slice]], window: int | None):
             for first, last, sender in pieces
             for start, stop in _cut(first, last, needed[document])
         ]
-        senders, counts, needs = zip(*runs)
-        yield np.array(senders), np.array(counts), np.array(needs)
+        yield _Runs(*map(np.array, zip(*runs)))
 
 
 def _cut(first: int, last: int, needed: dict[int, list[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """Tokens [first, last) where what some rank needs of them begins or ends."""
+    """Cuts tokens [first, last) where what some rank needs of them begins or ends."""
     inner = {edge for of_rank in needed.values() for interval in of_rank for edge in interval if first < edge < last}
     edges = sorted({first, last, *inner})
     return list(zip(edges, edges[1:]))

@@ -6,13 +6,10 @@ the kernel (`aten::_flash_attention_backward`) allocates the same. FlashAttentio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .memory_shape import MemoryShape
-
-
-if TYPE_CHECKING:
-    from .memory import TrainingSetup
+from .training_setup import RankLoad, TrainingSetup
 
 
 WIDEST_HEAD = 256
@@ -31,14 +28,14 @@ def backward_buffers(
     - `dq_accum`: fp32, for queries + 128 rows per sequence and all query heads, D rounded up to a multiple of 32, or
       of 64 above 128;
     - `softmax_d`: fp32, for the same rows and heads;
-    - `expanded dk, dv`: in the compute dtype, a head for each query head, unless there are as many KV heads;
+    - `expanded dk, dv`: in the compute dtype, one head per query head, unless there are as many KV heads;
     - `dq` and `dk, dv`: the results in the compute dtype, which `VarlenKernel` adds to its fp32 sums;
     - `padded inputs`: copies of those inputs (query, key, value, output and its gradient) that are narrower than D.
 
     Args:
         shape (`MemoryShape`): the model's sizes.
         queries (`float`), keys (`float`): rows of the call.
-        sequences (`float`): sequences in the call, one for each rectangle of queries and keys.
+        sequences (`float`): sequences in the call, one per rectangle of queries and keys.
         itemsize (`int`): bytes per element of the compute dtype.
     """
     heads, kv_heads = shape.query_heads, shape.kv_heads
@@ -86,16 +83,7 @@ class BackwardPoint(NamedTuple):
 
 
 def attention_backward(
-    shape: MemoryShape,
-    setup: TrainingSetup,
-    tokens: float,
-    received: float,
-    sent: float,
-    stage_keys: float,
-    sequences: float,
-    *,
-    kept: bool,
-    freed: float,
+    shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool, freed: float
 ) -> list[BackwardPoint]:
     """Returns the points in an attention layer's backward (`Engine.backward`) at which memory can be at its highest.
 
@@ -104,24 +92,25 @@ def attention_backward(
     kept is fetched for all stages at once, and each stage's part is freed after its kernel call.
 
     Args:
-        shape (`MemoryShape`), setup (`TrainingSetup`), tokens, received, sent, stage_keys, sequences: as
-            [`estimate_memory`] takes them.
+        shape (`MemoryShape`): the model's sizes.
+        setup (`TrainingSetup`): how it is trained.
+        load (`RankLoad`): what the plan loads on the rank.
         kept (`bool`): whether the layer kept the KV it received.
         freed (`float`): bytes that the layer's feed-forward block has freed by then.
     """
-    c, kv = setup.compute_bytes, shape.kv_width
+    c, kv, tokens, stage_keys = setup.compute_bytes, shape.kv_width, load.tokens, load.largest_stage
     queries = tokens * shape.query_heads * shape.key_dim
     sums = queries + tokens * kv
     incoming = c * tokens * shape.query_heads * shape.value_dim + 2 * tokens * setup.stream_bytes * shape.hidden
     always = 4 * sums + incoming
     # Rows sent need packed KV, or room for the gradients that come home. Keys of the other stages have gradients under
     # way, or are fetched KV.
-    around = always + c * kv * (sent + max(received - stage_keys, 0))
+    around = always + c * kv * (load.sent + max(load.received - stage_keys, 0))
     stage = around + 4 * kv * stage_keys + (0 if kept else c * kv * stage_keys)
 
     def kernel_call(before: float, keys: float) -> BackwardPoint:
         if setup.device == "cuda":
-            return BackwardPoint(before, backward_workspace(shape, tokens, keys, sequences, c), freed)
+            return BackwardPoint(before, backward_workspace(shape, tokens, keys, load.sequences, c), freed)
         # The call's results, of which one at a time is cast to fp32 to be added: a GPU adds them without a copy.
         widest = max(queries, keys * shape.kv_heads * max(shape.key_dim, shape.value_dim))
         return BackwardPoint(before + c * (queries + kv * keys) + 4 * widest, 0, freed)
@@ -129,7 +118,7 @@ def attention_backward(
     return [
         kernel_call(stage, stage_keys),
         BackwardPoint(stage + c * kv * stage_keys, 0, freed),  # the stage's gradients are cast
-        kernel_call(always + c * kv * (sent + received), tokens),  # the local pass
+        kernel_call(always + c * kv * (load.sent + load.received), tokens),  # the local pass
         BackwardPoint(always + c * sums, 0, freed),  # all sums are cast, those from other ranks added before
     ]
 

@@ -1,4 +1,4 @@
-"""`CostModel`: how long a training step would take under a plan, from a model's config and a hardware profile.
+"""`CostModel`: predicts how long a training step takes under a plan, from a model's config and a hardware profile.
 
 What a rank does in one attention layer, and when (here with two stages; R1, R2 are the rectangles of received KV):
 
@@ -24,12 +24,14 @@ import numpy as np
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import rank_tokens
 from .hardware_profile import HardwareProfile, Link
-from .layer_work import StageWork, call_seconds, layer_work
+from .layer_work import Rectangles, StageWork, call_seconds, layer_work
 from .model_shape import AttentionLayers, ModelShape
+from .timeline import PassTimes, Timeline
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
 
 BACKWARD_OF_LINEAR = 2
 """Floating-point work of a linear layer's backward, over that of its forward: two products instead of one."""
@@ -55,16 +57,16 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Of the slowest rank."""
+        """Step time of the slowest rank."""
         return float((self.linear + self.attention + self.copies + self.exposed).max())
 
     @property
     def attention_seconds(self) -> float:
-        """Attention with its copies and what it waits for, of the slowest rank."""
+        """Attention with its copies and what it waits for, on the rank where they take longest."""
         return float((self.attention + self.copies + self.exposed).max())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable."""
+        """Returns a JSON-serializable form."""
         by_rank = {name: values.tolist() for name, values in vars(self).items()}
         return {"seconds": self.seconds, "attention_seconds": self.attention_seconds, **by_rank}
 
@@ -75,10 +77,11 @@ class CostModel:
 
     Args:
         hardware (`HardwareProfile`): speeds of kernels and links.
-        linear_flops_per_token (`float`): forward, all layers: twice the parameters that a token meets.
+        linear_flops_per_token (`float`): floating-point operations of the forward of all layers, twice the parameters
+            that a token meets.
         layers (`tuple[AttentionLayers, ...]`): the attention layers, grouped.
-        itemsize (`int`): bytes of an element of K and V on the wire.
-        grad_itemsize (`int`): likewise of their gradients.
+        itemsize (`int`): bytes per element of K and V on the wire.
+        grad_itemsize (`int`): bytes per element of their gradients on the wire.
 
     Equal arguments make equal models, so that all ranks plan alike, and a model can be a key of a cache.
     """
@@ -97,13 +100,13 @@ class CostModel:
         *,
         itemsize: int = 2,
     ) -> CostModel:
-        """A model for a transformers config on some hardware.
+        """Makes a cost model of a transformers config and some hardware.
 
         Args:
-            config (`PreTrainedConfig` or `Mapping`): of a causal language model, or what its config.json holds.
+            config (`PreTrainedConfig` or `Mapping`): a causal language model's config, or the dict in a config.json.
             hardware: the name of a profile (`hf_flashcp.planning.HARDWARE`), the path of one, or a profile.
-            itemsize (`int`, *optional*, defaults to 2): bytes of an element in the training dtype, which is also that
-                of the wire.
+            itemsize (`int`, *optional*, defaults to 2): bytes per element of the training dtype, which is also that of
+                the wire.
 
         Raises:
             ConfigurationError: a config without the sizes of its attention, or an unknown profile.
@@ -112,19 +115,22 @@ class CostModel:
         return cls(HardwareProfile.load(hardware), shape.linear_flops_per_token, shape.layers, itemsize, itemsize)
 
     def step_time(self, plan: ShardPlan) -> StepTime:
-        """Predicted times of one step on a plan's batch."""
-        linear = self._linear_seconds(np.array(rank_tokens(plan.slices)))
-        sums = [np.zeros(plan.cp_size) for _ in range(4)]
-        for layers in self.layers:
-            for total, forward, backward in zip(sums, *self.passes(plan, layers)):
-                total += layers.count * (forward + backward)
-        return StepTime(linear, *sums)
+        """Predicts the times of one step on a plan's batch."""
+        return self.sum_up(plan, [self.passes(plan, layers) for layers in self.layers])
+
+    def sum_up(self, plan: ShardPlan, passes: Sequence[tuple[PassTimes, PassTimes]]) -> StepTime:
+        """Sums up a step: the linear work of a plan's tokens, and the forward and backward of each group of layers."""
+        sums = [np.zeros(plan.cp_size) for _ in PassTimes._fields]
+        for layers, (forward, backward) in zip(self.layers, passes):
+            for total, once, other in zip(sums, forward, backward):
+                total += layers.count * (once + other)
+        return StepTime(self._linear_seconds(np.array(rank_tokens(plan.slices))), *sums)
 
     def document_times(self, lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(linear, attention)`: predicted seconds of one device for each document, forward and backward, (n,). They
-        add up over the documents of a pack; what starting kernels and moving KV costs depends on the plan."""
+        """Returns `(linear, attention)`: predicted seconds of one device per document, forward and backward, (n,).
+        They add up over the documents of a pack; what starting kernels and moving KV costs depends on the plan."""
         lengths = np.asarray(lengths, dtype=np.int64)
-        squares = np.stack([np.arange(len(lengths)), lengths, np.zeros_like(lengths)], 1)
+        squares = Rectangles(np.arange(len(lengths)), lengths, np.zeros_like(lengths))
         # Of several documents in one call, none is alone on the device.
         kernel = dataclasses.replace(self.hardware.kernel, units=0, call_seconds=0.0)
         attention = np.zeros(len(lengths))
@@ -134,83 +140,99 @@ class CostModel:
                 attention += layers.count * call_seconds(kernel, squares, cp_size=len(lengths), causal=True, **options)
         return self._linear_seconds(lengths), attention
 
+    def passes(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
+        """Predicts the forward and the backward of one layer by this library's exchange."""
+        layer = LayerCosts(self, layers, plan)
+        local, stages = layer_work(plan, layer.window, self.hardware.ranks_per_node)
+        return layer.forward(local, stages), layer.backward(local, stages)
+
+    def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
+        """Returns the (cp_size,) seconds of a transfer of (2, cp_size) bytes: inside nodes, and between them at the
+        same time."""
+        inside, between = bytes_moved
+        return np.maximum(_seconds(self.hardware.intra_node, inside), _seconds(self.hardware.inter_node, between))
+
     def _linear_seconds(self, tokens: np.ndarray) -> np.ndarray:
         work = tokens * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
         return work / self.hardware.linear_flops_per_second
 
-    def passes(self, plan: ShardPlan, layers: AttentionLayers) -> list[tuple[np.ndarray, ...]]:
-        """`(attention, copies, exposed, transfer)` of one layer's forward, and of its backward, each (cp_size,)."""
-        window = plan.hiding_window(layers.window)
-        local, stages = layer_work(plan, window, self.hardware.ranks_per_node)
-        none = np.zeros(plan.cp_size)
-        copied = sum((stage.copied for stage in stages), none)
-        merges = [none if window else self.merge_seconds(stage.rectangles, layers, plan.cp_size) for stage in stages]
-        found: list[tuple[np.ndarray, ...]] = []
-        for backward in (False, True):
-            options: dict[str, Any] = {
-                "cp_size": plan.cp_size,
-                "layers": layers,
-                "window": window,
-                "backward": backward,
-            }
-            local_pass = call_seconds(self.hardware.kernel, local, causal=True, **options)
-            passes = [
-                call_seconds(self.hardware.kernel, stage.rectangles, causal=window is not None, **options)
-                for stage in stages
-            ]
-            wires = [self._stage_seconds(stage, layers, backward) for stage in stages]
-            packing = self._pack_seconds(copied, layers, backward)
-            if backward:
-                copies, end = packing, _backward_end(local_pass, passes, wires) + packing
-            else:
-                steps = [remote_pass + merge for remote_pass, merge in zip(passes, merges)]
-                copies, end = sum(merges, packing), _forward_end(local_pass, steps, wires) + packing
-            attention = sum(passes, local_pass)
-            found.append((attention, copies, end - attention - copies, sum(wires, none)))
-        return found
 
-    def _stage_seconds(self, stage: StageWork, layers: AttentionLayers, backward: bool) -> np.ndarray:
-        """(cp_size,) seconds of a stage's transfer, of both steps in a hierarchical exchange. Gradients go home along
-        the same ways."""
-        width = layers.kv_elements_per_token * (self.grad_itemsize if backward else self.itemsize)
-        second = _seconds(self.hardware.intra_node, stage.handed_on.max(0) * width)
-        return self.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
+class LayerCosts:
+    """Costs of one attention layer under a plan.
 
-    def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
-        """(cp_size,) seconds that a transfer takes, of (2, cp_size) bytes: inside nodes, and between them at the same
-        time."""
-        links = (self.hardware.intra_node, self.hardware.inter_node)
-        return np.max([_seconds(link, moved) for link, moved in zip(links, bytes_moved)], axis=0)
+    Args:
+        model (`CostModel`): speeds of the hardware, and bytes per element on the wire.
+        layers (`AttentionLayers`): the layer's sizes.
+        plan (`ShardPlan`): who holds what.
+    """
 
-    def merge_seconds(self, rectangles: np.ndarray, layers: AttentionLayers, cp_size: int) -> np.ndarray:
-        """(cp_size,) seconds: partial outputs in fp32 are read and written, the received part's output is read."""
-        rows = np.bincount(rectangles[:, 0], rectangles[:, 1], cp_size)
-        elements = rows * layers.query_heads * layers.value_dim
-        return elements * (8 + self.itemsize) / self.hardware.memory_bytes_per_second
+    def __init__(self, model: CostModel, layers: AttentionLayers, plan: ShardPlan):
+        self.model, self.layers, self.plan, self.cp_size = model, layers, plan, plan.cp_size
+        self.window = plan.hiding_window(layers.window)
 
-    def _pack_seconds(self, tokens: np.ndarray, layers: AttentionLayers, backward: bool) -> np.ndarray:
-        """KV that is sent is read and written once; gradients that come home are added to fp32 ones."""
-        an_element = 8 + self.grad_itemsize if backward else 2 * self.itemsize
-        return tokens * layers.kv_elements_per_token * an_element / self.hardware.memory_bytes_per_second
+    def kernel_seconds(self, rectangles: Rectangles, *, causal: bool, backward: bool, heads: int = 0) -> np.ndarray:
+        """Returns the (cp_size,) seconds of one call, see [`call_seconds`], of all query heads or of `heads`."""
+        return call_seconds(
+            self.model.hardware.kernel,
+            rectangles,
+            cp_size=self.cp_size,
+            layers=dataclasses.replace(self.layers, query_heads=heads) if heads else self.layers,
+            window=self.window,
+            causal=causal,
+            backward=backward,
+        )
+
+    def merge_seconds(self, rectangles: Rectangles) -> np.ndarray:
+        """Returns the (cp_size,) seconds of merging the results of rectangles: partial outputs in fp32 are read and
+        written, the received part's output is read."""
+        rows = np.bincount(rectangles.ranks, rectangles.queries, self.cp_size)
+        elements = rows * self.layers.query_heads * self.layers.value_dim
+        return elements * (8 + self.model.itemsize) / self.model.hardware.memory_bytes_per_second
+
+    def pack_seconds(self, tokens: np.ndarray, backward: bool) -> np.ndarray:
+        """Returns the (cp_size,) seconds of packing tokens: KV that is sent is read and written once; gradients that
+        come home are added to fp32 ones."""
+        bytes_per_element = 8 + self.model.grad_itemsize if backward else 2 * self.model.itemsize
+        elements = tokens * self.layers.kv_elements_per_token
+        return elements * bytes_per_element / self.model.hardware.memory_bytes_per_second
+
+    def stage_seconds(self, stage: StageWork, backward: bool) -> np.ndarray:
+        """Returns the (cp_size,) seconds of a stage's transfer, of both steps in a hierarchical exchange. Gradients go
+        home along the same ways."""
+        itemsize = self.model.grad_itemsize if backward else self.model.itemsize
+        width = self.layers.kv_elements_per_token * itemsize
+        second = _seconds(self.model.hardware.intra_node, stage.handed_on.max(0) * width)
+        return self.model.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
+
+    def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
+        """Predicts a forward: all transfers are posted at once and arrive one after the other. A window's results need
+        no merging."""
+        line = Timeline(self.cp_size)
+        packed = line.copy(self.pack_seconds(_copied(stages), backward=False))
+        arrivals = [line.transfer(self.stage_seconds(stage, backward=False), packed) for stage in stages]
+        line.kernel(self.kernel_seconds(local, causal=True, backward=False))
+        for stage, arrived in zip(stages, arrivals):
+            seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=False)
+            line.kernel(seconds, arrived)
+            if self.window is None:
+                line.copy(self.merge_seconds(stage.rectangles))
+        return line.times()
+
+    def backward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
+        """Predicts a backward: each stage's gradients leave when they are computed; the local pass is last."""
+        line = Timeline(self.cp_size)
+        home = line.nothing
+        for stage in stages:
+            seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=True)
+            home = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
+        line.kernel(self.kernel_seconds(local, causal=True, backward=True))
+        line.copy(self.pack_seconds(_copied(stages), backward=True), home)
+        return line.times()
+
+
+def _copied(stages: Sequence[StageWork]) -> np.ndarray | int:
+    return sum(stage.copied for stage in stages)
 
 
 def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:
     return np.where(bytes_moved > 0, link.latency_seconds + bytes_moved / link.bytes_per_second, 0.0)
-
-
-def _forward_end(local_pass: np.ndarray, steps: list[np.ndarray], wires: list[np.ndarray]) -> np.ndarray:
-    """When the last stage is computed: all transfers are posted at once and arrive one after the other."""
-    end, arrived = local_pass, np.zeros_like(local_pass)
-    for step, wire in zip(steps, wires):
-        arrived = arrived + wire
-        end = np.maximum(end, arrived) + step
-    return end
-
-
-def _backward_end(local_pass: np.ndarray, passes: list[np.ndarray], wires: list[np.ndarray]) -> np.ndarray:
-    """When the local pass is computed and all gradients are home: each stage's leave when it is computed."""
-    home = done = np.zeros_like(local_pass)
-    for remote_pass, wire in zip(passes, wires):
-        done = done + remote_pass
-        home = np.maximum(home, done) + wire
-    return np.maximum(done + local_pass, home)

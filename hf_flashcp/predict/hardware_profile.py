@@ -30,10 +30,10 @@ class Pass:
     """One direction of the attention kernel.
 
     Args:
-        flops_per_second (`float`): of long rectangles without a mask.
-        tile_overhead_keys (`float`): what starting and ending a tile of queries costs, in keys that it could have
+        flops_per_second (`float`): speed on long rectangles without a mask.
+        tile_overhead_keys (`float`): cost of starting and ending a tile of queries, in keys that it could have
             attended to meanwhile.
-        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if that costs a tile more.
+        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if a tile costs more there.
     """
 
     flops_per_second: float
@@ -41,7 +41,7 @@ class Pass:
     causal_tile_overhead_keys: float | None = None
 
     def overhead_keys(self, causal: bool) -> float:
-        """Of a tile."""
+        """Returns the overhead of a tile, in keys."""
         if causal and self.causal_tile_overhead_keys is not None:
             return self.causal_tile_overhead_keys
         return self.tile_overhead_keys
@@ -55,10 +55,10 @@ class Kernel:
         tile (`int`): queries of a tile; fewer cost as much, and under a causal mask a tile takes keys in blocks of as
             many.
         units (`int`): tiles (of one head) that run at the same time.
-        call_seconds (`float`): what a call costs besides.
+        call_seconds (`float`): seconds per call beside its tiles.
         causal_efficiency (`float`): speed under a causal mask, over that without one, on the same tiles.
         forward (`Pass`): speed of the forward.
-        backward (`Pass`): of the backward.
+        backward (`Pass`): speed of the backward.
     """
 
     tile: int
@@ -71,11 +71,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Link:
-    """What connects a rank to others.
+    """A rank's link to others.
 
     Args:
-        bytes_per_second (`float`): that it can send, and receive at the same time.
-        latency_seconds (`float`): until the first byte.
+        bytes_per_second (`float`): bandwidth of sending, and of receiving at the same time.
+        latency_seconds (`float`): time until the first byte.
     """
 
     bytes_per_second: float
@@ -87,16 +87,16 @@ class HardwareProfile:
     """A kind of device and how it is connected.
 
     Args:
-        linear_flops_per_second (`float`): reached by large matrix products in the training dtype.
-        memory_bytes_per_second (`float`): read or written by operations that only copy or add.
-        kernel (`Kernel`): of attention.
-        intra_node (`Link`): between ranks of a node.
-        inter_node (`Link`): between ranks of different nodes, for each rank.
+        linear_flops_per_second (`float`): speed of large matrix products in the training dtype.
+        memory_bytes_per_second (`float`): bytes that operations which only copy or add read and write.
+        kernel (`Kernel`): the attention kernel.
+        intra_node (`Link`): link between ranks of a node.
+        inter_node (`Link`): each rank's link to ranks of other nodes.
         ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
-        description (`str`): what it is.
-        memory_bytes (`float`, *optional*): of a device.
-        peak_flops_per_second (`float`, *optional*): of the data sheet, dense, in the training dtype: what a model's
-            utilization (MFU) is a share of.
+        description (`str`): the device and its links in words.
+        memory_bytes (`float`, *optional*): memory of a device.
+        peak_flops_per_second (`float`, *optional*): the data sheet's speed, dense, in the training dtype, of which
+            a model's utilization (MFU) is a share.
     """
 
     linear_flops_per_second: float
@@ -147,10 +147,10 @@ class HardwareProfile:
 
     @classmethod
     def load(cls, hardware: str | Path | HardwareProfile) -> HardwareProfile:
-        """A profile by the name of one in `HARDWARE`, or by the path of a JSON file; a profile is returned as it is.
+        """Returns a profile by its name in `HARDWARE` or by the path of a JSON file; a profile is returned as it is.
 
         Raises:
-            ConfigurationError: no such name or file, or a file that is no profile.
+            ConfigurationError: no such name or file, or a file that is not a profile.
         """
         return hardware if isinstance(hardware, HardwareProfile) else _loaded(str(hardware))
 

@@ -1,4 +1,4 @@
-"""What the ranks of a plan compute and send in one attention layer: rectangles, stages, and what a kernel call costs.
+"""Work of a plan's ranks in one attention layer: rectangles, stages of the exchange, and seconds per kernel call.
 
 A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
 in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest
@@ -23,16 +23,35 @@ from .model_shape import AttentionLayers
 _NO_WINDOW = 1 << 40
 
 
+class Rectangles(NamedTuple):
+    """Rectangles of queries and keys that kernel calls compute, on any ranks.
+
+    Attributes:
+        ranks (`np.ndarray`): (n,) int64, the rank that computes each.
+        queries (`np.ndarray`): (n,) int64.
+        keys (`np.ndarray`): (n,) int64, keys that all of its queries see; under a causal mask, keys before them.
+    """
+
+    ranks: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int]]) -> Rectangles:
+        """Makes columns of (rank, queries, keys) rows."""
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+
+
 class StageWork(NamedTuple):
     """One exchange and the rectangles that wait for it.
 
     Attributes:
-        rectangles (`np.ndarray`): (n, 3) int64: rank, queries, keys that they all see (with a window: keys before
-            them, and a causal mask).
+        rectangles (`Rectangles`): with a window under a causal mask.
         received, sent (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the forward: inside its
-            node, and from and to other nodes. In a hierarchical exchange, of the first step.
-        handed_on (`np.ndarray`): (2, cp_size) tokens that it gets and gives in the second, inside its node.
-        copied (`np.ndarray`): (cp_size,) tokens whose KV it packs to give, and those that a hierarchical exchange
+            node, and from and to other nodes. In a hierarchical exchange, those of the first step.
+        handed_on (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the second step, inside its
+            node.
+        copied (`np.ndarray`): (cp_size,) tokens whose KV a rank packs to give, and those that a hierarchical exchange
             puts in place.
     """
 
@@ -43,11 +62,12 @@ class StageWork(NamedTuple):
     copied: np.ndarray
 
 
-def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[np.ndarray, list[StageWork]]:
-    """`(local, stages)`: the local rectangles (n, 3): rank, queries, keys before them, under a causal mask; and what
-    each stage brings. Stages in which nothing travels are left out.
+def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[Rectangles, list[StageWork]]:
+    """Returns `(local, stages)`: the local rectangles, under a causal mask, and what each stage brings. Stages in
+    which nothing travels are left out.
 
     Args:
+        plan (`ShardPlan`): who computes what.
         window (`int`, *optional*): keys that a query sees. Windowed layers have one stage.
         ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
     """
@@ -62,7 +82,7 @@ def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tupl
 
 
 def _stage(
-    plan: ShardPlan, rectangles: np.ndarray, window: int | None, group: Sequence[int] | None, ranks_per_node: int
+    plan: ShardPlan, rectangles: Rectangles, window: int | None, group: Sequence[int] | None, ranks_per_node: int
 ) -> StageWork:
     cp_size = plan.cp_size
     nothing = np.zeros((2, cp_size), dtype=np.int64)
@@ -92,15 +112,15 @@ def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[i
             keys += [int((traffic * np.isin(offset, group)).sum(0).max()) for group in plan.stage_offsets]
         else:
             local, remote = _window_rectangles(plan.slices, window)
-            rank, queries, before = remote.T
-            keys.append(int(np.bincount(rank, queries + before, plan.cp_size).max()))  # a band for each rectangle
-        sequences += [int(np.bincount(each[:, 0], minlength=plan.cp_size).max()) for each in (local, remote)]
+            bands = np.bincount(remote.ranks, remote.queries + remote.keys, plan.cp_size)  # one per rectangle
+            keys.append(int(bands.max()))
+        sequences += [int(np.bincount(each.ranks, minlength=plan.cp_size).max()) for each in (local, remote)]
     return max(keys), max(sequences)
 
 
 def call_seconds(
     kernel: Kernel,
-    rectangles: np.ndarray,
+    rectangles: Rectangles,
     *,
     cp_size: int,
     layers: AttentionLayers,
@@ -108,10 +128,10 @@ def call_seconds(
     causal: bool,
     backward: bool,
 ) -> np.ndarray:
-    """(cp_size,) seconds of one kernel call on each rank, over its rectangles (n, 3): rank, queries, and keys before
-    them (`causal`) or in all. A rank without any makes no call."""
+    """Returns the (cp_size,) seconds of one kernel call per rank, over its rectangles. A rank without any makes no
+    call."""
     speed = kernel.backward if backward else kernel.forward
-    rank, queries, before = rectangles.T
+    ranks, queries, before = rectangles
     tiles = -(-queries // kernel.tile)
     if causal:
         # Tile i = 1 ... sees before + i x tile keys, those beyond a window plus a tile cut off.
@@ -121,24 +141,25 @@ def call_seconds(
         longest = np.minimum(before + tiles * kernel.tile, most)
     else:
         keys, longest = tiles * before, before
-    a_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
-    a_key = kernel.tile * a_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
+    flops_per_pair = layers.backward_flops_per_pair if backward else layers.forward_flops_per_pair
+    per_key = kernel.tile * flops_per_pair / (speed.flops_per_second * (kernel.causal_efficiency if causal else 1))
     overhead = speed.overhead_keys(causal)
-    total = np.bincount(rank, (keys + tiles * overhead) * layers.query_heads * a_key, cp_size)
+    total = np.bincount(ranks, (keys + tiles * overhead) * layers.query_heads * per_key, cp_size)
     alone = np.zeros(cp_size)
-    np.maximum.at(alone, rank, (longest + overhead) * kernel.units * a_key)
-    calls = np.bincount(rank, minlength=cp_size) > 0
+    np.maximum.at(alone, ranks, (longest + overhead) * kernel.units * per_key)
+    calls = np.bincount(ranks, minlength=cp_size) > 0
     return np.maximum(total, alone) + kernel.call_seconds * calls
 
 
 def _ring_offsets(cp_size: int) -> np.ndarray:
-    """(cp_size, cp_size): how many ranks a receiver lies behind a sender in the ring, [sender][receiver]."""
+    """Returns (cp_size, cp_size) int64: how many ranks a receiver lies behind a sender in the ring,
+    [sender][receiver]."""
     return (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
 
 
-def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.ndarray]:
-    """`(local, remote)`. A rank's slices of a document form one causal square; each of them sees, of the other ranks'
-    tokens, those before it, without a mask."""
+def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[Rectangles, Rectangles]:
+    """Returns `(local, remote)`. A rank's slices of a document form one causal square; each of them sees, of the other
+    ranks' tokens, those before it, without a mask."""
     local, remote = [], []
     for rank, held in enumerate(slices):
         last, owned = None, 0
@@ -152,11 +173,12 @@ def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[np.ndarray, np.
             owned += stop - start
         if owned:
             local.append((rank, owned, 0))
-    return _table(local), _table(remote)
+    return Rectangles.of(local), Rectangles.of(remote)
 
 
-def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
+def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[Rectangles, Rectangles]:
+    """Returns the same for a window: the rows of a slice that see nothing before it, and those that wait for their
+    band."""
     local, remote = [], []
     for rank, held in enumerate(slices):
         for _, start, stop in held:
@@ -165,13 +187,13 @@ def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[
                 remote.append((rank, waiting, min(start, window - 1)))
             if start + waiting < stop:
                 local.append((rank, stop - start - waiting, waiting))
-    return _table(local), _table(remote)
+    return Rectangles.of(local), Rectangles.of(remote)
 
 
 def _staged_rectangles(
     slices: Sequence[Sequence[Slice]], cp_size: int, groups: Sequence[Sequence[int]]
-) -> list[np.ndarray]:
-    """Each slice against the keys before it that come from the ranks of one stage, stage by stage."""
+) -> list[Rectangles]:
+    """Returns each slice against the keys before it that come from the ranks of one stage, stage by stage."""
     group_of = {offset: index for index, group in enumerate(groups) for offset in group}
     found: list[list[tuple[int, int, int]]] = [[] for _ in groups]
     for of_document in slices_by_document(slices).values():
@@ -183,8 +205,4 @@ def _staged_rectangles(
             for rectangles, count in zip(found, keys):
                 if count:
                     rectangles.append((rank, stop - start, count))
-    return [_table(rectangles) for rectangles in found]
-
-
-def _table(rows: list[tuple[int, int, int]]) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return [Rectangles.of(rectangles) for rectangles in found]

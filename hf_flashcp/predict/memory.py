@@ -10,19 +10,15 @@ A step has a few moments at which memory can be at its highest. Each is a sum of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import ConfigurationError
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
+from .gathered_memory import gathered_memory
 from .memory_shape import MemoryShape
+from .training_setup import RankLoad, TrainingSetup
 
 
-SHARDINGS = ("fsdp2", "ddp")
-GRADIENT_CHECKPOINTING = ("none", "full", "attention-saving")
-DTYPES = {"bfloat16": 2, "float32": 4}
-MIXED_PRECISIONS = ("bf16", "no")
-DEVICES = ("cuda", "cpu")
 WORKSPACE = "attention workspace"
 PARTS = (
     "weights",
@@ -36,61 +32,6 @@ PARTS = (
     WORKSPACE,
 )
 """The parts that add up to the memory of every moment."""
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """How a model is trained, as far as memory depends on it.
-
-    Args:
-        gpus (`int`): devices in all.
-        sharding (`str`): "fsdp2", which shards weights, gradients and optimizer over all devices, or "ddp".
-        dtype (`str`): in which the model is loaded.
-        mixed_precision (`str`): accelerate's. With "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers
-            them in bf16; DDP runs under autocast.
-        gradient_checkpointing (`str`): "none", "full", or "attention-saving" (`save_attention_context_fn`).
-        device (`str`): "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu",
-            where there is none.
-    """
-
-    gpus: int = 1
-    sharding: str = "fsdp2"
-    dtype: str = "bfloat16"
-    mixed_precision: str = "bf16"
-    gradient_checkpointing: str = "none"
-    device: str = "cuda"
-
-    def __post_init__(self):
-        choices = {
-            "sharding": SHARDINGS,
-            "dtype": tuple(DTYPES),
-            "mixed_precision": MIXED_PRECISIONS,
-            "gradient_checkpointing": GRADIENT_CHECKPOINTING,
-            "device": DEVICES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of a parameter that the optimizer sees; its gradient has as many, Adam's two moments twice as many."""
-        return 4 if self.sharding == "fsdp2" and self.mixed_precision == "bf16" else DTYPES[self.dtype]
-
-    @property
-    def compute_bytes(self) -> int:
-        """Of an element of what linear layers compute."""
-        return 2 if self.mixed_precision == "bf16" else DTYPES[self.dtype]
-
-    @property
-    def stream_bytes(self) -> int:
-        """Of an element of the residual stream: autocast adds bf16 results to the fp32 ones of fp32 weights."""
-        return 4 if self.autocasts else self.compute_bytes
-
-    @property
-    def autocasts(self) -> bool:
-        """Whether autocast casts weights, and what each linear layer reads."""
-        return self.weight_bytes != self.compute_bytes and self.sharding == "ddp"
 
 
 @dataclass(frozen=True)
@@ -112,24 +53,173 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Of that moment."""
+        """Bytes of each of [`PARTS`] at that moment."""
         return self.moments[self.peak]
 
     @property
     def total(self) -> float:
+        """Bytes at that moment."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable, in whole bytes."""
+        """Returns a JSON-serializable form, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
         return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Bytes a token of one layer.
+def estimate_memory(
+    shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
+) -> MemoryEstimate:
+    """Predicts the memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has
+    as default.
 
     Args:
+        shape (`MemoryShape`): the model's sizes.
+        setup (`TrainingSetup`): how it is trained.
+        load (`RankLoad`): what the plan loads on the device's rank.
+        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
+            library does.
+    """
+    if kept is None:
+        kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
+    step = _Step(shape, setup, load, kept)
+    always = {
+        "weights": setup.weight_bytes * shape.parameters / step.shards,
+        "optimizer": 2 * setup.weight_bytes * shape.parameters / step.shards,
+        "temporary": 8 * (3 * load.batch_tokens + 4 * load.tokens),  # the batch
+    }
+    moments = {}
+    for name, moment in step.moments().items():
+        at_moment = {
+            "gradients": setup.weight_bytes * moment.parameters / step.shards,
+            "activations": moment.activations,
+            "logits": moment.logits,
+            "received KV": moment.received_kv,
+            "gathered": moment.gathered,
+            "temporary": moment.temporary,
+            WORKSPACE: moment.workspace,
+        }
+        moments[name] = {part: at_moment.get(part, 0) + always.get(part, 0) for part in PARTS}
+    return MemoryEstimate(moments, step.kept_bytes)
+
+
+class _Moment(NamedTuple):
+    """Memory at one moment of a step, the constant parts left out: the number of parameters that have a gradient, and
+    bytes of the other parts."""
+
+    parameters: float
+    activations: float = 0
+    logits: float = 0
+    received_kv: float = 0
+    gathered: float = 0
+    temporary: float = 0
+    workspace: float = 0
+
+
+class _Held(NamedTuple):
+    """Memory of a layer in backward: bytes per token of activations, and bytes of received KV."""
+
+    per_token: float
+    received_kv: float
+
+
+class _Step:
+    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest.
+
+    Attributes:
+        kept (`_Held`): kept by each layer from forward to its backward.
+        repeated (`_Held`): computed again by the layer in backward beside what it kept.
+        head (`float`), rope (`float`): bytes per token that final norm and head keep, and of sines and cosines.
+        stack (`float`), all_kv (`float`): bytes of the activations and of the received KV of all layers.
+        logits (`float`), softcap (`float`): number of logits, and bytes that softcapping them keeps.
+        in_layer (`BackwardPoint`): the point with the most bytes in a layer's backward.
+    """
+
+    def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
+        self.shape, self.setup, self.tokens = shape, setup, load.tokens
+        self.shards = setup.gpus if setup.sharding == "fsdp2" else 1
+        c, s, layer = setup.compute_bytes, setup.stream_bytes, _layer(shape, setup)
+        received_kv = c * load.received * shape.kv_width if keeps_kv else 0
+        layer_input, beside_input = s * shape.hidden, layer.kept - layer.shared_input
+        match setup.gradient_checkpointing:
+            case "none":
+                self.kept, self.repeated = _Held(layer.kept, received_kv), _Held(0, 0)
+            case "full":
+                self.kept, self.repeated = _Held(layer_input, 0), _Held(beside_input, received_kv)
+            case "attention-saving":
+                self.kept = _Held(layer_input + layer.attention_result, received_kv)
+                self.repeated = _Held(beside_input - layer.attention_result, 0)
+        self.head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
+        self.rope = 2 * s * shape.key_dim
+        self.stack = load.tokens * (self.head + self.rope) + shape.layers * load.tokens * self.kept.per_token
+        self.all_kv = shape.layers * self.kept.received_kv
+        self.logits = load.tokens * shape.vocabulary
+        self.softcap = c * self.logits * shape.softcapped
+        self.gathered = gathered_memory(shape, setup)
+        in_block = BackwardPoint(load.tokens * layer.backward)
+        in_attention = attention_backward(shape, setup, load, kept=keeps_kv, freed=load.tokens * layer.block)
+        self.in_layer = max((in_block, *in_attention), key=lambda point: point.total)
+
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes that forward keeps for backward."""
+        return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
+
+    def moments(self) -> dict[str, _Moment]:
+        """Returns the moments of the step by name."""
+        shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
+        everything, embedding = shape.parameters, shape.embedding_parameters
+        row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
+        loss_logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
+        cast_head = c * embedding * (self.setup.weight_bytes != c or self.shards > 1)
+        tied_gradient = (self.setup.weight_bytes if self.shards == 1 else c) * embedding * shape.tied
+        return {
+            "loss": _Moment(0, self.stack, loss_logits, self.all_kv, gathered.forward),
+            "loss backward": _Moment(
+                0, self.stack, 12 * self.logits + self.softcap, self.all_kv, gathered.loss_backward
+            ),
+            "head backward": _Moment(
+                embedding, self.stack, c * self.logits, self.all_kv, gathered.loss_backward, row_gradient + cast_head
+            ),
+            "last layer's backward": self._last_layer(),
+            "first layer's backward": self._first_layer(),
+            "embedding's backward": _Moment(
+                everything, gathered=gathered.embedding, temporary=row_gradient + tied_gradient
+            ),
+            "optimizer": _Moment(everything, gathered=gathered.optimizer),
+        }
+
+    def _last_layer(self) -> _Moment:
+        shape, in_layer = self.shape, self.in_layer
+        head_is_reduced = self.setup.sharding == "fsdp2" and shape.tied
+        of_layer = self.setup.weight_bytes * shape.layer_parameters / 3 * (self.shards == 1)
+        return _Moment(
+            parameters=0 if head_is_reduced else shape.embedding_parameters + shape.hidden,
+            activations=self.stack - self.tokens * self.head + self.tokens * self.repeated.per_token - in_layer.freed,
+            received_kv=self.all_kv + self.repeated.received_kv,
+            gathered=self.gathered.backward,
+            temporary=in_layer.temporary + of_layer,
+            workspace=in_layer.workspace,
+        )
+
+    def _first_layer(self) -> _Moment:
+        shape, in_layer = self.shape, self.in_layer
+        one = self.tokens * (self.kept.per_token + self.repeated.per_token)
+        embedding = shape.embedding_parameters * (not shape.tied)
+        return _Moment(
+            parameters=shape.parameters - embedding - shape.layer_parameters * 2 / 3,
+            activations=one + self.tokens * self.rope - in_layer.freed,
+            received_kv=self.kept.received_kv + self.repeated.received_kv,
+            gathered=self.gathered.first_layer,
+            temporary=in_layer.temporary,
+            workspace=in_layer.workspace,
+        )
+
+
+class _Layer(NamedTuple):
+    """Bytes per token of one layer.
+
+    Attributes:
         kept: what backward needs.
         attention_result: of that, attention's output and logsumexp.
         shared_input: of that, the layer's input.
@@ -144,131 +234,8 @@ class _Layer:
     block: float
 
 
-def estimate_memory(
-    shape: MemoryShape,
-    setup: TrainingSetup,
-    tokens: float,
-    received: float = 0,
-    sent: float = 0,
-    batch_tokens: int = 0,
-    kept: bool | None = None,
-    stage_keys: float | None = None,
-    sequences: float = 1,
-) -> MemoryEstimate:
-    """Memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has as default.
-
-    Args:
-        shape (`MemoryShape`): of the model.
-        setup (`TrainingSetup`): how it is trained.
-        tokens (`float`): of the rank's row.
-        received (`float`), sent (`float`): tokens whose KV the rank receives and sends in a layer.
-        batch_tokens (`int`): of the whole batch, which every rank reads.
-        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
-            library does.
-        stage_keys (`float`, *optional*): tokens whose KV the largest stage of a layer attends to; by default there is
-            one stage, with all that the rank receives.
-        sequences (`float`): sequences in one kernel call, at most.
-    """
-    layer = _layer(shape, setup)
-    w, c, s = setup.weight_bytes, setup.compute_bytes, setup.stream_bytes
-    shards = setup.gpus if setup.sharding == "fsdp2" else 1
-    checkpointing = setup.gradient_checkpointing != "none"
-    saving = setup.gradient_checkpointing == "attention-saving"
-    if kept is None:
-        kept = setup.gradient_checkpointing == "full" or received <= MOST_KEPT * tokens
-    kept_kv = c * received * shape.kv_width if kept else 0
-
-    # Kept by each layer from forward to backward, and what the layer in backward has besides.
-    input_bytes = s * shape.hidden
-    result = layer.attention_result
-    if checkpointing:
-        of_each, of_one = input_bytes + saving * result, layer.kept - layer.shared_input - saving * result
-    else:
-        of_each, of_one = layer.kept, 0
-    kv_of_each, kv_of_one = (kept_kv, 0) if saving or not checkpointing else (0, kept_kv)
-
-    head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
-    rope = 2 * s * shape.key_dim
-    always = tokens * (head + rope)
-    stack = always + shape.layers * tokens * of_each
-    logits = tokens * shape.vocabulary
-    softcap = c * logits * shape.softcapped
-    kept_logits = 4 * logits + softcap
-
-    embedding, of_layer = shape.embedding_parameters, shape.layer_parameters
-    state = {"weights": w * shape.parameters / shards, "optimizer": 2 * w * shape.parameters / shards}
-    grads_of_head = 0 if setup.sharding == "fsdp2" and shape.tied else embedding + shape.hidden
-    in_attention = attention_backward(
-        shape,
-        setup,
-        tokens,
-        received,
-        sent,
-        received if stage_keys is None else stage_keys,
-        sequences,
-        kept=kept,
-        freed=tokens * layer.block,
-    )
-    in_layer = max((BackwardPoint(tokens * layer.backward), *in_attention), key=lambda point: point.total)
-    gathered = _gathered(shape, setup)
-    batch = 8 * (3 * batch_tokens + 4 * tokens)
-
-    def moment(gradients, activations, logits=0, kv=0, gathered=0, temporary=0, workspace=0):
-        values = {
-            **state,
-            "gradients": w * gradients / shards,
-            "activations": activations,
-            "logits": logits,
-            "received KV": kv,
-            "gathered": gathered,
-            "temporary": temporary + batch,
-            WORKSPACE: workspace,
-        }
-        return {part: values[part] for part in PARTS}
-
-    everything = shape.parameters
-    all_kv = shape.layers * kv_of_each
-    cast_head = c * embedding * (w != c or shards > 1)
-    one = tokens * (of_each + of_one)
-    moments = {
-        "loss": moment(0, stack, (c + 4 + 4 * (c != 4)) * logits + softcap, all_kv, gathered["forward"]),
-        "loss backward": moment(0, stack, 12 * logits + softcap, all_kv, gathered["loss backward"]),
-        "head backward": moment(
-            embedding, stack, c * logits, all_kv, gathered["loss backward"], tokens * s * shape.hidden + cast_head
-        ),
-        "last layer's backward": moment(
-            grads_of_head,
-            stack - tokens * head + tokens * of_one - in_layer.freed,
-            0,
-            all_kv + kv_of_one,
-            gathered["backward"],
-            in_layer.temporary + w * of_layer / 3 * (shards == 1),
-            in_layer.workspace,
-        ),
-        "first layer's backward": moment(
-            everything - embedding * (not shape.tied) - of_layer * 2 / 3,
-            one + tokens * rope - in_layer.freed,
-            0,
-            kv_of_each + kv_of_one,
-            gathered["first layer"],
-            in_layer.temporary,
-            in_layer.workspace,
-        ),
-        "embedding's backward": moment(
-            everything,
-            0,
-            0,
-            0,
-            gathered["embedding"],
-            tokens * s * shape.hidden + (w if shards == 1 else c) * embedding * shape.tied,
-        ),
-        "optimizer": moment(everything, 0, gathered=gathered["optimizer"]),
-    }
-    return MemoryEstimate(moments, stack + kept_logits + all_kv + gathered["kept"])
-
-
 def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
-    """Kept by the feed-forward block and the norm before it."""
+    """Bytes per token that the feed-forward block and the norm before it keep."""
     c, s, readers = setup.compute_bytes, setup.stream_bytes, 2 if shape.gated else 1
     read = c * readers if setup.autocasts else s
     inner = shape.kept_widths * c * shape.intermediate
@@ -296,78 +263,29 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
-def _gathered(shape: MemoryShape, setup: TrainingSetup) -> dict[str, float]:
-    """Copies of weights and gradients beside those of the optimizer, by moment.
-
-    FSDP2 as accelerate wraps it: embedding, every layer, and final norm with head (which stays gathered until its
-    backward); a layer is gathered ahead, and in backward a layer's gradients are reduced while the next computes.
-    DDP's buckets hold all gradients once more. Autocast keeps what it casts until its layer's backward, or under
-    checkpointing until forward ends.
-    """
-    c, of_layer, head = setup.compute_bytes, setup.compute_bytes * shape.layer_parameters, shape.embedding_parameters
-    if setup.sharding == "fsdp2":
-        tail = c * head
-        return {
-            "forward": tail + 2 * of_layer,
-            "loss backward": tail + of_layer,
-            "backward": 4 * of_layer + (2 * tail if shape.tied else 0),
-            "first layer": 4 * of_layer + (2 * tail if shape.tied else 0),
-            "embedding": 2 * tail + 2 * of_layer,
-            "optimizer": 0,
-            "kept": tail,
-        }
-    buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
-    casts = c * (shape.layers * shape.layer_parameters + head) if setup.autocasts else 0
-    if setup.gradient_checkpointing == "none":
-        kept, of_layers = casts, casts - c * head * setup.autocasts
-    else:
-        kept, of_layers = c * head * setup.autocasts, of_layer * setup.autocasts
-    return {
-        "forward": buckets + casts,
-        "loss backward": buckets + kept,
-        "backward": buckets + of_layers,
-        "first layer": buckets + of_layer * setup.autocasts,
-        "embedding": buckets,
-        "optimizer": buckets,
-        "kept": kept,
-    }
-
-
 def largest_window(
     shape: MemoryShape,
     setup: TrainingSetup,
     cp_size: int,
     memory_bytes: float,
+    load: RankLoad,
     *,
-    received_share: float = 0,
-    sent_share: float = 0,
-    stage_share: float | None = None,
-    sequence_share: float = 0,
     multiple: int = 1024,
 ) -> int:
-    """The most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
+    """Returns the most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
 
     Args:
+        shape (`MemoryShape`): the model's sizes.
+        setup (`TrainingSetup`): how it is trained.
         cp_size (`int`): ranks that share the row.
-        memory_bytes (`float`): what a device has for training.
-        received_share (`float`), sent_share (`float`): tokens received and sent for each of the rank's own.
-        stage_share (`float`, *optional*), sequence_share (`float`): likewise `stage_keys` and `sequences` of
-            [`estimate_memory`].
+        memory_bytes (`float`): bytes that a device has for training.
+        load (`RankLoad`): what a rank holds and moves of some row, longer or shorter ones in proportion.
+        multiple (`int`): step of the search, in tokens.
     """
 
     def fits(units: int) -> bool:
-        tokens = units * multiple / cp_size
-        estimate = estimate_memory(
-            shape,
-            setup,
-            tokens,
-            received_share * tokens,
-            sent_share * tokens,
-            units * multiple,
-            stage_keys=None if stage_share is None else stage_share * tokens,
-            sequences=sequence_share * tokens,
-        )
-        return estimate.total <= memory_bytes
+        scaled = load.scaled(units * multiple / cp_size, batch_tokens=units * multiple)
+        return estimate_memory(shape, setup, scaled).total <= memory_bytes
 
     low, high = 0, 1
     while fits(high) and high < 2**24:

@@ -1,11 +1,11 @@
-"""What of a causal language model decides how much memory its training takes, read from its transformers config."""
+"""The sizes of a causal language model that decide how much memory its training takes, read from its config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .model_shape import FeedForward, ModelShape, config_reader, latent_projections
+from .model_config import ModelConfig
 
 
 # Where a config.json leaves out what its model type has as the default.
@@ -16,7 +16,7 @@ _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
 _NOT_GATED = ("starcoder2",)
 _NORM_IN_FP32 = ("gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3")
 _LAYER_NORM = ("starcoder2",)
-# Elements that a feed-forward block keeps for each of its width: gate, activated gate, up and product, or what goes
+# Elements that a feed-forward block keeps per element of its width: gate, activated gate, up and product, or what goes
 # into the activation and what comes out; GPT-OSS clamps both, multiplies twice and adds one.
 _KEPT_WIDTHS = {"starcoder2": 2, "gpt_oss": 7}
 
@@ -30,19 +30,19 @@ class MemoryShape:
         hidden (`int`): width of the residual stream.
         vocabulary (`int`): rows of the embedding, and logits of a token.
         tied (`bool`): whether the head is the embedding.
-        query_heads, kv_heads, key_dim, value_dim (`int`): of attention.
+        query_heads, kv_heads, key_dim, value_dim (`int`): heads of attention, and elements of a head.
         normed_width (`int`): elements of a token's queries and keys that a norm of their own sees, 0 without one.
-        latent_width (`int`): of the normed latents of multi-head latent attention, 0 without it.
+        latent_width (`int`): width of the normed latents of multi-head latent attention, 0 without it.
         latent_keys (`int`): elements of a token's keys that its values' storage holds as well, 0 without it.
         norms (`int`): norms of a layer over the hidden size.
         intermediate (`int`): width of the feed-forward block that a token meets: of mixtures of experts, of all the
             experts it is sent to and the shared ones together; the mean over layers.
         gated (`bool`): whether the block has a gate beside its up projection.
-        kept_widths (`int`): elements that it keeps for backward, over its width.
+        kept_widths (`int`): elements that the block keeps for backward, over its width.
         norm (`str`): what norms keep, see [`norm_bytes`].
-        softcapped (`bool`): whether logits are, which keeps them once more.
+        softcapped (`bool`): whether logits are softcapped, which keeps them once more.
         experts_per_token (`float`): experts a token is sent to, the mean over layers; 0 in dense models.
-        layer_parameters (`float`): of a layer, all its experts included; the mean over layers.
+        layer_parameters (`float`): parameters of a layer, all its experts included; the mean over layers.
     """
 
     layers: int
@@ -67,89 +67,75 @@ class MemoryShape:
 
     @classmethod
     def from_config(cls, config: Any) -> MemoryShape:
-        """Reads a transformers config, or the dict in a config.json. Layers are taken for those of a Llama, with the
-        norms, gates and experts of the model types that are known to differ.
+        """Reads a model's config, see [`ModelConfig`]. Layers are taken for those of a Llama, with the norms, gates
+        and experts of the model types that are known to differ.
 
         Raises:
-            ConfigurationError: sizes that are needed are missing.
+            ConfigurationError: sizes that are needed are missing, or a value of the wrong kind or range.
         """
-        attention = ModelShape.from_config(config)  # checks the names
-        read = config_reader(config)
-        hidden, layers, kind = read("hidden_size"), read("num_hidden_layers"), read("model_type")
-        heads = read("num_attention_heads")
-        if attention.layers:
-            first = attention.layers[0]
-            kv_heads, key_dim, value_dim = first.kv_heads, first.key_dim, first.value_dim
-        else:
-            kv_heads, key_dim = read("num_key_value_heads") or heads, read("head_dim") or hidden // heads
-            value_dim = key_dim
-        tied = read("tie_word_embeddings")
-        block = _feed_forward(read, hidden, layers, gated=kind not in _NOT_GATED)
-        if read("kv_lora_rank"):
-            projections = latent_projections(read, hidden, heads)
-        else:
-            projections = hidden * key_dim * (2 * heads + 2 * kv_heads)
+        model = ModelConfig(config)
+        kind, tied, latents = model.read("model_type"), model.read("tie_word_embeddings"), model.latents
+        gated = kind not in _NOT_GATED
         norms = 4 if kind in _FOUR_NORMS else 2
         has_norm = kind in _NORM_OF_EACH_HEAD + _NORM_OF_ALL_HEADS
+        # The share of layers that have experts.
+        sparse = (model.layers - model.feed_forward.first_dense) / model.layers if model.feed_forward.chosen else 0
+        block = _block_parameters(model, sparse, matrices=3 if gated else 2)
         return cls(
-            layers=layers,
-            hidden=hidden,
-            vocabulary=read("vocab_size") or 0,
+            layers=model.layers,
+            hidden=model.hidden,
+            vocabulary=model.vocabulary,
             tied=kind in _TIED if tied is None else bool(tied),
-            query_heads=heads,
-            kv_heads=kv_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            normed_width=(heads + kv_heads) * key_dim if has_norm else 0,
-            latent_width=(read("q_lora_rank") or 0) + read("kv_lora_rank") if read("kv_lora_rank") else 0,
-            latent_keys=heads * read("qk_nope_head_dim") if read("kv_lora_rank") else 0,
+            query_heads=model.query_heads,
+            kv_heads=model.kv_heads,
+            key_dim=model.key_dim,
+            value_dim=model.value_dim,
+            normed_width=(model.query_heads + model.kv_heads) * model.key_dim if has_norm else 0,
+            latent_width=latents.query_rank + latents.kv_rank if latents else 0,
+            latent_keys=model.query_heads * (model.key_dim - latents.rope_dim) if latents else 0,
             norms=norms,
-            gated=kind not in _NOT_GATED,
+            intermediate=model.feed_forward.met(model.layers) / model.layers,
+            gated=gated,
             kept_widths=_KEPT_WIDTHS.get(kind, 4),
             norm="fp32" if kind in _NORM_IN_FP32 else "layer" if kind in _LAYER_NORM else "cast",
-            softcapped=bool(read("final_logit_softcapping")),
-            layer_parameters=projections + block.pop("parameters") + norms * hidden,
-            **block,
+            softcapped=bool(model.read("final_logit_softcapping")),
+            experts_per_token=sparse * model.feed_forward.chosen,
+            layer_parameters=model.projection_parameters + block + norms * model.hidden,
         )
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding, and as many of a head that is not tied to it."""
+        """Parameters of the embedding; a head that is not tied to it has as many."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> float:
-        """All of them, biases left out."""
+        """Parameters of the model, biases left out."""
         return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.embedding_parameters + self.hidden
 
     @property
     def kv_width(self) -> int:
-        """H_kv (D_k + D_v): elements of a token's keys and values."""
+        """Elements of a token's keys and values: H_kv (D_k + D_v)."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
     @property
     def query_width(self) -> int:
-        """H_q (D_k + D_v): elements of a token's queries and attention output."""
+        """Elements of a token's queries and attention output: H_q (D_k + D_v)."""
         return self.query_heads * (self.key_dim + self.value_dim)
 
     def norm_bytes(self, width: float, itemsize: int) -> float:
-        """Bytes a token that a norm keeps of `width` elements: its input, in fp32, and the normed input, in the
-        input's dtype ("cast", as Llama's) or in fp32 ("fp32", as Gemma's). PyTorch's own ("layer") keeps its input."""
+        """Returns the bytes per token that a norm over `width` elements keeps: its input, in fp32, and the normed
+        input, in the input's dtype ("cast", as Llama's) or in fp32 ("fp32", as Gemma's). PyTorch's own ("layer") keeps
+        its input."""
         return width * {"cast": 4 + itemsize, "fp32": 8, "layer": itemsize}[self.norm]
 
 
-def _feed_forward(read, hidden: int, layers: int, *, gated: bool) -> dict[str, Any]:
-    """Widths and parameters of a layer's block, the mean over layers; all experts count as parameters."""
-    matrices = 3 if gated else 2
-    sizes = FeedForward.from_config(read, hidden)
-    parameters: float = matrices * sizes.dense
-    sparse = (layers - sizes.first_dense) / layers if sizes.chosen else 0
-    if sizes.chosen:
-        experts = read("num_local_experts") or read("num_experts") or read("n_routed_experts") or sizes.chosen
-        of_experts = matrices * (experts * sizes.expert + sizes.shared) + experts
+def _block_parameters(model: ModelConfig, sparse: float, matrices: int) -> float:
+    """Parameters of a layer's feed-forward block, the mean over layers of which a share `sparse` has experts."""
+    block = model.feed_forward
+    parameters: float = matrices * block.dense
+    if block.chosen:
+        experts = model.experts
+        of_experts = matrices * (experts * block.expert + block.shared) + experts
         parameters = (1 - sparse) * parameters + sparse * of_experts
-    return {
-        "intermediate": sizes.met(layers) / layers,
-        "experts_per_token": sparse * sizes.chosen,
-        "parameters": hidden * parameters,
-    }
+    return model.hidden * parameters

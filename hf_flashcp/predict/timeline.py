@@ -1,7 +1,7 @@
-"""Event simulation of one attention layer's pass: what a device computes, what travels meanwhile, who waits for whom.
+"""Timeline of one attention layer's pass: what the devices compute, what travels meanwhile, and who waits for whom.
 
-Every rank has a device, which runs kernels and copies, and a link, which runs transfers, each one event after the
-other in the order of the list. An event also waits for the events that it names:
+Every rank has a device, which runs kernels and copies, and a link, which runs transfers; each runs one piece of work
+after the other in the order in which they are added. A piece of work also waits for the earlier ones that it names:
 
     device  |-- kernel 0 --|waits|-- kernel 1 --|
     link    |---- hop 1 ---------|---- hop 2 ----|
@@ -9,54 +9,81 @@ other in the order of the list. An event also waits for the events that it names
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
-KERNEL, COPY = "kernel", "copy"
-HOP, COLLECTIVE = "hop", "collective"
-"""A hop begins on a rank when the rank before it is ready too, a collective when all are."""
-
-
-class Event(NamedTuple):
-    """Something that every rank does.
+class PassTimes(NamedTuple):
+    """Seconds of one attention layer's forward or backward, by rank.
 
     Attributes:
-        kind (`str`): `KERNEL`, `COPY`, `HOP` or `COLLECTIVE`.
-        seconds (`np.ndarray`): (cp_size,) that it takes.
-        after (`tuple[int, ...]`): places in the list of earlier events that the same rank must have ended.
+        attention (`np.ndarray`): (cp_size,) attention kernels.
+        copies (`np.ndarray`): (cp_size,) packing, merging and adding what travels.
+        exposed (`np.ndarray`): (cp_size,) waiting for what travels: the rest of the time until everything has ended.
+        transfer (`np.ndarray`): (cp_size,) time on the wire, whether it is waited for or not.
     """
 
-    kind: str
-    seconds: np.ndarray
-    after: tuple[int, ...] = ()
+    attention: np.ndarray
+    copies: np.ndarray
+    exposed: np.ndarray
+    transfer: np.ndarray
 
 
-def ends(events: Sequence[Event], cp_size: int) -> list[np.ndarray]:
-    """(cp_size,) when each event ends, if every rank begins at 0."""
-    free = {True: np.zeros(cp_size), False: np.zeros(cp_size)}
-    found: list[np.ndarray] = []
-    for event in events:
-        travels = event.kind in (HOP, COLLECTIVE)
-        start = np.max([free[travels], *(found[place] for place in event.after)], axis=0)
-        if event.kind == HOP:
-            start = np.maximum(start, np.roll(start, 1))
-        elif event.kind == COLLECTIVE:
-            start = np.full(cp_size, start.max())
-        free[travels] = start + event.seconds
-        found.append(free[travels])
-    return found
+class Timeline:
+    """Schedules the work of all ranks in one pass. Every rank begins at 0.
 
+    Methods that add work take the (cp_size,) seconds that it needs on each rank, and the ends of the earlier work that
+    a rank has to finish first; they return the (cp_size,) seconds at which the work ends.
+    """
 
-def parts(events: Sequence[Event], cp_size: int) -> tuple[np.ndarray, ...]:
-    """`(attention, copies, exposed, transfer)` of a pass, each (cp_size,), as [`StepTime`] has them: `exposed` is what
-    is left of the time until everything has ended."""
-    none = np.zeros(cp_size)
-    kernels, copies, transfer = (
-        sum((event.seconds for event in events if event.kind in kinds), none)
-        for kinds in ((KERNEL,), (COPY,), (HOP, COLLECTIVE))
-    )
-    end = np.max([none, *ends(events, cp_size)], axis=0)
-    return kernels, copies, end - kernels - copies, transfer
+    def __init__(self, cp_size: int):
+        self.nothing = np.zeros(cp_size)
+        """(cp_size,) zeros: the seconds of no work, and the end of no work."""
+        self._device_end = self._link_end = self._attention = self._copies = self._transfer = self.nothing
+
+    def kernel(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Runs an attention kernel."""
+        self._attention = self._attention + seconds
+        return self._run_on_device(seconds, after)
+
+    def copy(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Copies or adds rows."""
+        self._copies = self._copies + seconds
+        return self._run_on_device(seconds, after)
+
+    def transfer(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Moves rows as soon as the rank itself is ready."""
+        return self._run_on_link(seconds, self._link_start(after))
+
+    def hop(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Moves rows from each rank to the next one, as soon as both are ready."""
+        start = self._link_start(after)
+        return self._run_on_link(seconds, np.maximum(start, np.roll(start, 1)))
+
+    def collective(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Moves rows between all ranks, as soon as all are ready."""
+        return self._run_on_link(seconds, self._link_start(after).max())
+
+    def times(self) -> PassTimes:
+        """Sums up the pass."""
+        end = np.maximum(self._device_end, self._link_end)
+        return PassTimes(self._attention, self._copies, end - self._attention - self._copies, self._transfer)
+
+    def _run_on_device(self, seconds: np.ndarray, after: tuple[np.ndarray, ...]) -> np.ndarray:
+        start = self._device_end
+        for end in after:
+            start = np.maximum(start, end)
+        self._device_end = start + seconds
+        return self._device_end
+
+    def _link_start(self, after: tuple[np.ndarray, ...]) -> np.ndarray:
+        start = self._link_end
+        for end in after:
+            start = np.maximum(start, end)
+        return start
+
+    def _run_on_link(self, seconds: np.ndarray, start: np.ndarray) -> np.ndarray:
+        self._transfer = self._transfer + seconds
+        self._link_end = start + seconds
+        return self._link_end

@@ -1,12 +1,11 @@
-"""One packed batch under every strategy with this library's exchange, and under every rival scheme, side by side."""
+"""One packed batch under every strategy with this library's exchange, and under every baseline, side by side."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +17,20 @@ from ..plan.topology import Topology
 from ..planning.settings import STRATEGIES
 from ..planning.strategies import plan_documents
 from ..predict.cost_model import BACKWARD_OF_LINEAR, CostModel, StepTime
-from ..predict.layer_work import largest_calls
-from ..predict.memory import TrainingSetup, estimate_memory
+from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
-from . import baselines as schemes
-from .sizing import step_seconds
+from ..predict.training_setup import RankLoad, TrainingSetup
+from .baselines import BASELINES, Layer, passes, why_not
+from .sizing import busiest_load, step_seconds
 
 
 TIMED = "search_timed"
 """The plan that the cost model chose."""
 
 EXACT = (*STRATEGIES, TIMED)
-RIVALS = tuple(schemes.SCHEMES)
+"""Names of plans that this library's exchange runs."""
+
+NAMES = (*EXACT, *BASELINES)
 
 MAX_CP_SIZE = 256
 
@@ -40,10 +41,10 @@ class Outcome:
 
     Args:
         time (`StepTime`): by rank.
-        step_seconds (`float`): of the slowest rank, with what gradient checkpointing repeats.
+        step_seconds (`float`): step time of the slowest rank, with what gradient checkpointing repeats.
         received (`np.ndarray`): (2, cp_size) bytes that ranks receive in the forward of all attention layers, inside
             nodes and between them.
-        memory_bytes (`float`): of the rank that needs most.
+        memory_bytes (`float`): memory of the rank that needs most.
         mfu (`float`): model FLOPs over what all devices could do meanwhile; attention's backward counts twice its
             forward and nothing is counted that is computed again (PaLM, arXiv 2204.02311). NaN without a peak.
     """
@@ -55,8 +56,8 @@ class Outcome:
     mfu: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable: the parts of the step of the rank that sets its pace (of several, the one with the most
-        attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
+        """Returns a JSON-serializable form: the parts of the step of the rank that sets its pace (of several, the one
+        with the most attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
         parts = vars(self.time)
         # Ranks that wait for each other end together, up to rounding.
         totals = sum(parts[name] for name in ("linear", "attention", "copies", "exposed"))
@@ -78,7 +79,7 @@ class Outcome:
 
 
 def check_ranks(cp_size: int, ranks_per_node: int) -> None:
-    """Raises unless so many ranks fill their nodes."""
+    """Raises a `PlanError` or `ConfigurationError` unless so many ranks can be simulated and fill their nodes."""
     if not 2 <= cp_size <= MAX_CP_SIZE:
         raise PlanError(f"cp_size {cp_size} cannot be simulated: give 2 to {MAX_CP_SIZE} ranks.")
     if cp_size > ranks_per_node and cp_size % ranks_per_node:
@@ -94,18 +95,18 @@ def simulate(
     config: Any,
     model: CostModel,
     *,
-    names: Sequence[str] = EXACT + RIVALS,
+    names: Sequence[str] = NAMES,
     gradient_checkpointing: str = "none",
 ) -> dict[str, Outcome]:
-    """Every scheme on one batch.
+    """Predicts a step on one batch under each plan and baseline.
 
     Args:
-        lengths (`Sequence[int]`): tokens of its documents.
+        lengths (`Sequence[int]`): tokens of the batch's documents.
         cp_size (`int`): ranks, 2 to 256, which fill their nodes.
-        config: of the model, see [`CostModel.from_config`].
-        model (`CostModel`): of that config.
-        names (`Sequence[str]`): of `EXACT` (strategies with this library's exchange) and `RIVALS`; those that
-            cannot run the model ([`schemes.why_not`]) are left out.
+        config: the model's config, see [`CostModel.from_config`].
+        model (`CostModel`): cost model of that config.
+        names (`Sequence[str]`): some of `EXACT` (plans with this library's exchange) and `BASELINES`; baselines that
+            cannot run the model ([`why_not`]) are left out.
         gradient_checkpointing (`str`): see [`TrainingSetup`]; the rest of the setup is FSDP2 over the ranks in bf16.
 
     Raises:
@@ -119,15 +120,16 @@ def simulate(
     flops = model_flops(lengths, model)
     found = {}
     for name in names:
-        if name in RIVALS:
-            if schemes.why_not(name, model, cp_size):
+        if name in BASELINES:
+            if why_not(name, model, cp_size):
                 continue
-            time, received, memory = _rival(name, lengths, cp_size, model, shape, setup)
+            step = _baseline_step(name, lengths, cp_size, model)
         else:
-            time, received, memory = _exact(name, lengths, cp_size, model, shape, setup)
-        seconds = step_seconds(time, gradient_checkpointing)
+            step = _exact_step(name, lengths, cp_size, model)
+        memory = estimate_memory(shape, setup, step.load, kept=step.kept)
+        seconds = step_seconds(step.time, gradient_checkpointing)
         peak = model.hardware.peak_flops_per_second or float("nan")
-        found[name] = Outcome(time, seconds, received, memory, flops / (seconds * cp_size * peak))
+        found[name] = Outcome(step.time, seconds, step.received, memory.total, flops / (seconds * cp_size * peak))
     return found
 
 
@@ -140,48 +142,36 @@ def model_flops(lengths: Sequence[int], model: CostModel) -> float:
     return forward * (1 + BACKWARD_OF_LINEAR)
 
 
-def _exact(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.ndarray, float]:
+class _Step(NamedTuple):
+    """A step on a batch before its memory is known: times, received bytes as in [`Outcome`], the busiest rank's load,
+    and whether KV is kept until backward, see [`estimate_memory`]."""
+
+    time: StepTime
+    received: np.ndarray
+    load: RankLoad
+    kept: bool | None = None
+
+
+def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostModel) -> _Step:
     if name == TIMED:
         plan = plan_documents(lengths, cp_size, cost_model=model)
     else:
         topology = Topology(model.hardware.ranks_per_node)
         plan = plan_documents(lengths, cp_size, strategy=name, topology=topology)
-    received, needed, sent = np.zeros((2, cp_size)), np.zeros(cp_size), np.zeros(cp_size)
+    received = np.zeros((2, cp_size))
     for layers in model.layers:
         width = layers.count * layers.kv_elements_per_token * model.itemsize
         window = plan.hiding_window(layers.window)
         received += width * traffic_by_link(plan, model.hardware.ranks_per_node, window)[0]
-        report = plan.report(window)
-        needed += width * np.array(report["kv_received"])
-        sent += width * np.array(report["kv_sent"])
-    every_layer = model.itemsize * sum(layers.count * layers.kv_elements_per_token for layers in model.layers)
-    most_received, most_sent = (moved.max() / every_layer for moved in (needed, sent))
-    keys, sequences = largest_calls(plan, model.layers)
-    memory = estimate_memory(
-        shape,
-        setup,
-        max(rank_tokens(plan.slices)),
-        most_received,
-        most_sent,
-        sum(lengths),
-        stage_keys=keys,
-        sequences=sequences,
-    )
-    return model.step_time(plan), received, memory.total
+    return _Step(model.step_time(plan), received, busiest_load(plan, model))
 
 
-def _rival(name, lengths, cp_size, model, shape, setup) -> tuple[StepTime, np.ndarray, float]:
-    scheme = schemes.SCHEMES[name]
-    plan = ShardPlan(lengths, cp_size, scheme.slices(tuple(lengths), cp_size))
-    nothing = np.zeros(cp_size)
-    # Linear layers as everyone's, attention as the scheme has it.
-    linear = dataclasses.replace(model, layers=()).step_time(plan).linear
-    sums, received = [nothing] * 4, np.zeros((2, cp_size))
-    for layers in model.layers:
-        forward, backward = schemes.passes(name, model, plan, layers)
-        sums = [total + layers.count * (one + other) for total, one, other in zip(sums, forward, backward)]
-        received = received + layers.count * scheme.received(schemes.Layer(model, layers, plan))
-    held = scheme.held(schemes.Layer(model, model.layers[0], plan))
-    tokens = max(rank_tokens(plan.slices))
-    memory = estimate_memory(shape, setup, tokens, held, 0, sum(lengths), kept=scheme.kept)
-    return StepTime(linear, *sums), received, memory.total
+def _baseline_step(name: str, lengths: Sequence[int], cp_size: int, model: CostModel) -> _Step:
+    baseline = BASELINES[name]
+    plan = ShardPlan(lengths, cp_size, baseline.slices(tuple(lengths), cp_size))
+    time = model.sum_up(plan, [passes(name, model, plan, layers) for layers in model.layers])
+    every = [Layer(model, layers, plan) for layers in model.layers]
+    received = sum(layer.layers.count * baseline.exchange.received(layer) for layer in every)
+    held = baseline.exchange.held(every[0])
+    load = RankLoad(max(rank_tokens(plan.slices)), held, batch_tokens=plan.num_tokens)
+    return _Step(time, received, load, baseline.kept)

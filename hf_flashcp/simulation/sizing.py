@@ -1,4 +1,4 @@
-"""Which cp_size a window needs on some devices: memory, step time and traffic of every size that divides them."""
+"""Finds the cp_size that a window needs: memory, step time and traffic of every size that divides the devices."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import numpy as np
 
 from ..errors import ConfigurationError, PlanError
 from ..plan.shard_plan import ShardPlan
+from ..plan.slices import rank_tokens
 from ..planning.strategies import plan_documents
 from ..predict.cost_model import CostModel, StepTime
 from ..predict.hardware_profile import HardwareProfile
 from ..predict.layer_work import largest_calls
-from ..predict.memory import MemoryEstimate, TrainingSetup, estimate_memory, largest_window
+from ..predict.memory import MemoryEstimate, estimate_memory, largest_window
 from ..predict.memory_shape import MemoryShape
+from ..predict.training_setup import RankLoad, TrainingSetup
 
 
 USABLE_MEMORY = 0.9
-"""The assumed share of a device: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and fragmentation."""
+"""The assumed share of a device's memory: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and
+fragmentation."""
 
 MOST_GPUS = 2**20
-"""Whose divisors are looked for one by one."""
+"""The most GPUs whose divisors are looked for one by one."""
 
 AS_FAST = 0.99
 """Predicted throughputs within this factor of the best count as equal: the smallest of their sizes is chosen."""
@@ -34,17 +37,17 @@ _RECOMPUTED_LINEAR = 1 / 3
 
 @dataclass(frozen=True)
 class Choice:
-    """What a cp_size costs.
+    """The costs of a cp_size.
 
     Args:
         cp_size (`int`): ranks that share a row.
-        memory (`MemoryEstimate`): of the rank that needs most.
-        largest_window (`int`): tokens of a row up to which it fits; 0 if none does.
-        fits (`bool`): whether the window does.
-        step_seconds (`float`): predicted, forward and backward of one row.
-        tokens_per_second (`float`): of all devices together.
-        kv_bytes (`float`): a rank receives at most in the forward of a step, all layers.
-        exposed_seconds (`float`): of the step, waiting for KV and its gradients.
+        memory (`MemoryEstimate`): memory of the rank that needs most.
+        largest_window (`int`): tokens of the longest row that fits; 0 if none does.
+        fits (`bool`): whether the window fits.
+        step_seconds (`float`): predicted seconds of the forward and backward of one row.
+        tokens_per_second (`float`): predicted throughput of all devices together.
+        kv_bytes (`float`): bytes that a rank receives at most in the forward of a step, all layers.
+        exposed_seconds (`float`): seconds of the step that a rank waits at most for KV and its gradients.
     """
 
     cp_size: int
@@ -57,17 +60,17 @@ class Choice:
     exposed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable."""
+        """Returns a JSON-serializable form."""
         return {**vars(self), "memory": self.memory.to_dict()}
 
 
 def cp_sizes(gpus: int, window: int) -> list[int]:
-    """Divisors of the number of devices, no larger than the window has tokens."""
+    """Returns the divisors of the number of devices that are no larger than the window, in tokens."""
     return [size for size in range(1, gpus + 1) if gpus % size == 0 and size <= window]
 
 
 def usable_bytes(hardware: HardwareProfile) -> float:
-    """What a device has for training.
+    """Returns the bytes of a device's memory that training can use.
 
     Raises:
         ConfigurationError: the profile does not say how much memory it has.
@@ -84,12 +87,12 @@ def choices(
     lengths: Sequence[int],
     sizes: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """One for each size.
+    """Returns a choice for each cp_size.
 
     Args:
-        config: of the model, see [`CostModel.from_config`].
-        hardware (`HardwareProfile`): of the devices.
-        setup (`TrainingSetup`): how it is trained, the number of devices included.
+        config: the model's config, see [`CostModel.from_config`].
+        hardware (`HardwareProfile`): the devices' profile.
+        setup (`TrainingSetup`): how the model is trained, the number of devices included.
         lengths (`Sequence[int]`): tokens of the row's documents, which decide what travels.
         sizes (`Sequence[int]`, *optional*): cp_sizes, by default every one that divides the devices.
 
@@ -126,33 +129,44 @@ def _choice(
     usable: float,
 ) -> Choice:
     plan = plan_documents(lengths, cp_size, cost_model=cost_model)
-    window = sum(lengths)
-    tokens = max(plan.report()["tokens"])
-    received, sent = _moved(plan, cost_model)
-    keys, sequences = largest_calls(plan, cost_model.layers)
-    memory = estimate_memory(shape, setup, tokens, received, sent, window, stage_keys=keys, sequences=sequences)
+    load = busiest_load(plan, cost_model)
+    memory = estimate_memory(shape, setup, load)
     time = cost_model.step_time(plan)
     seconds = step_seconds(time, setup.gradient_checkpointing)
-    shares = {
-        "received_share": received / tokens,
-        "sent_share": sent / tokens,
-        "stage_share": keys / tokens,
-        "sequence_share": sequences / tokens,
-    }
     return Choice(
         cp_size=cp_size,
         memory=memory,
-        largest_window=largest_window(shape, setup, cp_size, usable, **shares),
+        largest_window=largest_window(shape, setup, cp_size, usable, load),
         fits=memory.total <= usable,
         step_seconds=seconds,
-        tokens_per_second=setup.gpus / cp_size * window / seconds,
-        kv_bytes=float(received * shape.kv_width * setup.compute_bytes * shape.layers),
+        tokens_per_second=setup.gpus / cp_size * plan.num_tokens / seconds,
+        kv_bytes=float(load.received * shape.kv_width * setup.compute_bytes * shape.layers),
         exposed_seconds=float(time.exposed.max()),
     )
 
 
+def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
+    """Returns the most that any rank of a plan holds and moves in a layer: received and sent KV as the mean over
+    layers with attention, stages and calls as the largest in any of them."""
+    received, sent = np.zeros((2, plan.cp_size))
+    for layers in cost_model.layers:
+        received_in_layer, sent_in_layer = plan.kv_moved(layers.window)
+        received += layers.count * np.array(received_in_layer)
+        sent += layers.count * np.array(sent_in_layer)
+    count = sum(layers.count for layers in cost_model.layers)
+    keys, sequences = largest_calls(plan, cost_model.layers)
+    return RankLoad(
+        tokens=max(rank_tokens(plan.slices)),
+        received=float(received.max()) / max(count, 1),
+        sent=float(sent.max()) / max(count, 1),
+        stage_keys=keys,
+        sequences=sequences,
+        batch_tokens=plan.num_tokens,
+    )
+
+
 def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
-    """Of the slowest rank, with what gradient checkpointing computes and exchanges again."""
+    """Returns the step time of the slowest rank, with what gradient checkpointing computes and exchanges again."""
     exchanged = time.copies + time.exposed
     seconds = time.linear + time.attention + exchanged
     if gradient_checkpointing != "none":
@@ -162,20 +176,9 @@ def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
     return float(seconds.max())
 
 
-def _moved(plan: ShardPlan, cost_model: CostModel) -> tuple[float, float]:
-    """Tokens whose KV the busiest rank receives, and sends, in a layer: the mean over layers with attention."""
-    received, sent = np.zeros(plan.cp_size), np.zeros(plan.cp_size)
-    count = sum(layers.count for layers in cost_model.layers)
-    for layers in cost_model.layers:
-        report = plan.report(window=layers.window)
-        received += layers.count / count * np.array(report["kv_received"])
-        sent += layers.count / count * np.array(report["kv_sent"])
-    return float(received.max()), float(sent.max())
-
-
 def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
-    """Of the sizes that fit, the smallest whose predicted throughput is within [`AS_FAST`] of the highest, and why;
-    `None` if nothing fits."""
+    """Returns, of the sizes that fit, the smallest whose predicted throughput is within [`AS_FAST`] of the highest,
+    and why; `None` if nothing fits."""
     fitting = [choice for choice in found if choice.fits]
     if not fitting:
         return None, "nothing fits"

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import ConfigurationError
 from ...predict.hardware_profile import Kernel, Pass
-from ...predict.layer_work import call_seconds
+from ...predict.layer_work import Rectangles, call_seconds
 from ...predict.model_shape import AttentionLayers
 
 
@@ -78,7 +78,7 @@ def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficienc
     pass seconds an operation and those times the tile's overhead in keys, without a mask and with; seconds a call."""
     matrix = np.zeros((len(calls), 2, 7))
     for row, call in zip(matrix, calls):
-        rectangles = np.array([(0, queries, 0 if call.causal else keys) for queries, keys in call.rectangles])
+        rectangles = Rectangles.of([(0, queries, 0 if call.causal else keys) for queries, keys in call.rectangles])
         for backward, column in ((False, 0), (True, 3)):
             keys_only, with_overhead = (
                 float(
@@ -153,18 +153,18 @@ def fit_device_kernel(
     return best, _predicted(best, tables, layers) / measured
 
 
-def _tables(calls: Sequence[Call]) -> list[tuple[bool, np.ndarray]]:
+def _tables(calls: Sequence[Call]) -> list[tuple[bool, Rectangles]]:
     """Rectangles as [`call_seconds`] takes them, those under a causal mask and the others, with a call as a rank."""
     rows: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
     for number, call in enumerate(calls):
         for queries, keys in call.rectangles:
             rows[call.causal].append((number, queries, keys - queries if call.causal else keys))
-    return [(causal, np.array(table, dtype=np.int64).reshape(-1, 3)) for causal, table in rows.items()]
+    return [(causal, Rectangles.of(table)) for causal, table in rows.items()]
 
 
-def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, np.ndarray]], layers: AttentionLayers) -> np.ndarray:
+def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, Rectangles]], layers: AttentionLayers) -> np.ndarray:
     """(calls, 2) seconds of forward and backward."""
-    count = 1 + max(int(table[:, 0].max()) for _, table in tables if len(table))
+    count = 1 + max(int(table.ranks.max()) for _, table in tables if len(table.ranks))
     options = {"cp_size": count, "layers": layers, "window": None}
     return np.stack(
         [

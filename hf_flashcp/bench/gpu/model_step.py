@@ -22,8 +22,9 @@ from ...data.lengths import sample_pack
 from ...integrations.attach import attach
 from ...planning import plan_documents
 from ...predict import CostModel
-from ...predict.memory import TrainingSetup, estimate_memory
+from ...predict.memory import estimate_memory
 from ...predict.memory_shape import MemoryShape
+from ...predict.training_setup import RankLoad, TrainingSetup
 from ...simulation.simulate import model_flops
 from ..memory import random_batch
 from ..step import TOLERANCES
@@ -204,9 +205,8 @@ def _figures(measured: Measured, lengths: Sequence[int], config: dict[str, Any],
 
 def _memory(packed: Measured | None, lengths: Sequence[int], config: dict[str, Any]) -> Record:
     tokens = sum(lengths)
-    estimate = estimate_memory(
-        MemoryShape.from_config(config), SETUP, tokens, batch_tokens=tokens, sequences=len(lengths)
-    )
+    load = RankLoad(tokens, sequences=len(lengths), batch_tokens=tokens)
+    estimate = estimate_memory(MemoryShape.from_config(config), SETUP, load)
     record: Record = {"tokens": tokens, "estimated GiB": estimate.total / 2**30, "at": estimate.peak}
     if packed is None:
         return {**record, "measured GiB": OUT_OF_MEMORY}

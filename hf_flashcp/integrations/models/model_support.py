@@ -59,14 +59,6 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} {reason}. Train it with cp_size 1 and another attn_implementation.")
 
 
-def config_value(config: PreTrainedConfig, name: str) -> Any:
-    """An attribute of a config; `None` where it has none, or one a layer (transformers raises its own error then)."""
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
-
-
 def _vision_and_audio_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for key in config.sub_configs:
         sub_config = getattr(config, key, None)

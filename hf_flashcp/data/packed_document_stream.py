@@ -1,0 +1,178 @@
+"""`PackedDocumentStream`: an iterable dataset of packed rows, made from a stream of documents as they come."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..errors import BatchError, ConfigurationError
+from .packed_rows import PackedRows, cut, join, logger, tokens_of
+from .packing import imbalance
+from .packing_options import Counts
+from .packing_steps import Waiting, arrange, pack_seconds
+
+
+class PackedDocumentStream(PackedRows, IterableDataset):
+    """[`PackedDocuments`] over an iterable dataset, with the documents of a few steps in memory.
+
+    Documents are packed in the order in which they come: shuffle the dataset itself. When it ends, what waits is
+    packed, and the last step can have fewer packs. Every process reads the whole stream, and one loader worker at
+    most, or each would read it again.
+
+    To resume, `Trainer` reads what has been trained on again and drops it. [`~PackedDocumentStream.load_state_dict`]
+    does so without making rows of it, for loaders that know it (torchdata's `StatefulDataLoader`).
+
+    Args:
+        dataset (`Iterable`): of documents.
+        window (`int`): see [`PackedDocuments`], like the next ones.
+        bad_rows (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
+        per_token_keys (`Sequence[str]`, *optional*): further columns with one number per token.
+        kwargs: options of [`pack_lengths`].
+
+    Raises:
+        ConfigurationError: several loader workers.
+    """
+
+    def _reset(self) -> None:
+        self._to_skip = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._counts, self._rows_skipped = Counts(), 0
+        self._seconds = array("d")
+        self._delays = self._documents_out = self._max_delay = 0
+        self._read = self._tokens_out = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position of the current pass: its epoch, and the packs that have been read."""
+        return {"epoch": int(self._epoch), "packs": self._read}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Lets the next pass go on where [`~PackedDocumentStream.state_dict`] was taken."""
+        self.set_epoch(state["epoch"])
+        self._to_skip = state["packs"]
+
+    def report(self) -> dict[str, Any]:
+        """Returns [`Packing.report`] of the current pass so far, in the process that reads it, with `rows_skipped` and
+        `tokens_waiting`: tokens counted as packed whose turn has not come yet."""
+        options, counts = self.options, self._counts.to_dict()
+        return {
+            "packs": len(self._seconds),
+            **counts,
+            "fill_rate": self._tokens_out / max(len(self._seconds) * options.window, 1),
+            **imbalance(self._seconds, options.dp_size, options.gradient_accumulation_steps),
+            "mean_delay": self._delays / max(self._documents_out, 1),
+            "max_delay": self._max_delay,
+            "rows_skipped": self._rows_skipped,
+            "tokens_waiting": counts["tokens_packed"] - self._tokens_out,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, list]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ConfigurationError(
+                f"{worker.num_workers} loader workers would each read the whole stream. Set dataloader_num_workers "
+                "(num_workers) to 1 or 0."
+            )
+        self._start()
+        skipped, self._to_skip = self._to_skip, 0
+        for pack in self._packs():
+            self._read += 1
+            if self._read > skipped:
+                yield join(pack)
+
+    def _packs(self) -> Iterator[list[dict[str, list]]]:
+        options, packer = self.options, self.options.step_packer()
+        held: dict[int, list[dict[str, list]]] = {}
+        times: dict[int, tuple[float, bool]] = {}
+        tokens_of_step = options.step_packs * options.window * (1 - options.spare)
+        for number, unit in enumerate(self._units()):
+            held[number] = unit
+            weights = []
+            for length in map(tokens_of, unit):
+                if length not in times:
+                    seconds, heavy = options.times(np.array([length]))
+                    times[length] = (float(seconds[0]), bool(heavy[0]))
+                weights.append(times[length])
+            packer.add(number, sum(map(tokens_of, unit)), sum(each for each, _ in weights), any(h for _, h in weights))
+            while packer.tokens >= tokens_of_step and packer.documents >= options.step_packs:
+                yield from self._come_out(packer.step(options.step_packs), held)
+        if rest := packer.take_rest():
+            yield from self._come_out(options.place(rest, options.packs_for(rest)), held)
+
+    def _come_out(
+        self, packs: list[list[Waiting]], held: dict[int, list[dict[str, list]]]
+    ) -> Iterator[list[dict[str, list]]]:
+        options = self.options
+        for pack in arrange(packs, options.dp_size, options.gradient_accumulation_steps):
+            step = len(self._seconds) // options.step_packs
+            self._seconds.append(pack_seconds(pack))
+            self._tokens_out += sum(document.tokens for document in pack)
+            units = [held.pop(document.item) for document in pack]
+            for document, unit in zip(pack, units):
+                delay = abs(step - document.step)
+                self._delays += delay * len(unit)
+                self._documents_out += len(unit)
+                self._max_delay = max(self._max_delay, delay)
+            yield [document for unit in units for document in unit]
+
+    def _units(self) -> Iterator[list[dict[str, list]]]:
+        """Yields documents, those of fewer than `cp_size` tokens together with others like them."""
+        short, last = [], None
+        for index, row in enumerate(_read(self.dataset)):
+            try:
+                document = self._document(index, row)
+            except BatchError as error:
+                self._skip(error)
+                self._rows_skipped += 1
+                continue
+            parts = self.options.parts(index, tokens_of(document))
+            self._counts.add(tokens_of(document), parts)
+            for part in parts:
+                unit = [cut(document, part.start, part.stop)]
+                if tokens_of(unit[0]) < self.options.cp_size:
+                    unit = short = short + unit
+                    if sum(map(tokens_of, short)) < self.options.cp_size:
+                        continue
+                    short = []
+                if last is not None:
+                    yield last
+                last = unit
+        if short:
+            tokens = sum(map(tokens_of, short))
+            if last is not None and sum(map(tokens_of, last)) + tokens <= self.options.window:
+                last = last + short
+            else:
+                logger.warning(
+                    "Dropped the last %d documents: their %d tokens are fewer than cp_size.", len(short), tokens
+                )
+                self._counts.drop(len(short), tokens)
+        if last is not None:
+            yield last
+
+
+def _read(stream: Iterable[Any]) -> Iterator[Any]:
+    """Yields a stream's rows, and says after which row it fails. A stream that has failed cannot go on."""
+    rows, read = iter(stream), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise BatchError(
+                f"The stream of documents failed after {read} rows, by {type(error).__name__}: {error}. Repair the "
+                "shard that it was reading, or leave it out; to pass over single bad rows, have the stream yield them "
+                'as empty ones and set bad_rows="skip".'
+            ) from error
+        read += 1
+        yield row

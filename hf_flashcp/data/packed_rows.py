@@ -1,0 +1,107 @@
+"""`PackedRows`, the base of datasets of packed rows: makes documents from rows, and packed rows from documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import BatchError, ConfigurationError
+from .features import read_documents
+from .packing_options import PackingOptions
+
+
+logger = logging.getLogger(__name__)
+
+OF_THE_RUN = ("cp_size", "dp_size", "gradient_accumulation_steps")
+"""Options that a trainer knows."""
+
+
+class PackedRows:
+    """Base of datasets of packed rows: holds the options, those of the run filled in late, and checks documents."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        if bad_rows not in ("error", "skip"):
+            raise BatchError(f'bad_rows is {bad_rows!r}: choose "error" or "skip".')
+        self.dataset, self.per_token_keys = dataset, tuple(per_token_keys)
+        self.skip_bad_rows = bad_rows == "skip"
+        self._given = {name: kwargs.pop(name, None) for name in OF_THE_RUN}
+        known = {name: value for name, value in self._given.items() if value is not None}
+        self.options = PackingOptions(window, **kwargs, **known)
+        # Shared with loader workers that outlive an epoch.
+        self._epoch = torch.tensor(0).share_memory_()
+        self._reset()
+
+    def for_run(self, **sizes: int) -> None:
+        """Takes options that were not given from a trainer: `cp_size`, `dp_size` and `gradient_accumulation_steps`.
+
+        Raises:
+            ConfigurationError: something else was given.
+        """
+        for name, value in sizes.items():
+            if self._given[name] not in (None, value):
+                raise ConfigurationError(
+                    f"The packs are made for {name} {self._given[name]}, but the run has {value}. Leave it out: the "
+                    "trainer fills it in."
+                )
+        changed = {name: value for name, value in sizes.items() if getattr(self.options, name) != value}
+        if changed:
+            self.options = dataclasses.replace(self.options, **changed)
+            self._reset()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, which decides the order of documents. Trainer and accelerate call it."""
+        self._epoch.fill_(epoch)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns numbers for logs; empty while nothing is packed."""
+        report = self.report()
+        names = ("fill_rate", "micro_step_imbalance", "step_imbalance", "mean_delay")
+        return {f"flashcp_{name}": report[name] for name in names if report.get("packs")}
+
+    def _document(self, index: int, row: Any) -> dict[str, list]:
+        if not isinstance(row, Mapping):
+            raise BatchError(f"Row {index} is a {type(row).__name__}, not a mapping with the columns of a document.")
+        documents = read_documents(index, row, self.per_token_keys)
+        if len(documents) > 1:
+            raise BatchError(
+                f"Row {index} holds {len(documents)} documents, so it is packed already. Pass documents; where one "
+                "has position_ids that skip, give its length as seq_lengths."
+            )
+        return documents[0]
+
+    def _skip(self, error: BatchError) -> None:
+        if not self.skip_bad_rows:
+            raise error
+        logger.warning("Skipped: %s", error)
+
+
+def tokens_of(document: Mapping[str, list]) -> int:
+    """Returns the number of a document's tokens."""
+    return len(document["input_ids"])
+
+
+def cut(document: Mapping[str, list], start: int, stop: int) -> dict[str, list]:
+    """Returns tokens [start, stop) of a document."""
+    return {key: values[start:stop] for key, values in document.items()}
+
+
+def join(documents: Sequence[Mapping[str, list]]) -> dict[str, list]:
+    """Joins documents to a packed row."""
+    row: dict[str, list] = {}
+    for key in {key: None for document in documents for key in document}:
+        # Only position_ids can be missing.
+        parts = (document.get(key, range(tokens_of(document))) for document in documents)
+        row[key] = [value for part in parts for value in part]
+    return {**row, "seq_lengths": [tokens_of(document) for document in documents]}

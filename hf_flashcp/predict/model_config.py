@@ -1,0 +1,187 @@
+"""Reads the config of a causal language model: the one place that knows the names of its sizes."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from ..errors import ConfigurationError
+from ..plan.lengths import MOST_TOKENS
+
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED_WITH_LATENTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_SIZES = (
+    *_NEEDED,
+    *_NEEDED_WITH_LATENTS,
+    "first_k_dense_replace",
+    "head_dim",
+    "intermediate_size",
+    "kv_lora_rank",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_key_value_heads",
+    "num_local_experts",
+    "q_lora_rank",
+    "shared_expert_intermediate_size",
+    "sliding_window",
+    "vocab_size",
+)
+_LARGEST = 2**24
+
+
+class Latents(NamedTuple):
+    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        query_rank (`int`): width of the queries' latents, 0 if queries have none.
+        kv_rank (`int`): width of the latents that keys and values share.
+        rope_dim (`int`): elements of a key head that are rotated and shared by all heads.
+    """
+
+    query_rank: int
+    kv_rank: int
+    rope_dim: int
+
+
+class FeedForward(NamedTuple):
+    """Widths of a model's feed-forward blocks.
+
+    Attributes:
+        dense (`int`): width of a block without experts.
+        chosen (`int`): experts that a token is sent to; 0 in dense models.
+        expert (`int`): width of an expert.
+        shared (`int`): width of the experts that every token meets, together.
+        first_dense (`int`): leading layers without experts.
+    """
+
+    dense: int
+    chosen: int
+    expert: int
+    shared: int
+    first_dense: int
+
+    def met(self, layers: int) -> int:
+        """Width that a token meets in all layers together."""
+        if not self.chosen:
+            return layers * self.dense
+        return self.first_dense * self.dense + (layers - self.first_dense) * (self.chosen * self.expert + self.shared)
+
+
+def config_value(config: Any, name: str) -> Any:
+    """Returns an attribute of a transformers config, or an entry of the dict in a config.json. `None` where there is
+    none, or one per layer, which transformers answers with an error of its own."""
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+class ModelConfig:
+    """A model's config with its values checked and its defaults filled in; of several models, that of the text model.
+
+    Args:
+        config: a transformers config, or the dict in a config.json: of dense and mixture-of-experts decoders with
+            grouped-query or multi-head latent attention.
+
+    Raises:
+        ConfigurationError: sizes that are needed are missing; on reading, a value of the wrong kind or range.
+    """
+
+    def __init__(self, config: Any):
+        if isinstance(config, Mapping):
+            text = config.get("text_config")
+            self._config: Any = text if isinstance(text, Mapping) else config
+        else:
+            self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        needed = _NEEDED + _NEEDED_WITH_LATENTS if self.read("kv_lora_rank") else _NEEDED
+        missing = [name for name in needed if not self.read(name)]
+        if missing:
+            raise ConfigurationError(
+                f"The model's config has no {', '.join(missing)}, from which its times are predicted. Pass the config "
+                "of a causal language model with transformers' usual names."
+            )
+        self.hidden, self.layers, self.query_heads = (self.read(name) for name in _NEEDED)
+
+    def read(self, name: str) -> Any:
+        """Returns the value of a name, `None` where the config has none."""
+        value = config_value(self._config, name)
+        if name in _SIZES:
+            most = MOST_TOKENS if name == "sliding_window" else _LARGEST
+            sound, kind = type(value) is int and 0 <= value <= most, f"a whole number from 0 to {most:,}"
+        elif name == "layer_types":
+            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
+        else:
+            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
+        if value is not None and not sound:
+            raise ConfigurationError(f"The model's config has {name} = {reprlib.repr(value)}: it must be {kind}.")
+        return value
+
+    @property
+    def vocabulary(self) -> int:
+        return self.read("vocab_size") or 0
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """Latents of attention, `None` where it has none."""
+        if not self.read("kv_lora_rank"):
+            return None
+        return Latents(self.read("q_lora_rank") or 0, self.read("kv_lora_rank"), self.read("qk_rope_head_dim"))
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that attention sees: with latents as many as query heads."""
+        return self.query_heads if self.latents else self.read("num_key_value_heads") or self.query_heads
+
+    @property
+    def key_dim(self) -> int:
+        if self.latents:
+            return self.read("qk_nope_head_dim") + self.latents.rope_dim
+        return self.read("head_dim") or self.hidden // self.query_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.read("v_head_dim") if self.latents else self.key_dim
+
+    @property
+    def projection_parameters(self) -> int:
+        """Parameters of one layer's attention projections."""
+        heads, key_dim, value_dim = self.query_heads, self.key_dim, self.value_dim
+        if self.latents is None:
+            return self.hidden * key_dim * 2 * (heads + self.kv_heads)
+        query_rank, kv_rank, rope_dim = self.latents
+        queries = (self.hidden + heads * key_dim) * query_rank if query_rank else self.hidden * heads * key_dim
+        keys_and_values = self.hidden * (kv_rank + rope_dim) + kv_rank * heads * (key_dim - rope_dim + value_dim)
+        return queries + keys_and_values + heads * value_dim * self.hidden
+
+    @cached_property
+    def feed_forward(self) -> FeedForward:
+        dense = self.read("intermediate_size") or 4 * self.hidden
+        expert = self.read("moe_intermediate_size") or dense
+        shared = expert * (self.read("n_shared_experts") or 0) + (self.read("shared_expert_intermediate_size") or 0)
+        chosen = self.read("num_experts_per_tok") or 0
+        return FeedForward(dense, chosen, expert, shared, self.read("first_k_dense_replace") or 0)
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        counts = map(self.read, ("num_local_experts", "num_experts", "n_routed_experts"))
+        return next(filter(None, counts), self.feed_forward.chosen)
+
+    def windows(self) -> list[int | None]:
+        """Returns the sliding window of each layer with attention, `None` for full attention. Layers of other types
+        (recurrent ones) are left out."""
+        window, types = self.read("sliding_window"), self.read("layer_types")
+        if types:
+            kinds = [kind for kind in types if kind in ("full_attention", "sliding_attention")]
+            return [window if kind == "sliding_attention" else None for kind in kinds]
+        if window and self.read("use_sliding_window") is not False:
+            return [window] * self.layers
+        return [None] * self.layers
