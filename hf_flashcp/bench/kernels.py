@@ -8,14 +8,15 @@ that one device shows for every rank of a plan what kernels and copies cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..attention import AttentionKernel, select_kernel
 from ..attention import engine as engine_module
 from ..attention.engine import Engine
-from ..exchange.kv_exchange import pack_rows
+from ..attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ..exchange import pack_rows, split_rows
 from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
@@ -79,6 +80,15 @@ class _Ready:
         return self._keys
 
 
+class _Pass(NamedTuple):
+    """One kernel call of forward and of backward."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    rectangles: tuple[Rectangle, ...]
+    causal: bool
+
+
 class RankWork:
     """One rank's layer, on random tensors, with received KV standing ready."""
 
@@ -122,31 +132,27 @@ class RankWork:
         return random(count, kv_heads), random(count, kv_heads), tuple(rectangles)
 
     def one_call(self) -> None:
-        self._both([(self.whole_key, self.whole_value, self.whole, True)])
+        self._both([_Pass(self.whole_key, self.whole_value, self.whole, causal=True)])
 
     def kernels(self) -> None:
-        passes = [(self.key, self.value, self.layout.local, True)] if self.layout.local else []
+        passes = [_Pass(self.key, self.value, self.layout.local, causal=True)] if self.layout.local else []
         for stage, keys in zip(self.stages, self.received):
             if stage.rectangles:
-                passes.append((*engine_module.split_rows(keys, self.key, self.value), stage.rectangles, False))
+                passes.append(_Pass(*split_rows(keys, self.key, self.value), stage.rectangles, causal=False))
         self._both(passes)
 
-    def _both(self, passes: list[tuple[torch.Tensor, torch.Tensor, tuple[Rectangle, ...], bool]]) -> None:
-        """The kernel calls of forward and backward and nothing else, with whatever output comes first."""
-        dtype = torch.promote_types(self.query.dtype, torch.float32)
+    def _both(self, passes: list[_Pass]) -> None:
+        """The kernel calls of forward and backward and nothing else, backward from an output of zeros."""
+        dtype = accumulate_dtype(self.query.dtype)
         out = torch.zeros_like(self.query)
         lse = torch.zeros(self.query.shape[:2], dtype=dtype, device=self.query.device)
         for key, value, rectangles, causal in passes:
-            self.kernel.forward(self.query, key, value, rectangles, causal=causal, scale=self.scale)
+            self.kernel.forward(self.query, key, value, rectangles, ScoreOptions(causal, self.scale))
         grad_query = torch.zeros_like(self.query, dtype=dtype)
         for key, value, rectangles, causal in passes:
-            grads = {
-                "grad_query": grad_query,
-                "grad_key": torch.zeros_like(key, dtype=dtype),
-                "grad_value": torch.zeros_like(value, dtype=dtype),
-            }
-            inputs = (self.grad_out, self.query, key, value, out, lse, rectangles)
-            self.kernel.backward(*inputs, causal=causal, scale=self.scale, **grads)
+            inputs = BackwardInputs(self.grad_out, self.query, key, value, out, lse)
+            grads = Gradients(grad_query, *(torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value)))
+            self.kernel.backward(inputs, rectangles, ScoreOptions(causal, self.scale), grads)
 
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home
@@ -154,7 +160,8 @@ class RankWork:
         engine_module.send_grads_home = lambda *arguments: _Ready()
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
-            self._engine.backward(self.grad_out, self.query, self.key, self.value, out, lse, received, True)
+            inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
+            self._engine.backward(inputs, received, keys_need_grad=True)
         finally:
             engine_module.send_kv, engine_module.send_grads_home = originals
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ...attention import AttentionKernel, select_kernel
-from ...attention.kernels import accumulate_dtype
-from ...layout import Rectangle, Rows
+from ...attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...layout import Rows
 from ...plan import ShardPlan
-from ..calibration.worker import Shape, copies
+from ..calibration.worker import Shape, copies, rectangles_side_by_side
 from ..kernels import RankWork
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
@@ -163,27 +163,21 @@ class _Inputs:
     ) -> tuple[Callable[[], None], Callable[[], None]]:
         """Returns forward and backward of a call, see [`Work`]. Backward allocates and clears the gradients that it
         adds to, as a layer does."""
-        rectangles: list[Rectangle] = []
-        queries = keys = 0
-        for count, against in pairs:
-            rectangles.append(Rectangle(queries, queries + count, keys, keys + against))
-            queries, keys = queries + count, keys + against
+        rectangles = rectangles_side_by_side(pairs)
+        queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
         key, value = self.key[:, :keys], self.value[:, :keys]
         dtype = accumulate_dtype(query.dtype)
         # About what random scores give; times do not depend on it.
         lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
-        options: dict[str, Any] = {"causal": causal, "scale": query.shape[2] ** -0.5}
+        options = ScoreOptions(causal, scale=query.shape[2] ** -0.5)
+        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
 
         def forward() -> None:
-            self.kernel.forward(query, key, value, tuple(rectangles), **options)
+            self.kernel.forward(query, key, value, rectangles, options)
 
         def backward() -> None:
-            grads = {
-                f"grad_{name}": torch.zeros_like(tensor, dtype=dtype)
-                for name, tensor in (("query", query), ("key", key), ("value", value))
-            }
-            self.kernel.backward(grad_out, query, key, value, out, lse, tuple(rectangles), **options, **grads)
+            self.kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
 
         return forward, backward
 
