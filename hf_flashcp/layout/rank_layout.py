@@ -169,7 +169,7 @@ class RankLayout:
         order, ranges = None, key_ranges(received, own)
         if ranges is None:
             in_order = sorted(received)
-            order = row_numbers((piece.offset, piece.offset + piece.tokens) for piece in in_order)
+            order = row_numbers((offset, offset + tokens) for _, _, tokens, offset in in_order)
             ranges = key_ranges(in_order, own)
         rectangles: list[Rectangle] = []
         for piece, keys in zip(self.slices, ranges):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -32,13 +32,6 @@ class LocalSlice(NamedTuple):
         """Number of tokens."""
         return self.stop - self.start
 
-    def parts(self, intervals: Sequence[Interval]) -> list[LocalSlice]:
-        """The parts of it that lie in `intervals` of the document."""
-        document, start, stop, row = self
-        return [
-            LocalSlice(document, first, last, row + first - start) for first, last in overlaps(start, stop, intervals)
-        ]
-
 
 def local_slices(slices: Iterable[Slice]) -> tuple[LocalSlice, ...]:
     """A rank's slices with the rows that they have in its sequence."""
@@ -47,6 +40,15 @@ def local_slices(slices: Iterable[Slice]) -> tuple[LocalSlice, ...]:
         found.append(LocalSlice(document, start, stop, row))
         row += stop - start
     return tuple(found)
+
+
+def parts(slices: Iterable[LocalSlice], intervals: Mapping[int, Sequence[Interval]]) -> list[LocalSlice]:
+    """The parts of slices that lie in the intervals of their documents."""
+    found = []
+    for document, start, stop, row in slices:
+        for first, last in overlaps(start, stop, intervals.get(document, ())):
+            found.append(LocalSlice(document, first, last, row + first - start))
+    return found
 
 
 def rows_of_slices(slices: Iterable[LocalSlice]) -> np.ndarray:
@@ -75,6 +77,7 @@ class StageTraffic:
     def __init__(self, plan: ShardPlan, offsets: Sequence[int], needed: Needed):
         self.plan, self._offsets, self._needed = plan, frozenset(offsets), needed
         self._held = cache(lambda rank: local_slices(plan.slices[rank]))
+        self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
         """Whether no rank needs anything."""
@@ -87,14 +90,7 @@ class StageTraffic:
 
     def slices(self, source: int, target: int) -> list[LocalSlice]:
         """What `target` needs of the tokens of `source`, with the rows of `source`."""
-        if not self._meet(source, target):
-            return []
-        found = []
-        for piece in self._held(source):
-            intervals = self._needed.get(piece.document, {}).get(target)
-            if intervals:
-                found += piece.parts(intervals)
-        return found
+        return parts(self._held(source), self._needed_by(target)) if self._meet(source, target) else []
 
     def _meet(self, source: int, target: int) -> bool:
         return (target - source) % self.plan.cp_size in self._offsets
@@ -126,8 +122,12 @@ def direct_routes(traffic: StageTraffic, rank: int) -> Routes:
     received = [traffic.slices(source, rank) for source in ranks]
     return Routes(
         rows_of_slices(piece for pieces in sent for piece in pieces),
-        [sum(piece.tokens for piece in pieces) for pieces in sent],
-        [sum(piece.tokens for piece in pieces) for pieces in received],
+        [_tokens(pieces) for pieces in sent],
+        [_tokens(pieces) for pieces in received],
         key_pieces(piece for pieces in received for piece in pieces),
         None,
     )
+
+
+def _tokens(slices: Iterable[LocalSlice]) -> int:
+    return sum(stop - start for _, start, stop, _ in slices)

@@ -26,7 +26,7 @@ from ..plan import ShardPlan
 from ..plan.calls import KeyPiece
 from ..plan.traffic import Interval, overlaps
 from .rank_layout import RankLayout, StageKeys
-from .routes import LocalSlice, key_pieces, rows_of_slices
+from .routes import LocalSlice, key_pieces, parts, rows_of_slices
 from .rows import Rows, row_numbers
 from .stage import Rectangle
 
@@ -102,4 +102,4 @@ class WindowLayout(RankLayout):
             if intervals and start < intervals[-1][1]:
                 start, _ = intervals.pop()
             intervals.append((start, stop))
-        return [part for piece in self.slices for part in piece.parts(covered.get(piece.document, ()))]
+        return parts(self.slices, covered)
