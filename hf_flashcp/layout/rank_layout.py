@@ -81,7 +81,7 @@ class RankLayout:
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):
         self.window = window
-        self.longest_document = max(plan.lengths)
+        self.longest_document = plan.longest_document
         self.slices = local_slices(plan.slices[rank])
         self.num_tokens = sum(piece.tokens for piece in self.slices)
         self._plan, self._rank = plan, rank
