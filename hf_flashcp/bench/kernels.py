@@ -7,7 +7,8 @@ that one device shows for every rank of a plan what kernels and copies cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ..attention import AttentionKernel, select_kernel
 from ..attention import engine as engine_module
 from ..attention.engine import Engine
 from ..attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
-from ..exchange import pack_rows, split_rows
+from ..exchange import kv_width, pack_rows, split_rows
 from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
@@ -89,6 +90,16 @@ class _Pass(NamedTuple):
     causal: bool
 
 
+def random_tensors(
+    shape: tuple[int, int, int], rows: int, keys: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Query (H_q, rows, D), key and value (H_kv, keys, D) and dO as a model's projections leave them: a token's heads
+    side by side. `shape` is H_q, H_kv and D."""
+    heads, kv_heads, width = shape
+    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
+    return [torch.randn(*size, width, dtype=dtype, device=device).transpose(0, 1) for size in sizes]
+
+
 class RankWork:
     """One rank's layer, on random tensors, with received KV standing ready."""
 
@@ -101,38 +112,29 @@ class RankWork:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        heads, kv_heads, head_dim = shape
         self.layout = RankLayout(plan, rank)
-        self.kernel, self.scale = kernel, head_dim**-0.5
+        self.kernel, self.scale = kernel, shape[2] ** -0.5
         self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received=True)
-
-        def random(tokens: int, count: int) -> torch.Tensor:
-            return torch.randn(tokens, count, head_dim, dtype=dtype, device=device).transpose(0, 1)
-
         tokens = self.layout.num_tokens
-        self.query, self.grad_out = random(tokens, heads), random(tokens, heads)
-        self.key, self.value = random(tokens, kv_heads), random(tokens, kv_heads)
+        self.query, self.key, self.value, self.grad_out = random_tensors(shape, tokens, tokens, dtype, device)
         self.stages = self.layout.stages(device)
-        width = 2 * kv_heads * head_dim
+        width = kv_width(self.key, self.value)
         self.received = [torch.randn(stage.received, width, dtype=dtype, device=device) for stage in self.stages]
-        self.whole_key, self.whole_value, self.whole = self._in_order(plan, rank, random, kv_heads)
+        whole = self._in_order()
+        _, key, value, _ = random_tensors(shape, 0, whole[-1].k_stop, dtype, device)
+        self._whole = _Pass(key, value, whole, causal=True)
 
-    @staticmethod
-    def _in_order(plan: ShardPlan, rank: int, random: Callable, kv_heads: int):
-        """Keys and values of every document up to this rank's last token of it, and its slices against them."""
-        ends = {document: stop for document, _, stop in plan.slices[rank]}
-        starts, count = {}, 0
-        for document, end in ends.items():
-            starts[document], count = count, count + end
-        rectangles, row = [], 0
-        for document, start, stop in plan.slices[rank]:
-            first = starts[document]
-            rectangles.append(Rectangle(row, row + stop - start, first, first + stop))
-            row += stop - start
-        return random(count, kv_heads), random(count, kv_heads), tuple(rectangles)
+    def _in_order(self) -> tuple[Rectangle, ...]:
+        """The rank's slices against the keys of every document up to its last token of it, document after document."""
+        ends = {piece.document: piece.stop for piece in self.layout.slices}
+        starts = dict(zip(ends, accumulate(ends.values(), initial=0)))
+        return tuple(
+            Rectangle(piece.row, piece.row + piece.tokens, starts[piece.document], starts[piece.document] + piece.stop)
+            for piece in self.layout.slices
+        )
 
     def one_call(self) -> None:
-        self._both([_Pass(self.whole_key, self.whole_value, self.whole, causal=True)])
+        self._both([self._whole])
 
     def kernels(self) -> None:
         passes = [_Pass(self.key, self.value, self.layout.local, causal=True)] if self.layout.local else []

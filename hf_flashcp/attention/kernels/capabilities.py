@@ -197,29 +197,26 @@ def select_kernel(
     dtype: torch.dtype | None = None,
     key_dim: int | None = None,
     value_dim: int | None = None,
-    deterministic: bool | None = None,
 ) -> AttentionKernel:
-    """Returns the best kernel for such a layer on `device`, see [`explain_kernels`]. Logs once why a GPU has to do
-    without a fused one.
-
-    Args:
-        deterministic (`bool`, *optional*): whether gradients must be bitwise equal from run to run, which makes the
-            fused kernels of CUDA slower. Defaults to `torch.are_deterministic_algorithms_enabled()`.
+    """Returns the best kernel for a layer on `device`, see [`explain_kernels`]. Its gradients are deterministic if
+    `torch.are_deterministic_algorithms_enabled()`, which makes the fused kernels of CUDA slower. Logs once why a GPU
+    has to do without a fused kernel.
 
     Raises:
         UnsupportedModelError: no kernel can.
         ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
     """
-    wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim}
-    explained = explain_kernels(device.type, softcap, **known, deterministic=wanted)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    explained = explain_kernels(
+        device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim, deterministic=deterministic
+    )
     if device.type == "cuda":
         check_activated_kernel()
     for name, reason in explained:
         if reason is None:
             if name == "eager" and device.type == "cuda":
                 _say_why_slow(tuple(f"{other} {why}" for other, why in explained if why is not None))
-            return _kernel(name, wanted)
+            return _kernel(name, deterministic)
     reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
     raise UnsupportedModelError(
         f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "

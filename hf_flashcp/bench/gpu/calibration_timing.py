@@ -15,7 +15,7 @@ from ...attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumu
 from ...layout import Rows
 from ...plan import ShardPlan
 from ..calibration.worker import Shape, copies, rectangles_side_by_side
-from ..kernels import RankWork
+from ..kernels import RankWork, random_tensors
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
 from .settings import Found, Settings
@@ -84,13 +84,6 @@ def _kernel(device: torch.device, sizes: Sizes) -> AttentionKernel:
     return select_kernel(device, dtype=DTYPE, key_dim=sizes.shape[2], value_dim=sizes.shape[2])
 
 
-def _random(shape: Shape, rows: int, keys: int, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value and dO as a model's projections leave them: a token's heads side by side."""
-    heads, kv_heads, width = shape
-    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
-    return [torch.randn(*size, width, dtype=DTYPE, device=device).transpose(0, 1) for size in sizes]
-
-
 def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     """Linear layers, forward."""
     found = []
@@ -107,7 +100,8 @@ def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
 
 def _time_copies(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     """Merging and packing rows: those of one range, and every other `RUN` rows, which go by index on a GPU."""
-    query, key, value, _ = _random(sizes.shape, 2 * max(sizes.rows), 2 * max(sizes.rows), device)
+    most = 2 * max(sizes.rows)
+    query, key, value, _ = random_tensors(sizes.shape, most, most, DTYPE, device)
     found = []
     for count in sizes.rows:
         numbers = np.arange(count)
@@ -155,7 +149,8 @@ class _Inputs:
     def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
         queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
         self.kernel = kernel
-        self.query, self.key, self.value, self.grad_out = _random(sizes.shape, queries, keys, device)
+        tensors = random_tensors(sizes.shape, queries, keys, DTYPE, device)
+        self.query, self.key, self.value, self.grad_out = tensors
         self.out = torch.zeros_like(self.query)
 
     def functions(

@@ -16,7 +16,7 @@ from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import RankWork
+from ..kernels import RankWork, random_tensors
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings, fused_kernels
 
@@ -112,10 +112,8 @@ def _time_rectangles(settings: Settings) -> Found:
 
 def _tensors(todo: Sequence[Rectangle], shape: tuple[int, int, int], device: torch.device) -> list[torch.Tensor]:
     """query, key, value and grad_out for rectangles."""
-    heads, kv_heads, width = shape
     rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
-    sizes = [(rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)]
-    return [torch.randn(*size, width, device=device).bfloat16().transpose(0, 1) for size in sizes]
+    return random_tensors(shape, rows, keys, torch.bfloat16, device)
 
 
 def _speed(
