@@ -106,7 +106,7 @@ class Engine(NamedTuple):
                 transfers.append(send_grads_home(wire, home[stage.sent], stage, self.group))
                 if grad_local is not None:
                     stage.local_rows.add(grad_keys, grad_local)
-            del keys, wire, grad_local  # the most memory of a layer
+            del keys, wire, grad_local  # before the next stage's are made
         if not fetched:
             self._local_backward(inputs, grads)
         for transfer in transfers:
