@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from .routes import Routes, StageTraffic, key_pieces, rows_of_slices
+from .routes import Routes, StageTraffic, rows_of_slices
 from .rows import Group, Rows, concatenated, row_numbers
 from .stage import SecondStep
 
@@ -39,8 +39,9 @@ class _TwoSteps:
     def routes(self) -> Routes:
         sent = [self._first_step(self._rank, target) for target in self._ranks]
         brought = [self._first_step(source, self._rank) for source in self._ranks]
-        received = key_pieces(piece for source in self._ranks for piece in self._traffic.slices(source, self._rank))
-        return Routes(concatenated(sent), _counts(sent), _counts(brought), received, self._second_step(brought))
+        received, counts = self._traffic.received(self._rank)
+        second_step = self._second_step(brought, counts)
+        return Routes(concatenated(sent), _counts(sent), _counts(brought), received, second_step)
 
     def _first_step(self, source: int, target: int) -> np.ndarray:
         """Rows that the first step brings from `source` to `target`, ascending."""
@@ -50,7 +51,8 @@ class _TwoSteps:
             return np.unique(concatenated([self._needed(source, other) for other in self._node(target)]))
         return row_numbers([])
 
-    def _second_step(self, brought: list[np.ndarray]) -> SecondStep:
+    def _second_step(self, brought: list[np.ndarray], wanted: list[int]) -> SecondStep:
+        """Given what the first step brings and how many tokens of each rank this one needs."""
         begins = [0, *accumulate(_counts(brought))]
 
         def places(source: int, target: int) -> np.ndarray:
@@ -61,7 +63,6 @@ class _TwoSteps:
         others = [other for other in node if other != self._rank]
         handed_on = [concatenated([places(source, other) for source in partners]) for other in others]
         spans = accumulate(_counts(handed_on), initial=0)
-        wanted = _counts([self._needed(source, self._rank) for source in self._ranks])
         ends = [0, *accumulate(wanted)]
         direct = [source for source in self._ranks if source in node or source in partners]
         indirect = [source for other in others for source in self._partners(other)]

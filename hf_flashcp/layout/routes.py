@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..plan import ShardPlan, Slice
 from ..plan.calls import KeyPiece
 from ..plan.traffic import Interval, overlaps
-from .rows import row_numbers
+from .rows import concatenated, row_numbers
 from .stage import SecondStep
 
 
@@ -42,13 +42,14 @@ def local_slices(slices: Iterable[Slice]) -> tuple[LocalSlice, ...]:
     return tuple(found)
 
 
-def parts(slices: Iterable[LocalSlice], intervals: Mapping[int, Sequence[Interval]]) -> list[LocalSlice]:
-    """The parts of slices that lie in the intervals of their documents."""
-    found = []
-    for document, start, stop, row in slices:
-        for first, last in overlaps(start, stop, intervals.get(document, ())):
-            found.append(LocalSlice(document, first, last, row + first - start))
-    return found
+def parts(slices: Iterable[Slice], intervals: Mapping[int, Sequence[Interval]]) -> Iterator[LocalSlice]:
+    """Yields the parts of a rank's slices that lie in the intervals of their documents."""
+    row = 0
+    for document, start, stop in slices:
+        if document in intervals:
+            for first, last in overlaps(start, stop, intervals[document]):
+                yield LocalSlice(document, first, last, row + first - start)
+        row += stop - start
 
 
 def rows_of_slices(slices: Iterable[LocalSlice]) -> np.ndarray:
@@ -56,13 +57,11 @@ def rows_of_slices(slices: Iterable[LocalSlice]) -> np.ndarray:
     return row_numbers((row, row + stop - start) for _, start, stop, row in slices)
 
 
-def key_pieces(slices: Iterable[LocalSlice], offset: int = 0) -> list[KeyPiece]:
-    """Where slices stand that lie one behind the other in a buffer of keys, from its row `offset` on."""
-    pieces = []
+def key_pieces(slices: Iterable[LocalSlice], offset: int) -> Iterator[KeyPiece]:
+    """Yields the places of slices that lie one behind the other in a buffer of keys, from its row `offset` on."""
     for document, start, stop, _ in slices:
-        pieces.append(KeyPiece(document, start, stop - start, offset))
+        yield KeyPiece(document, start, stop - start, offset)
         offset += stop - start
-    return pieces
 
 
 class StageTraffic:
@@ -76,7 +75,6 @@ class StageTraffic:
 
     def __init__(self, plan: ShardPlan, offsets: Sequence[int], needed: Needed):
         self.plan, self._offsets, self._needed = plan, frozenset(offsets), needed
-        self._held = cache(lambda rank: local_slices(plan.slices[rank]))
         self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
@@ -88,9 +86,21 @@ class StageTraffic:
             for target, intervals in self._needed.get(document, {}).items()
         )
 
-    def slices(self, source: int, target: int) -> list[LocalSlice]:
+    def slices(self, source: int, target: int) -> Iterator[LocalSlice]:
         """What `target` needs of the tokens of `source`, with the rows of `source`."""
-        return parts(self._held(source), self._needed_by(target)) if self._meet(source, target) else []
+        return parts(self.plan.slices[source], self._needed_by(target) if self._meet(source, target) else {})
+
+    def received(self, rank: int) -> tuple[list[KeyPiece], list[int]]:
+        """What a rank needs, source after source, and how many tokens of each source."""
+        pieces: list[KeyPiece] = []
+        counts = []
+        offset = 0
+        for source in range(self.plan.cp_size):
+            pieces += key_pieces(self.slices(source, rank), offset)
+            end = pieces[-1].offset + pieces[-1].tokens if pieces else 0
+            counts.append(end - offset)
+            offset = end
+        return pieces, counts
 
     def _meet(self, source: int, target: int) -> bool:
         return (target - source) % self.plan.cp_size in self._offsets
@@ -117,17 +127,6 @@ class Routes(NamedTuple):
 
 def direct_routes(traffic: StageTraffic, rank: int) -> Routes:
     """Every row goes from the rank that holds it to each that needs it."""
-    ranks = range(traffic.plan.cp_size)
-    sent = [traffic.slices(rank, target) for target in ranks]
-    received = [traffic.slices(source, rank) for source in ranks]
-    return Routes(
-        rows_of_slices(piece for pieces in sent for piece in pieces),
-        [_tokens(pieces) for pieces in sent],
-        [_tokens(pieces) for pieces in received],
-        key_pieces(piece for pieces in received for piece in pieces),
-        None,
-    )
-
-
-def _tokens(slices: Iterable[LocalSlice]) -> int:
-    return sum(stop - start for _, start, stop, _ in slices)
+    sent = [rows_of_slices(traffic.slices(rank, target)) for target in range(traffic.plan.cp_size)]
+    received, counts = traffic.received(rank)
+    return Routes(concatenated(sent), [len(rows) for rows in sent], counts, received, None)

@@ -102,4 +102,4 @@ class WindowLayout(RankLayout):
             if intervals and start < intervals[-1][1]:
                 start, _ = intervals.pop()
             intervals.append((start, stop))
-        return parts(self.slices, covered)
+        return list(parts(self._plan.slices[self._rank], covered))
