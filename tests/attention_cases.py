@@ -236,13 +236,13 @@ class _TracingKernel(ExactKernel):
     def __init__(self, trace):
         self.trace = trace
 
-    def forward(self, *args, causal, **kwargs):
-        self.trace.append("local forward" if causal else "remote forward")
-        return super().forward(*args, causal=causal, **kwargs)
+    def forward(self, query, key, value, rectangles, options):
+        self.trace.append("local forward" if options.causal else "remote forward")
+        return super().forward(query, key, value, rectangles, options)
 
-    def backward(self, *args, causal, **kwargs):
-        self.trace.append("local backward" if causal else "remote backward")
-        return super().backward(*args, causal=causal, **kwargs)
+    def backward(self, inputs, rectangles, options, grads):
+        self.trace.append("local backward" if options.causal else "remote backward")
+        super().backward(inputs, rectangles, options, grads)
 
 
 def issue_order(plan, frozen_kv=False, offset_groups=None):

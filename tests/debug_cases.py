@@ -110,9 +110,9 @@ def wrong_layer(plan, dtype, what):
     """A layer of which rank 1 gets something wrong."""
 
     def forward(original):
-        def call(self, *args, causal, **kwargs):
-            out, lse = original(self, *args, causal=causal, **kwargs)
-            if dist.get_rank() == 1 and causal:
+        def call(self, query, key, value, rectangles, options):
+            out, lse = original(self, query, key, value, rectangles, options)
+            if dist.get_rank() == 1 and options.causal:
                 if what == "the output":
                     out[1, 5] *= 2
                 else:
@@ -122,10 +122,10 @@ def wrong_layer(plan, dtype, what):
         return call
 
     def backward(original):
-        def call(self, *args, causal, **kwargs):
-            original(self, *args, causal=causal, **kwargs)
-            if dist.get_rank() == 1 and causal:
-                kwargs[{"dQ": "grad_query", "dK": "grad_key", "dV": "grad_value"}[what]][1, 5] *= 2
+        def call(self, inputs, rectangles, options, grads):
+            original(self, inputs, rectangles, options, grads)
+            if dist.get_rank() == 1 and options.causal:
+                dict(zip(("dQ", "dK", "dV"), grads))[what][1, 5] *= 2
 
         return call
 
@@ -191,9 +191,9 @@ def model_with_a_wrong_layer():
     attention.register_forward_hook(lambda *_: inside.clear())
 
     def make(original):
-        def call(self, *args, causal, **kwargs):
-            out, lse = original(self, *args, causal=causal, **kwargs)
-            if inside and dist.get_rank() == 0 and not causal:
+        def call(self, query, key, value, rectangles, options):
+            out, lse = original(self, query, key, value, rectangles, options)
+            if inside and dist.get_rank() == 0 and not options.causal:
                 out[3, 1] += 0.01
             return out, lse
 

@@ -7,7 +7,7 @@ from torch.utils import deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_flashcp.attention.engine import Engine
-from hf_flashcp.attention.kernels import TorchFlashKernel
+from hf_flashcp.attention.kernels import BackwardInputs, TorchFlashKernel
 from hf_flashcp.layout import Rectangle
 from tests import attention_cases as cases
 from tests.fake_cuda import fake_cuda, forward_and_backward
@@ -40,14 +40,16 @@ def deterministic_algorithms():
 def switches_in_a_layer(plan):
     """What the engine's operators see while the user has the switch on, and the two switches after the layer."""
     bound = cases.bind(plan)
-    inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
-    query, key, value, grad_out = (tensor.index_select(1, bound.layout.token_index) for tensor in inputs)
+    query, key, value, grad_out = cases.local_rows(
+        bound, cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
+    )
     kernel = EmulatedVarlen(deterministic=True)
     engine = Engine(bound.group, bound.layout, kernel, SCALE, None, True)
     with deterministic_algorithms():
         with Switches() as seen:
             out, lse, received = engine.forward(query, key, value, None)
-            engine.backward(grad_out, query, key, value, out, lse, received, True)
+            inputs = BackwardInputs(grad_out, query, key, value, out, lse)
+            engine.backward(inputs, received, keys_need_grad=True)
         return seen, (torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory)
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
-from hf_flashcp.attention import document_attention, function, reference_check
+from hf_flashcp.attention import document_attention, float64_reference, function
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from hf_flashcp.planning import PlanSettings
 from tests import attention_cases as cases
@@ -213,7 +213,7 @@ def largest_tensor_of_a_check(plan, most_scores):
     limit, value = ("_MASK_KEYS", 64) if ON_CPU else ("_MAX_SCORES", most_scores)
     with (
         debug_cases.replaced(ExactKernel, limit, lambda _: value),
-        debug_cases.replaced(reference_check, "_MOST_SCORES", lambda _: most_scores),
+        debug_cases.replaced(float64_reference, "MOST_SCORES", lambda _: most_scores),
         transparent_forward(),
         LiveBytes() as live,
     ):

@@ -9,7 +9,7 @@ import contextlib
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_flashcp.attention.kernels import varlen
+from hf_flashcp.attention.kernels import BackwardInputs, Gradients, ScoreOptions, varlen
 from tests.kernel_cases import SCALE, make
 
 
@@ -32,11 +32,9 @@ def forward_and_backward(kernel, shape, rectangles, **options):
     query, key, value, grad_out = (
         torch.empty_like(tensor, dtype=torch.bfloat16, device=FAKE) for tensor in make(shape, rectangles)
     )
-    found = kernel.forward(query, key, value, rectangles, scale=SCALE, **options)
+    options = ScoreOptions(scale=SCALE, **options)
+    found = kernel.forward(query, key, value, rectangles, options)
     whole = torch.empty_like(grad_out), torch.empty(query.shape[:2], device=FAKE)
-    grads = {
-        name: torch.zeros(tensor.shape, device=FAKE)
-        for name, tensor in (("grad_query", query), ("grad_key", key), ("grad_value", value))
-    }
-    kernel.backward(grad_out, query, key, value, *whole, rectangles, scale=SCALE, **options, **grads)
+    grads = Gradients(*(torch.zeros(tensor.shape, device=FAKE) for tensor in (query, key, value)))
+    kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options, grads)
     return found

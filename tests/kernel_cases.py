@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_flashcp.attention.kernels import EagerKernel, VarlenKernel
+from hf_flashcp.attention.kernels import BackwardInputs, EagerKernel, Gradients, ScoreOptions, VarlenKernel
 from hf_flashcp.layout import Rectangle
 from tests.device import DEVICE
 
@@ -64,27 +64,25 @@ class EmulatedVarlen(VarlenKernel):
                 (Rectangle(0, q_stop - q_start, 0, k_stop - k_start),),
             )
 
-    def _forward_call(self, query, key, value, sequences, causal, scale, window, softcap):
+    def _forward_call(self, query, key, value, sequences, options):
         self._check(query, key, value, sequences)
         out = query.new_empty(query.shape)
         lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
-        options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         for q, k, whole in self._each(sequences):
             parts = (tensor.transpose(0, 1) for tensor in (query[q], key[k], value[k]))
-            part, lse[:, q] = EagerKernel().forward(*parts, whole, **options)
+            part, lse[:, q] = EagerKernel().forward(*parts, whole, options)
             out[q] = part.transpose(0, 1)
         return out, lse
 
-    def _backward_call(self, grad_out, query, key, value, out, lse, sequences, causal, scale, window, softcap):
+    def _backward_call(self, inputs, sequences, options):
+        grad_out, query, key, value, out, lse = inputs
         self._check(query, key, value, sequences, grad_out, out)
         assert lse.is_contiguous() and lse.shape == (query.shape[1], query.shape[0])
         grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (query, key, value)]
-        options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         for q, k, whole in self._each(sequences):
             parts = (x.transpose(0, 1) for x in (grad_out[q], query[q], key[k], value[k], out[q]))
-            dq, dk, dv = (grad[rows].transpose(0, 1) for grad, rows in zip(grads, (q, k, k)))
-            gradients = {"grad_query": dq, "grad_key": dk, "grad_value": dv}
-            EagerKernel().backward(*parts, lse[:, q], whole, **options, **gradients)
+            of_sequence = Gradients(*(grad[rows].transpose(0, 1) for grad, rows in zip(grads, (q, k, k))))
+            EagerKernel().backward(BackwardInputs(*parts, lse[:, q]), whole, options, of_sequence)
         return [grad.to(query.dtype) for grad in grads]
 
 
@@ -102,20 +100,20 @@ def make(shape, rectangles, dtype=torch.float64, seed=0):
 def run(kernel, inputs, rectangles, whole=None, **options):
     """out, logsumexp, dq, dk, dv; backward from `whole`, a merged out and logsumexp, or from its own."""
     query, key, value, grad_out = inputs
-    out, lse = kernel.forward(query, key, value, rectangles, scale=SCALE, **options)
+    options = ScoreOptions(scale=SCALE, **options)
+    out, lse = kernel.forward(query, key, value, rectangles, options)
     if whole is None:
         index = torch.cat([torch.arange(r.q_start, r.q_stop, device=out.device) for r in rectangles])
         whole = out.new_zeros(grad_out.shape).index_copy_(1, index, out), lse.new_zeros(query.shape[:2])
         whole[1].index_copy_(1, index, lse)
     # The kernel adds: from 1, not from 0.
-    grads = [torch.ones(tensor.shape, dtype=lse.dtype, device=lse.device) for tensor in (query, key, value)]
-    gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
-    kernel.backward(grad_out, query, key, value, *whole, rectangles, scale=SCALE, **options, **gradients)
+    grads = Gradients(*(torch.ones(x.shape, dtype=lse.dtype, device=lse.device) for x in (query, key, value)))
+    kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options, grads)
     return out, lse, *(grad - 1 for grad in grads)
 
 
 def textbook(inputs, rectangles, causal, window=None, softcap=None):
-    """out, logsumexp, dq, dk, dv by autograd over one dense mask a rectangle."""
+    """out, logsumexp, dq, dk, dv by autograd over one dense mask per rectangle."""
     query, key, value = (tensor.detach().clone().requires_grad_() for tensor in inputs[:3])
     groups = query.shape[0] // key.shape[0]
     outs, lses, loss = [], [], 0.0

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
 from hf_flashcp.attention.kernels import EagerKernel
-from hf_flashcp.attention.kernels.base import Piece
+from hf_flashcp.attention.kernels.blocks import KeyBlock
 from tests import attention_cases as cases
 from tests.accelerate_state import fresh_accelerate
 from tests.device import make_kernel
@@ -63,15 +63,15 @@ class PiecesThatSeeNothing(EagerKernel):
 
     def _blocks(self, *args, **kwargs):
         for block in super()._blocks(*args, **kwargs):
-            ((first, stop, mask),) = block.pieces
-            pieces = [
-                Piece(start, min(start + 5, stop), None if mask is None else mask[:, start - first :][:, :5])
+            ((first, stop, mask, _),) = block.keys
+            keys = [
+                KeyBlock(start, min(start + 5, stop), None if mask is None else mask[:, start - first :][:, :5])
                 for start in range(first, stop, 5)
             ]
-            yield block._replace(pieces=pieces[::-1] if self.last_first else pieces)
+            yield block._replace(keys=keys[::-1] if self.last_first else keys)
 
-    def _forward_piece(self, *args):
-        out, lse = super()._forward_piece(*args)
+    def _forward_block(self, *args):
+        out, lse = super()._forward_block(*args)
         self.found += int((lse == -math.inf).sum())
         return out, lse.masked_fill(lse == -math.inf, self.empty)
 

@@ -223,13 +223,13 @@ def one_thread():
 
 def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
     """2% too much in one of the gradients."""
-    right = CPUFlashKernel._backward_piece
+    right = CPUFlashKernel._backward_block
 
     def wrong(self, *args):
         dq, dk, dv = right(self, *args)
         return dq, dk * 1.02, dv
 
-    monkeypatch.setattr(CPUFlashKernel, "_backward_piece", wrong)
+    monkeypatch.setattr(CPUFlashKernel, "_backward_block", wrong)
     problems = kernels._check(Settings("cpu")).problems
     assert all(problem.startswith(("dK of cpu_flash", "cpu_flash in torch")) for problem in problems)
     assert len(problems) == 2 * (kernels.FEW + 1) and problems[-1].endswith("more like these")

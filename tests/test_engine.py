@@ -161,7 +161,7 @@ def _after(change, target, values):
 @pytest.mark.devices("cpu")
 @given(st.lists(st.integers(0, 12), max_size=30))
 def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
-    groups = [numbers[start:stop] for start, stop in distinct_groups(np.array(numbers, dtype=np.int64))]
+    groups = [numbers[group.span] for group in distinct_groups(np.array(numbers, dtype=np.int64))]
     assert sum(groups, []) == numbers
     assert all(len(set(group)) == len(group) for group in groups)
     assert all(following[0] in group for group, following in zip(groups, groups[1:]))

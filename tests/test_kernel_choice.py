@@ -15,6 +15,7 @@ from hf_flashcp.attention.kernels import (
 )
 from hf_flashcp.errors import ConfigurationError, FlashCPError
 from tests import vendor_kernels
+from tests.determinism_cases import deterministic_algorithms
 from tests.models import build_model
 
 
@@ -129,8 +130,9 @@ def test_flash_attention_3_is_not_deterministic_for_the_widest_heads(monkeypatch
     wide = max(key_dim, value_dim) > 192
     known = {"key_dim": key_dim, "value_dim": value_dim}
     with vendor_kernels.flash_attn_3():
-        assert chosen(**known, deterministic=False).name == "flash_attn_3"
-        assert chosen(**known, deterministic=True).name == ("torch_flash" if wide else "flash_attn_3")
+        assert chosen(**known).name == "flash_attn_3"
+        with deterministic_algorithms():
+            assert chosen(**known).name == ("torch_flash" if wide else "flash_attn_3")
         if wide:
             reason = dict(explain_kernels("cuda", **known, deterministic=True))["flash_attn_3"]
             assert reason == f"has deterministic gradients for heads up to 192 wide, not {max(key_dim, value_dim)}"
@@ -178,14 +180,10 @@ def test_kernels_that_no_gpu_has_run_are_experimental():
     }
 
 
-def test_kernels_are_made_deterministic_on_request():
-    chosen = {
-        flag: select_kernel(torch.device("cuda"), dtype=torch.bfloat16, deterministic=flag) for flag in (False, True)
-    }
-    assert [kernel.deterministic for kernel in chosen.values()] == [False, True]
-    assert chosen[True] is select_kernel(torch.device("cuda"), dtype=torch.bfloat16, deterministic=True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16) is chosen[True]
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_kernels_are_deterministic_where_pytorchs_switch_is_on():
+    cuda = torch.device("cuda")
+    plain = select_kernel(cuda, dtype=torch.bfloat16)
+    with deterministic_algorithms():
+        first, second = (select_kernel(cuda, dtype=torch.bfloat16) for _ in range(2))
+    assert (plain.deterministic, first.deterministic) == (False, True)
+    assert first is second and plain is select_kernel(cuda, dtype=torch.bfloat16)

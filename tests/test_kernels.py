@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashcp.attention.kernels import CPUFlashKernel, EagerKernel, cpu_flash, explain_kernels, varlen
+from hf_flashcp.attention.kernels import (
+    CPUFlashKernel,
+    EagerKernel,
+    ScoreOptions,
+    cpu_flash,
+    explain_kernels,
+    varlen,
+)
 from hf_flashcp.layout import Rectangle
 from tests.device import DEVICE, ON_CPU, fused_kernels, make_kernel
 from tests.kernel_cases import CAUSAL, FP64, FULL, SCALE, SHAPES, EmulatedVarlen, difference, make, run, textbook
@@ -92,7 +99,7 @@ def test_parts_merged_by_logsumexp_are_the_whole(kernel):
     whole = textbook([query[:, :70], key, value, grad_out[:, :70]], [Rectangle(0, 70, 0, 90)], causal=False)
     parts = [[Rectangle(0, 70, 0, 37)], [Rectangle(0, 70, 37, 90)]]
     (out, lse), (other, other_lse) = (
-        KERNELS[kernel]().forward(query, key, value, part, causal=False, scale=SCALE) for part in parts
+        KERNELS[kernel]().forward(query, key, value, part, ScoreOptions(False, SCALE)) for part in parts
     )
     merged_lse = torch.logaddexp(lse, other_lse)
     merged = out * (lse - merged_lse).exp()[..., None] + other * (other_lse - merged_lse).exp()[..., None]
@@ -132,7 +139,9 @@ def test_rounds_are_as_few_as_overlapping_keys_need():
 def test_rows_without_gaps_are_not_copied_and_rounds_are_built_once():
     documents = tuple(CAUSAL["squares"])
     (only,) = varlen.deal_rounds(documents, DEVICE)
-    assert (only.q_rows, only.k_rows, only.out_rows) == (slice(0, 120),) * 3
+    assert [rows.ranges for rows in (only.queries, only.keys, only.outputs)] == [((0, 120),)] * 3
+    rows = torch.zeros(120, 2)
+    assert only.queries.take(rows).data_ptr() == rows.data_ptr()
     equal = tuple(Rectangle(*rectangle) for rectangle in documents)
     assert varlen.deal_rounds(equal, DEVICE) is varlen.deal_rounds(documents, DEVICE)
     kernel = EmulatedVarlen()
@@ -191,7 +200,7 @@ def _check_errors_of_parts(kernel):
     for count in (1, 2, 4, 8, 16):
         size = keys // count
         parts = [(Rectangle(0, 256, start, start + size),) for start in range(0, keys, size)]
-        results = [kernel.forward(*inputs[:3], part, causal=False, scale=SCALE) for part in parts]
+        results = [kernel.forward(*inputs[:3], part, ScoreOptions(False, SCALE)) for part in parts]
         lse = torch.stack([part_lse for _, part_lse in results]).logsumexp(0)
         merged = sum(part.float() * (part_lse - lse).exp()[..., None] for part, part_lse in results)
         whole = merged.to(torch.bfloat16), lse
@@ -271,7 +280,7 @@ def check_merged_parts(kernel, inputs):
         return *both, *(a + b for a, b in zip(*sums))
 
     ours = results(
-        lambda part: kernel.forward(*inputs[:3], part, causal=False, scale=SCALE),
+        lambda part: kernel.forward(*inputs[:3], part, ScoreOptions(False, SCALE)),
         lambda part, both: run(kernel, inputs, part, both, causal=False),
     )
     least = results(

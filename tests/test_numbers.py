@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_flashcp import plan_documents, shard_inputs
-from hf_flashcp.attention.engine import _merge
+from hf_flashcp.attention.merge import merge
 from hf_flashcp.layout import RankLayout, Rows
 from hf_flashcp.planning import STRATEGIES
 from tests import numbers_cases
@@ -67,7 +67,7 @@ def test_rows_without_keys_merge_as_nothing(dtype, bound, empty, rows, second_fi
     numbers = torch.tensor(list(ROWS[rows]))
     out, lse = torch.full((2, 20, 4), 7.0, dtype=dtype), torch.full((2, 20), 7.0, dtype=first[1].dtype)
     out[:, numbers], lse[:, numbers] = first
-    _merge(out, lse, *second, Rows(np.array(numbers)))
+    merge(out, lse, *second, Rows(np.array(numbers)))
     assert float((out[:, numbers].double() - expected).abs().max()) <= bound
     assert torch.equal(lse[:, numbers] == -math.inf, expected_lse == -math.inf)
     assert float((lse[:, numbers].double() - expected_lse).nan_to_num(0).abs().max()) <= max(bound / 1e4, 1e-14)
@@ -85,7 +85,7 @@ def test_a_row_that_data_made_nan_is_not_taken_for_one_without_keys(sick_lse, se
     if second_first:
         first, second = second, first
     out, lse = first
-    _merge(out, lse, *second, Rows(np.arange(12)))
+    merge(out, lse, *second, Rows(np.arange(12)))
     sound = [row for row in range(12) if row not in sick]
     assert out[:, sick].isnan().all() and float((out[:, sound] - expected[:, sound]).abs().max()) < 1e-14
 

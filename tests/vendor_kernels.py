@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from hf_flashcp.attention.kernels import BackwardInputs, ScoreOptions
 from hf_flashcp.attention.kernels.varlen import Sequences
 from tests.kernel_cases import EmulatedVarlen
 
@@ -47,9 +48,8 @@ class Vendor:
     def forward(self, call, causal, window, softcap=None):
         self.forwards += 1
         self._check(call.q, call.k, call.v)
-        return self._emulated._forward_call(
-            call.q, call.k, call.v, self._sequences(call), causal, call.softmax_scale, window, softcap or None
-        )
+        options = ScoreOptions(causal, call.softmax_scale, window, softcap or None)
+        return self._emulated._forward_call(call.q, call.k, call.v, self._sequences(call), options)
 
     def backward(self, call, lse, causal, window, softcap=None):
         self.backwards += 1
@@ -57,10 +57,9 @@ class Vendor:
         self._check(call.q, call.k, call.v, call.out, call.dout)
         assert lse.shape == (call.q.shape[1], call.q.shape[0]) and lse.is_contiguous()
         assert lse.dtype == torch.promote_types(call.q.dtype, torch.float32)
-        tensors = call.dout, call.q, call.k, call.v, call.out, lse
-        return self._emulated._backward_call(
-            *tensors, self._sequences(call), causal, call.softmax_scale, window, softcap or None
-        )
+        inputs = BackwardInputs(call.dout, call.q, call.k, call.v, call.out, lse)
+        options = ScoreOptions(causal, call.softmax_scale, window, softcap or None)
+        return self._emulated._backward_call(inputs, self._sequences(call), options)
 
     def _check(self, *tensors):
         assert len({tensor.dtype for tensor in tensors}) == 1 and tensors[0].dtype in DTYPES

@@ -1,8 +1,9 @@
 """`document_attention`: the attention of one layer on one rank, as a function that autograd knows.
 
-Saved for backward, in bytes a token of the rank, e being the size of an element and E that of the accumulate dtype
+Saved for backward, in bytes per token of the rank, with e the size of an element and E that of the accumulate dtype
 (4, or 8 in fp64): query, key, value and output, e * (H_q * (D_k + D_v) + H_kv * (D_k + D_v)), and the logsumexp,
-E * H_q. Where it is kept, KV received: e * H_kv * (D_k + D_v) a token received, and in layers with a sliding window as
+E * H_q.
+Received KV, where it is kept, takes e * H_kv * (D_k + D_v) per token received, and in layers with a sliding window as
 much for each of the rank's own tokens that lie in the bands of keys. Nothing grows with the square of the tokens.
 """
 
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..layout import RankPlan
 from .engine import Engine
-from .kernels import AttentionKernel, select_kernel
+from .kernels import AttentionKernel, BackwardInputs, select_kernel
 from .operator import run_forward
 from .reference_check import CheckedEngine
 
@@ -41,14 +42,14 @@ def document_attention(
         key (`torch.Tensor`): (H_kv, T_r, D_k); H_q is a multiple of H_kv.
         value (`torch.Tensor`): (H_kv, T_r, D_v).
         plan (`RankPlan`): the plan bound to this rank.
-        scale (`float`, *optional*): of the scores, defaults to D_k ** -0.5.
+        scale (`float`, *optional*): factor of the scores, defaults to D_k ** -0.5.
         window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
         softcap (`float`, *optional*): scores become softcap * tanh(scores / softcap).
         sinks (`torch.Tensor`, *optional*): (H_q,) a score per head that takes its share of every softmax and has no
             value. Its gradient is that of this rank's tokens alone.
         keep_received (`bool`, *optional*): whether backward finds the KV that forward received, or fetches it again;
             the same on every rank. Defaults to the plan's, see [`RankPlan`].
-        kernel (`AttentionKernel`, *optional*): defaults to the best for the device and the options.
+        kernel (`AttentionKernel`, *optional*): defaults to the best for the device and the layer.
         check_as (`str`, *optional*): the layer's name, on every rank or none: its results are compared with those of
             the formulas in float64, see [`CheckedEngine`].
 
@@ -85,20 +86,21 @@ class _DocumentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         query, key, value, sinks, out, lse, *received = ctx.saved_tensors
-        # The same on every rank: it follows from which parameters the model trains.
-        keys_need_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        grads = ctx.engine.backward(grad_out, query, key, value, out, lse, received, keys_need_grad)
-        grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+        _, key_needs, value_needs, sinks_need, _ = ctx.needs_input_grad
+        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
+        # Whether keys need one is the same on every rank: it follows from which parameters the model trains.
+        grads = ctx.engine.backward(inputs, received, key_needs or value_needs)
         return (
-            grad_query,
-            grad_key if ctx.needs_input_grad[1] else None,
-            grad_value if ctx.needs_input_grad[2] else None,
-            _grad_sinks(grad_out, sinks, out, lse) if ctx.needs_input_grad[3] else None,
+            grads.query.to(query.dtype),
+            grads.key.to(query.dtype) if key_needs else None,
+            grads.value.to(query.dtype) if value_needs else None,
+            _grad_sinks(inputs, sinks) if sinks_need else None,
             None,
         )
 
 
-def _grad_sinks(grad_out, sinks, out, lse) -> torch.Tensor:
+def _grad_sinks(inputs: BackwardInputs, sinks: torch.Tensor) -> torch.Tensor:
     """(H_q,): a sink takes the share exp(sink - lse) of a row and gives nothing for it."""
-    share = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp()
-    return -(share * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum(-1).to(sinks.dtype)
+    dtype = inputs.lse.dtype
+    share = (sinks.to(dtype).unsqueeze(-1) - inputs.lse).exp()
+    return -(share * (inputs.grad_out.to(dtype) * inputs.out.to(dtype)).sum(-1)).sum(-1).to(sinks.dtype)

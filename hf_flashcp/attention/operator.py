@@ -4,9 +4,9 @@ Activation checkpointing throws a layer's activations away and runs the layer ag
 included. Selective checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) can keep the results
 of some operators instead, but sees only what goes through PyTorch's dispatcher. So forward is one operator:
 
-    flashcp::attention(query, key, value, sinks, engine) -> (out, lse, keys of each stage, none if they are not kept)
+    flashcp::attention(query, key, value, sinks, engine) -> (out, lse, keys of each stage if they are kept)
 
-`engine` is the number of an [`Engine`] in a table, where it stands while the call lasts.
+`engine` is the number of an [`Engine`] in a table, in which it is listed while the call lasts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_forward(
 
 
 class _SaveAttention(str):
-    """A string that can be called: trackers write TrainingArguments down as JSON."""
+    """A callable string, because trackers write TrainingArguments as JSON."""
 
     def __call__(self) -> tuple[Any, Any]:
         return create_selective_checkpoint_contexts(_policy)
@@ -63,10 +63,10 @@ save_attention_context_fn = _SaveAttention("hf_flashcp.save_attention_context_fn
 (Before transformers 5.24 the arguments are called `gradient_checkpointing` and `gradient_checkpointing_kwargs`.)
 
 In backward a layer's projections, norms and MLP run again, its attention and exchange do not: their results are kept
-from the first run. That costs, a token and layer, H_q * D_v elements for the output and 4 bytes a query head for the
-logsumexp, and H_kv * (D_k + D_v) elements for each token received; where received KV is not kept (`keep_received_kv`
-of [`attach`]) the last are fetched again in backward, without attending again. Under plain activation checkpointing a
-layer attends twice and exchanges three times instead of two. With `offload` the layer's input goes to the host, what
+from the first run. Per token and layer that costs H_q * D_v elements for the output and 4 bytes per query head for the
+logsumexp, and H_kv * (D_k + D_v) elements per token received; where received KV is not kept (`keep_received_kv` of
+[`attach`]) the last are fetched again in backward, without attending again. Under plain activation checkpointing a
+layer attends twice and exchanges three times instead of two. With `offload` the layer's input goes to the host; what
 is kept here stays on the device.
 """
 

@@ -7,15 +7,17 @@ that one device shows for every rank of a plan what kernels and copies cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
 from ..attention import AttentionKernel, select_kernel
 from ..attention import engine as engine_module
 from ..attention.engine import Engine
-from ..exchange.kv_exchange import pack_rows
+from ..attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ..exchange import kv_width, pack_rows, split_rows
 from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
@@ -79,6 +81,25 @@ class _Ready:
         return self._keys
 
 
+class _Pass(NamedTuple):
+    """One kernel call of forward and of backward."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    rectangles: tuple[Rectangle, ...]
+    causal: bool
+
+
+def random_tensors(
+    shape: tuple[int, int, int], rows: int, keys: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Query (H_q, rows, D), key and value (H_kv, keys, D) and dO as a model's projections leave them: a token's heads
+    side by side. `shape` is H_q, H_kv and D."""
+    heads, kv_heads, width = shape
+    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
+    return [torch.randn(*size, width, dtype=dtype, device=device).transpose(0, 1) for size in sizes]
+
+
 class RankWork:
     """One rank's layer, on random tensors, with received KV standing ready."""
 
@@ -91,62 +112,49 @@ class RankWork:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        heads, kv_heads, head_dim = shape
         self.layout = RankLayout(plan, rank)
-        self.kernel, self.scale = kernel, head_dim**-0.5
+        self.kernel, self.scale = kernel, shape[2] ** -0.5
         self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received=True)
-
-        def random(tokens: int, count: int) -> torch.Tensor:
-            return torch.randn(tokens, count, head_dim, dtype=dtype, device=device).transpose(0, 1)
-
         tokens = self.layout.num_tokens
-        self.query, self.grad_out = random(tokens, heads), random(tokens, heads)
-        self.key, self.value = random(tokens, kv_heads), random(tokens, kv_heads)
+        self.query, self.key, self.value, self.grad_out = random_tensors(shape, tokens, tokens, dtype, device)
         self.stages = self.layout.stages(device)
-        width = 2 * kv_heads * head_dim
+        width = kv_width(self.key, self.value)
         self.received = [torch.randn(stage.received, width, dtype=dtype, device=device) for stage in self.stages]
-        self.whole_key, self.whole_value, self.whole = self._in_order(plan, rank, random, kv_heads)
+        whole = self._in_order()
+        _, key, value, _ = random_tensors(shape, 0, whole[-1].k_stop, dtype, device)
+        self._whole = _Pass(key, value, whole, causal=True)
 
-    @staticmethod
-    def _in_order(plan: ShardPlan, rank: int, random: Callable, kv_heads: int):
-        """Keys and values of every document up to this rank's last token of it, and its slices against them."""
-        ends = {document: stop for document, _, stop in plan.slices[rank]}
-        starts, count = {}, 0
-        for document, end in ends.items():
-            starts[document], count = count, count + end
-        rectangles, row = [], 0
-        for document, start, stop in plan.slices[rank]:
-            first = starts[document]
-            rectangles.append(Rectangle(row, row + stop - start, first, first + stop))
-            row += stop - start
-        return random(count, kv_heads), random(count, kv_heads), tuple(rectangles)
+    def _in_order(self) -> tuple[Rectangle, ...]:
+        """The rank's slices against the keys of every document up to its last token of it, document after document."""
+        ends = {piece.document: piece.stop for piece in self.layout.slices}
+        starts = dict(zip(ends, accumulate(ends.values(), initial=0)))
+        return tuple(
+            Rectangle(piece.row, piece.row + piece.tokens, starts[piece.document], starts[piece.document] + piece.stop)
+            for piece in self.layout.slices
+        )
 
     def one_call(self) -> None:
-        self._both([(self.whole_key, self.whole_value, self.whole, True)])
+        self._both([self._whole])
 
     def kernels(self) -> None:
-        passes = [(self.key, self.value, self.layout.local, True)] if self.layout.local else []
+        passes = [_Pass(self.key, self.value, self.layout.local, causal=True)] if self.layout.local else []
         for stage, keys in zip(self.stages, self.received):
             if stage.rectangles:
-                passes.append((*engine_module.split_rows(keys, self.key, self.value), stage.rectangles, False))
+                passes.append(_Pass(*split_rows(keys, self.key, self.value), stage.rectangles, causal=False))
         self._both(passes)
 
-    def _both(self, passes: list[tuple[torch.Tensor, torch.Tensor, tuple[Rectangle, ...], bool]]) -> None:
-        """The kernel calls of forward and backward and nothing else, with whatever output comes first."""
-        dtype = torch.promote_types(self.query.dtype, torch.float32)
+    def _both(self, passes: list[_Pass]) -> None:
+        """The kernel calls of forward and backward and nothing else, backward from an output of zeros."""
+        dtype = accumulate_dtype(self.query.dtype)
         out = torch.zeros_like(self.query)
         lse = torch.zeros(self.query.shape[:2], dtype=dtype, device=self.query.device)
         for key, value, rectangles, causal in passes:
-            self.kernel.forward(self.query, key, value, rectangles, causal=causal, scale=self.scale)
+            self.kernel.forward(self.query, key, value, rectangles, ScoreOptions(causal, self.scale))
         grad_query = torch.zeros_like(self.query, dtype=dtype)
         for key, value, rectangles, causal in passes:
-            grads = {
-                "grad_query": grad_query,
-                "grad_key": torch.zeros_like(key, dtype=dtype),
-                "grad_value": torch.zeros_like(value, dtype=dtype),
-            }
-            inputs = (self.grad_out, self.query, key, value, out, lse, rectangles)
-            self.kernel.backward(*inputs, causal=causal, scale=self.scale, **grads)
+            inputs = BackwardInputs(self.grad_out, self.query, key, value, out, lse)
+            grads = Gradients(grad_query, *(torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value)))
+            self.kernel.backward(inputs, rectangles, ScoreOptions(causal, self.scale), grads)
 
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home
@@ -154,7 +162,8 @@ class RankWork:
         engine_module.send_grads_home = lambda *arguments: _Ready()
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
-            self._engine.backward(self.grad_out, self.query, self.key, self.value, out, lse, received, True)
+            inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
+            self._engine.backward(inputs, received, keys_need_grad=True)
         finally:
             engine_module.send_kv, engine_module.send_grads_home = originals
 

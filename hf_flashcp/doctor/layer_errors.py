@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class LayerCase(NamedTuple):
 def layer_errors(
     case: LayerCase, group: ProcessGroup, device: torch.device, dtype: torch.dtype, kernel: AttentionKernel
 ) -> tuple[list[float], list[float]]:
-    """Relative errors (Frobenius norm) against float64 of out, dQ, dK and dV: those of this rank's tokens, and those
-    of one device that runs every document alone in the same dtype. Every rank of the group calls it."""
+    """Returns two lists of relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's
+    tokens, and of one device that runs every document alone in the same dtype. Every rank of the group calls it."""
     topology = None if case.ranks_per_node is None else Topology(case.ranks_per_node)
     plan = plan_documents(
         case.lengths, group.size(), strategy=case.strategy, num_stages=case.num_stages, topology=topology
@@ -73,13 +74,14 @@ def layer_errors(
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Difference over the reference in the Frobenius norm, infinite if it is not a number."""
+    """Returns |ours - reference| / |reference| in the Frobenius norm, infinite if that is not a number."""
     norm = reference.double().norm()
     error = float((ours.double() - reference.double()).norm() / (norm if norm > 0 else 1))
-    return error if error == error else float("inf")
+    return math.inf if math.isnan(error) else error
 
 
 def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key, value and dO of the whole row."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(count, sum(case.lengths), case.head_dim, generator=generator, dtype=torch.float64).to(
@@ -90,7 +92,7 @@ def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[t
 
 
 def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
-    """Out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
+    """Returns out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
     out = attend_one_by_one(*leaves, case.lengths, window=case.window)
     out.backward(inputs[3])

@@ -1,4 +1,4 @@
-"""Packed documents on one device, as PyTorch computes them without this library."""
+"""Attention of packed documents on one device, as PyTorch computes it without this library."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 def attend_one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
 ) -> torch.Tensor:
-    """Causal attention of one document after the other, by `scaled_dot_product_attention`.
+    """Attends causally in one document after the other, by `scaled_dot_product_attention`.
 
     Args:
         query (`torch.Tensor`): (H_q, C, D).
         key, value (`torch.Tensor`): (H_kv, C, D).
         lengths (`Sequence[int]`): tokens of each document; they add up to C.
-        window (`int`, *optional*): keys that a query sees, itself included; by a mask of length x length.
+        window (`int`, *optional*): keys that a query sees, itself included; takes a mask of length x length.
 
     Returns:
         `torch.Tensor`: (H_q, C, D).

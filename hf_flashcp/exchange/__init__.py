@@ -1,5 +1,6 @@
 """Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
 
+from .all_to_all import AllToAll
 from .checksums import debug_mode
 from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows
 from .ranges import named_range
@@ -7,6 +8,7 @@ from .transfer import Transfer, seconds_waited
 
 
 __all__ = [
+    "AllToAll",
     "Transfer",
     "debug_mode",
     "kv_width",

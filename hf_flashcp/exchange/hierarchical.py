@@ -1,7 +1,7 @@
 """Exchanges in two steps, in which rows cross to a node once ([`~layout.hierarchical`] has the routes).
 
-The second step begins when the first is done. On a GPU both run beside the local pass, on a stream of their own. On a
-CPU somebody would have to wait for the first, so there the second begins when its result is waited for.
+The second step begins when the first is done. On a GPU both run beside the local pass, on a stream of their own. A CPU
+has no such stream: there the second step begins when its result is waited for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import Stage
-from .transfer import GRADIENTS, KEYS, Transfer
+from .all_to_all import GRADIENTS, KEYS, AllToAll
+from .transfer import Transfer
 
 
 if TYPE_CHECKING:
@@ -24,10 +25,13 @@ _ON_KEYS, _ON_GRADIENTS = f"{KEYS} handed on inside nodes", f"{GRADIENTS} handed
 
 
 class HierarchicalTransfer:
-    """A transfer and what follows from what it brings; awaited like a [`Transfer`].
+    """Two transfers, the second of what the first brings; awaited like a [`Transfer`].
 
-    `held` are the tensors that both use: memory of one stream that another reads must not be given away before they
-    have met.
+    Args:
+        first (`Transfer`): the first step.
+        follow (`Callable`): posts the second step of the rows that arrived, waits for it and returns the result.
+        held (`tuple[torch.Tensor, ...]`): the tensors that both use: the allocator must not reuse the memory of one
+            stream while another reads it.
     """
 
     def __init__(
@@ -63,12 +67,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def send_kv_over_nodes(
     packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor
 ) -> HierarchicalTransfer:
-    """Posts a stage's rows.
+    """Posts the rows of a stage.
 
     Args:
         packed (`torch.Tensor`): (n, width), what the first step sends.
         received (`torch.Tensor`): (n_needed, width), where what the rank needs is put, source after source.
-        result (`torch.Tensor`): what to return when it is there.
+        result (`torch.Tensor`): what to return when all of it has arrived.
     """
     step = stage.second_step
     assert step is not None
@@ -76,25 +80,25 @@ def send_kv_over_nodes(
 
     def follow(arrived: torch.Tensor) -> torch.Tensor:
         passed = arrived.new_empty(step.second.count, arrived.shape[1])
-        splits = step.send_splits, step.recv_splits
-        second = Transfer(step.handed_on.take(arrived), passed, *splits, group, what=_ON_KEYS)
+        handed_on = step.handed_on.take(arrived)
+        second = Transfer(AllToAll(handed_on, passed, step.send_splits, step.recv_splits, group, _ON_KEYS))
         step.first.put(received, step.needed.take(arrived))
         step.second.put(received, second.wait())
         return result
 
-    first = Transfer(packed, arrived, stage.send_splits, stage.recv_splits, group)
+    first = Transfer(AllToAll(packed, arrived, stage.send_splits, stage.recv_splits, group))
     return HierarchicalTransfer(first, follow, (packed, arrived))
 
 
 def send_grads_over_nodes(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> HierarchicalTransfer:
-    """Posts the gradients of what [`send_kv_over_nodes`] brought, along the same ways back. A rank that
-    handed rows on adds up what comes back for each, at least in fp32, rank after rank.
+    """Posts the gradients of what [`send_kv_over_nodes`] brought, along the same ways back. A rank that handed rows on
+    adds up what comes back for each, at least in fp32, rank after rank.
 
     Args:
         grad (`torch.Tensor`): (n_needed, width), contiguous.
-        home (`torch.Tensor`): (n, width), where those of what the rank sent arrive.
+        home (`torch.Tensor`): (n, width), where the gradients of the rows that the rank sent arrive.
     """
     step = stage.second_step
     assert step is not None
@@ -105,10 +109,11 @@ def send_grads_over_nodes(
             sum(stage.recv_splits), grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32)
         )
         step.needed.put(total, step.first.take(grad))
-        for part, rows in step.parts:
-            rows.add(total, back[part])
-        return Transfer(total.to(grad.dtype), home, stage.recv_splits, stage.send_splits, group, what=GRADIENTS).wait()
+        for part in step.parts:
+            part.rows.add(total, back[part.span])
+        summed = total.to(grad.dtype)
+        return Transfer(AllToAll(summed, home, stage.recv_splits, stage.send_splits, group, GRADIENTS)).wait()
 
     away = step.second.take(grad)
-    first = Transfer(away, back, step.recv_splits, step.send_splits, group, what=_ON_GRADIENTS)
+    first = Transfer(AllToAll(away, back, step.recv_splits, step.send_splits, group, _ON_GRADIENTS))
     return HierarchicalTransfer(first, follow, (grad, away, back, home))

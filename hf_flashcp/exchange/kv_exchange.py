@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage
+from .all_to_all import GRADIENTS, AllToAll
 from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
 from .ranges import named_range
-from .transfer import GRADIENTS, Transfer
+from .transfer import Transfer
 
 
 if TYPE_CHECKING:
@@ -38,19 +39,19 @@ def send_kv(
     if not stages:
         return []
     width = kv_width(key, value)
-    rows = layout.send_rows(key.device)
+    send_rows = layout.send_rows(key.device)
     with named_range("pack"):
-        packed = pack_rows(key, value, rows, key.new_empty(rows.count, width))
+        packed = pack_rows(key, value, send_rows, key.new_empty(send_rows.count, width))
     transfers: list[Transfer | HierarchicalTransfer] = []
     for stage in stages:
         local = stage.local_rows.count if stage.local_rows else 0
         keys = key.new_empty(stage.received + local, width)
-        received = keys[: stage.received]
+        sent, received = packed[stage.sent], keys[: stage.received]
         if stage.second_step is None:
-            transfer = Transfer(packed[stage.sent], received, stage.send_splits, stage.recv_splits, group, result=keys)
+            rows = AllToAll(sent, received, stage.send_splits, stage.recv_splits, group)
+            transfers.append(Transfer(rows, result=keys))
         else:
-            transfer = send_kv_over_nodes(packed[stage.sent], received, stage, group, result=keys)
-        transfers.append(transfer)
+            transfers.append(send_kv_over_nodes(sent, received, stage, group, result=keys))
         if local:
             pack_rows(key, value, stage.local_rows, keys[stage.received :])
     return transfers
@@ -65,14 +66,7 @@ def pack_rows(key: torch.Tensor, value: torch.Tensor, rows: Rows, packed: torch.
     """Copies some rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) into `packed` (n, H_kv * (D_k + D_v)), which
     it returns: each row all heads of the key, then all heads of the value."""
     for source, target in zip((key, value), split_rows(packed, key, value)):
-        source, target = source.transpose(0, 1), target.transpose(0, 1)
-        if rows.index is None:
-            for there, here in rows.pieces():
-                target[here].copy_(source[there])
-        elif source[0].is_contiguous():  # a row at a time is an order of magnitude faster than a head at a time
-            torch.index_select(source.flatten(1), 0, rows.index, out=target.flatten(1))
-        else:
-            torch.index_select(source, 0, rows.index, out=target)
+        rows.copy(source.transpose(0, 1), target.transpose(0, 1))
     return packed
 
 
@@ -92,8 +86,8 @@ def send_grads_home(
 
     Args:
         grad (`torch.Tensor`): (n_received, width), contiguous.
-        home (`torch.Tensor`): (n_sent, width), where those of this rank's tokens arrive.
+        home (`torch.Tensor`): (n_sent, width), where the gradients of this rank's tokens arrive.
     """
     if stage.second_step is not None:
         return send_grads_over_nodes(grad, home, stage, group)
-    return Transfer(grad, home, stage.recv_splits, stage.send_splits, group, what=GRADIENTS)
+    return Transfer(AllToAll(grad, home, stage.recv_splits, stage.send_splits, group, GRADIENTS))

@@ -1,4 +1,4 @@
-"""Names for what a layer is at, in profilers' traces."""
+"""Names for the parts of a layer in profilers' traces."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""`Rows`: some rows of a buffer, which copies take as views where they are few ranges, and by index otherwise."""
+"""`Rows`: some rows of a buffer, which are read and written as views where they are few ranges, else by index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +13,9 @@ import torch
 class Rows:
     """Rows of a buffer, each named once where they are written to.
 
-    Copying a view of a range costs what memory bandwidth allows; an index costs a lookup a row, but one operation for
-    any number of ranges. So up to `FEW` ranges are walked one by one, on a CPU also more if they are `LONG` on average
-    (measured: 16 ranges of 128 rows merge in 0.6 of the time that an index takes), and others go by index.
+    Copying a view of a range costs what memory bandwidth allows; an index costs a lookup per row, but one operation
+    for any number of ranges. So up to `FEW` ranges are walked one by one, on a CPU also more if they are `LONG` on
+    average (measured: 16 ranges of 128 rows merge in 0.6 of the time that an index takes), and others go by index.
 
     Args:
         numbers (`np.ndarray`): (n,) int64 row numbers, in the order of the buffer that they are copied to or from.
@@ -32,8 +34,8 @@ class Rows:
         self.count = len(numbers)
         self.ranges: tuple[tuple[int, int], ...] | None = None
         self.index: torch.Tensor | None = None
-        self._numbers = numbers
-        on_cpu = device is None or device.type == "cpu"
+        self._numbers, self._device = numbers, device or torch.device("cpu")
+        on_cpu = self._device.type == "cpu"
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         num_ranges = len(breaks) + 1
         if num_ranges <= self.FEW or (on_cpu and self.count >= self.LONG * num_ranges):
@@ -47,11 +49,10 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same rows for buffers on `device`."""
-        return Rows(self._numbers, device)
+        return self if device == self._device else Rows(self._numbers, device)
 
     def pieces(self, longest: int | None = None) -> Iterator[tuple[slice, slice]]:
-        """Of rows that are ranges: where each, cut to at most `longest` rows, lies in the buffer that it is part of,
-        and in the n rows."""
+        """Yields the location of each range, cut to at most `longest` rows, in the buffer and among the n rows."""
         offset = 0
         for start, stop in self.ranges:
             for first in range(start, stop, longest or stop - start):
@@ -59,11 +60,24 @@ class Rows:
                 yield slice(first, last), slice(offset, offset + last - first)
                 offset += last - first
 
-    def take(self, source: torch.Tensor) -> torch.Tensor:
-        """(n, ...) a copy of these rows of `source` (T, ...)."""
+    def take(self, source: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """(n, ...) these rows of `source`, which lie along `dim`: a view if they are one range, else a copy."""
         if self.index is not None:
-            return source.index_select(0, self.index)
-        return torch.cat([source[there] for there, _ in self.pieces()]) if self.count else source[:0]
+            return source.index_select(dim, self.index)
+        parts = [source.narrow(dim, start, stop - start) for start, stop in self.ranges]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim) if parts else source.narrow(dim, 0, 0)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies these rows of `source` (T, ...) into `target` (n, ...)."""
+        if self.index is None:
+            for there, here in self.pieces():
+                target[here].copy_(source[there])
+        elif source[0].is_contiguous():  # a row at a time is an order of magnitude faster than a head at a time
+            torch.index_select(source.flatten(1), 0, self.index, out=target.flatten(1))
+        else:
+            torch.index_select(source, 0, self.index, out=target)
 
     def put(self, target: torch.Tensor, values: torch.Tensor, dim: int = 0) -> None:
         """Writes `values` over these rows of `target`, which lie along `dim`."""
@@ -71,7 +85,8 @@ class Rows:
             target.index_copy_(dim, self.index, values.to(target.dtype))
             return
         for there, here in self.pieces():
-            target.movedim(dim, 0)[there] = values.movedim(dim, 0)[here]
+            length = there.stop - there.start
+            target.narrow(dim, there.start, length).copy_(values.narrow(dim, here.start, length))
 
     def add(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Adds `values` (n, ...), perhaps of a narrower dtype, to these rows of `target` (T, ...)."""
@@ -85,8 +100,18 @@ class Rows:
         return f"Rows({self.ranges if self.index is None else self.index.tolist()})"
 
 
-def distinct_groups(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges of `numbers` (n,), one after the other and as long as they go, in which no number comes twice.
+class Group(NamedTuple):
+    """The part `span` of a list of row numbers, in which no row comes twice."""
+
+    span: slice
+    rows: Rows
+
+    def to(self, device: torch.device) -> Group:
+        return Group(self.span, self.rows.to(device))
+
+
+def distinct_groups(numbers: np.ndarray) -> tuple[Group, ...]:
+    """Row numbers (n,) in groups, one after the other and as long as they go, in which no row comes twice.
 
     Values added to rows group by group are summed in one order on every device: inside a group no two meet.
     """
@@ -98,6 +123,18 @@ def distinct_groups(numbers: np.ndarray) -> list[tuple[int, int]]:
     groups, start = [], 0
     while start < len(numbers):
         stop = int(np.searchsorted(latest, start))
-        groups.append((start, stop))
+        groups.append(Group(slice(start, stop), Rows(numbers[start:stop])))
         start = stop
-    return groups
+    return tuple(groups)
+
+
+def row_numbers(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
+    """(n,) int64 the numbers in half-open ranges, one range after the other."""
+    starts, stops = np.fromiter(chain.from_iterable(ranges), dtype=np.int64).reshape(-1, 2).T
+    lengths = stops - starts
+    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+
+
+def concatenated(numbers: list[np.ndarray]) -> np.ndarray:
+    """(n,) int64 arrays one after the other, none if there are no arrays."""
+    return np.concatenate(numbers) if numbers else np.empty(0, dtype=np.int64)

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .hierarchical import SecondStep
-from .rows import Rows
+from .rows import Group, Rows
 
 
 class Rectangle(NamedTuple):
@@ -18,6 +17,47 @@ class Rectangle(NamedTuple):
     k_start: int
     k_stop: int
 
+    @property
+    def queries(self) -> int:
+        """Number of queries."""
+        return self.q_stop - self.q_start
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.k_stop - self.k_start
+
+
+class SecondStep(NamedTuple):
+    """What a rank does in the second step of a hierarchical exchange, and with what both steps have brought.
+
+    Attributes:
+        handed_on (`Rows`): rows that the first step brought, for one rank of the node after the other.
+        parts (`tuple[Group, ...]`): `handed_on` by rank.
+        send_splits (`list[int]`): rows of `handed_on` for each rank of the group.
+        recv_splits (`list[int]`): rows that the second step brings from each.
+        needed (`Rows`): rows that the first step brought and the rank itself needs.
+        first (`Rows`): their places among all that the rank needs, source after source.
+        second (`Rows`): the places there of what the second step brings, in its order.
+    """
+
+    handed_on: Rows
+    parts: tuple[Group, ...]
+    send_splits: list[int]
+    recv_splits: list[int]
+    needed: Rows
+    first: Rows
+    second: Rows
+
+    def to(self, device: torch.device) -> SecondStep:
+        return self._replace(
+            handed_on=self.handed_on.to(device),
+            parts=tuple(part.to(device) for part in self.parts),
+            needed=self.needed.to(device),
+            first=self.first.to(device),
+            second=self.second.to(device),
+        )
+
 
 class Stage(NamedTuple):
     """One uneven all-to-all of KV, or two for a hierarchical exchange, and the attention that waits for it.
@@ -27,48 +67,42 @@ class Stage(NamedTuple):
             document order.
         send_splits (`list[int]`): rows for each rank of the group.
         recv_splits (`list[int]`): rows from each rank of the group.
-        local_rows (`Rows`, *optional*): of the rank's own KV, which join the received behind them.
+        second_step (`SecondStep`, *optional*): the second step of a hierarchical exchange, of which `sent`,
+            `send_splits` and `recv_splits` are the first.
+        local_rows (`Rows`, *optional*): rows of the rank's own KV, which join the received ones behind them.
         key_order (`Rows`, *optional*): the received rows followed by the local ones in the order in which the
             rectangles find their keys; a row may be named twice where there are local ones, else each comes once.
             `None` where the rectangles find them as they arrive.
-        order_groups (`tuple[tuple[slice, Rows], ...]`): `key_order` in groups in which no row comes twice.
+        order_groups (`tuple[Group, ...]`): `key_order` in groups in which no row comes twice.
         rectangles (`tuple[Rectangle, ...]`): local rows against rows of the ordered keys. Query ranges are disjoint
             and ascending.
         causal (`bool`): whether the rectangles are causal, aligned bottom-right; without a mask if not.
         rows (`Rows`): the local rows that the rectangles cover.
-        second_step (`SecondStep`, *optional*): the second step of an exchange over several nodes, of which `sent`,
-            `send_splits` and `recv_splits` are the first.
     """
 
     sent: slice
     send_splits: list[int]
     recv_splits: list[int]
+    second_step: SecondStep | None
     local_rows: Rows | None
     key_order: Rows | None
-    order_groups: tuple[tuple[slice, Rows], ...]
+    order_groups: tuple[Group, ...]
     rectangles: tuple[Rectangle, ...]
     causal: bool
     rows: Rows
-    second_step: SecondStep | None = None
 
     @property
     def received(self) -> int:
-        """Rows that arrive and are needed."""
-        return (
-            sum(self.recv_splits)
-            if self.second_step is None
-            else self.second_step.first.count + self.second_step.second.count
-        )
+        """Number of rows that arrive and are needed."""
+        if self.second_step is None:
+            return sum(self.recv_splits)
+        return self.second_step.first.count + self.second_step.second.count
 
     def to(self, device: torch.device) -> Stage:
         return self._replace(
+            second_step=self.second_step and self.second_step.to(device),
             local_rows=self.local_rows and self.local_rows.to(device),
             key_order=self.key_order and self.key_order.to(device),
-            order_groups=groups_to(self.order_groups, device),
+            order_groups=tuple(group.to(device) for group in self.order_groups),
             rows=self.rows.to(device),
-            second_step=self.second_step and self.second_step.to(device),
         )
-
-
-def groups_to(groups: tuple[tuple[slice, Rows], ...], device: torch.device) -> tuple[tuple[slice, Rows], ...]:
-    return tuple((part, rows.to(device)) for part, rows in groups)

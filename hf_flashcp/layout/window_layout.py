@@ -22,18 +22,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from ..plan import ShardPlan
 from ..plan.calls import KeyPiece
-from ..plan.traffic import overlaps
-from .rank_layout import RankLayout, concatenated, grouped, rows_of
-from .rows import Rows
-from .stage import Rectangle, Stage
+from ..plan.traffic import Interval, overlaps
+from .rank_layout import RankLayout, StageKeys
+from .routes import LocalSlice, key_pieces, parts, rows_of_slices
+from .rows import Rows, row_numbers
+from .stage import Rectangle
 
 
 class Band(NamedTuple):
-    """The first rows of a slice, up to token `stop`, and the keys that they see: tokens [start, stop)."""
+    """The first rows of a slice, which wait for keys before it, and what they see: tokens [start, stop) of the
+    document."""
 
     document: int
     start: int
@@ -53,70 +53,53 @@ class WindowLayout(RankLayout):
         window (`int`): at least 1, in tokens: the `sliding_window` of transformers.
     """
 
-    def __init__(self, plan: ShardPlan, rank: int, window: int):
-        self.window = window
-        super().__init__(plan, rank)
+    window: int
 
-    @staticmethod
-    def _offset_groups(plan: ShardPlan) -> Sequence[Sequence[int]]:
-        return [range(1, plan.cp_size)]
+    def __init__(self, plan: ShardPlan, rank: int, window: int):
+        super().__init__(plan, rank, window)
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
-        rectangles = []
-        for _, start, stop, row in self.slices:
-            waiting = self._waiting_rows(start, stop)
-            if start + waiting < stop:
-                rectangles.append(Rectangle(row + waiting, row + stop - start, row, row + stop - start))
-        return tuple(rectangles)
+        return tuple(
+            Rectangle(piece.row + waiting, piece.row + piece.tokens, piece.row, piece.row + piece.tokens)
+            for piece in self.slices
+            if (waiting := self._waiting_rows(piece)) < piece.tokens
+        )
 
-    def _waiting_rows(self, start: int, stop: int) -> int:
+    def _waiting_rows(self, piece: LocalSlice) -> int:
         """How many of a slice's first rows see keys before it."""
-        return 0 if start == 0 else min(stop - start, self.window - 1)
+        return 0 if piece.start == 0 else min(piece.tokens, self.window - 1)
 
     def _bands(self) -> list[Band]:
         bands = []
-        for document, start, stop, row in self.slices:
-            if waiting := self._waiting_rows(start, stop):
-                bands.append(Band(document, max(0, start - self.window + 1), start + waiting, row, row + waiting))
+        for piece in self.slices:
+            if waiting := self._waiting_rows(piece):
+                first = max(0, piece.start - self.window + 1)
+                rows = piece.row, piece.row + waiting
+                bands.append(Band(piece.document, first, piece.start + waiting, *rows))
         return bands
 
-    def _stage(self, offsets: Sequence[int]) -> Stage:
-        received, exchange = self._exchange(offsets)
+    def _stage_keys(self, received: Sequence[KeyPiece]) -> StageKeys:
         bands = self._bands()
-        local_rows, local = self._local_keys(bands, offset=sum(piece.tokens for piece in received))
-        sources = defaultdict(list)
-        for piece in sorted([*received, *local]):
-            sources[piece.document].append(piece)
-        key_order, rectangles, key = [], [], 0
+        own = self._own_keys(bands)
+        pieces: dict[int, list[KeyPiece]] = defaultdict(list)
+        for piece in sorted([*received, *key_pieces(own, sum(piece.tokens for piece in received))]):
+            pieces[piece.document].append(piece)
+        order, rectangles, key = [], [], 0
         for document, start, stop, q_start, q_stop in bands:
-            for _, piece_start, count, offset in sources[document]:
-                for first, last in overlaps(start, stop, [(piece_start, piece_start + count)]):
-                    key_order.append(np.arange(offset + first - piece_start, offset + last - piece_start))
+            for piece in pieces[document]:
+                shift = piece.offset - piece.start
+                for first, last in overlaps(start, stop, [(piece.start, piece.start + piece.tokens)]):
+                    order.append((first + shift, last + shift))
             rectangles.append(Rectangle(q_start, q_stop, key, key + stop - start))
             key += stop - start
-        order = concatenated(key_order)
-        return Stage(
-            **exchange,
-            local_rows=local_rows,
-            key_order=Rows(order),
-            order_groups=grouped(order),
-            rectangles=tuple(rectangles),
-            causal=True,
-            rows=Rows(rows_of(rectangles)),
-        )
+        return StageKeys(tuple(rectangles), row_numbers(order), Rows(rows_of_slices(own)))
 
-    def _local_keys(self, bands: list[Band], offset: int) -> tuple[Rows, list[KeyPiece]]:
-        """The rank's own rows that lie in bands, each once, and where they stand behind `offset` received ones."""
-        covered: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    def _own_keys(self, bands: Sequence[Band]) -> list[LocalSlice]:
+        """The rank's own tokens that lie in bands, each once."""
+        covered: dict[int, list[Interval]] = defaultdict(list)
         for document, start, stop, _, _ in bands:
             intervals = covered[document]
             if intervals and start < intervals[-1][1]:
                 start, _ = intervals.pop()
             intervals.append((start, stop))
-        rows, pieces = [], []
-        for document, start, stop, row in self.slices:
-            for first, last in overlaps(start, stop, covered.get(document, ())):
-                rows.append(np.arange(row + first - start, row + last - start))
-                pieces.append(KeyPiece(document, first, last - first, offset))
-                offset += last - first
-        return Rows(concatenated(rows)), pieces
+        return list(parts(self._plan.slices[self._rank], covered))

@@ -49,9 +49,9 @@ def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tup
     """
     pieces: dict[int, list[KeyPiece]] = defaultdict(list)
     offset = 0
-    for piece in arrived:
-        pieces[piece.document].append(piece._replace(offset=offset))
-        offset += piece.tokens
+    for document, start, tokens, _ in arrived:
+        pieces[document].append(KeyPiece(document, start, tokens, offset))
+        offset += tokens
     found = []
     for document, start, _ in slices:
         before = [piece for piece in pieces.get(document, ()) if piece.start < start]

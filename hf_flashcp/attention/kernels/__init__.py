@@ -1,6 +1,6 @@
 """Attention kernels behind one interface, and the table that says which one runs a layer."""
 
-from .base import AttentionKernel, accumulate_dtype
+from .base import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
 from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, check_activated_kernel, explain_kernels, select_kernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
@@ -17,11 +17,14 @@ __all__ = [
     "EXPERIMENTAL",
     "TESTED",
     "AttentionKernel",
+    "BackwardInputs",
     "CPUFlashKernel",
     "EagerKernel",
     "FlashAttn2Kernel",
     "FlashAttn3Kernel",
     "FlashAttn4Kernel",
+    "Gradients",
+    "ScoreOptions",
     "TorchFlashKernel",
     "VarlenKernel",
     "accumulate_dtype",

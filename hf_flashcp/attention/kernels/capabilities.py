@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 
 import torch
@@ -29,28 +29,28 @@ _ALL = (*_HALF, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Capability:
-    """What a kernel can do. All of them can do windows, and value heads of another width than key heads. Sinks are
-    not their concern: they enter the logsumexp after the merge.
+    """What a kernel can do. All of them take windows, and value heads of another width than key heads. Sinks are not
+    their concern: they enter the logsumexp after the merge.
 
     Attributes:
-        make (`Callable`): the kernel, from `deterministic`.
+        make (`Callable`): makes the kernel, given whether its gradients must be bitwise reproducible.
         devices (`tuple[str, ...]`): device types; empty for all.
         dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
         max_head_dim (`int`, *optional*): the widest head of keys or values, `None` if there is no limit.
-        softcap (`bool`): whether it has one.
+        softcap (`bool`): whether it takes one.
         status (`str`): whether the test suite has passed on the device.
-        missing (`Callable`, *optional*): why it cannot run on this machine, `None` if it can.
+        missing (`Callable`): returns why it cannot run on this machine, `None` if it can.
         max_deterministic_head_dim (`int`, *optional*): the widest head whose gradients it can make bitwise
             reproducible; `None` if that is no limit.
         max_head_dim_by_gpu (`Mapping[int, int]`): the widest head where it is less, by major compute capability.
     """
 
     make: Callable[[bool], AttentionKernel]
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    max_head_dim: int | None
-    softcap: bool
-    status: str
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = _ALL
+    max_head_dim: int | None = None
+    softcap: bool = False
+    status: str = TESTED
     missing: Callable[[], str | None] = lambda: None
     max_deterministic_head_dim: int | None = None
     max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)
@@ -64,8 +64,8 @@ class Capability:
         value_dim: int | None,
         deterministic: bool = False,
     ) -> str | None:
-        """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. What
-        is `None` is not known and not held against it, except for the softcap."""
+        """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. Dtype
+        and dims of `None` are unknown and no reason against it; a softcap of `None` means that the layer has none."""
         if self.devices and device_type not in self.devices:
             return f"runs on {' and '.join(_DEVICE_NAMES.get(device, device) for device in self.devices)} only"
         if softcap is not None and not self.softcap:
@@ -91,8 +91,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _wrong_gpu(*generations: tuple[int, str]) -> str | None:
-    """Why this machine's GPU is none of the `(major compute capability, name)`; a machine without one says nothing
-    about the machine that is asked about."""
+    """Why this machine's GPU is none of the `(major compute capability, name)`; `None` on a machine without a GPU,
+    which says nothing about the machine that is asked about."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -152,34 +152,18 @@ def _installed_flash_attn() -> str | None:
         return None
 
 
-# Best first.
+_fused = partial(Capability, devices=("cuda",), dtypes=_HALF, max_head_dim=256, status=EXPERIMENTAL)
+
 CAPABILITIES: dict[str, Capability] = {
-    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), ("cpu",), _ALL, None, False, TESTED),
-    "flash_attn_4": Capability(
-        FlashAttn4Kernel,
-        ("cuda",),
-        _HALF,
-        256,
-        False,
-        EXPERIMENTAL,
-        _no_flash_attn_4,
-        # Keys and values are padded to one width; of 256 Blackwell's kernels have no window.
-        max_head_dim_by_gpu={10: 128},
-    ),
-    "flash_attn_3": Capability(
-        FlashAttn3Kernel,
-        ("cuda",),
-        _HALF,
-        256,
-        False,
-        EXPERIMENTAL,
-        _no_flash_attn_3,
-        max_deterministic_head_dim=192,
-    ),
-    "flash_attn_2": Capability(FlashAttn2Kernel, ("cuda",), _HALF, 256, True, EXPERIMENTAL, _no_flash_attn),
-    "torch_flash": Capability(TorchFlashKernel, ("cuda",), _HALF, 256, False, EXPERIMENTAL, _no_flash_in_torch),
-    "eager": Capability(lambda deterministic: EagerKernel(), (), _ALL, None, True, TESTED),
+    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), devices=("cpu",)),
+    # Keys and values are padded to one width; of 256 Blackwell's kernels have no window.
+    "flash_attn_4": _fused(FlashAttn4Kernel, missing=_no_flash_attn_4, max_head_dim_by_gpu={10: 128}),
+    "flash_attn_3": _fused(FlashAttn3Kernel, missing=_no_flash_attn_3, max_deterministic_head_dim=192),
+    "flash_attn_2": _fused(FlashAttn2Kernel, missing=_no_flash_attn, softcap=True),
+    "torch_flash": _fused(TorchFlashKernel, missing=_no_flash_in_torch),
+    "eager": Capability(lambda deterministic: EagerKernel(), softcap=True),
 }
+"""The kernels, best first."""
 
 
 def explain_kernels(
@@ -191,13 +175,13 @@ def explain_kernels(
     value_dim: int | None = None,
     deterministic: bool = False,
 ) -> list[tuple[str, str | None]]:
-    """`(name, reason)` of every kernel, best first: why it cannot run such a layer, or `None` for those that can.
+    """Returns `(name, reason)` of every kernel, best first: why it cannot run such a layer, `None` if it can.
 
     Args:
         device_type (`str`): `"cpu"` or `"cuda"`; this machine need not have it.
-        softcap (`float`, *optional*): the layer's.
-        dtype (`torch.dtype`, *optional*): dtype of queries, keys and values; `None` if not known, like the sizes.
-        key_dim (`int`, *optional*), value_dim (`int`, *optional*): width of their heads.
+        softcap (`float`, *optional*): the layer's, `None` if it has none.
+        dtype (`torch.dtype`, *optional*): dtype of queries, keys and values, `None` if not known.
+        key_dim, value_dim (`int`, *optional*): width of their heads, `None` if not known.
         deterministic (`bool`, *optional*): whether gradients must be bitwise equal from run to run.
     """
     return [
@@ -213,29 +197,26 @@ def select_kernel(
     dtype: torch.dtype | None = None,
     key_dim: int | None = None,
     value_dim: int | None = None,
-    deterministic: bool | None = None,
 ) -> AttentionKernel:
-    """The best kernel for such a layer on `device`: see [`explain_kernels`]. Says once, in the log, where a GPU has to
-    do without a fused one.
-
-    Args:
-        deterministic (`bool`, *optional*): gradients bitwise equal from run to run, which every kernel can give; the
-            fused ones of CUDA are slower with it. Defaults to `torch.are_deterministic_algorithms_enabled()`.
+    """Returns the best kernel for a layer on `device`, see [`explain_kernels`]. Its gradients are deterministic if
+    `torch.are_deterministic_algorithms_enabled()`, which makes the fused kernels of CUDA slower. Logs once why a GPU
+    has to do without a fused kernel.
 
     Raises:
         UnsupportedModelError: no kernel can.
         ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
     """
-    wanted = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim}
-    explained = explain_kernels(device.type, softcap, **known, deterministic=wanted)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    explained = explain_kernels(
+        device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim, deterministic=deterministic
+    )
     if device.type == "cuda":
         check_activated_kernel()
     for name, reason in explained:
         if reason is None:
             if name == "eager" and device.type == "cuda":
                 _say_why_slow(tuple(f"{other} {why}" for other, why in explained if why is not None))
-            return _kernel(name, wanted)
+            return _kernel(name, deterministic)
     reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
     raise UnsupportedModelError(
         f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "

@@ -7,7 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from .base import Block, BlockKernel, Piece, cut, hidden, pad_heads
+from ...layout import Rectangle
+from .base import ScoreOptions, cut, hidden, pad_heads
+from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 
 class CPUFlashKernel(BlockKernel):
@@ -15,88 +17,90 @@ class CPUFlashKernel(BlockKernel):
 
     It aligns a causal mask top-left, so only square rectangles may use that; the others, and windows, have masks of
     their own. It dies on zero keys, which rectangles never have, and writes a logsumexp of 0 for a row whose keys are
-    all hidden, so no piece has such a row; and value heads must be as wide as key heads, so narrower ones are padded
-    here. It knows no softcap.
+    all hidden, so no block has such a row; and value heads must be as wide as key heads, so narrower ones are padded
+    here. It has no softcap.
 
-    What it likes: 768 rows and more in a call (it then takes 256 at a time, otherwise 64 or 32), and no causal flag on
-    short sequences, because it computes keys in whole blocks of 512 and hides what lies behind the diagonal. So the
-    query heads of a group are folded into rows, and causal sequences cut into blocks of queries with a mask. The
-    gradients of keys and values it sums over rows in the compute dtype, a reason to keep blocks short: each is added
-    in the accumulate dtype. Measured in bf16 on one Zen 5 core at head dim 64, in GFLOP/s forward and backward, 4
-    query heads a KV head: 512 causal tokens 76 against 51 with the causal flag, 1024 93 against 80, 2048 100 against
-    95; 256 x 256 without a mask 115 folded against 88; error of dK in bf16 3.1e-3 against 4.7e-3, and 7.2e-3 with the
-    kernel's own grouped queries.
+    It is fastest with 768 rows or more in a call (it then takes 256 at a time, otherwise 64 or 32), and without its
+    causal flag on short sequences, because it computes keys in whole blocks of 512 and hides what lies behind the
+    diagonal. So the query heads of a group are folded into rows, and causal sequences are cut into blocks of queries
+    with a mask. It sums the gradients of keys and values over rows in the compute dtype, a reason to keep blocks
+    short: each is added in the accumulate dtype. Measured in bf16 on one Zen 5 core at head dim 64, in GFLOP/s forward
+    and backward, 4 query heads per KV head: 512 causal tokens 76 against 51 with the causal flag, 1024 93 against 80,
+    2048 100 against 95; 256 x 256 without a mask 115 folded against 88; error of dK in bf16 3.1e-3 against 4.7e-3, and
+    7.2e-3 with the kernel's own grouped queries.
     """
 
     name = "cpu_flash"
-    _ROWS = 192  # queries of a masked block; fewer with more than 4 heads a group, to stay at 768 rows
+    _ROWS = 192  # queries of a masked block; fewer with more than 4 heads per group, to stay at 768 rows
     _FULL_ROWS = 4096  # rows of an unmasked block, about
     _MASK_KEYS = 2048  # keys up to which one masked call beats one without a mask and one for each edge
     # Causal squares take the flag if they are as short as the first of these, where blocks only add overhead, or
     # longer than the second, where blocks save little: with 1 head in the rows, 2 or 3, more.
     _FLAG_BY_FOLD = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
 
-    def _blocks(self, query, groups, rectangles, causal, window, *, backward):
+    def _blocks(self, query, groups, rectangles, options, *, backward):
         fold = _fold(query.shape[0], groups)
-        few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
-        if backward and fold >= 4:
-            # Blocks are then as fast as the flag at any length, and their dK and dV more exact.
-            many = None
         rows = min(self._ROWS, max(64, 4 * self._ROWS // fold))
-        if window and window < rows:
-            rows = min(rows, max(64, window // 2))
+        if options.window and options.window < rows:
+            rows = min(rows, max(64, options.window // 2))
         for rectangle in rectangles:
-            q_start, q_stop, k_start, k_stop = rectangle
-            if not causal:
-                yield from self._unmasked(rectangle, fold)
+            if not options.causal:
+                yield from self._unmasked(rectangle, fold, options)
                 continue
-            if q_stop - q_start == k_stop - k_start:
-                # The first rows of a square see all that is before them, whatever the window.
-                seen = min(q_stop - q_start, window or q_stop - q_start)
-                if seen <= few or (many is not None and seen > many):
-                    yield Block(q_start, q_start + seen, [Piece(k_start, k_start + seen, None)], 1, causal=True)
-                    rectangle = rectangle._replace(q_start=q_start + seen)
-            for q_start, q_stop, k_start, k_stop in cut(rectangle, rows, causal, window):
-                pieces = self._masked(q_stop - q_start, k_start, k_stop, rows, fold, window, query.dtype)
-                yield Block(q_start, q_stop, pieces, fold)
+            flagged = self._flagged_rows(rectangle, fold, options.window, backward)
+            if flagged:
+                q_start, k_start = rectangle.q_start, rectangle.k_start
+                square = KeyBlock(k_start, k_start + flagged, causal=True)
+                yield QueryBlock(q_start, q_start + flagged, [square], 1)
+                rectangle = rectangle._replace(q_start=q_start + flagged)
+            for part in cut(rectangle, rows, options):
+                keys = self._masked(part, rows, fold, options.window, query.dtype)
+                yield QueryBlock(part.q_start, part.q_stop, keys, fold)
 
-    def _unmasked(self, rectangle, fold) -> Iterator[Block]:
-        queries = rectangle.q_stop - rectangle.q_start
-        blocks = max(1, round(queries * fold / self._FULL_ROWS))
-        for q_start, q_stop, k_start, k_stop in cut(rectangle, -(-queries // blocks), causal=False, window=None):
-            yield Block(q_start, q_stop, [Piece(k_start, k_stop, None)], fold)
+    def _flagged_rows(self, rectangle: Rectangle, fold: int, window: int | None, backward: bool) -> int:
+        """How many of a causal rectangle's first rows take the causal flag."""
+        if rectangle.queries != rectangle.keys:
+            return 0
+        # The first rows of a square see all that is before them, whatever the window.
+        rows = min(rectangle.queries, window or rectangle.queries)
+        few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
+        # In backward, blocks of 4 heads and more are as fast as the flag at any length, and dK and dV more exact.
+        return rows if rows <= few or (rows > many and not (backward and fold >= 4)) else 0
 
-    def _masked(self, queries, k_start, k_stop, rows, fold, window, dtype) -> list[Piece]:
-        """The pieces of a causal block of `queries` queries, at most `rows`; each query sees a key of each."""
-        keys = k_stop - k_start
-        if keys <= self._MASK_KEYS:
+    def _unmasked(self, rectangle: Rectangle, fold: int, options: ScoreOptions) -> Iterator[QueryBlock]:
+        blocks = max(1, round(rectangle.queries * fold / self._FULL_ROWS))
+        for part in cut(rectangle, -(-rectangle.queries // blocks), options):
+            yield QueryBlock(part.q_start, part.q_stop, [KeyBlock(part.k_start, part.k_stop)], fold)
+
+    def _masked(self, part: Rectangle, rows: int, fold: int, window: int | None, dtype: torch.dtype) -> list[KeyBlock]:
+        """The keys of a causal block of at most `rows` queries; each query sees a key of each."""
+        queries, k_start, k_stop = part.queries, part.k_start, part.k_stop
+        if part.keys <= self._MASK_KEYS:
             width = min(self._MASK_KEYS, window + rows) if window else self._MASK_KEYS
-            mask = _causal_mask(rows, fold, width, window, dtype)[-queries * fold :, -keys:]
-            return [Piece(k_start, k_stop, mask)]
+            mask = _causal_mask(rows, fold, width, window, dtype)[-queries * fold :, -part.keys :]
+            return [KeyBlock(k_start, k_stop, mask)]
         edge = k_start if window is None else max(k_start, k_stop - window + 1)
         diagonal = k_stop - queries
-        pieces = [
-            Piece(edge, diagonal, None),
-            Piece(diagonal, k_stop, _causal_mask(rows, fold, rows, None, dtype)[-queries * fold :, -queries:]),
-        ]
+        mask = _causal_mask(rows, fold, rows, None, dtype)[-queries * fold :, -queries:]
+        keys = [KeyBlock(edge, diagonal), KeyBlock(diagonal, k_stop, mask)]
         if edge > k_start:
             mask = _window_edge_mask(rows, fold, dtype)[-queries * fold :, k_start - edge :]
-            pieces.append(Piece(k_start, edge, mask))
-        return pieces
+            keys.append(KeyBlock(k_start, edge, mask))
+        return keys
 
-    def _forward_piece(self, q, k, v, mask, is_causal, scale, softcap):
+    def _forward_block(self, q, k, v, keys, options):
         value_width = v.shape[-1]
         q, k, v = pad_heads(max(q.shape[-1], value_width), q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+            q, k, v, 0.0, keys.causal, attn_mask=keys.mask, scale=options.scale
         )
         return out[..., :value_width], lse
 
-    def _backward_piece(self, do, q, k, v, o, lse, mask, is_causal, scale, softcap):
-        width, value_width = q.shape[-1], v.shape[-1]
-        do, q, k, v, o = pad_heads(max(width, value_width), do, q, k, v, o)
+    def _backward_block(self, inputs, keys, options):
+        width, value_width = inputs.query.shape[-1], inputs.value.shape[-1]
+        padded = pad_heads(max(width, value_width), *inputs[:-1])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+            *padded, inputs.lse, 0.0, keys.causal, attn_mask=keys.mask, scale=options.scale
         )
         return dq[..., :width], dk[..., :width], dv[..., :value_width]
 

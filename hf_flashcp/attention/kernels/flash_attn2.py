@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from .varlen import VarlenKernel
+from .base import ScoreOptions
+from .varlen import VarlenKernel, empty_gradients, window_sizes
 
 
 class FlashAttn2Kernel(VarlenKernel):
@@ -12,41 +13,32 @@ class FlashAttn2Kernel(VarlenKernel):
 
     name = "flash_attn_2"
 
-    def _forward_call(self, query, key, value, sequences, causal, scale, window, softcap):
+    def _forward_call(self, query, key, value, sequences, options):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        out, lse, *_ = _flash_attn_varlen_forward(
-            query, key, value, *sequences, 0.0, softmax_scale=scale, **_options(causal, window, softcap)
-        )
+        out, lse, *_ = _flash_attn_varlen_forward(query, key, value, *sequences, 0.0, **_arguments(options))
         return out, lse
 
-    def _backward_call(self, grad_out, query, key, value, out, lse, sequences, causal, scale, window, softcap):
+    def _backward_call(self, inputs, sequences, options):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        # It writes gradients into what it is given.
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+        grads = empty_gradients(inputs)
         _flash_attn_varlen_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse,
+            *inputs,
             *grads,
             *sequences,
             0.0,
-            softmax_scale=scale,
             alibi_slopes=None,
             deterministic=self.deterministic,
-            **_options(causal, window, softcap),
+            **_arguments(options),
         )
         return tuple(grads)
 
 
-def _options(causal: bool, window: int | None, softcap: float | None) -> dict[str, bool | int | float]:
+def _arguments(options: ScoreOptions) -> dict[str, Any]:
     return {
-        "causal": causal,
-        "window_size_left": -1 if window is None else window - 1,
-        "window_size_right": 0 if causal else -1,
-        "softcap": softcap or 0.0,
+        "softmax_scale": options.scale,
+        "causal": options.causal,
+        **window_sizes(options, unbounded=-1),
+        "softcap": options.softcap or 0.0,
     }

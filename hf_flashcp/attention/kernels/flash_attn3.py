@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .varlen import Sequences, VarlenKernel
+from .base import ScoreOptions
+from .varlen import Sequences, VarlenKernel, empty_gradients, window_sizes
 
 
 class FlashAttn3Kernel(VarlenKernel):
@@ -17,38 +20,27 @@ class FlashAttn3Kernel(VarlenKernel):
 
     name = "flash_attn_3"
 
-    def _forward_call(self, query, key, value, sequences, causal, scale, window, softcap):
+    def _forward_call(self, query, key, value, sequences, options):
         out, lse, *_ = torch.ops.flash_attn_3.fwd(
             query,
             key,
             value,
             num_splits=1,  # split keys would need a second pass to combine
-            **_options(sequences, causal, scale, window),
+            **_arguments(sequences, options),
         )
         return out, lse
 
-    def _backward_call(self, grad_out, query, key, value, out, lse, sequences, causal, scale, window, softcap):
+    def _backward_call(self, inputs, sequences, options):
         # What backward returns differs from build to build; the tensors that it writes into do not.
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
-        torch.ops.flash_attn_3.bwd(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            *grads,
-            deterministic=self.deterministic,
-            **_options(sequences, causal, scale, window),
-        )
+        grads = empty_gradients(inputs)
+        torch.ops.flash_attn_3.bwd(*inputs, *grads, deterministic=self.deterministic, **_arguments(sequences, options))
         return tuple(grads)
 
 
-def _options(sequences: Sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
+def _arguments(sequences: Sequences, options: ScoreOptions) -> dict[str, Any]:
     return {
         **sequences._asdict(),
-        "softmax_scale": scale,
-        "is_causal": causal and window is None,
-        "window_size_left": -1 if window is None else window - 1,
-        "window_size_right": 0 if causal else -1,
+        "softmax_scale": options.scale,
+        "is_causal": options.only_causal,
+        **window_sizes(options, unbounded=-1),
     }

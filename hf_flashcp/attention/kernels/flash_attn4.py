@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .varlen import Sequences, VarlenKernel
+from typing import Any
+
+from .base import ScoreOptions
+from .varlen import Sequences, VarlenKernel, window_sizes
 
 
 class FlashAttn4Kernel(VarlenKernel):
@@ -14,36 +17,33 @@ class FlashAttn4Kernel(VarlenKernel):
 
     name = "flash_attn_4"
 
-    def _forward_call(self, query, key, value, sequences, causal, scale, window, softcap):
+    def _forward_call(self, query, key, value, sequences, options):
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        out, lse, *_ = _flash_attn_fwd(
-            query, key, value, return_lse=True, **_options(sequences, causal, scale, window)
-        )
+        out, lse, *_ = _flash_attn_fwd(query, key, value, return_lse=True, **_arguments(sequences, options))
         return out, lse
 
-    def _backward_call(self, grad_out, query, key, value, out, lse, sequences, causal, scale, window, softcap):
+    def _backward_call(self, inputs, sequences, options):
         from flash_attn.cute.interface import _flash_attn_bwd
 
         grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
-            query,
-            key,
-            value,
-            out,
-            grad_out,
-            lse,
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.out,
+            inputs.grad_out,
+            inputs.lse,
             deterministic=self.deterministic,
-            **_options(sequences, causal, scale, window),
+            **_arguments(sequences, options),
         )
         return grad_query, grad_key, grad_value
 
 
-def _options(sequences: Sequences, causal: bool, scale: float, window: int | None) -> dict[str, object]:
+def _arguments(sequences: Sequences, options: ScoreOptions) -> dict[str, Any]:
     """`None` stands for a side without a bound: -1 would be one, see `_resolve_causal_local_window` there."""
     return {
         **sequences._asdict(),
-        "softmax_scale": scale,
-        "causal": causal and window is None,
-        "window_size_left": None if window is None else window - 1,
-        "window_size_right": 0 if causal else None,
+        "softmax_scale": options.scale,
+        "causal": options.only_causal,
+        **window_sizes(options, unbounded=None),
     }

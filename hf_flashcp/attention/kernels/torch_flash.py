@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..determinism import deterministic_algorithms
-from .varlen import VarlenKernel
+from .varlen import VarlenKernel, window_sizes
 
 
 class TorchFlashKernel(VarlenKernel):
@@ -17,47 +17,34 @@ class TorchFlashKernel(VarlenKernel):
 
     name = "torch_flash"
 
-    def _forward_call(self, query, key, value, sequences, causal, scale, window, softcap):
+    def _forward_call(self, query, key, value, sequences, options):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
             *sequences,
             0.0,  # dropout
-            causal and window is None,
+            options.only_causal,
             False,  # return_debug_mask
-            scale=scale,
-            **_window_sizes(causal, window),
+            scale=options.scale,
+            **window_sizes(options, unbounded=None),
         )
         return out, lse
 
-    def _backward_call(self, grad_out, query, key, value, out, lse, sequences, causal, scale, window, softcap):
+    def _backward_call(self, inputs, sequences, options):
         # Read with dropout only.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        unused = torch.empty(0, device=query.device)
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=inputs.query.device)
+        unused = torch.empty(0, device=inputs.query.device)
         # Backward takes its deterministic path where PyTorch's global switch is on
         # (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
         with deterministic_algorithms(self.deterministic):
             return torch.ops.aten._flash_attention_backward(
-                grad_out,
-                query,
-                key,
-                value,
-                out,
-                lse,
+                *inputs,
                 *sequences,
                 0.0,
-                causal and window is None,
+                options.only_causal,
                 rng_state,
                 unused,
-                scale=scale,
-                **_window_sizes(causal, window),
+                scale=options.scale,
+                **window_sizes(options, unbounded=None),
             )
-
-
-def _window_sizes(causal: bool, window: int | None) -> dict[str, int | None]:
-    """Keys to the left and right of the aligned one; `None` for all."""
-    return {
-        "window_size_left": None if window is None else window - 1,
-        "window_size_right": 0 if causal else None,
-    }

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from ...attention import document_attention, select_kernel
-from ...attention import engine as engine_module
-from ...attention.kernels import AttentionKernel, accumulate_dtype
-from ...exchange.kv_exchange import Transfer, kv_width, pack_rows
+from ...attention.kernels import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...attention.merge import merge as merge_rows
+from ...exchange import AllToAll, Transfer, kv_width, pack_rows
 from ...layout import RankPlan, Rectangle, Rows
 from ...plan import ShardPlan
 from ...planning import plan_documents
@@ -92,27 +92,28 @@ def _layer(plan: RankPlan, shape: Shape, dtype: str, kernel: AttentionKernel, cl
     return run
 
 
-def _rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kernel: AttentionKernel) -> Run:
+def rectangles_side_by_side(sizes: Sequence[tuple[int, int]]) -> tuple[Rectangle, ...]:
+    """Rectangles of so many queries and keys each, one behind the other."""
     rectangles: list[Rectangle] = []
     queries = keys = 0
     for count, against in sizes:
         rectangles.append(Rectangle(queries, queries + count, keys, keys + against))
         queries, keys = queries + count, keys + against
-    query, _, _, grad_out = (tensor.detach() for tensor in random_inputs(queries, shape, dtype))
-    _, key, value, _ = (tensor.detach() for tensor in random_inputs(keys, shape, dtype))
-    options = {"causal": False, "scale": shape[2] ** -0.5}
-    out, lse = kernel.forward(query, key, value, tuple(rectangles), **options)
-    accumulated = accumulate_dtype(query.dtype)
+    return tuple(rectangles)
+
+
+def _rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kernel: AttentionKernel) -> Run:
+    rectangles = rectangles_side_by_side(sizes)
+    query, _, _, grad_out = (tensor.detach() for tensor in random_inputs(rectangles[-1].q_stop, shape, dtype))
+    _, key, value, _ = (tensor.detach() for tensor in random_inputs(rectangles[-1].k_stop, shape, dtype))
+    options = ScoreOptions(causal=False, scale=shape[2] ** -0.5)
+    inputs = BackwardInputs(grad_out, query, key, value, *kernel.forward(query, key, value, rectangles, options))
 
     def run() -> tuple[float, float]:
         begin = cpu_clock()
-        kernel.forward(query, key, value, tuple(rectangles), **options)
+        kernel.forward(query, key, value, rectangles, options)
         middle = cpu_clock()
-        grads = {
-            f"grad_{name}": torch.zeros_like(tensor, dtype=accumulated)
-            for name, tensor in (("query", query), ("key", key), ("value", value))
-        }
-        kernel.backward(grad_out, query, key, value, out, lse, tuple(rectangles), **options, **grads)
+        kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
         return middle - begin, cpu_clock() - middle
 
     return run
@@ -147,7 +148,7 @@ def copies(
     part, part_lse = query[:, : rows.count].clone(), torch.zeros_like(lse[:, : rows.count])
     packed = key.new_empty(rows.count, kv_width(key, value))
     return (
-        lambda: engine_module._merge(out, lse, part, part_lse, rows),
+        lambda: merge_rows(out, lse, part, part_lse, rows),
         lambda: pack_rows(key, value, rows, packed),
     )
 
@@ -162,10 +163,11 @@ def _transfer(count: int) -> Run:
     sent, received = torch.zeros(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
     sends = [count * (other == (rank - 1) % ranks) for other in range(ranks)]
     receives = [count * (other == (rank + 1) % ranks) for other in range(ranks)]
+    rows = AllToAll(sent, received, sends, receives, dist.group.WORLD)
 
     def run() -> tuple[float]:
         begin = time.perf_counter()
-        Transfer(sent, received, sends, receives, dist.group.WORLD).wait()
+        Transfer(rows).wait()
         return (time.perf_counter() - begin,)
 
     return run

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from ...attention import AttentionKernel, select_kernel
-from ...attention.kernels import accumulate_dtype
-from ...layout import Rectangle, Rows
+from ...attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...layout import Rows
 from ...plan import ShardPlan
-from ..calibration.worker import Shape, copies
-from ..kernels import RankWork
+from ..calibration.worker import Shape, copies, rectangles_side_by_side
+from ..kernels import RankWork, random_tensors
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
 from .settings import Found, Settings
@@ -84,13 +84,6 @@ def _kernel(device: torch.device, sizes: Sizes) -> AttentionKernel:
     return select_kernel(device, dtype=DTYPE, key_dim=sizes.shape[2], value_dim=sizes.shape[2])
 
 
-def _random(shape: Shape, rows: int, keys: int, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value and dO as a model's projections leave them: a token's heads side by side."""
-    heads, kv_heads, width = shape
-    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
-    return [torch.randn(*size, width, dtype=DTYPE, device=device).transpose(0, 1) for size in sizes]
-
-
 def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     """Linear layers, forward."""
     found = []
@@ -107,7 +100,8 @@ def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
 
 def _time_copies(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     """Merging and packing rows: those of one range, and every other `RUN` rows, which go by index on a GPU."""
-    query, key, value, _ = _random(sizes.shape, 2 * max(sizes.rows), 2 * max(sizes.rows), device)
+    most = 2 * max(sizes.rows)
+    query, key, value, _ = random_tensors(sizes.shape, most, most, DTYPE, device)
     found = []
     for count in sizes.rows:
         numbers = np.arange(count)
@@ -155,7 +149,8 @@ class _Inputs:
     def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
         queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
         self.kernel = kernel
-        self.query, self.key, self.value, self.grad_out = _random(sizes.shape, queries, keys, device)
+        tensors = random_tensors(sizes.shape, queries, keys, DTYPE, device)
+        self.query, self.key, self.value, self.grad_out = tensors
         self.out = torch.zeros_like(self.query)
 
     def functions(
@@ -163,27 +158,21 @@ class _Inputs:
     ) -> tuple[Callable[[], None], Callable[[], None]]:
         """Returns forward and backward of a call, see [`Work`]. Backward allocates and clears the gradients that it
         adds to, as a layer does."""
-        rectangles: list[Rectangle] = []
-        queries = keys = 0
-        for count, against in pairs:
-            rectangles.append(Rectangle(queries, queries + count, keys, keys + against))
-            queries, keys = queries + count, keys + against
+        rectangles = rectangles_side_by_side(pairs)
+        queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
         key, value = self.key[:, :keys], self.value[:, :keys]
         dtype = accumulate_dtype(query.dtype)
         # About what random scores give; times do not depend on it.
         lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
-        options: dict[str, Any] = {"causal": causal, "scale": query.shape[2] ** -0.5}
+        options = ScoreOptions(causal, scale=query.shape[2] ** -0.5)
+        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
 
         def forward() -> None:
-            self.kernel.forward(query, key, value, tuple(rectangles), **options)
+            self.kernel.forward(query, key, value, rectangles, options)
 
         def backward() -> None:
-            grads = {
-                f"grad_{name}": torch.zeros_like(tensor, dtype=dtype)
-                for name, tensor in (("query", query), ("key", key), ("value", value))
-            }
-            self.kernel.backward(grad_out, query, key, value, out, lse, tuple(rectangles), **options, **grads)
+            self.kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
 
         return forward, backward
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, AttentionKernel, EagerKernel, accumulate_dtype
+from ...attention.kernels import CAPABILITIES, AttentionKernel, BackwardInputs, EagerKernel, Gradients, ScoreOptions
 from ...attention.kernels.base import hidden
 from ...doctor.layer_errors import relative_error
 from ...layout import Rectangle
@@ -141,7 +141,7 @@ class _Layer:
     """
 
     def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
-        self._case, self._scale = case, shape[2] ** -0.5
+        self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
         self._inputs = _inputs(shape, case, dtype, device)
         wide = [tensor.double() for tensor in self._inputs]
         out, lse = self._forward(EagerKernel(), wide)
@@ -159,34 +159,34 @@ class _Layer:
         first, second = (self._backward(kernel, self._inputs, self._given) for _ in range(2))
         return all(torch.equal(a, b) for a, b in zip(first, second))
 
-    def _options(self) -> dict[str, Any]:
-        return {"causal": self._case.causal, "scale": self._scale, "window": self._case.window}
-
     def _forward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernel.forward(*inputs[:3], self._case.rectangles, **self._options())
+        query, key, value, _ = inputs
+        return kernel.forward(query, key, value, self._case.rectangles, self._options)
 
-    def _backward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged) -> list[torch.Tensor]:
+    def _backward(
+        self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged: tuple[torch.Tensor, torch.Tensor]
+    ) -> Gradients:
         query, key, value, grad_out = inputs
-        dtype = accumulate_dtype(query.dtype)
-        grads = [torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value)]
-        gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
-        kernel.backward(grad_out, query, key, value, *merged, self._case.rectangles, **self._options(), **gradients)
+        grads = Gradients.zeros(query, key, value)
+        needed = BackwardInputs(grad_out, query, key, value, *merged)
+        kernel.backward(needed, self._case.rectangles, self._options, grads)
         return grads
 
 
 class PlainKernel(EagerKernel):
     """The formulas with scores, probabilities and their gradients rounded to the dtype of the queries."""
 
-    def _forward_piece(self, q, k, v, mask, is_causal, scale, softcap):
-        scores = (q @ k.mT).to(q.dtype) * scale
-        scores = scores if mask is None else scores.masked_fill(mask, -torch.inf)
+    def _forward_block(self, q, k, v, keys, options):
+        scores = (q @ k.mT).to(q.dtype) * options.scale
+        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v, scores.float().logsumexp(-1)
 
-    def _backward_piece(self, do, q, k, v, o, lse, mask, is_causal, scale, softcap):
-        scores = (q @ k.mT) * scale
-        scores = scores if mask is None else scores.masked_fill(mask, -torch.inf)
+    def _backward_block(self, inputs, keys, options):
+        do, q, k, v, o, lse = inputs
+        scores = (q @ k.mT) * options.scale
+        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
         p = (scores.float() - lse[..., None]).exp().to(q.dtype)
-        ds = p * (do @ v.mT - (do.float() * o.float()).sum(-1, keepdim=True).to(q.dtype)) * scale
+        ds = p * (do @ v.mT - (do.float() * o.float()).sum(-1, keepdim=True).to(q.dtype)) * options.scale
         return ds @ k, ds.mT @ q, p.mT @ do
 
 
@@ -219,10 +219,9 @@ def _formulas_error(device: torch.device) -> float:
     scores = (leaves[0] @ keys.mT * shape[2] ** -0.5).masked_fill(hidden(37, 37, 9, device), -torch.inf)
     out = scores.softmax(-1) @ values
     out.backward(grad_out)
-    options: dict[str, Any] = {"causal": True, "scale": shape[2] ** -0.5, "window": case.window}
-    ours, lse = EagerKernel().forward(query, key, value, case.rectangles, **options)
-    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
-    EagerKernel().backward(grad_out, query, key, value, ours, lse, case.rectangles, **options, **gradients)
+    options = ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
+    ours, lse = EagerKernel().forward(query, key, value, case.rectangles, options)
+    grads = Gradients.zeros(query, key, value)
+    EagerKernel().backward(BackwardInputs(grad_out, query, key, value, ours, lse), case.rectangles, options, grads)
     reference = [out.detach(), *(leaf.grad for leaf in leaves)]
     return max(relative_error(a, b) for a, b in zip((ours, *grads), reference))

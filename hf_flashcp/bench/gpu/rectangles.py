@@ -7,17 +7,16 @@ the slowest rank stands for the layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, AttentionKernel
+from ...attention.kernels import CAPABILITIES, AttentionKernel, BackwardInputs, Gradients, ScoreOptions
 from ...attention.kernels.varlen import deal_rounds
 from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import RankWork
+from ..kernels import RankWork, random_tensors
 from ..turns import median_seconds
 from .settings import Found, Record, Run, Settings, fused_kernels
 
@@ -113,30 +112,24 @@ def _time_rectangles(settings: Settings) -> Found:
 
 def _tensors(todo: Sequence[Rectangle], shape: tuple[int, int, int], device: torch.device) -> list[torch.Tensor]:
     """query, key, value and grad_out for rectangles."""
-    heads, kv_heads, width = shape
     rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
-    sizes = [(rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)]
-    return [torch.randn(*size, width, device=device).bfloat16().transpose(0, 1) for size in sizes]
+    return random_tensors(shape, rows, keys, torch.bfloat16, device)
 
 
 def _speed(
     kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: tuple[int, int, int], device: torch.device
 ) -> Record:
     query, key, value, grad_out = _tensors(todo, shape, device)
-    options: dict[str, Any] = {"causal": causal, "scale": shape[2] ** -0.5}
-    out, lse = kernel.forward(query, key, value, tuple(todo), **options)
-    grads = {
-        f"grad_{name}": torch.zeros_like(tensor, dtype=torch.float32)
-        for name, tensor in (("query", query), ("key", key), ("value", value))
-    }
-
-    def backward() -> None:
-        kernel.backward(grad_out, query, key, value, out, lse, tuple(todo), **options, **grads)
-
+    options = ScoreOptions(causal, scale=shape[2] ** -0.5)
+    inputs = BackwardInputs(grad_out, query, key, value, *kernel.forward(query, key, value, todo, options))
+    grads = Gradients.zeros(query, key, value)
     seconds = median_seconds(
-        5, device, forward=lambda: kernel.forward(query, key, value, tuple(todo), **options), backward=backward
+        5,
+        device,
+        forward=lambda: kernel.forward(query, key, value, todo, options),
+        backward=lambda: kernel.backward(inputs, todo, options, grads),
     )
-    pairs = sum((r.q_stop - r.q_start) * (r.k_stop - r.k_start) / (2 if causal else 1) for r in todo)
+    pairs = sum(r.queries * r.keys / (2 if causal else 1) for r in todo)
     flops = 4 * shape[0] * shape[2] * pairs
     return {
         "forward ms": 1000 * seconds["forward"],
@@ -155,10 +148,10 @@ def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, in
     todo = max(stages, key=lambda stage: started_blocks(stage, shape[0]) - useful_blocks(stage, shape[0]))
     groups = list(length_classes(todo))
     query, key, value, _ = _tensors(todo, shape, device)
-    options: dict[str, Any] = {"causal": False, "scale": shape[2] ** -0.5}
+    options = ScoreOptions(causal=False, scale=shape[2] ** -0.5)
 
     def call(part: Sequence[Rectangle]) -> None:
-        kernel.forward(query, key, value, tuple(part), **options)
+        kernel.forward(query, key, value, part, options)
 
     seconds = median_seconds(5, device, one=lambda: call(todo), classes=lambda: [call(group) for group in groups])
     return {
@@ -176,7 +169,7 @@ def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
     """The rectangles grouped by the power of two that their number of queries reaches, in order inside a group."""
     classes: dict[int, list[Rectangle]] = {}
     for rectangle in todo:
-        blocks = -(-(rectangle.q_stop - rectangle.q_start) // TILE)
+        blocks = -(-rectangle.queries // TILE)
         classes.setdefault((blocks - 1).bit_length(), []).append(rectangle)
     yield from classes.values()
 
@@ -189,4 +182,4 @@ def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
 
 def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:
     """Blocks that have queries."""
-    return heads * sum(-(-(rectangle.q_stop - rectangle.q_start) // TILE) for rectangle in todo)
+    return heads * sum(-(-rectangle.queries // TILE) for rectangle in todo)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ...doctor.cluster import check_cluster
-from ...exchange import Transfer
+from ...exchange import AllToAll, Transfer
 from ...exchange.hierarchical import HierarchicalTransfer
 from .settings import Found, Record, Run, Settings
 
@@ -51,7 +51,7 @@ def _transfers(settings: Settings) -> list[Record]:
 
 
 def _transfer(sent: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
-    return Transfer(sent, torch.empty_like(sent), [len(sent)], [len(sent)], group)
+    return Transfer(AllToAll(sent, torch.empty_like(sent), [len(sent)], [len(sent)], group))
 
 
 def _hierarchical(sent: torch.Tensor, group: dist.ProcessGroup) -> HierarchicalTransfer:

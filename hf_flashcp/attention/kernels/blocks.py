@@ -1,0 +1,133 @@
+"""`BlockKernel`: the loop over blocks of queries that the kernels of the CPU share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...layout import Rectangle
+from .base import BackwardInputs, ScoreOptions, accumulate_dtype, merge_logsumexp
+
+
+class KeyBlock(NamedTuple):
+    """Keys [start, stop) that one call takes, and what hides them from the rows of its block.
+
+    Attributes:
+        start, stop (`int`): rows of the keys.
+        mask (`torch.Tensor`, *optional*): (rows, keys), `None` if nothing is hidden or `causal` hides it.
+        causal (`bool`): whether rows and keys are a square of which the kernel hides the upper triangle itself.
+    """
+
+    start: int
+    stop: int
+    mask: torch.Tensor | None = None
+    causal: bool = False
+
+
+class QueryBlock(NamedTuple):
+    """Queries [start, stop) and the disjoint blocks of keys that they see.
+
+    `fold` heads of a group lie in the rows: row i * fold + g is query i of head g, so masks have (stop - start) * fold
+    rows.
+    """
+
+    start: int
+    stop: int
+    keys: Sequence[KeyBlock]
+    fold: int
+
+
+class BlockKernel:
+    """Runs attention block by block; gradients of several blocks are summed in the accumulate dtype.
+
+    A subclass cuts rectangles into blocks, and runs one block of queries against one of keys in shapes (H_kv, heads,
+    rows, D): heads is H_q / H_kv / fold, with keys and values expanded over them, and rows include `fold` heads.
+    """
+
+    def _blocks(
+        self,
+        query: torch.Tensor,
+        groups: int,
+        rectangles: Sequence[Rectangle],
+        options: ScoreOptions,
+        *,
+        backward: bool,
+    ) -> Iterable[QueryBlock]:
+        raise NotImplementedError
+
+    def _forward_block(self, q, k, v, keys: KeyBlock, options: ScoreOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _backward_block(
+        self, inputs: BackwardInputs, keys: KeyBlock, options: ScoreOptions
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def forward(self, query, key, value, rectangles, options):
+        groups = query.shape[0] // key.shape[0]
+        rows = sum(rectangle.queries for rectangle in rectangles)
+        # Rows first: what the layer hands on is (T, H, D).
+        out = query.new_empty(rows, query.shape[0], value.shape[-1]).transpose(0, 1)
+        lse = query.new_empty(query.shape[0], rows, dtype=accumulate_dtype(query.dtype))
+        query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
+        done = 0
+        for block in self._blocks(query, groups, rectangles, options, backward=False):
+            split = groups // block.fold, block.fold
+            q = _rows_of(query, block, split)
+            parts = [
+                self._forward_block(q, *_expanded(keys, q.shape[1], key, value), keys, options) for keys in block.keys
+            ]
+            part, part_lse = parts[0] if len(parts) == 1 else _merged(parts)
+            span = slice(done, done + block.stop - block.start)
+            _per_head(out[:, span], split).copy_(part.unflatten(2, (-1, block.fold)))
+            _per_head(lse[:, span], split).copy_(part_lse.unflatten(2, (-1, block.fold)))
+            done = span.stop
+        return out, lse
+
+    def backward(self, inputs, rectangles, options, grads):
+        groups = inputs.query.shape[0] // inputs.key.shape[0]
+        grad_out, query, key, value, out = (_last_contiguous(tensor) for tensor in inputs[:-1])
+        for block in self._blocks(query, groups, rectangles, options, backward=True):
+            split = groups // block.fold, block.fold
+            do, q, o, row_lse = (_rows_of(tensor, block, split) for tensor in (grad_out, query, out, inputs.lse))
+            grad_rows = _per_head(grads.query[:, block.start : block.stop], split)
+            for keys in block.keys:
+                k, v = _expanded(keys, q.shape[1], key, value)
+                dq, dk, dv = self._backward_block(BackwardInputs(do, q, k, v, o, row_lse), keys, options)
+                grad_rows.add_(dq.unflatten(2, (-1, block.fold)))
+                for total, part in ((grads.key, dk), (grads.value, dv)):
+                    total[:, keys.start : keys.stop] += _sum_heads(part, total.dtype)
+
+
+def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _per_head(tensor: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:
+    """(H_q, n, ...) as a view (H_kv, heads, n, fold, ...) for `split` = (heads, fold)."""
+    return tensor.unflatten(0, (-1, *split)).transpose(2, 3)
+
+
+def _rows_of(tensor: torch.Tensor, block: QueryBlock, split: tuple[int, int]) -> torch.Tensor:
+    """A block's rows of (H_q, T, ...) as (H_kv, heads, n * fold, ...), copied unless fold is 1."""
+    return _per_head(tensor[:, block.start : block.stop], split).flatten(2, 3)
+
+
+def _expanded(keys: KeyBlock, heads: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A block's rows of (H_kv, S, D) as views (H_kv, heads, n, D)."""
+    return tuple(tensor[:, keys.start : keys.stop].unsqueeze(1).expand(-1, heads, -1, -1) for tensor in tensors)
+
+
+def _sum_heads(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return grad[:, 0] if grad.shape[1] == 1 else grad.sum(1, dtype=dtype)
+
+
+def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all blocks of keys from that over each, by their logsumexp, in the accumulate dtype."""
+    out, lse = parts[0]
+    for part, part_lse in parts[1:]:
+        weight = merge_logsumexp(lse, part_lse).unsqueeze(-1)
+        out = torch.lerp(out.to(lse.dtype), part.to(lse.dtype), weight)
+    return out, lse
