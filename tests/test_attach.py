@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from hf_flashcp import FlashCPCollator, attach
 from hf_flashcp.errors import UnsupportedModelError
-from hf_flashcp.integrations.models.forward_arguments import CACHES, has_cache
 from hf_flashcp.integrations import gradient_check
+from hf_flashcp.integrations.models.forward_arguments import CACHES, has_cache
 from tests import attach_cases
 from tests.models import (
     FAMILIES,

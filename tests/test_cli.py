@@ -7,10 +7,9 @@ import zlib
 import pytest
 from hypothesis import given
 
-from hf_flashcp.bench.table2 import padded_all_gather_fraction
+from hf_flashcp.bench.plans.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data import sample_pack
-from hf_flashcp.plan.traffic import kv_traffic
 from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
 from tests.packs import arbitrary_plans
 
@@ -70,7 +69,7 @@ def png_size(path):
 
 @given(arbitrary_plans())
 def test_traffic_between_ranks_adds_up_to_the_report(plan):
-    traffic, report = kv_traffic(plan), plan.report()
+    traffic, report = plan.kv_traffic().tolist(), plan.report()
     assert [sum(row) for row in traffic] == report["kv_sent"]
     assert [sum(column) for column in zip(*traffic)] == report["kv_received"]
     assert all(traffic[rank][rank] == 0 for rank in range(plan.cp_size))
@@ -79,7 +78,7 @@ def test_traffic_between_ranks_adds_up_to_the_report(plan):
 
 def test_traffic_of_a_zigzag():
     # Rank 0 holds [0, 4) and [12, 16), rank 1 what lies between: it needs 4 tokens and gives 8.
-    assert kv_traffic(plan_documents([16], 2, strategy="per_doc")) == [[0, 4], [8, 0]]
+    assert plan_documents([16], 2, strategy="per_doc").kv_traffic().tolist() == [[0, 4], [8, 0]]
 
 
 def test_table_of_three_documents(capsys):

@@ -179,7 +179,7 @@ def test_calibration_without_scipy_keeps_the_measurements(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     found = rehearse(calibration.calibrate)
     (problem,) = found["problems"]
-    assert "pip install scipy" in problem and "profile" not in found["more"]
+    assert "pip install 'hf_flashcp[bench]'" in problem and "profile" not in found["more"]
     assert found["more"]["measurements"]["calls"][0]["forward"] > 0
     assert all(record["measured ms"] > 0 for record in found["tables"][calibration.LAYERS])
 

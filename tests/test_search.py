@@ -9,10 +9,10 @@ from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from hf_flashcp.planning import ShardPlan, plan_documents
 from hf_flashcp.planning.algorithm1 import flashcp
 from hf_flashcp.planning.lower_bound import kv_lower_bound
-from hf_flashcp.planning.search.search.reference import better_algorithm1
-from hf_flashcp.planning.search.search.repair import Pool, repair, share_out, shared_cost
-from hf_flashcp.planning.search.search.search import search
-from hf_flashcp.planning.search.search.unplaced import Budget
+from hf_flashcp.planning.search.reference import better_algorithm1
+from hf_flashcp.planning.search.repair import Pool, repair, share_out, shared_cost
+from hf_flashcp.planning.search.search import search
+from hf_flashcp.planning.search.unplaced import Budget
 from hf_flashcp.planning.sharding import per_doc
 from tests.independent_plan_checker import assert_caps, check_plan, costs
 from tests.packs import KNOWN_PACKS, packs

@@ -1,4 +1,4 @@
-"""What it costs that ranks compare plans at every step."""
+"""How long ranks take to compare their plans at every step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import time
 from statistics import median
 from typing import Any
 
+from ..tables import table
+
 
 def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
-    """Median milliseconds of one comparison, slowest rank, for each number of gloo processes on this machine."""
+    """Returns the `rounds`, and by number of gloo processes on this machine the median `milliseconds` of a comparison
+    on the slowest rank."""
     from ..distributed.workers import WorkerPool
 
     with WorkerPool() as pool:
@@ -29,3 +32,9 @@ def _median_milliseconds(rounds: int) -> float:
         require_agreement("the batch", {"turn": turn, "plan": plan.digest}, dist.group.WORLD, advice="")
         seconds.append(time.perf_counter() - begin)
     return 1000 * median(seconds)
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table with a row for each number of processes."""
+    title = f"comparing a plan's digest, {found['rounds']} rounds, slowest rank's median"
+    return f"{title}\n\n" + table({"processes": ",", "ms": ".3f"}, found["milliseconds"].items())

@@ -7,7 +7,6 @@ whatever else the machine does falls on all of them alike. The ideal is the time
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
 from ..planning import plan_documents
+from ..tables import counted, table
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -210,27 +210,37 @@ def _counted_transfers():
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal, the single process first."""
+    """A table with a row for each case, the single process first."""
     lengths = found["lengths"]
-    shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else f"{len(lengths)} documents"
-    lines = [
-        f"[{shown}], {sum(lengths):,} tokens, {found['cp_size']} processes, {found['heads']}/{found['kv_heads']} "
-        f"heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of {found['rounds']} rounds",
-        "",
-        f"{'strategy':16}{'exchange':>10}{'ms':>10}{'of ideal':>10}{'forward':>9}{'waiting':>9}{'received':>13}"
-        f"{'kernel calls':>14}{'collectives':>13}{'copies':>8}",
-        f"{SINGLE:16}{'':10}{1000 * found['seconds']:10.1f}",
-    ]
+    shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else counted(len(lengths), "document")
+    columns = {
+        "strategy": "",
+        "exchange": "",
+        "ms": ".1f",
+        "of ideal": ".1%",
+        "forward": ".1f",
+        "waiting": ".1f",
+        "MiB received": ",.1f",
+        "kernel calls": ",",
+        "collectives": ",",
+        "copies": ",",
+    }
+    rows = [(SINGLE, "", 1000 * found["seconds"])]
     for case in found["cases"]:
-        copies = "-" if case["copies"] is None else case["copies"]
-        lines.append(
-            f"{case['strategy']:16}{case['exchange']:>10}{1000 * case['seconds']:10.1f}{case['ideal_share']:10.1%}"
-            f"{1000 * case['forward']:9.1f}{1000 * case['waiting']:9.1f}{_size(case['bytes_received']):>13}"
-            f"{case['kernel_calls']:14}{case['collectives']:13}{copies:>8}"
+        rows.append(
+            (
+                case["strategy"],
+                case["exchange"],
+                1000 * case["seconds"],
+                case["ideal_share"],
+                1000 * case["forward"],
+                1000 * case["waiting"],
+                case["bytes_received"] / 2**20,
+                *(case[name] for name in ("kernel_calls", "collectives", "copies")),
+            )
         )
-    return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    power = min(int(math.log(count, 1024)), 3) if count else 0
-    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+    return (
+        f"[{shown}], {counted(sum(lengths), 'token')}, {found['cp_size']} processes, {found['heads']}/"
+        f"{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of "
+        f"{found['rounds']} rounds\n\n" + table(columns, rows)
+    )

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..distributed.workers import WorkerPool
 from ..predict.memory import TrainingSetup, estimate_memory
 from ..predict.memory_shape import MemoryShape
+from ..tables import table
 from .traces import FORWARD_DONE, kept_and_peak, trace_events
 
 
@@ -194,15 +195,15 @@ def _error(case: dict[str, Any]) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    lines = [
-        f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process, estimated and measured",
-        "",
-        f"{'':41}{'peak':>24}{'kept for backward':>26}",
-    ]
+    """A table with a row for each case."""
+    figures = {"peak": "at the peak", "kept": "for backward"}
+    columns, rows = {"": ""}, []
+    for what in figures.values():
+        columns |= {f"estimated\n{what}": ".1f", f"measured\n{what}": ".1f", f"error\n{what}": "+.1%"}
     for name, case in found.items():
-        line = f"{name:41}"
-        for key, width in (("peak", 8), ("kept", 10)):
+        row: list[Any] = [name]
+        for key in figures:
             estimated, measured = (case[key][which] / 2**20 for which in ("estimated", "measured"))
-            line += f"{estimated:{width}.1f}{measured:8.1f}{estimated / measured - 1:+8.1%}"
-        lines.append(line)
-    return "\n".join(lines)
+            row += [estimated, measured, estimated / measured - 1]
+        rows.append(row)
+    return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process\n\n" + table(columns, rows)

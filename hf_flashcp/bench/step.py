@@ -21,6 +21,7 @@ from ..data.lengths import sample_pack
 from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
+from ..tables import counted, table
 from .step_worker import run_turn
 from .traces import PARTS
 
@@ -60,7 +61,6 @@ def measure(
     device: str = "cpu",
     threads: int = 1,
     rounds: int = 5,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Trains on one pack of each corpus.
 
@@ -103,7 +103,7 @@ def measure(
     layer = None
     turns = len(corpora) * (_WARM_UP + rounds + 1)
     pool = WorkerPool("spawn") if device == "cuda" else WorkerPool()
-    with pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
+    with pool, tqdm(total=turns, unit="round", leave=False, disable=None) as bar:
         for corpus in corpora:
             lengths = sample_pack(corpus, window)
             cases = [(plan_documents(lengths, 1), False)]
@@ -208,31 +208,38 @@ def check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal, a block for each pack."""
+    """A table for each pack."""
     config = found["config"]
-    lines = [
+    parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
-        f"{found['window']:,} tokens, {found['cp_size']} processes, {_count(found['threads'], 'thread')} each, "
-        f"{found['device']}; medians of {found['rounds']} rounds",
+        f"{counted(found['window'], 'token')}, {found['cp_size']} processes, {counted(found['threads'], 'thread')} "
+        f"each, {found['device']}; medians of {found['rounds']} rounds",
     ]
+    columns = {
+        "strategy": "",
+        "exchange": "",
+        "tokens/s": ",.0f",
+        "ms": ".1f",
+        "of ideal": ".1%",
+        "CPU time": ".1%",
+        "peak MiB": ".1f",
+        **dict.fromkeys(PARTS, ".1%"),
+    }
     for pack in found["packs"]:
-        documents, longest = len(pack["lengths"]), max(pack["lengths"])
-        lines += [
-            "",
-            f"{pack['corpus']}: {_count(documents, 'document')}, the longest of {longest:,} tokens",
-            f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'CPU time':>10}{'peak MiB':>10}"
-            + "".join(f"{part:>11}" for part in PARTS),
-        ]
-        for case in pack["cases"]:
-            cpu = f"{case['cpu_ideal_share']:10.1%}" if "shares" in case else " " * 10
-            shares = "".join(f"{case['shares'][part]:11.1%}" for part in PARTS) if "shares" in case else ""
-            lines.append(
-                f"{case['strategy']:15}{case['exchange'] or '':>9}{case['tokens_per_second']:10,.0f}"
-                f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{cpu}{case['peak_bytes'] / 2**20:10.1f}"
-                f"{shares}"
+        rows = [
+            (
+                case["strategy"],
+                case["exchange"] or "",
+                case["tokens_per_second"],
+                1000 * case["seconds"],
+                case["ideal_share"],
+                case.get("cpu_ideal_share"),
+                case["peak_bytes"] / 2**20,
+                *case.get("shares", dict.fromkeys(PARTS)).values(),
             )
-    return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
+            for case in pack["cases"]
+        ]
+        documents = counted(len(pack["lengths"]), "document")
+        longest = counted(max(pack["lengths"]), "token")
+        parts.append(f"{pack['corpus']}: {documents}, the longest of {longest}\n{table(columns, rows)}")
+    return "\n\n".join(parts)

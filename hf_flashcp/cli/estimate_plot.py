@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..predict.memory import PARTS, TrainingSetup
 from ..simulation.sizing import Choice
-from .estimate import GIB
+from ..tables import GIB
 from .plots import COLOURS, INK, new_figure, save_figure
 
 
@@ -50,7 +50,7 @@ def plot_memory(
     axes.set_ylim(0, 1.18 * max(top, usable / GIB))
     axes.set_xticks(places, [f"{choice.cp_size}\n{choice.memory.peak}" for choice in found], fontsize=8)
     axes.set_xlabel("cp_size, and the moment of the step at which memory is highest", color=INK)
-    axes.set_ylabel("GiB a GPU", color=INK)
+    axes.set_ylabel("GiB per GPU", color=INK)
     axes.set_title(
         f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}, "
         f"gradient checkpointing {setup.gradient_checkpointing}",

@@ -33,6 +33,11 @@ RIVALS = tuple(schemes.SCHEMES)
 MAX_CP_SIZE = 256
 
 
+def scheme_title(scheme: str) -> str:
+    """Returns the name of a scheme in tables and plots."""
+    return schemes.SCHEMES[scheme].title if scheme in schemes.SCHEMES else f"ours, {scheme}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A training step of one packed batch.

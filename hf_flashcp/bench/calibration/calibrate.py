@@ -21,8 +21,9 @@ from ...distributed.workers import WorkerPool
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import AttentionLayers
+from ...tables import table
 from ..attention import DTYPES
-from . import worker as worker
+from . import worker
 from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, root_mean_square
 
 
@@ -55,7 +56,6 @@ def measure(
     num_stages: int | None = None,
     rounds: int = 5,
     seed: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Times parts, fits, times layers.
 
@@ -80,7 +80,7 @@ def measure(
         ConfigurationError: scipy is not installed.
     """
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
-    with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None if progress else True) as bar:
+    with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None) as bar:
 
         def timed(what: str, function, *arguments) -> list[list[list[float]]]:
             bar.set_description(what)
@@ -183,18 +183,13 @@ def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal."""
+    """A table of the fitted kernel, and one of the layers that were predicted with it."""
     profile, kernel = found["profile"], found["profile"]["kernel"]
     link = profile["links"]["intra_node"]
     lines = [
         profile["description"],
         "",
-        f"{'':9}{'GFLOP/s':>9}{'tile overhead, keys':>21}{'causal':>9}{'error of calls (rms)':>22}",
-        *(
-            f"{name:9}{kernel[name]['flops_per_second'] / 1e9:9.1f}{kernel[name]['tile_overhead_keys']:21.0f}"
-            f"{kernel[name]['causal_tile_overhead_keys']:9.0f}{found['fit'][name]:22.1%}"
-            for name in ("forward", "backward")
-        ),
+        _kernel_table(kernel, found["fit"]),
         f"tiles of {kernel['tile']} queries, speed under a causal mask {kernel['causal_efficiency']:.2f}, a call "
         f"{1e6 * kernel['call_seconds']:.0f} us; {found['fit']['calls']} calls fitted",
         f"linear {profile['linear_flops_per_second'] / 1e9:.1f} GFLOP/s, copies "
@@ -202,20 +197,11 @@ def text(found: dict[str, Any]) -> str:
         f"{1e6 * link['latency_seconds']:.0f} us",
         "",
         f"one attention layer, forward and backward, of {len(found['layers'])} packs of {found['window']:,} tokens on "
-        f"{found['cp_size']} ranks; medians of {found['rounds']} rounds",
-        f"{'':32}{'seconds, predicted / measured':>40}{'CPU seconds, likewise':>33}",
-        f"{'corpus':13}{'strategy':>10}{'packs':>7}{'ms':>9}" + f"{'median':>11}{'least':>11}{'most':>11}" * 2,
+        f"{found['cp_size']} ranks; medians of {found['rounds']} rounds, predicted / measured",
+        "",
+        _layers_table(found["layers"]),
+        "",
     ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found["layers"]:
-        groups.setdefault((row["corpus"], row["strategy"]), []).append(row)
-    for (corpus, strategy), rows in groups.items():
-        ratios = [[_ratio(row, name) for row in rows] for name in CLOCKS]
-        lines.append(
-            f"{corpus:13}{strategy:>10}{len(rows):7}{1000 * median(row['seconds']['measured'] for row in rows):9.1f}"
-            + "".join(f"{median(one):11.3f}{min(one):11.3f}{max(one):11.3f}" for one in ratios)
-        )
-    lines.append("")
     for name, what in zip(CLOCKS, ("seconds", "CPU seconds")):
         error = found["error"][name]
         lines.append(
@@ -223,3 +209,28 @@ def text(found: dict[str, Any]) -> str:
             f"{error['within_10_percent']:.0%} of the packs within 10%"
         )
     return "\n".join(lines)
+
+
+def _kernel_table(kernel: dict[str, Any], fit: dict[str, Any]) -> str:
+    columns = {"": "", "GFLOP/s": ".1f", "tile overhead, keys": ".0f", "causal": ".0f", "error of calls (rms)": ".1%"}
+    rows = []
+    for name in ("forward", "backward"):
+        speed = kernel[name]
+        overheads = (speed["tile_overhead_keys"], speed["causal_tile_overhead_keys"])
+        rows.append((name, speed["flops_per_second"] / 1e9, *overheads, fit[name]))
+    return table(columns, rows)
+
+
+def _layers_table(layers: list[dict[str, Any]]) -> str:
+    columns = {"corpus": "", "strategy": "", "packs": ",", "ms": ".1f"}
+    for what in ("seconds", "CPU seconds"):
+        columns |= dict.fromkeys((f"{what}\nmedian", f"{what}\nleast", f"{what}\nmost"), ".3f")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault((row["corpus"], row["strategy"]), []).append(row)
+    rows = []
+    for names, group in groups.items():
+        ratios = [[_ratio(row, clock) for row in group] for clock in CLOCKS]
+        figures = (figure for one in ratios for figure in (median(one), min(one), max(one)))
+        rows.append((*names, len(group), 1000 * median(row["seconds"]["measured"] for row in group), *figures))
+    return table(columns, rows)
