@@ -20,7 +20,7 @@ from ..data.batch import shard_inputs
 from ..data.labels import IGNORE_INDEX
 from ..errors import FlashCPError
 from ..integrations.attach import attach
-from ..integrations.gradient_check import gradient_error
+from ..integrations.gradient_check import gradient_error, relative_error
 from ..integrations.models.router_loss import FUNCTION
 from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
 from .float64 import float64_throughout
@@ -89,7 +89,7 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
     found["gradient_error"] = gradient_error(
         _gradients(model, summed=True), _gradients(reference), floor=GRADIENT_FLOOR
     )
-    found["loss_error"] = float((total - expected_loss.detach()).abs() / expected_loss.detach().abs())
+    found["loss_error"] = relative_error(total, expected_loss.detach())
     found["layers"], found["router_loss"] = layers, has_router_loss
     found["stage"] = "done"
 

@@ -15,7 +15,7 @@ import torch
 
 from ...attention.kernels import CAPABILITIES, AttentionKernel, EagerKernel, accumulate_dtype
 from ...attention.kernels.base import hidden
-from ...doctor.layer_errors import relative_error
+from ...integrations.gradient_check import relative_error
 from ...layout import Rectangle
 from .settings import Found, Run, Settings, fused_kernels
 
