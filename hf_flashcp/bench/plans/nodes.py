@@ -14,7 +14,7 @@ from ...plan import ShardPlan, Topology
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
-from ...tables import table
+from ...tables import counted, table
 
 
 DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"
@@ -106,8 +106,8 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             found["hardware"],
-            f"{found['packs']} packs per cell, {found['tokens']:,} tokens per rank; between nodes: tokens of the "
-            "busiest rank, over the window",
+            f"{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; between nodes: "
+            "tokens of the busiest rank, over the window",
             "",
             table(columns, rows),
         ]

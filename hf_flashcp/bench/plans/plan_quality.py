@@ -15,7 +15,7 @@ from ...data.lengths import sample_pack
 from ...plan import ShardPlan, Topology
 from ...planning import STRATEGIES, plan_documents
 from ...planning.lower_bound import kv_lower_bound
-from ...tables import table
+from ...tables import counted, table
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
@@ -181,8 +181,8 @@ def text(found: dict[str, Any]) -> str:
     tokens = found["max_token_imbalance"]
     return "\n".join(
         [
-            f"{found['packs']} packs per cell, attention pairs at most {found['max_imbalance']:g} x the mean, tokens "
-            + ("equal" if tokens == 1 else f"at most {tokens:g} x the mean"),
+            f"{counted(found['packs'], 'pack')} per cell, attention pairs at most {found['max_imbalance']:g} x the "
+            "mean, tokens " + ("equal" if tokens == 1 else f"at most {tokens:g} x the mean"),
             "KV moved in all / largest received or sent of a rank, both in multiples of the window",
             "",
             _cells_table(found),
@@ -237,7 +237,7 @@ def _nodes_text(found: dict[str, Any]) -> str:
     columns = {**_CELL, "plans": "", "intra": ".3f", "inter": ".3f", "all inter": ".2f", "ms": ".1f"}
     return "\n".join(
         [
-            f"{found['packs']} packs per cell, nodes of {found['ranks_per_node']} ranks; KV in windows",
+            f"{counted(found['packs'], 'pack')} per cell, nodes of {found['ranks_per_node']} ranks; KV in windows",
             "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all "
             "ranks",
             "",
