@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
 
 def test_a_library_for_another_gpu_is_a_problem(monkeypatch):
     monkeypatch.setattr(settings_module, "load_kernel_library", lambda file: None)
-    problems = environment._look(Settings("cpu", kernel_library="fa3.so")).problems
+    problems = environment.device(Settings("cpu", kernel_library="fa3.so")).problems
     assert problems == ["the kernel library was loaded, but flash_attn_3 runs on CUDA only"]
 
 
@@ -230,7 +230,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
         return dq, dk * 1.02, dv
 
     monkeypatch.setattr(CPUFlashKernel, "_backward_piece", wrong)
-    problems = kernels._check(Settings("cpu")).problems
+    problems = kernels.kernels(Settings("cpu")).problems
     assert all(problem.startswith(("dK of cpu_flash", "cpu_flash in torch")) for problem in problems)
     assert len(problems) == 2 * (kernels.FEW + 1) and problems[-1].endswith("more like these")
 

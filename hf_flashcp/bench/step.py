@@ -64,16 +64,7 @@ def measure(
 ) -> dict[str, Any]:
     """Trains on one pack of each corpus.
 
-    Args:
-        corpora: of `LENGTH_DISTRIBUTIONS`.
-        window: tokens of a pack.
-        cp_size: processes, on CUDA one a GPU.
-        config: what a config.json holds.
-        strategies: of [`plan_documents`].
-        exchanges: of `EXCHANGES`; with two ranks "staged" is "needed" and left out.
-        dtype: of the weights, a key of `TOLERANCES`.
-        threads: of each process, the single one too.
-        rounds: timed turns of every case, after two that are not and before one with the profiler.
+    Takes what the options of `flashcp bench step` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that

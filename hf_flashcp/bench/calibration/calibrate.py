@@ -59,15 +59,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times parts, fits, times layers.
 
-    Args:
-        corpora: of `LENGTH_DISTRIBUTIONS`, from which packs are drawn in turns.
-        window: tokens of a pack.
-        cp_size: processes, of one thread each.
-        packs: how many are drawn.
-        strategies: of [`plan_documents`], in turns too: the first pack of each corpus is planned by the first.
-        num_stages: see [`plan_documents`].
-        rounds: timed turns of every part and layer, after one that is not.
-        seed: of the first pack.
+    Takes what the options of `flashcp bench calibrate` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `profile` in the form of the data files, `fit`, root mean square

@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from .cluster import Ranks
 from .runner import FAILED, TOTAL_SECONDS, Results, Row, row_of, status_of, status_of_found
-from .settings import Found, Settings
-from .steps import ClusterStep
+from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
@@ -75,7 +74,7 @@ def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Launch:
 
 
 def run_together(
-    steps: Sequence[ClusterStep],
+    steps: Sequence[Step],
     settings: Settings,
     launch: Launch,
     results: Results | None,

@@ -30,7 +30,7 @@ from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory, packaged_hardware
-from .settings import Found, Record, Run, Settings
+from .settings import Found, Record, Settings
 
 
 CORPUS = "pile"
@@ -81,11 +81,7 @@ class Measured(NamedTuple):
     grad_norm: float
 
 
-def model_step(run: Run, settings: Settings) -> Found:
-    return run(1, _measure)[0]
-
-
-def _measure(settings: Settings) -> Found:
+def model_step(settings: Settings) -> Found:
     """In a worker: every number of tokens, fewest first."""
     device = settings.prepare()
     found = Found()

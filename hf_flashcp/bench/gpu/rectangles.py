@@ -19,7 +19,7 @@ from ...plan import ShardPlan
 from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds
-from .settings import Found, Record, Run, Settings, fused_kernels
+from .settings import Found, Record, Settings, fused_kernels
 
 
 SHAPE = (32, 8, 128)
@@ -45,11 +45,7 @@ def _shape(settings: Settings) -> tuple[int, int, int]:
     return settings.sized(SHAPE, (4, 2, 32))
 
 
-def plans(run: Run, settings: Settings) -> Found:
-    return run(1, _time_plans)[0]
-
-
-def _time_plans(settings: Settings) -> Found:
+def plans(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
         for pack, lengths in _packs(settings).items():
@@ -83,11 +79,7 @@ def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, 
     }
 
 
-def rectangles(run: Run, settings: Settings) -> Found:
-    return run(1, _time_rectangles)[0]
-
-
-def _time_rectangles(settings: Settings) -> Found:
+def rectangles(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     names = fused_kernels(device, torch.bfloat16, shape[2], shape[2])
     tokens = settings.sized(16384, 256)

@@ -67,14 +67,19 @@ class Step(NamedTuple):
         group (`str`): "correctness", "timing" or, for several GPUs, "cluster".
         seconds (`int`): its time limit.
         shows (`str`): what it establishes, in a few words.
-        run (`Callable`): from a [`Run`] and the settings a [`Found`].
+        run (`Callable`): returns a [`Found`], given a [`Run`], or for several GPUs the ranks, and the settings.
     """
 
     name: str
     group: str
     seconds: int
     shows: str
-    run: Callable[[Run, Settings], Found]
+    run: Callable[[Any, Settings], Found]
+
+
+def in_worker(function: Callable[[Settings], Found]) -> Callable[[Run, Settings], Found]:
+    """Returns what runs a step that is one call in one process."""
+    return lambda run, settings: run(1, function)[0]
 
 
 class Found:

@@ -32,13 +32,7 @@ def measure(
 ) -> dict[str, Any]:
     """Predicts steps of plans by "search".
 
-    Args:
-        corpora: of `LENGTH_DISTRIBUTIONS`.
-        cp_sizes: numbers of ranks that fill several nodes.
-        tokens: of each rank.
-        packs: drawn in each cell, with the seeds from 0 on.
-        config: of the model, see [`CostModel.from_config`].
-        hardware: a profile's name or file.
+    Takes what the options of `flashcp bench nodes` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments and `cells`, each with `corpus`, `cp_size`, `window` and by

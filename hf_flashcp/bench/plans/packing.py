@@ -41,11 +41,7 @@ def measure(
 ) -> dict[str, Any]:
     """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
 
-    Args:
-        corpora: of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        window: tokens of a pack.
-        steps: optimizer steps that the documents fill.
-        cp_size, dp_size, gradient_accumulation_steps, look_ahead, seed: see [`pack_lengths`].
+    Takes what the options of `flashcp bench packing` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `cells`, each by method with `packs`, `fill_rate`,

@@ -34,13 +34,7 @@ def measure(
 ) -> dict[str, Any]:
     """Plans drawn packs and predicts their steps, with the ranks packed into nodes, and each in a node of its own.
 
-    Args:
-        corpora: of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        window: tokens of a packed row.
-        cp_sizes: numbers of ranks.
-        packs: packs drawn in each cell, with the seeds from `seed` on.
-        config: of the model, see [`CostModel.from_config`].
-        hardware: a profile or its name.
+    Takes what the options of `flashcp bench predicted` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `cells`, each by strategy with means of `attention` (attention and

@@ -70,9 +70,7 @@ _SETTINGS = {
 def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     """Predicts the paper's bars on drawn packs.
 
-    Args:
-        packs: drawn for each corpus, with the seeds from `seed` on.
-        seed: of the first.
+    Takes what the options of `flashcp bench published` set.
 
     Returns:
         `dict`, JSON-serializable. `parts`: by corpus and scheme the predicted milliseconds, means over packs, the
