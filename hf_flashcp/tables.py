@@ -9,15 +9,19 @@ from typing import Any
 GIB = 2**30
 """Bytes."""
 
+_UNITS = {"": 1, "ms": 1e3, "us": 1e6, "MiB": 2**-20, "GiB": 2**-30}
+"""By what seconds or bytes are multiplied to be shown in a unit."""
+
 
 def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns rows under the names of their columns, without colours, rules or a limit to the width.
 
     Args:
-        columns: the format of each column's values by its name, as [`format`] takes it. Columns without a format hold
-            text and are aligned to the left, all others to the right. A name may have several lines.
-        rows: values in the order of the columns. Text stays as it is, `None` is shown as "-", and an empty row is an
-            empty line.
+        columns: the format of each column's values by its name, as [`format`] takes it, behind a unit if seconds or
+            bytes are shown in one: "ms:.1f". Columns without a format hold text and are aligned to the left, all
+            others to the right. A name may have several lines.
+        rows: values in the order of the columns. Text stays as it is, `None` is "-" (nothing in a column of texts), and
+            an empty row is an empty line.
     """
     from rich.console import Console
     from rich.table import Table
@@ -36,8 +40,18 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _shown(value: Any, form: str) -> str:
     if value is None:
-        return "-"
-    return value if isinstance(value, str) else format(value, form)
+        return "-" if form else ""
+    if isinstance(value, str):
+        return value
+    unit, _, form = form.rpartition(":")
+    return format(_UNITS[unit] * value, form)
+
+
+def records_table(columns: Mapping[str, tuple[str, str]], records: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the [`table`] of records: by key of the records the name and the format of a column. An empty record is
+    an empty line."""
+    rows = ([record.get(key) for key in columns] if record else () for record in records)
+    return table(dict(columns.values()), rows)
 
 
 def counted(number: int, noun: str) -> str:

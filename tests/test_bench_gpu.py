@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from hf_flashcp.bench.gpu import environment, kernels, launch, rectangles, runner
 from hf_flashcp.bench.gpu import settings as settings_module
-from hf_flashcp.bench.gpu.report import records_table, shown, text
+from hf_flashcp.bench.gpu.report import shown, table_of, text
 from hf_flashcp.bench.gpu.runner import Pools, Results, run_steps
 from hf_flashcp.bench.gpu.settings import Found, Settings, Step
 from hf_flashcp.bench.gpu.steps import CLUSTER_STEPS, CORRECTNESS, STEPS, choose
@@ -331,7 +331,7 @@ def test_blocks_are_counted_call_by_call():
 
 def test_tables():
     records = [{"name": "a", "value": 1234567, "ratio": 0.123456}, {"name": "long", "ratio": 1e-15}]
-    assert records_table(records).splitlines() == [
+    assert table_of(records).splitlines() == [
         "name      value    ratio",
         "a     1,234,567   0.1235",
         "long             1.0e-15",

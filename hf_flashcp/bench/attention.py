@@ -25,7 +25,7 @@ from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
 from ..planning import plan_documents
-from ..tables import counted, table
+from ..tables import counted, records_table
 from .turns import in_turns
 
 
@@ -221,33 +221,20 @@ def text(found: dict[str, Any]) -> str:
     lengths = found["lengths"]
     shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else counted(len(lengths), "document")
     columns = {
-        "strategy": "",
-        "exchange": "",
-        "ms": ".1f",
-        "of ideal": ".1%",
-        "forward": ".1f",
-        "waiting": ".1f",
-        "MiB received": ",.1f",
-        "kernel calls": ",",
-        "collectives": ",",
-        "copies": ",",
+        "strategy": ("strategy", ""),
+        "exchange": ("exchange", ""),
+        "seconds": ("ms", "ms:.1f"),
+        "ideal_share": ("of ideal", ".1%"),
+        "forward": ("forward", "ms:.1f"),
+        "waiting": ("waiting", "ms:.1f"),
+        "bytes_received": ("MiB received", "MiB:,.1f"),
+        "kernel_calls": ("kernel calls", ","),
+        "collectives": ("collectives", ","),
+        "copies": ("copies", ","),
     }
-    rows = [(SINGLE, "", 1000 * found["seconds"])]
-    for case in found["cases"]:
-        rows.append(
-            (
-                case["strategy"],
-                case["exchange"],
-                1000 * case["seconds"],
-                case["ideal_share"],
-                1000 * case["forward"],
-                1000 * case["waiting"],
-                case["bytes_received"] / 2**20,
-                *(case[name] for name in ("kernel_calls", "collectives", "copies")),
-            )
-        )
+    single = {"strategy": SINGLE, "seconds": found["seconds"]}
     return (
         f"[{shown}], {counted(sum(lengths), 'token')}, {found['cp_size']} processes, {found['heads']}/"
         f"{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of "
-        f"{found['rounds']} rounds\n\n" + table(columns, rows)
+        f"{found['rounds']} rounds\n\n" + records_table(columns, [single, *found["cases"]])
     )

@@ -21,7 +21,7 @@ from ..data.lengths import sample_pack
 from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
-from ..tables import counted, table
+from ..tables import counted, records_table
 from .step_worker import run_turn
 from .traces import PARTS
 
@@ -207,30 +207,18 @@ def text(found: dict[str, Any]) -> str:
         f"each, {found['device']}; medians of {found['rounds']} rounds",
     ]
     columns = {
-        "strategy": "",
-        "exchange": "",
-        "tokens/s": ",.0f",
-        "ms": ".1f",
-        "of ideal": ".1%",
-        "CPU time": ".1%",
-        "peak MiB": ".1f",
-        **dict.fromkeys(PARTS, ".1%"),
+        "strategy": ("strategy", ""),
+        "exchange": ("exchange", ""),
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "seconds": ("ms", "ms:.1f"),
+        "ideal_share": ("of ideal", ".1%"),
+        "cpu_ideal_share": ("CPU time", ".1%"),
+        "peak_bytes": ("peak MiB", "MiB:.1f"),
+        **{part: (part, ".1%") for part in PARTS},
     }
     for pack in found["packs"]:
-        rows = [
-            (
-                case["strategy"],
-                case["exchange"] or "",
-                case["tokens_per_second"],
-                1000 * case["seconds"],
-                case["ideal_share"],
-                case.get("cpu_ideal_share"),
-                case["peak_bytes"] / 2**20,
-                *case.get("shares", dict.fromkeys(PARTS)).values(),
-            )
-            for case in pack["cases"]
-        ]
+        rows = [{**case, **case.get("shares", {})} for case in pack["cases"]]
         documents = counted(len(pack["lengths"]), "document")
         longest = counted(max(pack["lengths"]), "token")
-        parts.append(f"{pack['corpus']}: {documents}, the longest of {longest}\n{table(columns, rows)}")
+        parts.append(f"{pack['corpus']}: {documents}, the longest of {longest}\n{records_table(columns, rows)}")
     return "\n\n".join(parts)

@@ -164,28 +164,28 @@ def _text(estimate: _Estimate) -> str:
     columns = {
         "cp_size": ",",
         "rows at a time": ",",
-        "GiB per GPU": ",.1f",
+        "GiB per GPU": "GiB:,.1f",
         "fits": ">",
         "largest window": ",",
         "step": ">",
         "tokens / s": ",.0f",
-        "KV GiB per rank": ",.1f",
+        "KV GiB per rank": "GiB:,.1f",
     }
     rows = [
         (
             choice.cp_size,
             setup.gpus // choice.cp_size,
-            choice.memory.total / GIB,
+            choice.memory.total,
             "yes" if choice.fits else "no",
             choice.largest_window,
             _seconds(choice.step_seconds),
             choice.tokens_per_second,
-            choice.kv_bytes / GIB,
+            choice.kv_bytes,
         )
         for choice in estimate.found
     ]
     modes = [
-        (mode, choice.memory.total / GIB, choice.largest_window, _seconds(choice.step_seconds))
+        (mode, choice.memory.total, choice.largest_window, _seconds(choice.step_seconds))
         for mode, choice in estimate.modes.items()
     ]
     parts = {**shown.memory.parts, "sum": shown.memory.total}
@@ -202,10 +202,12 @@ def _text(estimate: _Estimate) -> str:
             "",
             f"at its highest, with cp_size {shown.cp_size}: {shown.memory.peak}",
             "",
-            table({"memory": "", "GiB per GPU": ",.1f"}, [(name, size / GIB) for name, size in parts.items()]),
+            table({"memory": "", "GiB per GPU": "GiB:,.1f"}, parts.items()),
             *_with_workspace(shown.memory),
             "",
-            table({"gradient checkpointing": "", "GiB per GPU": ",.1f", "largest window": ",", "step": ">"}, modes),
+            table(
+                {"gradient checkpointing": "", "GiB per GPU": "GiB:,.1f", "largest window": ",", "step": ">"}, modes
+            ),
         ]
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
 from statistics import geometric_mean, median
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..predict import CostModel, HardwareProfile
 from ..predict.model_shape import LLAMA_3_8B
 from ..simulation.baselines import why_not
 from ..simulation.simulate import EXACT, RIVALS, TIMED, check_ranks, scheme_title, simulate
-from ..tables import GIB, counted, table
+from ..tables import counted, records_table
 from .options import (
     add_checkpointing,
     add_documents,
@@ -144,42 +143,27 @@ def _text(found: dict[str, Any]) -> str:
     ]
     parts = PARTS[:-1] if found["gradient_checkpointing"] == "none" else PARTS
     columns = {
-        "ms, slowest rank": "",
-        "step": ",.1f",
-        "step\n/ ours": ".2f",
-        **dict.fromkeys(parts, ",.1f"),
-        "attention\nmodule": ",.1f",
-        "module\n/ ours": ".2f",
-        "MFU": ".1%",
-        "GiB in\nnode": ",.2f",
-        "GiB between\nnodes": ",.2f",
-        "memory\nGiB": ",.1f",
+        "title": ("ms, slowest rank", ""),
+        "step_seconds": ("step", "ms:,.1f"),
+        "over_reference": ("step\n/ ours", ".2f"),
+        **{f"{part}_seconds": (part, "ms:,.1f") for part in parts},
+        "attention_module_seconds": ("attention\nmodule", "ms:,.1f"),
+        "attention_over_reference": ("module\n/ ours", ".2f"),
+        "mfu": ("MFU", ".1%"),
+        "intra_node_bytes": ("GiB in\nnode", "GiB:,.2f"),
+        "inter_node_bytes": ("GiB between\nnodes", "GiB:,.2f"),
+        "memory_bytes": ("memory\nGiB", "GiB:,.1f"),
     }
     for cell in found["cells"]:
-        schemes = cell["schemes"]
-        ours, others = (
-            [(scheme_title(name), *_figures(row, parts)) for name, row in schemes.items() if (name in RIVALS) == rival]
-            for rival in (False, True)
-        )
+        rows = {name: {"title": scheme_title(name), **row} for name, row in cell["schemes"].items()}
+        ours, others = ([row for name, row in rows.items() if (name in RIVALS) == rival] for rival in (False, True))
         lines += [
             "",
             cell["description"],
             f"cp_size {cell['cp_size']}, {counted(cell['ranks_per_node'], 'rank')} per node",
             "",
-            table(columns, [*ours, (), *others]),
+            records_table(columns, [*ours, {}, *others]),
             "",
             *(f"left out: {scheme_title(scheme)}: {reason}" for scheme, reason in cell["left_out"].items()),
         ]
     return "\n".join(lines)
-
-
-def _figures(row: dict[str, Any], parts: Iterable[str]) -> list[Any]:
-    return [
-        1000 * row["step_seconds"],
-        row["over_reference"],
-        *(1000 * row[f"{part}_seconds"] for part in parts),
-        1000 * row["attention_module_seconds"],
-        row["attention_over_reference"],
-        row["mfu"],
-        *(row[f"{key}_bytes"] / GIB for key in ("intra_node", "inter_node", "memory")),
-    ]

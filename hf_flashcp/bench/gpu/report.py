@@ -20,9 +20,9 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
         {"step": row["step"], "result": row["status"], "s": row["seconds"], "shows": shows.get(row["step"], "")}
         for row in rows
     ]
-    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), records_table(summary)]
+    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), table_of(summary)]
     for row in rows:
-        parts += [f"{title}\n\n{records_table(records)}" for title, records in row["tables"].items() if title]
+        parts += [f"{title}\n\n{table_of(records)}" for title, records in row["tables"].items() if title]
         notes = [f"- {problem}" for problem in row["problems"]]
         if row["cut"]:
             notes.append(f"- left out for lack of time: {', '.join(row['cut'])}")
@@ -33,7 +33,7 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def records_table(records: Sequence[dict[str, Any]]) -> str:
+def table_of(records: Sequence[dict[str, Any]]) -> str:
     """Returns a table of records, with the names in any of them as columns; columns of texts are on the left."""
     names = list(dict.fromkeys(name for record in records for name in record))
     is_text = {name: all(isinstance(record.get(name, ""), str) for record in records) for name in names}

@@ -18,7 +18,6 @@ from ...extras import require_extra
 from ...planning import plan_documents
 from ...predict import CostModel
 from ...predict.model_shape import LLAMA_3_8B
-from ...tables import table
 
 
 ROUNDS = 3
@@ -175,6 +174,8 @@ def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, 
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each corpus and method."""
     columns = {
+        "corpus": ("corpus", ""),
+        "method": ("method", ""),
         "packs": ("packs", ","),
         "fill_rate": ("fill", ".1%"),
         "micro_step_imbalance": ("micro-step\nmax / mean", ".3f"),
@@ -184,13 +185,13 @@ def text(found: dict[str, Any]) -> str:
         "time_error": ("time\nerror", ".1%"),
         "seconds": ("packing\ns", ".2f"),
     }
-    rows = []
-    for cell in found["cells"]:
-        for name, row in cell["methods"].items():
-            shown = {**row, "mean_delay": "shuffled"} if row["mean_delay"] is None else row
-            rows.append((cell["corpus"], name, *(shown[key] for key in columns)))
+    rows = [
+        {"corpus": cell["corpus"], "method": name, **row}
+        for cell in found["cells"]
+        for name, row in cell["methods"].items()
+    ]
     return (
         f"{found['steps']} steps of {found['dp_size']} groups x {found['gradient_accumulation_steps']} packs of "
         f"{found['window']:,} tokens, look-ahead {found['look_ahead']} steps; times predicted for Llama 3 8B on "
-        f"H100s, cp_size {found['cp_size']}\n\n" + table({"corpus": "", "method": "", **dict(columns.values())}, rows)
+        f"H100s, cp_size {found['cp_size']}\n\n" + records_table(columns, rows)
     )

@@ -15,7 +15,7 @@ from ...data.lengths import sample_pack
 from ...plan import ShardPlan, Topology
 from ...planning import STRATEGIES, plan_documents
 from ...planning.lower_bound import kv_lower_bound
-from ...tables import counted, table
+from ...tables import counted, records_table, table
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
@@ -214,6 +214,7 @@ def _cells_table(found: dict[str, Any]) -> str:
 
 def _summary_table(summary: dict[str, Any]) -> str:
     columns = {
+        "strategy": ("strategy", ""),
         "bound_ratio": ("KV moved\n/ bound", ".3f"),
         "kv_fraction": ("KV moved\n/ window", ".3f"),
         "bottleneck_fraction": ("largest\n/ window", ".3f"),
@@ -223,8 +224,7 @@ def _summary_table(summary: dict[str, Any]) -> str:
         "within_caps": ("within\ncaps", ".0%"),
         "plan_ms": ("plan\nms", ".2f"),
     }
-    rows = [(name, *(row[key] for key in columns)) for name, row in summary.items()]
-    return table({"strategy": "", **dict(columns.values())}, rows)
+    return records_table(columns, [{"strategy": name, **row} for name, row in summary.items()])
 
 
 def _nodes_text(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from ...data.lengths import sample_pack
 from ...plan import ShardPlan
 from ...planning import STRATEGIES, plan_documents
 from ...simulation.baselines import shared_tokens
-from ...tables import table
+from ...tables import records_table
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}
@@ -55,6 +55,7 @@ def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each strategy, and the paper's below."""
     columns = {
+        "strategy": ("strategy", ""),
         "saved_eq5": ("traffic saved\nby eq. 5", ".1%"),
         "saved_exact": ("traffic saved\nexactly", ".1%"),
         "pair_imbalance": ("imbalance of\nattention", ".3f"),
@@ -65,8 +66,5 @@ def text(found: dict[str, Any]) -> str:
     return (
         f"{found['packs']} packs of {found['window']:,} tokens like {found['corpus']} "
         f"({found['documents']:.0f} documents each), {found['cp_size']} ranks; means, imbalances are max / mean\n\n"
-        + table(
-            {"strategy": "", **dict(columns.values())},
-            [(name, *(row.get(key) for key in columns)) for name, row in rows.items()],
-        )
+        + records_table(columns, [{"strategy": name, **row} for name, row in rows.items()])
     )
