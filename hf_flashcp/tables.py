@@ -20,7 +20,7 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
         columns: the format of each column's values by its name, as [`format`] takes it, behind a unit if seconds or
             bytes are shown in one: "ms:.1f". Columns without a format hold text and are aligned to the left, all
             others to the right. A name may have several lines.
-        rows: values in the order of the columns. Text stays as it is, `None` is "-" (nothing in a column of texts), and
+        rows: values in the order of the columns. Text stays as it is, `None` is "-" (nothing in a text column), and
             an empty row is an empty line.
     """
     from rich.console import Console
