@@ -49,13 +49,7 @@ def measure(
     found = {}
     for strategy in strategies:
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
-        rows: dict[str, list[float]] = {"one_call": [], "kernels": [], "engine": []}
-        for rank in range(cp_size):
-            work = RankWork(plan, rank, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen)
-            timed = median_seconds(rounds, chosen, one_call=work.one_call, kernels=work.kernels, engine=work.engine)
-            for name, seconds in timed.items():
-                rows[name].append(seconds)
-        found[strategy] = rows
+        found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
     return {
         "lengths": list(lengths),
         "cp_size": cp_size,
@@ -68,6 +62,22 @@ def measure(
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "strategies": found,
     }
+
+
+def time_plan(
+    plan: ShardPlan,
+    kernel: AttentionKernel,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Returns by rank the median seconds of `one_call`, of the `kernels` under the plan, and of the `engine`."""
+    ranks = []
+    for rank in range(plan.cp_size):
+        work = RankWork(plan, rank, kernel, shape, dtype, device)
+        ranks.append(median_seconds(rounds, device, one_call=work.one_call, kernels=work.kernels, engine=work.engine))
+    return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
 
 
 class _Ready:

@@ -12,9 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..attention import save_attention_context_fn
 from ..distributed.workers import WorkerPool
+from ..integrations.attach import attach
+from ..integrations.models.checkpointing import enable_checkpointing
 from ..predict.memory import TrainingSetup, estimate_memory
 from ..predict.memory_shape import MemoryShape
 from ..tables import table
@@ -80,18 +86,8 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
     Returns:
         `dict`: `peak` and `kept` bytes, each `estimated` and `measured`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..integrations.attach import attach
-
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
-    values = {name: value for name, value in config.items() if name != "model_type"}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config["model_type"], use_cache=False, **values),
-        attn_implementation="flashcp",
-        dtype=torch.float32 if setup.weight_bytes == 4 else torch.bfloat16,
-    ).train()
+    model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
     _checkpoint(model, setup.gradient_checkpointing)
     if "sharding" in options:
         model = _wrapped(model, setup, mesh)
@@ -125,10 +121,15 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
     }
 
 
-def _checkpoint(model, mode: str) -> None:
-    from ..attention import save_attention_context_fn
-    from ..integrations.models.checkpointing import enable_checkpointing
+def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a model in training mode with weights that depend on its config alone."""
+    torch.manual_seed(0)
+    values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
+    config = AutoConfig.for_model(config["model_type"], **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=dtype).train()
 
+
+def _checkpoint(model, mode: str) -> None:
     if mode != "none":
         options = {"use_reentrant": False}
         if mode == "attention-saving":
@@ -138,9 +139,6 @@ def _checkpoint(model, mode: str) -> None:
 
 def _wrapped(model, setup: TrainingSetup, mesh):
     """By DDP, or by FSDP2 in accelerate's units."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
     if setup.sharding == "ddp":
         return DistributedDataParallel(model)
     dtype = torch.bfloat16 if setup.mixed_precision == "bf16" else None

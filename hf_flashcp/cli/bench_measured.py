@@ -12,7 +12,7 @@ from typing import Any
 from ..data.lengths import sample_pack
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
-from .bench_options import add_bench, add_corpora, add_corpus, add_strategies, run_bench
+from .bench_options import add_bench, add_corpora, add_corpus, add_several, add_strategies, run_bench
 from .layer_plot import plot_layer
 from .options import add_model, add_number, add_plot, comma_separated, load_config
 from .plots import require_matplotlib
@@ -34,7 +34,7 @@ def add_measured(benches) -> None:
     )
     add_number(attention, "--cp-size", 2, "processes")
     _add_layer(attention)
-    _add_exchanges(attention, ("needed", "all"))
+    add_several(attention, "--exchange", ("needed", "all"), dest="exchanges")
     attention.add_argument("--max-imbalance", type=float, default=1.05, metavar="R", help="default 1.05")
     add_number(attention, "--rounds", 10, "turns of every case", least=1)
 
@@ -78,11 +78,8 @@ def _add_step(benches) -> None:
     add_number(step, "--cp-size", 2, "processes, or GPUs", least=2)
     add_model(step, "(trained from random weights; default: two layers like Qwen3's)")
     add_strategies(step, [name for name in STRATEGIES if name != "whole_doc"])
-    _add_exchanges(
-        step,
-        ("needed", "staged", "all"),
-        "what is needed, in one stage or in cp_size - 1 (the same on 2 ranks), or all KV; ",
-    )
+    exchanges = "what is needed, in one stage or in cp_size - 1 (the same on 2 ranks), or all KV; "
+    add_several(step, "--exchange", ("needed", "staged", "all"), text=exchanges, dest="exchanges")
     step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights (default fp32)")
     _add_device(step)
     add_number(step, "--threads", 1, "of each process", least=1)
@@ -92,17 +89,6 @@ def _add_step(benches) -> None:
         "one layer on the first two ranks on CPU (the first corpus, the last strategy, the first exchange)",
     )
     step.set_defaults(run=_run_step, read=lambda model: load_config(model).to_dict())
-
-
-def _add_exchanges(parser: argparse.ArgumentParser, exchanges: Sequence[str], text: str = "") -> None:
-    parser.add_argument(
-        "--exchange",
-        choices=exchanges,
-        nargs="+",
-        default=list(exchanges),
-        dest="exchanges",
-        help=f"{text}default: all of them",
-    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

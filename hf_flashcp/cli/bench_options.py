@@ -60,23 +60,22 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
 
 
 def add_corpora(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lengths-from",
-        choices=LENGTH_DISTRIBUTIONS,
-        nargs="+",
-        default=list(LENGTH_DISTRIBUTIONS),
-        dest="corpora",
-        metavar="CORPUS",
-        help="default: all of them",
-    )
+    add_several(parser, "--lengths-from", LENGTH_DISTRIBUTIONS, dest="corpora", metavar="CORPUS")
 
 
 def add_strategies(parser: argparse.ArgumentParser, strategies: Sequence[str]) -> None:
-    parser.add_argument(
-        "--strategies",
-        choices=STRATEGIES,
-        nargs="+",
-        default=list(strategies),
-        metavar="NAME",
-        help=f"default: {' '.join(strategies)}",
-    )
+    add_several(parser, "--strategies", STRATEGIES, strategies, metavar="NAME")
+
+
+def add_several(
+    parser: argparse.ArgumentParser,
+    option: str,
+    choices: Sequence[str],
+    default: Sequence[str] | None = None,
+    text: str = "",
+    **settings: Any,
+) -> None:
+    """Adds an option that takes several of the choices, by default all."""
+    chosen = list(choices if default is None else default)
+    text += f"default: {' '.join(chosen)}"
+    parser.add_argument(option, choices=choices, nargs="+", default=chosen, help=text, **settings)

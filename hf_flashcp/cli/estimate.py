@@ -86,17 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Estimate(NamedTuple):
-    """What was estimated for a model, and for which setup.
-
-    Attributes:
-        parameters (`float`): of the model.
-        setup (`TrainingSetup`), lengths (`list[int]`): of the training; tokens of each document of a row.
-        hardware_bytes (`float`), usable (`float`): memory of a GPU, and the part of it that training may use.
-        found (`list[Choice]`): by cp_size.
-        chosen (`Choice`, *optional*), reason (`str`): the best of those that fit, and why.
-        shown (`Choice`): the chosen one, or the one with the largest window where none fits.
-        modes (`dict[str, Choice]`): its cp_size with every kind of gradient checkpointing.
-    """
+    """What was estimated, memory in bytes. `shown` is the chosen one, or the one with the largest window where none
+    fits; `modes` are its cp_size with every kind of gradient checkpointing."""
 
     parameters: float
     setup: TrainingSetup

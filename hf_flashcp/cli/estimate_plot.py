@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..predict.memory import PARTS, TrainingSetup
 from ..simulation.sizing import Choice
 from ..tables import GIB
-from .plots import COLOURS, INK, new_figure, save_figure
+from .plots import COLOURS, INK, new_figure, remove_frame, save_figure
 
 
 def plot_memory(
@@ -57,8 +57,7 @@ def plot_memory(
         fontsize=11,
         color=INK,
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, colors=INK)
+    remove_frame(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     save_figure(figure, path)

@@ -11,6 +11,7 @@ from ..extras import require_extra
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = (
@@ -46,6 +47,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def remove_frame(axes: Axes, labelsize: float | None = None) -> None:
+    """Leaves of a plot's frame the axes on the left and below, without ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, colors=INK, **({} if labelsize is None else {"labelsize": labelsize}))
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:

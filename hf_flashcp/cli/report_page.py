@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import FlashCPError
-from .plots import COLOURS, INK, new_figure
+from .plots import COLOURS, INK, new_figure, remove_frame
 
 
 class Panel(NamedTuple):
@@ -102,8 +102,7 @@ def _draw(heading: str, series: Series) -> str:
         axes.plot(steps, values, label=_as_drawn(name), **style)
     axes.set_title(_as_drawn(heading), fontsize=11, color=INK, loc="left")
     axes.set_xlabel("step", color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, colors=INK)
+    remove_frame(axes)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.ticklabel_format(useOffset=False, axis="y")

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ..simulation.simulate import scheme_title
-from .plots import COLOURS, INK, new_figure, save_figure
+from .plots import COLOURS, INK, new_figure, remove_frame, save_figure
 
 
 _PARTS = {
@@ -58,8 +58,7 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
             fontsize=10,
             color=INK,
         )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK, labelsize=8)
+        remove_frame(axes, labelsize=8)
         axes.set_xlabel(
             f"ms of the slowest rank, and how many times {scheme_title(cell['reference'])}", color=INK, fontsize=9
         )

@@ -24,7 +24,7 @@ from ...predict.model_shape import AttentionLayers
 from ...tables import table
 from ..attention import DTYPES
 from . import worker
-from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, root_mean_square
+from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, kernel_entry, root_mean_square
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -163,13 +163,11 @@ def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype
     latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
     flops = [2 * TOKENS * width * width / seconds for width, (seconds,) in zip(WIDTHS, products)]
     link = {"bytes_per_second": rate, "latency_seconds": latency}
-    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
-    sizes = ("tile", "units", "call_seconds", "causal_efficiency")
     return {
         "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
         "linear_flops_per_second": median(flops),
         "memory_bytes_per_second": copy_rate(ROWS, copies, layers, DTYPES[dtype].itemsize),
-        "kernel": {**{name: getattr(kernel, name) for name in sizes}, **passes},
+        "kernel": kernel_entry(kernel),
         "links": {"intra_node": link, "inter_node": link},
     }
 

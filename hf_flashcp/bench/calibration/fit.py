@@ -116,6 +116,12 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
     return Kernel(tile, 1, float(found[6]), efficiency, *passes)
 
 
+def kernel_entry(kernel: Kernel) -> dict[str, Any]:
+    """Returns a kernel in the form of hardware profiles."""
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    return {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")} | passes
+
+
 def fit_device_kernel(
     calls: Sequence[Call], layers: AttentionLayers, *, units: int, tile: int = 128
 ) -> tuple[Kernel, np.ndarray]:

@@ -17,7 +17,7 @@ from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import RankWork
+from ..kernels import time_plan
 from ..turns import median_seconds
 from .settings import Found, Record, Settings, fused_kernels
 
@@ -65,11 +65,7 @@ def plans(settings: Settings) -> Found:
 
 
 def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
-    ranks = []
-    for rank in range(plan.cp_size):
-        work = RankWork(plan, rank, kernel, shape, torch.bfloat16, device)
-        ranks.append(median_seconds(1, device, one=work.one_call, kernels=work.kernels, engine=work.engine))
-    one, kernels, engine = ([times[name] for times in ranks] for name in ("one", "kernels", "engine"))
+    one, kernels, engine = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1).values()
     return {
         "one call ms": 1000 * max(one),
         "kernels ms": 1000 * max(kernels),

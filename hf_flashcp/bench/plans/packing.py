@@ -18,6 +18,7 @@ from ...extras import require_extra
 from ...planning import plan_documents
 from ...predict import CostModel
 from ...predict.model_shape import LLAMA_3_8B
+from ...tables import records_table
 
 
 ROUNDS = 3
