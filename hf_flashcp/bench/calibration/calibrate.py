@@ -11,13 +11,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ...data.lengths import sample_pack
 from ...distributed.workers import WorkerPool
+from ...plan import ShardPlan
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import AttentionLayers
@@ -98,31 +99,21 @@ def measure(
         itemsize = DTYPES[dtype].itemsize
         model = CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
         drawn = [
-            (corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
+            Pack(corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
             for index in range(packs)
         ]
         plans = [
-            plan_documents(sample_pack(corpus, window, seed=number), cp_size, strategy=strategy)
-            for corpus, strategy, number in drawn
+            plan_documents(
+                sample_pack(pack.corpus, window, seed=pack.seed),
+                cp_size,
+                strategy=pack.strategy,
+                num_stages=num_stages,
+            )
+            for pack in drawn
         ]
         by_rank = timed("layers", worker.time_layers, plans, shape, dtype, rounds)
-    rows = []
-    for index, ((corpus, strategy, number), plan) in enumerate(zip(drawn, plans)):
-        predicted = model.step_time(plan)
-        computed = float((predicted.attention + predicted.copies).max())
-        rows.append(
-            {
-                "corpus": corpus,
-                "strategy": strategy,
-                "seed": number,
-                "documents": len(plan.lengths),
-                "longest": max(plan.lengths),
-                **{
-                    name: {"measured": max(times[index][place] for times in by_rank), "predicted": seconds}
-                    for place, (name, seconds) in enumerate(zip(CLOCKS, (predicted.attention_seconds, computed)))
-                },
-            }
-        )
+    slowest = np.max(by_rank, axis=0).tolist()
+    rows = [_beside(*measured, model) for measured in zip(drawn, plans, slowest)]
     error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
     profile["error"] = {"layers": len(rows), **error}
     return {
@@ -141,6 +132,29 @@ def measure(
         },
         "layers": rows,
         "error": error,
+    }
+
+
+class Pack(NamedTuple):
+    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+
+    corpus: str
+    strategy: str
+    seed: int
+
+
+def _beside(pack: Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
+    """What was measured of a layer's slowest rank, on each of the `CLOCKS`, beside what the model predicts."""
+    time = model.step_time(plan)
+    predicted = time.attention_seconds, float((time.attention + time.copies).max())
+    return {
+        **pack._asdict(),
+        "documents": len(plan.lengths),
+        "longest": max(plan.lengths),
+        **{
+            clock: {"measured": seconds, "predicted": expected}
+            for clock, seconds, expected in zip(CLOCKS, measured, predicted)
+        },
     }
 
 
