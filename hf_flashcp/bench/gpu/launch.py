@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ...doctor.cluster import gathered
 from .cluster import Ranks
 from .runner import FAILED, TOTAL_SECONDS, Results, Row, row_of, status_of, status_of_found
 from .settings import Found, Settings, Step
@@ -90,8 +91,7 @@ def run_together(
             found = step.run(ranks, settings.until(begin + step.seconds))
         except Exception as raised:  # a step must not end the run
             error = raised
-        messages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}", group=launch.control)
+        messages = gathered(error and f"{type(error).__name__}: {error}", launch.control)
         said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
             status = status_of(error, settings) if error else FAILED if said else status_of_found(found)
