@@ -66,8 +66,8 @@ def test_the_summary_as_json(tmp_path, capsys):
     "content, message",
     [
         (None, "There is no trainer_state.json in"),
-        ("[]", "is no trainer_state.json of a Trainer"),
-        ("{", "is no trainer_state.json of a Trainer"),
+        ("[]", "is not a trainer_state.json of a Trainer"),
+        ("{", "is not a trainer_state.json of a Trainer"),
         ('{"log_history": []}', "has no logs"),
     ],
 )

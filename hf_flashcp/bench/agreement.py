@@ -1,4 +1,4 @@
-"""How long ranks take to compare their plans at every step."""
+"""The time that ranks take to compare their plans at every step."""
 
 from __future__ import annotations
 

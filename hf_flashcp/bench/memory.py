@@ -57,7 +57,7 @@ CASES = {
         {"dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": "full"},
     ),
 }
-"""By name, the config and how it is trained, on one process."""
+"""Configs and how they are trained on one process, by name."""
 
 RANK_CASES = {
     "llama, bf16, cp 2": (LLAMA, BF16),
@@ -138,7 +138,7 @@ def _checkpoint(model, mode: str) -> None:
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
-    """By DDP, or by FSDP2 in accelerate's units."""
+    """Wraps a model in DDP, or in FSDP2 in accelerate's units."""
     if setup.sharding == "ddp":
         return DistributedDataParallel(model)
     dtype = torch.bfloat16 if setup.mixed_precision == "bf16" else None

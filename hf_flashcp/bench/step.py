@@ -40,11 +40,11 @@ QWEN3 = {
 """The model that is trained unless another is asked for."""
 
 EXCHANGES = ("needed", "staged", "all")
-"""What is needed in one stage; in a stage for each other rank; everything, as an all-gather does."""
+"""Needed KV in one stage, needed KV in a stage for each other rank, or all KV, as an all-gather does."""
 
 SINGLE = "single process"
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
-"""Of losses and gradient norms, relative to the single process's."""
+"""Relative tolerances of losses and gradient norms against the single process's."""
 
 _WARM_UP = 2
 
@@ -73,9 +73,9 @@ def measure(
         the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `cpu_ideal_share` (the same
         from the CPU seconds of the busiest rank: without waiting, and without what other programs take), `shares` of
         the ranks' time by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU
-        `layer` is the
-        timeline of one layer in that round, on the first corpus under the last strategy with the first exchange:
-        `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first forward on.
+        `layer` is the timeline of one layer in that round, on the first corpus under the last strategy with the first
+        exchange: `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first
+        forward on.
 
     Raises:
         ConfigurationError: fewer GPUs than ranks.

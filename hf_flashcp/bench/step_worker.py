@@ -1,4 +1,4 @@
-"""What a process of `bench step` does: it keeps a model from turn to turn and runs the same step under many plans."""
+"""A process of `bench step`: it keeps a model from turn to turn and runs the same step under many plans."""
 
 from __future__ import annotations
 

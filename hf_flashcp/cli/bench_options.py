@@ -1,4 +1,4 @@
-"""How benchmarks become commands, and the options that several of them have.
+"""Makes benchmarks commands; options that several of them have.
 
 A benchmark is a module of `hf_flashcp.bench` with two functions: `measure` takes the command's options by their names
 and returns plain data, and `text` makes tables of it.

@@ -100,7 +100,7 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
                     series.setdefault(name, []).append((step, float(value)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
-            f"{str(path)!r} is no {STATE} of a Trainer: {type(error).__name__}: {error}."
+            f"{str(path)!r} is not a {STATE} of a Trainer: {type(error).__name__}: {error}."
         ) from None
     if not series:
         raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")

@@ -33,7 +33,7 @@ from .simulate_plot import plot_simulation
 
 
 REFERENCE = TIMED
-"""What the others are compared with."""
+"""The scheme that all others are compared with."""
 
 PARTS = ("linear", "attention", "copies", "exposed", "repeated")
 

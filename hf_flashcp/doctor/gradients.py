@@ -34,7 +34,7 @@ LIMIT = 1e-12
 """Largest relative difference of an exact model's gradients, in fp64."""
 
 GRADIENT_FLOOR = 1e-3
-"""Of the norm of all gradients together, for the denominator of a parameter's difference."""
+"""Share of the norm of all gradients that the denominator of a parameter's difference has at least."""
 
 ROUTER_COEFFICIENT = 0.1
 """Factor of a mixture-of-experts model's router loss in the loss of the check."""
@@ -139,7 +139,7 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _recorded_layers():
-    """What the attention layers that run inside ask for, one entry a layer."""
+    """Records what the attention layers that run inside ask for, one entry per layer."""
     attention = ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME]
     layers: dict[int, dict[str, Any]] = {}
 

@@ -29,10 +29,10 @@ from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, kernel_en
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Of the causal squares: one alone, and 2,048 tokens of each."""
+"""Sides of the causal squares that are timed: one alone, and as many as have 2,048 tokens."""
 
 QUERIES, KEYS = (64, 128, 256, 512, 1024, 2048), (64, 256, 1024, 4096)
-"""Of the rectangles without a mask, each number of the ones with each of the others."""
+"""Sides of the rectangles without a mask; every number of queries goes with every number of keys."""
 
 ROWS = (128, 512, 2048)
 BYTES = tuple(2**power for power in range(12, 24))
@@ -144,7 +144,7 @@ class Pack(NamedTuple):
 
 
 def _beside(pack: Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
-    """What was measured of a layer's slowest rank, on each of the `CLOCKS`, beside what the model predicts."""
+    """Returns what each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
     time = model.step_time(plan)
     predicted = time.attention_seconds, float((time.attention + time.copies).max())
     return {
@@ -169,7 +169,7 @@ def _calls() -> list[tuple[bool, tuple[tuple[int, int], ...]]]:
 
 
 def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Of each run and thing that it timed, the mean over ranks."""
+    """Returns for each run the means over ranks of what it timed."""
     return np.mean(by_rank, axis=0).tolist()
 
 

@@ -1,4 +1,4 @@
-"""From timed kernel calls to the kernel's entry of a hardware profile.
+"""Fits the kernel's entry of a hardware profile to timed kernel calls.
 
 For a given tile and causal efficiency, `predict.layer_work.call_seconds` is linear in what is left on a core, which
 works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative

@@ -68,7 +68,7 @@ def links(ranks: Ranks, settings: Settings) -> Found:
 
 
 def exchange(ranks: Ranks, settings: Settings) -> Found:
-    """How much of the exchange the kernels hide: the layer, the layer without exchange, and the exchange alone."""
+    """Times the layer, the layer without exchange, and the exchange alone: how much of it the kernels hide."""
     found, size = Found(), dist.get_world_size()
     shape = settings.sized((32, 8, 128), (4, 2, 16))
     for tokens in settings.sized((4096, 16384), (64,)):

@@ -114,7 +114,7 @@ class _Dispatches(TorchDispatchMode):
 
 
 def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
-    """What PyTorch says of the first operation inside that waits for the device; the function has run once before."""
+    """Returns PyTorch's error at the first operation that waits for the device, in a second call."""
     function()
     if device.type == "cpu":
         return None

@@ -18,17 +18,17 @@ from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
-    """How many processes a launcher has started; 1 without one."""
+    """Returns how many processes a launcher has started: 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints."""
+    """Returns whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 STEP_SECONDS = 60
-"""How long a collective of a step waits for a rank that does not come."""
+"""Seconds after which a collective of a step gives up waiting for a rank."""
 
 
 class Launch(NamedTuple):

@@ -59,7 +59,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-"""What a rehearsal trains."""
+"""The model that a rehearsal trains."""
 
 SETUP = TrainingSetup(gpus=1, sharding="ddp", dtype="bfloat16", mixed_precision="no")
 STEPS, MEMORY = "One training step", "Peak memory of the training step"

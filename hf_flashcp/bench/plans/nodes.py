@@ -1,4 +1,4 @@
-"""What nodes cost and what a topology changes: tokens that cross to each node once, and plans made for nodes."""
+"""The cost of nodes, and what a topology changes: tokens that cross to each node once, and plans made for nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much KV every strategy moves, how evenly, and how long it plans, beside the lower bound."""
+"""KV, balance and planning time of every strategy, beside the lower bound."""
 
 from __future__ import annotations
 

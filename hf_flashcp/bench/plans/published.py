@@ -170,7 +170,7 @@ def _beside(predicted: list[float], published: tuple[float, ...]) -> dict[str, A
 def _ratios(
     means: dict[str, list[float]], published: dict[str, tuple[float, ...]] | None
 ) -> dict[str, dict[str, float]]:
-    """By what is assumed, how many times as long as ours the rivals take."""
+    """Returns by assumption how many times as long as ours the rivals take."""
     ours = means["ours"]
     found = {"predicted": {rival: sum(means[rival]) / sum(ours) for rival in TARGETS}}
     if published is not None:

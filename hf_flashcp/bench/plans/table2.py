@@ -1,4 +1,4 @@
-"""How much traffic strategies save on packs like the Pile's, beside Table 2 of the FlashCP paper."""
+"""Traffic that strategies save on packs like the Pile's, beside Table 2 of the FlashCP paper."""
 
 from __future__ import annotations
 
