@@ -23,7 +23,7 @@ RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 CALL_OUT = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"}
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 SAFE = {"shell": "False", "trust_remote_code": "False", "allow_pickle": "False"}
-ALLOWED = {("hf_flashcp/doctor/workers.py", "pickle")}  # over pipes to processes that it has started itself
+ALLOWED = {("hf_flashcp/distributed/workers.py", "pickle")}  # over pipes to processes that it has started itself
 
 
 def unsafe(tree):

@@ -16,7 +16,7 @@ from tests.packs import arbitrary_plans
 
 
 ROOT = Path(__file__).parents[2]
-H100 = json.loads((ROOT / "hf_flashcp" / "planning" / "hardware" / "h100.json").read_text(encoding="utf-8"))
+H100 = json.loads((ROOT / "hf_flashcp" / "predict" / "hardware" / "h100.json").read_text(encoding="utf-8"))
 CONFIG = {
     **LLAMA_3_8B,
     "model_type": "qwen3_moe",
