@@ -9,16 +9,9 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from hf_flashcp.attention import document_attention
+from hf_flashcp.integrations.gradient_check import relative_error
 from hf_flashcp.layout import RankPlan
 from tests.device import DEVICE, ON_CPU, ExactKernel, make_kernel
-
-
-def relative_error(ours, reference):
-    """Relative Frobenius norm."""
-    reference = reference.double()
-    norm = reference.norm()
-    difference = (ours.double() - reference).norm()
-    return float(difference / norm if norm > 0 else difference)
 
 
 def make_sinks(heads, dtype=torch.float64):

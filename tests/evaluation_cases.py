@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin
+from hf_flashcp.integrations.gradient_check import relative_error
 from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import build_model, make_documents, per_document_gradients, target_count, tokenizer
@@ -92,7 +93,7 @@ def predictions(lengths, cp_size, per_batch, preprocess=None, **collator_options
         if preprocess:
             errors.append(float((ours != logits.argmax(-1)).sum()))
         else:
-            errors.append(float((ours - logits).norm() / logits.norm()))
+            errors.append(relative_error(ours, logits))
     return {
         "rows": len(found.predictions),
         "errors": errors,

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from hf_flashcp.doctor.tiny import default_config, tiny_copy
+from hf_flashcp.integrations.gradient_check import gradient_error
 from tests.device import DEVICE
 
 
@@ -208,8 +209,4 @@ def gradients(model):
 def largest_error(ours, reference):
     """Largest relative Frobenius norm over parameters, which must be the same ones."""
     assert ours.keys() == reference.keys()
-    errors = {}
-    for name, expected in reference.items():
-        norm, difference = expected.double().norm(), (ours[name].double() - expected.double()).norm()
-        errors[name] = float(difference / norm if norm > 0 else difference)
-    return max(errors.values())
+    return gradient_error(ours, reference)

@@ -58,9 +58,9 @@ def test_a_rank_that_does_not_come_is_named(pool):
 
 def test_agreement_leaves_no_trail_in_the_store(pool):
     pool.run(4, agreement_cases.agree_many_times, 200)
-    before = pool.num_store_keys()
+    before = pool._store.num_keys()
     pool.run(4, agreement_cases.agree_many_times, 200)
-    assert pool.num_store_keys() <= before + 8
+    assert pool._store.num_keys() <= before + 8
 
 
 def test_debug_mode_checks_every_exchange(pool):

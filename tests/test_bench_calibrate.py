@@ -47,7 +47,7 @@ def test_command(capsys, tmp_path, monkeypatch):
         monkeypatch.setattr(calibrate, name, sizes)
     for name, sizes in {"BYTES": (64, 4096), "WIDTHS": (32,), "TOKENS": 32, "_WHOLE": 128}.items():
         monkeypatch.setattr(calibrate, name, sizes)
-    path = tmp_path / "here.json"
+    path = tmp_path / "profile.json"
     line = f"bench calibrate --lengths-from pile wlb_llm --window 256 --packs 3 --rounds 1 --heads 2 --output {path}"
     code, out, err = run(capsys, f"{line} --head-dim 16 --json")
     assert code == 0 and err == f"profile written to {path}\n"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hf_flashcp.attention.kernels import CPUFlashKernel
 from hf_flashcp.bench.gpu import environment, kernels, launch, rectangles, runner
 from hf_flashcp.bench.gpu import settings as settings_module
-from hf_flashcp.bench.gpu.report import shown, table, text
+from hf_flashcp.bench.gpu.report import shown, table_of, text
 from hf_flashcp.bench.gpu.runner import Pools, Results, run_steps
 from hf_flashcp.bench.gpu.settings import Found, Settings, Step
 from hf_flashcp.bench.gpu.steps import CLUSTER_STEPS, CORRECTNESS, STEPS, choose
@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
 
 def test_a_library_for_another_gpu_is_a_problem(monkeypatch):
     monkeypatch.setattr(settings_module, "load_kernel_library", lambda file: None)
-    problems = environment._look(Settings("cpu", kernel_library="fa3.so")).problems
+    problems = environment.device(Settings("cpu", kernel_library="fa3.so")).problems
     assert problems == ["the kernel library was loaded, but flash_attn_3 runs on CUDA only"]
 
 
@@ -230,7 +230,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
         return dq, dk * 1.02, dv
 
     monkeypatch.setattr(CPUFlashKernel, "_backward_block", wrong)
-    problems = kernels._check(Settings("cpu")).problems
+    problems = kernels.kernels(Settings("cpu")).problems
     assert all(problem.startswith(("dK of cpu_flash", "cpu_flash in torch")) for problem in problems)
     assert len(problems) == 2 * (kernels.FEW + 1) and problems[-1].endswith("more like these")
 
@@ -331,7 +331,7 @@ def test_blocks_are_counted_call_by_call():
 
 def test_tables():
     records = [{"name": "a", "value": 1234567, "ratio": 0.123456}, {"name": "long", "ratio": 1e-15}]
-    assert table(records).splitlines() == [
+    assert table_of(records).splitlines() == [
         "name      value    ratio",
         "a     1,234,567   0.1235",
         "long             1.0e-15",

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from hf_flashcp.bench.packing import METHODS, measure, text
+from hf_flashcp.bench.plans.packing import METHODS, measure, text
 from hf_flashcp.data.lengths import sample_lengths
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_flashcp.bench.page import outputs, update
+from hf_flashcp.bench.page import measure, outputs
 from hf_flashcp.errors import ConfigurationError
 from tests.test_cli import run
 
@@ -65,13 +65,13 @@ def test_errors_leave_the_page_alone(tmp_path, page, sections, message):
     path = tmp_path / "page.md"
     path.write_text(page)
     with pytest.raises(ConfigurationError, match=message):
-        update(path, sections)
+        measure(path, sections)
     assert path.read_text() == page
 
 
 def test_a_page_that_is_not_there(tmp_path):
     with pytest.raises(ConfigurationError, match="run this in a checkout"):
-        update(tmp_path / "none.md", [])
+        measure(tmp_path / "none.md", [])
 
 
 def test_every_output_of_the_page_of_benchmarks_has_its_commands():

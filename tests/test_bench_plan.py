@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given
 
-from hf_flashcp.bench.plan_quality import measure, plan_quality, text
+from hf_flashcp.bench.plans.plan_quality import measure, plan_quality, text
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
 from hf_flashcp.planning import STRATEGIES, plan_documents
@@ -94,7 +94,7 @@ def test_caps_seeds_and_other_planners_are_taken():
 
 
 def test_progress_is_silent_where_no_terminal_is(capsys):
-    measure("pile", [1024], [2], packs=1, progress=True)
+    measure("pile", [1024], [2], packs=1)
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,6 +1,8 @@
 """Versions and checks: what is said of them in several places agrees, and no check is one that nobody runs."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -87,3 +89,33 @@ def test_line_numbers_of_the_canaries_are_of_the_pinned_versions():
     assert f"{said} and TRL {short(PINNED['trl'])}" in (ROOT / "tests" / "test_canaries.py").read_text(
         encoding="utf-8"
     )
+
+
+def third_party_imports(folder):
+    """`{distribution: file}` of what files below a folder import, wherever they do."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    ours = {"hf_flashcp", *sys.stdlib_module_names, *(path.stem for path in files)}
+    found = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - ours:
+                found[{"yaml": "pyyaml"}.get(name, name.replace("_", "-"))] = path.relative_to(ROOT)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["hf_flashcp", "recipes"])
+def test_everything_that_is_imported_is_declared(folder):
+    """As a dependency, or in an extra for what only some features need."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = {
+        re.match(r"[\w-]+", each)[0]
+        for group in (PROJECT["project"]["dependencies"], *extras.values())
+        for each in group
+    }
+    imported = third_party_imports(folder)
+    assert {"torch", "tqdm"} <= set(imported) and {name: imported[name] for name in set(imported) - declared} == {}

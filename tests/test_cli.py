@@ -7,7 +7,7 @@ import zlib
 import pytest
 from hypothesis import given
 
-from hf_flashcp.bench.table2 import padded_all_gather_fraction
+from hf_flashcp.bench.plans.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data import sample_pack
 from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents

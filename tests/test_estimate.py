@@ -325,7 +325,7 @@ def test_command_draws(capsys, config, tmp_path):
     "options, message",
     [
         ("--window 4 --gpus 8 --cp-size 8", "A window of 4 tokens is too short for cp_size 8"),
-        ("--window 0 --gpus 8", "--window must be at least 1 token"),
+        ("--window 0 --gpus 8", "--window must be at least 1, got 0"),
         ("--window 4096 --gpus 8 --cp-size 3", "cp_size 3 does not divide the 8 GPUs: choose one of 1, 2, 4, 8"),
         ("--window 4096 --gpus 0", "gpus must be at least 1"),
         ("--window 4096 --gpus 8 --hardware abacus", "There is no hardware profile 'abacus'"),

@@ -11,7 +11,7 @@ from hf_flashcp.bench.calibration import fit as calibration_fit
 from hf_flashcp.bench.calibration.fit import Call, fit_device_kernel, root_mean_square
 from hf_flashcp.bench.gpu import calibration, calibration_timing, model_step
 from hf_flashcp.bench.gpu.hardware import OUT_OF_MEMORY, fits_in_memory, packaged_hardware
-from hf_flashcp.bench.gpu.settings import Settings
+from hf_flashcp.bench.gpu.settings import Settings, in_worker
 from hf_flashcp.bench.step_worker import Trainer
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
@@ -46,7 +46,7 @@ def test_a_step_beside_its_documents_alone(monkeypatch):
         return sdpa(module, query, *arguments, **options)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
-    found = rehearse(model_step.model_step)
+    found = rehearse(in_worker(model_step.model_step))
     assert found["problems"] == [] and found["cut"] == []
     records = found["tables"].pop(model_step.STEPS)
     assert found["tables"] == {}  # no memory of a CPU
@@ -65,7 +65,7 @@ def test_steps_that_disagree_are_a_problem(monkeypatch):
     by_document = model_step._step_by_document
     monkeypatch.setattr(model_step, "FEW_TOKENS", (256,))
     monkeypatch.setattr(model_step, "_step_by_document", lambda *rest: (by_document(*rest)[0], torch.tensor(9.0)))
-    (problem,) = rehearse(model_step.model_step)["problems"]
+    (problem,) = rehearse(in_worker(model_step.model_step))["problems"]
     assert problem.startswith("gradient norm of 256 packed tokens is") and "9 with sdpa" in problem
 
 
@@ -78,13 +78,13 @@ def test_a_step_that_does_not_fit_in_memory(monkeypatch):
         return step(self, batch, layout)
 
     monkeypatch.setattr(Trainer, "step", step_or_raise)
-    found = rehearse(model_step.model_step)
+    found = rehearse(in_worker(model_step.model_step))
     first, second, *others = found["tables"][model_step.STEPS]
     assert found["problems"] == [] and first["ms per step"] == OUT_OF_MEMORY
     assert all(isinstance(record["ms per step"], float) for record in (second, *others)) and len(others) == 2
 
 
-@pytest.mark.parametrize("step", [model_step.model_step, calibration.calibrate])
+@pytest.mark.parametrize("step", [in_worker(model_step.model_step), calibration.calibrate])
 def test_a_time_that_is_over_leaves_everything_out(step):
     found = rehearse(step, seconds=-1)
     assert found["problems"] == [] and len(found["cut"]) >= 2
@@ -179,7 +179,7 @@ def test_calibration_without_scipy_keeps_the_measurements(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     found = rehearse(calibration.calibrate)
     (problem,) = found["problems"]
-    assert "pip install scipy" in problem and "profile" not in found["more"]
+    assert "pip install 'hf_flashcp[bench]'" in problem and "profile" not in found["more"]
     assert found["more"]["measurements"]["calls"][0]["forward"] > 0
     assert all(record["measured ms"] > 0 for record in found["tables"][calibration.LAYERS])
 

@@ -43,15 +43,15 @@ def test_a_page_of_a_run(tmp_path, capsys):
     page = (tmp_path / "run" / "checkpoint-10" / "report.html").read_text()
     headings = re.findall('<img src="data:image/svg\\+xml;base64,[A-Za-z0-9+/=]+" alt="(.*) over the steps">', page)
     assert headings == [
-        "Loss (nats a target)",
+        "Loss (nats per target)",
         "Imbalance (max / mean over ranks)",
-        "KV moved, of an all-gather",
+        "KV moved, as a share of an all-gather",
         "Gradient norm",
         "flashcp_of_my_own",
     ]
     assert "http" not in re.sub('base64,[^"]*', "", page), "the page loads nothing"
     assert "<td>flashcp_pair_imbalance</td><td>1.04</td><td>1.02</td><td>1.02</td><td>1.04</td><td>1.03</td>" in page
-    assert re.search("loss +last 3, mean 3.5, 2 entries", capsys.readouterr().out)
+    assert re.search("\nloss +3 +3.5 +2\n", capsys.readouterr().out)
 
 
 def test_the_summary_as_json(tmp_path, capsys):
@@ -66,8 +66,8 @@ def test_the_summary_as_json(tmp_path, capsys):
     "content, message",
     [
         (None, "There is no trainer_state.json in"),
-        ("[]", "is no trainer_state.json of a Trainer"),
-        ("{", "is no trainer_state.json of a Trainer"),
+        ("[]", "is not a trainer_state.json of a Trainer"),
+        ("{", "is not a trainer_state.json of a Trainer"),
         ('{"log_history": []}', "has no logs"),
     ],
 )

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashcp.bench import published
-from hf_flashcp.bench.predicted import LLAMA_3_8B
-from hf_flashcp.bench.table2 import padded_all_gather_fraction
+from hf_flashcp.bench.plans import published
+from hf_flashcp.bench.plans.predicted import LLAMA_3_8B
+from hf_flashcp.bench.plans.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import draw_pack, read_lengths, sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError
@@ -420,8 +420,8 @@ def test_command(capsys, tmp_path, lengths_file):
 @pytest.mark.parametrize(
     "line, match",
     [
-        ("--lengths-from pile --cp-size 4", "need --window"),
-        ("--lengths 100,20 --window 120 --cp-size 4", "--window is for rows that are drawn"),
+        ("--lengths-from pile --cp-size 4", "--lengths-from needs --window"),
+        ("--lengths 100,20 --window 120 --cp-size 4", "--window goes with --lengths-from"),
         ("--lengths-from pile --window 1000 --packs 0 --cp-size 4", "--packs must be at least 1"),
         ("--lengths 100,20 --cp-size 4 12", "cp_size 12 does not fill nodes of 8 ranks"),
         ("--lengths 100,20 --cp-size 300", "cp_size 300 cannot be simulated"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp import FlashCPCollator
-from hf_flashcp.bench.plan_quality import measure, text
+from hf_flashcp.bench.plans.plan_quality import measure, text
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
@@ -209,15 +209,15 @@ def test_the_hardware_s_nodes_are_the_plan_command_s(capsys, tmp_path):
 
 def test_bench_plan_measures_links():
     topology = Topology(2)
-    with_topology = {"with topology": lambda lengths, cp_size: plan_documents(lengths, cp_size, topology=topology)}
-    found = measure("pile", [4096], [4], packs=1, strategies=["search"], others=with_topology, topology=topology)
+    found = measure("pile", [4096], [4], packs=1, ranks_per_node=2)
     parts, handed_on = hierarchical_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
     parts[::2] += handed_on
     row = found["cells"][0]["strategies"]["with topology"]
     assert [row["intra_node"], row["inter_node"]] == [parts[::2].max(), parts[1::2].max()]
     assert row["inter_node_total"] == parts[1].sum()
     shown = text(found).splitlines()
-    assert shown[-2].startswith("pile") and shown[-1].startswith("means") and "with topology" in shown[3]
+    assert [line.split()[0] for line in shown[-4:]] == ["pile", "pile", "means", "means"]
+    assert "with topology" in shown[-3] and "with topology" in shown[-1]
     assert len({len(line) for line in shown[3:]}) == 1
 
 

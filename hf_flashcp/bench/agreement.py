@@ -1,31 +1,38 @@
-"""What it costs that ranks compare plans at every step."""
+"""The time that ranks take to compare their plans at every step."""
 
 from __future__ import annotations
 
-import time
-from statistics import median
+import itertools
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..distributed import require_agreement
+from ..distributed.workers import WorkerPool
+from ..planning import plan_documents
+from ..tables import table
+from .turns import median_seconds
 
 
 def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
-    """Median milliseconds of one comparison, slowest rank, for each number of gloo processes on this machine."""
-    from ..distributed.workers import WorkerPool
-
+    """Returns the `rounds`, and by number of gloo processes on this machine the median `milliseconds` of a comparison
+    on the slowest rank."""
     with WorkerPool() as pool:
         medians = {size: max(pool.run(size, _median_milliseconds, rounds)) for size in world_sizes}
     return {"rounds": rounds, "milliseconds": medians}
 
 
 def _median_milliseconds(rounds: int) -> float:
-    import torch.distributed as dist
+    plan, turns = plan_documents([4096, 1024, 512], 2), itertools.count()
 
-    from ..distributed import require_agreement
-    from ..planning import plan_documents
+    def compare() -> None:
+        require_agreement("the batch", {"turn": next(turns), "plan": plan.digest}, dist.group.WORLD, advice="")
 
-    plan = plan_documents([4096, 1024, 512], 2)
-    seconds = []
-    for turn in range(rounds):
-        begin = time.perf_counter()
-        require_agreement("the batch", {"turn": turn, "plan": plan.digest}, dist.group.WORLD, advice="")
-        seconds.append(time.perf_counter() - begin)
-    return 1000 * median(seconds)
+    return 1000 * median_seconds(rounds, torch.device("cpu"), compare=compare)["compare"]
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table with a row for each number of processes."""
+    title = f"comparing a plan's digest, {found['rounds']} rounds, slowest rank's median"
+    return f"{title}\n\n" + table({"processes": ",", "ms": ".3f"}, found["milliseconds"].items())

@@ -7,22 +7,26 @@ whatever else the machine does falls on all of them alike. The ideal is the time
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..attention import AttentionKernel, document_attention, select_kernel
+from ..distributed.workers import WorkerPool
 from ..doctor.one_by_one import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
 from ..planning import plan_documents
+from ..tables import counted, records_table
+from .turns import in_turns
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -56,15 +60,7 @@ def measure(
 ) -> dict[str, Any]:
     """Forward and backward of one causal full-attention layer.
 
-    Args:
-        lengths: tokens of each document.
-        cp_size: processes.
-        dtype: a key of `DTYPES`.
-        strategies: of [`plan_documents`].
-        exchanges: `"needed"`, what this library does, or `"all"`, an all-gather with the same plan and kernels.
-        num_stages: see [`plan_documents`].
-        max_imbalance: the cap of the strategies that have one.
-        rounds: timed turns of every case, after two that are not.
+    Takes what the options of `flashcp bench attention` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, the single process's median `seconds`, and `cases`, each with
@@ -73,38 +69,31 @@ def measure(
         round / cp_size / seconds), and, exactly counted, the largest rank's `bytes_received` forward and
         `kernel_calls` and `collectives` forward and backward; from the plan's report `copies`.
     """
-    from ..distributed.workers import WorkerPool
-
     shape = (heads, kv_heads, head_dim)
-    cases = [
-        (
-            plan_documents(lengths, cp_size, strategy=strategy, max_imbalance=max_imbalance, num_stages=num_stages),
-            exchange,
-        )
-        for strategy in strategies
-        for exchange in exchanges
-    ]
+    names = list(itertools.product(strategies, exchanges))
+    caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
+    plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy, **caps) for strategy in strategies}
+    cases = [(plans[strategy], exchange) for strategy, exchange in names]
     with WorkerPool() as pool:
         by_rank = pool.run(cp_size, _time_cases, list(lengths), cases, shape, dtype, rounds, timeout=3600)
-    single = by_rank[0][len(cases)]["seconds"]
+    single = [turn.seconds for turn in by_rank[0][-1]]
+    token_bytes = kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize)
     found = []
-    names = [(strategy, exchange) for strategy in strategies for exchange in exchanges]
-    for index, ((strategy, exchange), (plan, _)) in enumerate(zip(names, cases)):
-        rows = [times[index] for times in by_rank]
-        seconds = [max(turn) for turn in zip(*(row["seconds"] for row in rows))]
+    for index, (strategy, exchange) in enumerate(names):
+        ranks = [Turn(*zip(*rank[index])) for rank in by_rank]
+        seconds = _slowest(rank.seconds for rank in ranks)
         found.append(
             {
                 "strategy": strategy,
                 "exchange": exchange,
                 "seconds": median(seconds),
-                "forward": median(max(turn) for turn in zip(*(row["forward"] for row in rows))),
-                "waiting": max(median(row["waiting"]) for row in rows),
+                "forward": median(_slowest(rank.forward for rank in ranks)),
+                "waiting": max(median(rank.waiting) for rank in ranks),
                 "ideal_share": median(alone / cp_size / turn for alone, turn in zip(single, seconds)),
-                "bytes_received": max(row["rows_received"] for row in rows)
-                * kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize),
-                "kernel_calls": max(row["kernel_calls"] for row in rows),
-                "collectives": max(row["collectives"] for row in rows),
-                "copies": max(plan.report()["copies"]) if exchange == "needed" else None,
+                "bytes_received": token_bytes * max(rank.rows_received[-1] for rank in ranks),
+                "kernel_calls": max(rank.kernel_calls[-1] for rank in ranks),
+                "collectives": max(rank.collectives[-1] for rank in ranks),
+                "copies": max(plans[strategy].report()["copies"]) if exchange == "needed" else None,
             }
         )
     return {
@@ -120,45 +109,63 @@ def measure(
     }
 
 
+def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:
+    """Returns the largest of all ranks' seconds in each round."""
+    return [max(turn) for turn in zip(*seconds)]
+
+
+class Turn(NamedTuple):
+    """Figures of a rank in one turn of a case, or of all its turns.
+
+    Attributes:
+        seconds, forward, waiting (`float`): forward and backward; forward alone; waiting for transfers in both.
+        kernel_calls, collectives (`int`): in both.
+        rows_received (`int`): tokens whose KV came in forward.
+    """
+
+    seconds: Any
+    forward: Any
+    waiting: Any
+    kernel_calls: Any
+    collectives: Any
+    rows_received: Any
+
+
 def _time_cases(
     lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
-) -> dict[Any, Any]:
-    """Runs in every worker. Times by case index; behind the cases the single process, on rank 0."""
+) -> list[list[Sequence[float]]]:
+    """Runs in every worker. Returns the [`Turn`]s of every case, and last those of the single process, on rank 0."""
     rank = dist.get_rank()
     kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
-    runs: list[tuple[RankPlan | None, list[torch.Tensor] | None]] = []
-    for plan, exchange in cases:
-        bound = RankPlan(plan, rank, dist.group.WORLD)
-        if exchange == "all":
-            bound.layout = AllGatherLayout(plan, rank)
-        runs.append((bound, random_inputs(bound.layout.num_tokens, shape, dtype)))
-    runs.append((None, random_inputs(sum(lengths), shape, dtype) if rank == 0 else None))
-    found: dict[Any, Any] = {index: {"seconds": [], "forward": [], "waiting": []} for index in range(len(runs))}
     with _counted_transfers() as transfers:
-        for turn in range(rounds + 2):
-            for index, (bound, tensors) in enumerate(runs):
-                kernel.calls = 0
-                transfers.update(waiting=0.0, collectives=0, rows=0)
-                dist.barrier()
-                begin = time.perf_counter()
-                if tensors is not None:
-                    if bound is None:
-                        out = attend_one_by_one(*tensors[:3], lengths)
-                    else:
-                        out = document_attention(*tensors[:3], bound, kernel=kernel)
-                    middle, rows = time.perf_counter(), transfers["rows"]
-                    out.backward(tensors[3])
-                    end = time.perf_counter()
-                    if turn >= 2:
-                        row = found[index]
-                        row["seconds"].append(end - begin)
-                        row["forward"].append(middle - begin)
-                        row["waiting"].append(transfers["waiting"])
-                        row.update(kernel_calls=kernel.calls, collectives=transfers["collectives"], rows_received=rows)
-                    for tensor in tensors[:3]:
-                        tensor.grad = None
-                dist.barrier()
-    return found
+        runs = []
+        for plan, exchange in cases:
+            bound = RankPlan(plan, rank, dist.group.WORLD)
+            if exchange == "all":
+                bound.layout = AllGatherLayout(plan, rank)
+            attend = functools.partial(document_attention, plan=bound, kernel=kernel)
+            inputs = random_inputs(bound.layout.num_tokens, shape, dtype)
+            runs.append(functools.partial(_turn, attend, inputs, kernel, transfers))
+        alone = functools.partial(attend_one_by_one, lengths=lengths)
+        if rank == 0:
+            inputs = random_inputs(sum(lengths), shape, dtype)
+            runs.append(functools.partial(_turn, alone, inputs, kernel, transfers))
+        else:
+            runs.append(tuple)  # waits
+        return in_turns(runs, rounds, warm_up=2)
+
+
+def _turn(attend: Callable, inputs: list[torch.Tensor], kernel: _CountingKernel, transfers: dict[str, Any]) -> Turn:
+    kernel.calls = 0
+    transfers.update(waiting=0.0, collectives=0, rows=0)
+    begin = time.perf_counter()
+    out = attend(*inputs[:3])
+    middle, rows = time.perf_counter(), transfers["rows"]
+    out.backward(inputs[3])
+    end = time.perf_counter()
+    for tensor in inputs[:3]:
+        tensor.grad = None
+    return Turn(end - begin, middle - begin, transfers["waiting"], kernel.calls, transfers["collectives"], rows)
 
 
 def random_inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
@@ -210,27 +217,24 @@ def _counted_transfers():
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal, the single process first."""
+    """A table with a row for each case, the single process first."""
     lengths = found["lengths"]
-    shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else f"{len(lengths)} documents"
-    lines = [
-        f"[{shown}], {sum(lengths):,} tokens, {found['cp_size']} processes, {found['heads']}/{found['kv_heads']} "
-        f"heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of {found['rounds']} rounds",
-        "",
-        f"{'strategy':16}{'exchange':>10}{'ms':>10}{'of ideal':>10}{'forward':>9}{'waiting':>9}{'received':>13}"
-        f"{'kernel calls':>14}{'collectives':>13}{'copies':>8}",
-        f"{SINGLE:16}{'':10}{1000 * found['seconds']:10.1f}",
-    ]
-    for case in found["cases"]:
-        copies = "-" if case["copies"] is None else case["copies"]
-        lines.append(
-            f"{case['strategy']:16}{case['exchange']:>10}{1000 * case['seconds']:10.1f}{case['ideal_share']:10.1%}"
-            f"{1000 * case['forward']:9.1f}{1000 * case['waiting']:9.1f}{_size(case['bytes_received']):>13}"
-            f"{case['kernel_calls']:14}{case['collectives']:13}{copies:>8}"
-        )
-    return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    power = min(int(math.log(count, 1024)), 3) if count else 0
-    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+    shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else counted(len(lengths), "document")
+    columns = {
+        "strategy": ("strategy", ""),
+        "exchange": ("exchange", ""),
+        "seconds": ("ms", "ms:.1f"),
+        "ideal_share": ("of ideal", ".1%"),
+        "forward": ("forward", "ms:.1f"),
+        "waiting": ("waiting", "ms:.1f"),
+        "bytes_received": ("MiB received", "MiB:,.1f"),
+        "kernel_calls": ("kernel calls", ","),
+        "collectives": ("collectives", ","),
+        "copies": ("copies", ","),
+    }
+    single = {"strategy": SINGLE, "seconds": found["seconds"]}
+    return (
+        f"[{shown}], {counted(sum(lengths), 'token')}, {found['cp_size']} processes, {found['heads']}/"
+        f"{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}; forward and backward, medians of "
+        f"{found['rounds']} rounds\n\n" + records_table(columns, [single, *found["cases"]])
+    )

@@ -21,6 +21,7 @@ from ..exchange import kv_width, pack_rows, split_rows
 from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
+from ..tables import counted, table
 from .attention import DTYPES
 from .turns import median_seconds
 
@@ -50,13 +51,7 @@ def measure(
     found = {}
     for strategy in strategies:
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
-        rows: dict[str, list[float]] = {"one_call": [], "kernels": [], "engine": []}
-        for rank in range(cp_size):
-            work = RankWork(plan, rank, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen)
-            timed = median_seconds(rounds, chosen, one_call=work.one_call, kernels=work.kernels, engine=work.engine)
-            for name, seconds in timed.items():
-                rows[name].append(seconds)
-        found[strategy] = rows
+        found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
     return {
         "lengths": list(lengths),
         "cp_size": cp_size,
@@ -69,6 +64,22 @@ def measure(
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "strategies": found,
     }
+
+
+def time_plan(
+    plan: ShardPlan,
+    kernel: AttentionKernel,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Returns by rank the median seconds of `one_call`, of the `kernels` under the plan, and of the `engine`."""
+    ranks = []
+    for rank in range(plan.cp_size):
+        work = RankWork(plan, rank, kernel, shape, dtype, device)
+        ranks.append(median_seconds(rounds, device, one_call=work.one_call, kernels=work.kernels, engine=work.engine))
+    return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
 
 
 class _Ready:
@@ -175,20 +186,20 @@ class RankWork:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal: each strategy's slowest rank, and the means over ranks."""
-    lines = [
+    """A table of each strategy's slowest rank, and of the means over ranks."""
+    rows = []
+    for strategy, ranks in found["strategies"].items():
+        one, kernels, engine = (ranks[name] for name in ("one_call", "kernels", "engine"))
+        slowest = (1000 * max(seconds) for seconds in (one, kernels, engine))
+        rows.append((strategy, *slowest, sum(kernels) / sum(one), (sum(engine) - sum(kernels)) / sum(one)))
+    columns = {
+        "strategy": "",
+        **dict.fromkeys(("one call\nms, slowest", "kernels\nms", "engine\nms"), ".2f"),
+        **dict.fromkeys(("kernels\n/ one call", "copies\n/ one call"), ".3f"),
+    }
+    return (
         f"{found['device']}, kernel {found['kernel']}, {found['dtype']}, {found['heads']}/{found['kv_heads']} heads "
-        f"of {found['head_dim']}",
-        f"{len(found['lengths'])} documents of {sum(found['lengths']):,} tokens on {found['cp_size']} ranks; forward "
-        f"and backward, medians of {found['rounds']} rounds",
-        "",
-        f"{'':16}{'one call':>12}{'kernels':>10}{'engine':>9}{'kernels':>12}{'copies':>12}",
-        f"{'strategy':16}{'ms, slowest':>12}{'ms':>10}{'ms':>9}{'/ one call':>12}{'/ one call':>12}",
-    ]
-    for strategy, rows in found["strategies"].items():
-        one, kernels, engine = (rows[name] for name in ("one_call", "kernels", "engine"))
-        lines.append(
-            f"{strategy:16}{1000 * max(one):12.2f}{1000 * max(kernels):10.2f}{1000 * max(engine):9.2f}"
-            f"{sum(kernels) / sum(one):12.3f}{(sum(engine) - sum(kernels)) / sum(one):12.3f}"
-        )
-    return "\n".join(lines)
+        f"of {found['head_dim']}\n"
+        f"{counted(len(found['lengths']), 'document')} of {sum(found['lengths']):,} tokens on {found['cp_size']} "
+        f"ranks; forward and backward, medians of {found['rounds']} rounds\n\n" + table(columns, rows)
+    )

@@ -12,12 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..attention import save_attention_context_fn
 from ..distributed.workers import WorkerPool
+from ..integrations.attach import attach
+from ..integrations.models.checkpointing import enable_checkpointing
 from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
 from ..predict.training_setup import RankLoad, TrainingSetup
+from ..tables import table
 from .traces import FORWARD_DONE, kept_and_peak, trace_events
 
 
@@ -51,7 +58,7 @@ CASES = {
         {"dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": "full"},
     ),
 }
-"""By name, the config and how it is trained, on one process."""
+"""Configs and how they are trained on one process, by name."""
 
 RANK_CASES = {
     "llama, bf16, cp 2": (LLAMA, BF16),
@@ -80,18 +87,8 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
     Returns:
         `dict`: `peak` and `kept` bytes, each `estimated` and `measured`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..integrations.attach import attach
-
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
-    values = {name: value for name, value in config.items() if name != "model_type"}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config["model_type"], use_cache=False, **values),
-        attn_implementation="flashcp",
-        dtype=torch.float32 if setup.weight_bytes == 4 else torch.bfloat16,
-    ).train()
+    model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
     _checkpoint(model, setup.gradient_checkpointing)
     if "sharding" in options:
         model = _wrapped(model, setup, mesh)
@@ -121,10 +118,15 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
     }
 
 
-def _checkpoint(model, mode: str) -> None:
-    from ..attention import save_attention_context_fn
-    from ..integrations.models.checkpointing import enable_checkpointing
+def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a model in training mode with weights that depend on its config alone."""
+    torch.manual_seed(0)
+    values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
+    config = AutoConfig.for_model(config["model_type"], **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=dtype).train()
 
+
+def _checkpoint(model, mode: str) -> None:
     if mode != "none":
         options = {"use_reentrant": False}
         if mode == "attention-saving":
@@ -133,10 +135,7 @@ def _checkpoint(model, mode: str) -> None:
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
-    """By DDP, or by FSDP2 in accelerate's units."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
+    """Wraps a model in DDP, or in FSDP2 in accelerate's units."""
     if setup.sharding == "ddp":
         return DistributedDataParallel(model)
     dtype = torch.bfloat16 if setup.mixed_precision == "bf16" else None
@@ -191,15 +190,15 @@ def _error(case: dict[str, Any]) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    lines = [
-        f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process, estimated and measured",
-        "",
-        f"{'':41}{'peak':>24}{'kept for backward':>26}",
-    ]
+    """A table with a row for each case."""
+    figures = {"peak": "at the peak", "kept": "for backward"}
+    columns, rows = {"": ""}, []
+    for what in figures.values():
+        columns |= {f"estimated\n{what}": ".1f", f"measured\n{what}": ".1f", f"error\n{what}": "+.1%"}
     for name, case in found.items():
-        line = f"{name:41}"
-        for key, width in (("peak", 8), ("kept", 10)):
+        row: list[Any] = [name]
+        for key in figures:
             estimated, measured = (case[key][which] / 2**20 for which in ("estimated", "measured"))
-            line += f"{estimated:{width}.1f}{measured:8.1f}{estimated / measured - 1:+8.1%}"
-        lines.append(line)
-    return "\n".join(lines)
+            row += [estimated, measured, estimated / measured - 1]
+        rows.append(row)
+    return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process\n\n" + table(columns, rows)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..errors import ConfigurationError
+from ..tables import counted
 
 
 _HEADING_OR_BLOCK = re.compile(r"^(?:#+ (?P<heading>[^\n]+)|```(?P<kind>bash|text)\n(?P<body>.*?)^```)$", re.M | re.S)
@@ -35,10 +36,10 @@ class Output(NamedTuple):
 
 
 def outputs(page: str) -> list[Output]:
-    """Of a page in Markdown, in their order.
+    """Returns the blocks of output of a page in Markdown, in their order.
 
     Raises:
-        ConfigurationError: output that no commands stand before.
+        ConfigurationError: a block of output without commands before it.
     """
     found, section, script = [], "", None
     for match in _HEADING_OR_BLOCK.finditer(page):
@@ -57,14 +58,13 @@ def outputs(page: str) -> list[Output]:
     return found
 
 
-def update(path: Path, sections: list[str], *, progress: bool = False) -> list[dict[str, Any]]:
+def measure(path: Path, sections: list[str]) -> list[dict[str, Any]]:
     """Runs the commands of a page and puts what they print in the place of what they printed before; one section is
     written before the next one runs.
 
     Args:
         path (`Path`): of the page.
         sections (`list[str]`): only those whose heading contains one of these; all if empty.
-        progress (`bool`): a bar on stderr if that is a terminal.
 
     Returns:
         `list[dict]`: for each block `section`, `seconds`, and `diff`, lines of a unified diff without context.
@@ -84,7 +84,7 @@ def update(path: Path, sections: list[str], *, progress: bool = False) -> list[d
     if not wanted:
         raise ConfigurationError(f"No section of {path} with output is called like {', '.join(sections)}.")
     report = []
-    for index in (bar := tqdm(wanted, unit="block", leave=False, disable=None if progress else True)):
+    for index in (bar := tqdm(wanted, unit="block", leave=False, disable=None)):
         output = outputs(page)[index]
         bar.set_description(output.section)
         begin = time.perf_counter()
@@ -98,7 +98,7 @@ def update(path: Path, sections: list[str], *, progress: bool = False) -> list[d
 
 
 def _run(output: Output) -> str:
-    """What the commands print, an empty line between one and the next; `python` is this one."""
+    """Returns what the commands print, with an empty line between two; `python` is the one that runs this."""
     printed = []
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     for command in output.script.replace("\\\n", " ").splitlines():
@@ -122,10 +122,10 @@ def text(report: list[dict[str, Any]]) -> str:
     """The sections, and which lines changed."""
     lines = []
     for row in report:
-        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {_count(len(row['diff']))}")
+        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {_difference(len(row['diff']))}")
         lines += [f"    {line}" for line in row["diff"]]
     return "\n".join(lines)
 
 
-def _count(lines: int) -> str:
-    return f"{lines} lines of difference" if lines else "as before"
+def _difference(lines: int) -> str:
+    return f"{counted(lines, 'line')} of difference" if lines else "as before"

@@ -21,6 +21,7 @@ from ..data.lengths import sample_pack
 from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
+from ..tables import counted, records_table
 from .step_worker import run_turn
 from .traces import PARTS
 
@@ -39,11 +40,11 @@ QWEN3 = {
 """The model that is trained unless another is asked for."""
 
 EXCHANGES = ("needed", "staged", "all")
-"""What is needed in one stage; in a stage for each other rank; everything, as an all-gather does."""
+"""Needed KV in one stage, needed KV in a stage for each other rank, or all KV, as an all-gather does."""
 
 SINGLE = "single process"
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
-"""Of losses and gradient norms, relative to the single process's."""
+"""Relative tolerances of losses and gradient norms against the single process's."""
 
 _WARM_UP = 2
 
@@ -60,20 +61,10 @@ def measure(
     device: str = "cpu",
     threads: int = 1,
     rounds: int = 5,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Trains on one pack of each corpus.
 
-    Args:
-        corpora: of `LENGTH_DISTRIBUTIONS`.
-        window: tokens of a pack.
-        cp_size: processes, on CUDA one a GPU.
-        config: what a config.json holds.
-        strategies: of [`plan_documents`].
-        exchanges: of `EXCHANGES`; with two ranks "staged" is "needed" and left out.
-        dtype: of the weights, a key of `TOLERANCES`.
-        threads: of each process, the single one too.
-        rounds: timed turns of every case, after two that are not and before one with the profiler.
+    Takes what the options of `flashcp bench step` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
@@ -82,9 +73,9 @@ def measure(
         the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `cpu_ideal_share` (the same
         from the CPU seconds of the busiest rank: without waiting, and without what other programs take), `shares` of
         the ranks' time by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU
-        `layer` is the
-        timeline of one layer in that round, on the first corpus under the last strategy with the first exchange:
-        `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first forward on.
+        `layer` is the timeline of one layer in that round, on the first corpus under the last strategy with the first
+        exchange: `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first
+        forward on.
 
     Raises:
         ConfigurationError: fewer GPUs than ranks.
@@ -103,7 +94,7 @@ def measure(
     layer = None
     turns = len(corpora) * (_WARM_UP + rounds + 1)
     pool = WorkerPool("spawn") if device == "cuda" else WorkerPool()
-    with pool, tqdm(total=turns, unit="round", leave=False, disable=None if progress else True) as bar:
+    with pool, tqdm(total=turns, unit="round", leave=False, disable=None) as bar:
         for corpus in corpora:
             lengths = sample_pack(corpus, window)
             cases = [(plan_documents(lengths, 1), False)]
@@ -208,31 +199,26 @@ def check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal, a block for each pack."""
+    """A table for each pack."""
     config = found["config"]
-    lines = [
+    parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
-        f"{found['window']:,} tokens, {found['cp_size']} processes, {_count(found['threads'], 'thread')} each, "
-        f"{found['device']}; medians of {found['rounds']} rounds",
+        f"{counted(found['window'], 'token')}, {found['cp_size']} processes, {counted(found['threads'], 'thread')} "
+        f"each, {found['device']}; medians of {found['rounds']} rounds",
     ]
+    columns = {
+        "strategy": ("strategy", ""),
+        "exchange": ("exchange", ""),
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "seconds": ("ms", "ms:.1f"),
+        "ideal_share": ("of ideal", ".1%"),
+        "cpu_ideal_share": ("CPU time", ".1%"),
+        "peak_bytes": ("peak MiB", "MiB:.1f"),
+        **{part: (part, ".1%") for part in PARTS},
+    }
     for pack in found["packs"]:
-        documents, longest = len(pack["lengths"]), max(pack["lengths"])
-        lines += [
-            "",
-            f"{pack['corpus']}: {_count(documents, 'document')}, the longest of {longest:,} tokens",
-            f"{'strategy':15}{'exchange':>9}{'tokens/s':>10}{'ms':>9}{'of ideal':>10}{'CPU time':>10}{'peak MiB':>10}"
-            + "".join(f"{part:>11}" for part in PARTS),
-        ]
-        for case in pack["cases"]:
-            cpu = f"{case['cpu_ideal_share']:10.1%}" if "shares" in case else " " * 10
-            shares = "".join(f"{case['shares'][part]:11.1%}" for part in PARTS) if "shares" in case else ""
-            lines.append(
-                f"{case['strategy']:15}{case['exchange'] or '':>9}{case['tokens_per_second']:10,.0f}"
-                f"{1000 * case['seconds']:9.1f}{case['ideal_share']:10.1%}{cpu}{case['peak_bytes'] / 2**20:10.1f}"
-                f"{shares}"
-            )
-    return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
+        rows = [{**case, **case.get("shares", {})} for case in pack["cases"]]
+        documents = counted(len(pack["lengths"]), "document")
+        longest = counted(max(pack["lengths"]), "token")
+        parts.append(f"{pack['corpus']}: {documents}, the longest of {longest}\n{records_table(columns, rows)}")
+    return "\n\n".join(parts)

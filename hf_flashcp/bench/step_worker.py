@@ -1,4 +1,4 @@
-"""What a process of `bench step` does: it keeps a model from turn to turn and runs the same step under many plans."""
+"""A process of `bench step`: it keeps a model from turn to turn and runs the same step under many plans."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.batch import shard_inputs
 from ..integrations.attach import attach
 from ..plan import ShardPlan
 from .attention import DTYPES, AllGatherLayout
-from .memory import random_batch
+from .memory import random_batch, random_model
 from .traces import (
     BACKWARD,
     FORWARD_DONE,
@@ -38,14 +37,7 @@ class Trainer:
     """A model with its optimizer, whose learning rate is 0, so that every step starts from the same weights."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, mesh: DeviceMesh | None):
-        torch.manual_seed(0)
-        values = {name: value for name, value in config.items() if name != "model_type"}
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **{**values, "use_cache": False}),
-            attn_implementation="flashcp",
-            dtype=dtype,
-        )
-        model = model.to(device).train()
+        model = random_model(config, dtype).to(device)
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] or [model]
         _name_forward(layers[len(layers) // 2])
         self.mesh, self.device, self.vocabulary = mesh, device, model.config.get_text_config().vocab_size

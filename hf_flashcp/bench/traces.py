@@ -1,4 +1,4 @@
-"""What is read from the traces of PyTorch's profiler: allocations, and what a step spends its time on."""
+"""Reads traces of PyTorch's profiler: allocations, and what a step spends its time on."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _within(span: Span, other: Span) -> bool:
 
 
 def _spans(events: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:
-    """By name, those of the thread that runs the step (on CPU its backward too)."""
+    """Returns by name the spans of the thread that runs the step (on CPU its backward too)."""
     events = [event for event in events if "dur" in event]
     thread = next(event["tid"] for event in events if event["name"] == STEP)
     spans: dict[str, list[Span]] = {}

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+
+Run = Callable[[], Sequence[float]]
+"""Does something and returns figures of it, such as the seconds that its parts took."""
+
+
+def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list[Sequence[float]]]:
+    """Returns what every run returned in each round that counts. All processes start each turn together.
+
+    Args:
+        warm_up: rounds before, which do not count.
+    """
+    found: list[list[Sequence[float]]] = [[] for _ in runs]
+    for turn in range(warm_up + rounds):
+        for figures, run in zip(found, runs):
+            dist.barrier()
+            figure = run()
+            if turn >= warm_up:
+                figures.append(figure)
+    return found
 
 
 def median_seconds(rounds: int, device: torch.device, **functions: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of each function; every round calls each once, after one round that does not count.
+    """Returns the median seconds of each function; every round calls each once, after one round that does not count.
 
     On a GPU the seconds are those between two CUDA events around the call, so what the host does beside the device's
     work is not in them, and nothing waits for the device between two calls.

@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
-    arguments = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # names of files and metrics need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        arguments = parser.parse_args(argv)
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
     except FlashCPError as error:

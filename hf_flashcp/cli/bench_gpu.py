@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 
 def add_gpu(benches) -> None:
@@ -54,11 +57,11 @@ def run_gpu(arguments: argparse.Namespace) -> int:
     if is_first():
         pools = Pools(arguments.device)
         results = Results(arguments.output, pools.machine())
-        with _Progress(chosen, arguments.json) as progress:
+        with _progress(chosen, arguments.json) as progress:
             run_steps([step for step in chosen if step in STEPS], settings, pools, results, progress)
     if together:
         launch = join(settings)
-        with _Progress(chosen, arguments.json) as progress:
+        with _progress(chosen, arguments.json) as progress:
             run_together([step for step in chosen if step in CLUSTER_STEPS], settings, launch, results, progress)
     if results is None:
         return 0
@@ -81,24 +84,16 @@ def _write(rows: list[dict[str, Any]], chosen: list[Any], arguments: argparse.Na
         print(report)
 
 
-class _Progress:
+@contextmanager
+def _progress(steps: list[Any], as_json: bool) -> Iterator[Callable[[Any, dict[str, Any] | None], None]]:
     """A bar over the steps, and with `--json` a line after each."""
+    with tqdm(total=len(steps), unit="step", leave=False, disable=None) as bar:
 
-    def __init__(self, steps: list[Any], as_json: bool):
-        self._count, self._as_json = len(steps), as_json
+        def on_row(step: Any, row: dict[str, Any] | None) -> None:
+            bar.set_description(step.name)
+            if row is not None:
+                bar.update()
+                if as_json:
+                    print(json.dumps(row), flush=True)
 
-    def __enter__(self) -> _Progress:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=self._count, unit="step", leave=False, disable=None, file=sys.stderr)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def __call__(self, step: Any, row: dict[str, Any] | None) -> None:
-        self._bar.set_description(step.name)
-        if row is not None:
-            self._bar.update()
-            if self._as_json:
-                print(json.dumps(row), flush=True)
+        yield on_row

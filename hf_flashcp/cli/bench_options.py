@@ -1,31 +1,81 @@
-"""What the benchmarks of the command line share."""
+"""Makes benchmarks commands; options that several of them have.
+
+A benchmark is a module of `hf_flashcp.bench` with two functions: `measure` takes the command's options by their names
+and returns plain data, and `text` makes tables of it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from ..data.lengths import LENGTH_DISTRIBUTIONS
-from ..errors import PlanError
+from ..planning import STRATEGIES
+from .options import add_json, show
 
 
-def add_corpora(parser: argparse.ArgumentParser) -> None:
+_NOT_MEASURED = ("run", "module", "json", "read", "output", "plot")
+
+
+def add_bench(benches, name: str, module: str, text: str) -> argparse.ArgumentParser:
+    """Adds the benchmark of a module below `hf_flashcp.bench`. Returns its parser, for more options."""
+    parser = benches.add_parser(name, help=text)
+    add_json(parser)
+    parser.set_defaults(run=run, module=module)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    run_bench(arguments)
+
+
+def run_bench(arguments: argparse.Namespace, without: Sequence[str] = (), **more: Any) -> Any:
+    """Measures, prints, and returns what was found.
+
+    Args:
+        without: options that `measure` does not take.
+        more: what it takes in their place.
+    """
+    module = import_module(f"hf_flashcp.bench.{arguments.module}")
+    options = {name: value for name, value in vars(arguments).items() if name not in (*_NOT_MEASURED, *without)}
+    model = options.pop("model", None)
+    if model is not None:
+        options["config"] = arguments.read(model)
+    found = module.measure(**options, **more)
+    show(found, module.text, arguments.json, indent=2)
+    return found
+
+
+def add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths-from",
         choices=LENGTH_DISTRIBUTIONS,
-        nargs="+",
-        default=list(LENGTH_DISTRIBUTIONS),
+        default="pile",
+        dest="corpus",
         metavar="CORPUS",
-        help="default: all of them",
+        help="default: pile",
     )
 
 
-def check_at_least(least: int, option: str, value: int) -> None:
-    if value < least:
-        raise PlanError(f"{option} must be at least {least}, got {value}.")
+def add_corpora(parser: argparse.ArgumentParser) -> None:
+    add_several(parser, "--lengths-from", LENGTH_DISTRIBUTIONS, dest="corpora", metavar="CORPUS")
 
 
-def show(found: Any, text: Callable[[Any], str], as_json: bool) -> None:
-    print(json.dumps(found, indent=2) if as_json else text(found))
+def add_strategies(parser: argparse.ArgumentParser, strategies: Sequence[str]) -> None:
+    add_several(parser, "--strategies", STRATEGIES, strategies, metavar="NAME")
+
+
+def add_several(
+    parser: argparse.ArgumentParser,
+    option: str,
+    choices: Sequence[str],
+    default: Sequence[str] | None = None,
+    text: str = "",
+    **settings: Any,
+) -> None:
+    """Adds an option that takes several of the choices, by default all."""
+    chosen = list(choices if default is None else default)
+    text += f"default: {' '.join(chosen)}"
+    parser.add_argument(option, choices=choices, nargs="+", default=chosen, help=text, **settings)

@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
+from ..tables import table
+from .options import add_json, add_number, load_config, show
 
 
 MAX_PROCESSES = 4
@@ -27,13 +30,13 @@ def add_parser(commands) -> None:
         metavar="MODEL_OR_CONFIG",
         help="a hub name, a directory with a config.json, such a file, or a model type (its default config)",
     )
-    parser.add_argument("--cp-size", type=int, default=2, metavar="N", help="context-parallel ranks (default 2)")
+    add_number(parser, "--cp-size", 2, "context-parallel ranks", least=1)
     parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help="default: %(default)s")
     parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )
     parser.add_argument("--output", metavar="FILE", help="with --all-models: write the page there")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
+    add_json(parser, "the findings")
     parser.set_defaults(run=run)
 
 
@@ -49,8 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.output and not arguments.all_models:
         raise ConfigurationError("--output goes with --all-models: the report of one model is printed.")
-    if arguments.cp_size < 1:
-        raise ConfigurationError(f"--cp-size must be at least 1, got {arguments.cp_size}.")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -68,41 +69,20 @@ def _one_model(arguments: argparse.Namespace) -> int:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
     healthy = diagnosis.verdict in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
     groups = layer_groups(config, diagnosis.layers)
-    if arguments.json:
-        found = {**diagnosis.to_dict(), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
-        found["layers"] = groups
-        print(json.dumps(found, indent=2))
-    else:
-        print("\n".join(_report(diagnosis, groups, arguments.cp_size, processes)))
+    found = {**diagnosis.to_dict(), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
+    found["layers"] = groups
+    show(
+        found, lambda _: "\n".join(_report(diagnosis, groups, arguments.cp_size, processes)), arguments.json, indent=2
+    )
     return 0 if healthy else 1
 
 
 def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
-    from ..attention.kernels import TESTED
     from ..doctor.gradients import LIMIT
 
     lines = [f"{diagnosis.model_class} ({diagnosis.model_type}), cp_size {cp_size}", ""]
     if groups:
-        rows = [("layers", "attention", "heads", "KV", "key", "value", "window", "on CPU", "on CUDA")]
-        for group in groups:
-            kernels = [group["kernels"][device]["kernel"] for device in ("cpu", "cuda")]
-            sizes = [group[name] for name in ("heads", "kv_heads", "key_dim", "value_dim", "window")]
-            rows.append((*(str("" if x is None else x) for x in (group["layers"], group["kind"], *sizes)), *kernels))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        reasons = {
-            f"{device.upper()}: not {name}, which {reason}"
-            for group in groups
-            for device in ("cpu", "cuda")
-            for name, reason in group["kernels"][device]["not"].items()
-        }
-        statuses = {
-            f"{device.upper()}: {chosen['kernel']} is {chosen['status']}"
-            for group in groups
-            for device, chosen in group["kernels"].items()
-            if chosen["status"] != TESTED
-        }
-        lines += ["", *sorted(reasons), *sorted(statuses)]
+        lines += _layers(groups)
     if diagnosis.gradient_error is not None:
         lines += [
             "",
@@ -114,25 +94,22 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
     return [*lines, "", f"{diagnosis.verdict}{': ' + diagnosis.reason if diagnosis.reason else ''}"]
 
 
-def load_config(name: str):
-    """The config that a hub name, a directory, a file or a model type stands for.
+def _layers(groups: list[dict[str, Any]]) -> list[str]:
+    """A table of the layers and their kernels, then why it is these and which of them are not tested."""
+    from ..attention.kernels import TESTED
 
-    Raises:
-        ConfigurationError: none of them.
-    """
-    from transformers import AutoConfig
-
-    from ..doctor.tiny import causal_language_models, default_config
-
-    try:
-        if name in causal_language_models() and not Path(name).exists():
-            return default_config(name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and its validators raise a dozen kinds
-        raise ConfigurationError(
-            f"No usable config for {name!r}: pass a hub name, a directory with a config.json, such a file, or a model "
-            f"type such as llama. transformers says: {' '.join(str(error).split())[:200]}"
-        ) from None
+    sizes = {"heads": "heads", "KV": "kv_heads", "key": "key_dim", "value": "value_dim", "window": "window"}
+    columns = {"layers": ",", "attention": "", **dict.fromkeys(sizes, ","), "on CPU": "", "on CUDA": ""}
+    rows, notes = [], set()
+    for group in groups:
+        kernels = group["kernels"]
+        chosen = [kernels[device]["kernel"] for device in ("cpu", "cuda")]
+        rows.append((group["layers"], group["kind"], *(group[name] for name in sizes.values()), *chosen))
+        for device, kernel in kernels.items():
+            notes |= {f"{device.upper()}: not {name}, which {reason}" for name, reason in kernel["not"].items()}
+            if kernel["status"] != TESTED:
+                notes.add(f"{device.upper()}: {kernel['kernel']} is {kernel['status']}")
+    return [table(columns, rows), "", *sorted(notes)]
 
 
 def _all_models(arguments: argparse.Namespace) -> int:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
-from ..errors import ConfigurationError, PlanError
-from ..predict import HARDWARE, HardwareProfile
+from ..data.lengths import sample_pack
+from ..errors import ConfigurationError
+from ..predict import HardwareProfile
 from ..predict.memory import WORKSPACE, MemoryEstimate
 from ..predict.memory_shape import MemoryShape
 from ..predict.training_setup import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
 from ..simulation.sizing import Choice, best, choices, usable_bytes
-from .model_config import add_checkpointing, read_config
-from .plan import _aligned, counted, json_text
-
-
-GIB = 2**30
+from ..tables import GIB, counted, table
+from .estimate_plot import plot_memory
+from .options import (
+    add_checkpointing,
+    add_corpus,
+    add_hardware,
+    add_json,
+    add_model,
+    add_number,
+    add_plot,
+    read_config,
+    show,
+)
 
 
 def add_parser(commands) -> None:
@@ -27,35 +35,22 @@ def add_parser(commands) -> None:
         help="say whether a window fits on some GPUs, and with which cp_size",
         description="Estimates memory, step time and KV traffic of a fine-tune for every cp_size, and chooses one.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="CONFIG", help="a model's config.json, or a folder or hub name that has one"
-    )
-    parser.add_argument("--window", type=int, required=True, metavar="N", help="tokens of a packed row")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
-    parser.add_argument(
-        "--hardware", default="h100", metavar="NAME", help=f"{', '.join(HARDWARE)} (default), or a JSON file"
-    )
-    parser.add_argument("--cp-size", type=int, metavar="N", help="only this one (default: all that divide the GPUs)")
-    parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp2", help="default: %(default)s")
+    add_model(parser, required=True)
+    add_number(parser, "--window", text="tokens of a packed row", required=True, least=1)
+    add_number(parser, "--gpus", text="in all", required=True)
+    add_hardware(parser, default="h100")
+    add_number(parser, "--cp-size", text="only this one (default: all that divide the GPUs)")
+    for option, values, default, text in (
+        ("--sharding", SHARDINGS, "fsdp2", ""),
+        ("--dtype", DTYPES, "bfloat16", "in which the model is loaded, "),
+        ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's, "),
+    ):
+        parser.add_argument(option, choices=values, default=default, help=f"{text}default: {default}")
     add_checkpointing(parser)
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="in which the model is loaded (default %(default)s)"
-    )
-    parser.add_argument(
-        "--mixed-precision", choices=MIXED_PRECISIONS, default="bf16", help="accelerate's (default %(default)s)"
-    )
-    parser.add_argument(
-        "--lengths-from",
-        choices=LENGTH_DISTRIBUTIONS,
-        metavar="CORPUS",
-        help="draw documents like those of a corpus: "
-        f"{', '.join(LENGTH_DISTRIBUTIONS)} (default: one document as long as the window, the most traffic)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default 0)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw memory by cp_size to a file (.png, .svg, .pdf); needs the extra 'plot'"
-    )
+    add_corpus(parser, "(default: one document as long as the window, the most traffic)")
+    add_number(parser, "--seed", 0, "of the draw")
+    add_json(parser)
+    add_plot(parser, "memory by cp_size")
     parser.set_defaults(run=run)
 
 
@@ -68,8 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
         PlanError: documents that cannot be planned.
         FlashCPError: a plot that cannot be drawn or written.
     """
-    if arguments.window < 1:
-        raise PlanError(f"--window must be at least 1 token, got {arguments.window}.")
     hardware = HardwareProfile.load(arguments.hardware)
     config = read_config(arguments.model)
     options = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")
@@ -77,8 +70,34 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = [arguments.window]
     if arguments.lengths_from:
         lengths = sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
-    sizes = None if arguments.cp_size is None else [arguments.cp_size]
-    found = choices(config, hardware, setup, lengths, sizes)
+    estimate = _estimate(config, hardware, setup, lengths, arguments.cp_size)
+    if arguments.plot:
+        plot_memory(estimate.found, estimate.usable, arguments.plot, window=arguments.window, setup=setup)
+    show(_as_dict(estimate) if arguments.json else _text(estimate), str, arguments.json)
+    sys.stdout.flush()  # before an error on the other stream
+    _require_fit(estimate)
+
+
+class _Estimate(NamedTuple):
+    """What was estimated, memory in bytes. `shown` is the chosen one, or the one with the largest window where none
+    fits; `modes` are its cp_size with every kind of gradient checkpointing."""
+
+    parameters: float
+    setup: TrainingSetup
+    lengths: list[int]
+    hardware_bytes: float
+    usable: float
+    found: list[Choice]
+    chosen: Choice | None
+    reason: str
+    shown: Choice
+    modes: dict[str, Choice]
+
+
+def _estimate(
+    config: Any, hardware: HardwareProfile, setup: TrainingSetup, lengths: list[int], cp_size: int | None
+) -> _Estimate:
+    found = choices(config, hardware, setup, lengths, None if cp_size is None else [cp_size])
     chosen, reason = best(found)
     shown = chosen or max(found, key=lambda choice: choice.largest_window)
     modes = {
@@ -88,118 +107,103 @@ def run(arguments: argparse.Namespace) -> None:
         for mode in GRADIENT_CHECKPOINTING
     }
     usable = usable_bytes(hardware)
-    if arguments.plot:
-        from .estimate_plot import plot_memory
-
-        plot_memory(found, usable, arguments.plot, window=arguments.window, setup=setup)
-        print(f"plot written to {arguments.plot}", file=sys.stderr)
-    shape = MemoryShape.from_config(config)
-    if arguments.json:
-        print(json_text(_as_dict(shape, setup, lengths, usable, found, chosen, reason, modes)))
-    else:
-        print(_text(shape, setup, lengths, hardware, found, chosen, reason, shown, modes))
-    sys.stdout.flush()  # before an error on the other stream
-    _require_fit(chosen, arguments.window, setup, shown, modes)
+    assert hardware.memory_bytes is not None  # or nothing is usable, which is an error
+    parameters = MemoryShape.from_config(config).parameters
+    return _Estimate(parameters, setup, lengths, hardware.memory_bytes, usable, found, chosen, reason, shown, modes)
 
 
-def _require_fit(
-    chosen: Choice | None, window: int, setup: TrainingSetup, shown: Choice, modes: dict[str, Choice]
-) -> None:
-    if chosen is not None:
+def _require_fit(estimate: _Estimate) -> None:
+    if estimate.chosen is not None:
         return
+    setup, shown, modes = estimate.setup, estimate.shown, estimate.modes
     mode = max(modes, key=lambda mode: modes[mode].largest_window)
     reach = modes[mode].largest_window
     largest = f"{shown.largest_window:,} tokens" if shown.largest_window else "less than 1,024 tokens"
     other = f" ({reach:,} with --activation-checkpointing {mode})" if reach > shown.largest_window else ""
     advice = "Take a shorter window" if shown.largest_window or reach else "Take a smaller model"
     raise ConfigurationError(
-        f"A window of {window:,} tokens does not fit on {counted(setup.gpus, 'GPU')}: the largest that does has "
-        f"{largest}, with cp_size {shown.cp_size}{other}. {advice}"
+        f"A window of {sum(estimate.lengths):,} tokens does not fit on {counted(setup.gpus, 'GPU')}: the largest that "
+        f"does has {largest}, with cp_size {shown.cp_size}{other}. {advice}"
         f"{', --sharding fsdp2' if setup.sharding == 'ddp' else ''} or more GPUs."
     )
 
 
-def _as_dict(shape, setup, lengths, usable, found, chosen, reason, modes) -> dict[str, Any]:
+def _as_dict(estimate: _Estimate) -> dict[str, Any]:
     return {
-        "setup": asdict(setup),
-        "window": sum(lengths),
-        "documents": len(lengths),
-        "parameters": round(shape.parameters),
-        "usable_bytes": round(usable),
-        "cp_size": None if chosen is None else chosen.cp_size,
-        "reason": reason,
-        "choices": [choice.to_dict() for choice in found],
-        "gradient_checkpointing": {mode: choice.to_dict() for mode, choice in modes.items()},
+        "setup": asdict(estimate.setup),
+        "window": sum(estimate.lengths),
+        "documents": len(estimate.lengths),
+        "parameters": round(estimate.parameters),
+        "usable_bytes": round(estimate.usable),
+        "cp_size": None if estimate.chosen is None else estimate.chosen.cp_size,
+        "reason": estimate.reason,
+        "choices": [choice.to_dict() for choice in estimate.found],
+        "gradient_checkpointing": {mode: choice.to_dict() for mode, choice in estimate.modes.items()},
     }
 
 
-def _text(shape, setup, lengths, hardware, found, chosen, reason, shown, modes) -> str:
+def _text(estimate: _Estimate) -> str:
+    setup, lengths, shown = estimate.setup, estimate.lengths, estimate.shown
     precision = {"bf16": "bf16 mixed precision", "no": "no mixed precision"}[setup.mixed_precision]
-    documents = counted(len(lengths), "document")
-    header = (
-        "cp_size",
-        "rows at a time",
-        "GiB a GPU",
-        "fits",
-        "largest window",
-        "step",
-        "tokens / s",
-        "KV GiB a rank",
-    )
-    rows = [header]
-    for choice in found:
-        rows.append(
-            (
-                str(choice.cp_size),
-                str(setup.gpus // choice.cp_size),
-                _gib(choice.memory.total),
-                "yes" if choice.fits else "no",
-                f"{choice.largest_window:,}",
-                _seconds(choice.step_seconds),
-                f"{choice.tokens_per_second:,.0f}",
-                _gib(choice.kv_bytes),
-            )
+    columns = {
+        "cp_size": ",",
+        "rows at a time": ",",
+        "GiB per GPU": "GiB:,.1f",
+        "fits": ">",
+        "largest window": ",",
+        "step": ">",
+        "tokens / s": ",.0f",
+        "KV GiB per rank": "GiB:,.1f",
+    }
+    rows = [
+        (
+            choice.cp_size,
+            setup.gpus // choice.cp_size,
+            choice.memory.total,
+            "yes" if choice.fits else "no",
+            choice.largest_window,
+            _seconds(choice.step_seconds),
+            choice.tokens_per_second,
+            choice.kv_bytes,
         )
-    usable = usable_bytes(hardware) / GIB
-    verdict = f"cp_size {chosen.cp_size}: {reason}" if chosen else "no cp_size fits"
-    parts = [(name, _gib(size)) for name, size in shown.memory.parts.items()] + [("sum", _gib(shown.memory.total))]
-    with_modes = [("gradient checkpointing", "GiB a GPU", "largest window", "step")]
-    with_modes += [
-        (mode, _gib(choice.memory.total), f"{choice.largest_window:,}", _seconds(choice.step_seconds))
-        for mode, choice in modes.items()
+        for choice in estimate.found
     ]
+    modes = [
+        (mode, choice.memory.total, choice.largest_window, _seconds(choice.step_seconds))
+        for mode, choice in estimate.modes.items()
+    ]
+    parts = {**shown.memory.parts, "sum": shown.memory.total}
     return "\n".join(
         [
-            f"{shape.parameters / 1e9:,.2f} billion parameters, loaded in {setup.dtype}, {precision}, "
+            f"{estimate.parameters / 1e9:,.2f} billion parameters, loaded in {setup.dtype}, {precision}, "
             f"{setup.sharding}, gradient checkpointing {setup.gradient_checkpointing}",
-            f"{counted(sum(lengths), 'token')} in {documents}, {counted(setup.gpus, 'GPU')} with "
-            f"{hardware.memory_bytes / GIB:,.1f} GiB, {usable:,.1f} of them usable",
+            f"{counted(sum(lengths), 'token')} in {counted(len(lengths), 'document')}, {counted(setup.gpus, 'GPU')} "
+            f"with {estimate.hardware_bytes / GIB:,.1f} GiB, {estimate.usable / GIB:,.1f} of them usable",
             "",
-            *_aligned(rows),
+            table(columns, rows),
             "",
-            verdict,
+            f"cp_size {shown.cp_size}: {estimate.reason}" if estimate.chosen else "no cp_size fits",
             "",
-            f"memory with cp_size {shown.cp_size}, GiB a GPU, at its highest: {shown.memory.peak}",
-            *(f"  {line}" for line in _aligned([(name.ljust(19), size) for name, size in parts])),
+            f"at its highest, with cp_size {shown.cp_size}: {shown.memory.peak}",
+            "",
+            table({"memory": "", "GiB per GPU": "GiB:,.1f"}, parts.items()),
             *_with_workspace(shown.memory),
             "",
-            *_aligned([(row[0].ljust(22), *row[1:]) for row in with_modes]),
+            table(
+                {"gradient checkpointing": "", "GiB per GPU": "GiB:,.1f", "largest window": ",", "step": ">"}, modes
+            ),
         ]
     )
 
 
 def _with_workspace(memory: MemoryEstimate) -> list[str]:
-    """The moment with the attention workspace, unless it is the peak, where the parts above show it."""
+    """Says what the step needs with the attention workspace, unless that is the peak, whose parts show it."""
     moments = {name: parts for name, parts in memory.moments.items() if parts[WORKSPACE]}
     if not moments or memory.peak in moments:
         return []
     name = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = moments[name]
-    return ["", f"in the {name}: {_gib(sum(parts.values()))}, of which {WORKSPACE} {_gib(parts[WORKSPACE])}"]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.1f}"
+    total, workspace = (size / GIB for size in (sum(moments[name].values()), moments[name][WORKSPACE]))
+    return ["", f"in the {name}: {total:,.1f}, of which {WORKSPACE} {workspace:,.1f}"]
 
 
 def _seconds(seconds: float) -> str:

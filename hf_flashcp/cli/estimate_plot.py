@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ..predict.memory import PARTS
 from ..predict.training_setup import TrainingSetup
 from ..simulation.sizing import Choice
-from .estimate import GIB
-from .plots import COLOURS, INK, new_figure, save_figure
+from ..tables import GIB
+from .plots import COLOURS, INK, new_figure, remove_frame, save_figure
 
 
 def plot_memory(
@@ -51,15 +51,14 @@ def plot_memory(
     axes.set_ylim(0, 1.18 * max(top, usable / GIB))
     axes.set_xticks(places, [f"{choice.cp_size}\n{choice.memory.peak}" for choice in found], fontsize=8)
     axes.set_xlabel("cp_size, and the moment of the step at which memory is highest", color=INK)
-    axes.set_ylabel("GiB a GPU", color=INK)
+    axes.set_ylabel("GiB per GPU", color=INK)
     axes.set_title(
         f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}, "
         f"gradient checkpointing {setup.gradient_checkpointing}",
         fontsize=11,
         color=INK,
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, colors=INK)
+    remove_frame(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     save_figure(figure, path)

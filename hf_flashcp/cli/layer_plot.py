@@ -16,7 +16,7 @@ _KINDS = {
     "pack, merge, add what came home": ("pack", "merge", "add"),
     "waiting for other ranks": ("wait",),
 }
-"""By what the names of ranges begin with; drawn in this order, the layer below the rest."""
+"""Beginnings of the names of ranges by kind; drawn in this order, the layer below the rest."""
 _COLOURS = dict(zip(_KINDS, ("#e4e1dc", COLOURS[0], COLOURS[2], COLOURS[4], COLOURS[5], COLOURS[3])))
 
 

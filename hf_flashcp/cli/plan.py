@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import PlanError
 from ..plan import ShardPlan, Topology
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
-from ..predict import HARDWARE, CostModel, HardwareProfile, StepTime
-from .model_config import read_config
+from ..predict import CostModel, HardwareProfile, StepTime
+from ..tables import counted, table
+from .options import (
+    add_documents,
+    add_hardware,
+    add_json,
+    add_model,
+    add_number,
+    add_plot,
+    documents,
+    read_config,
+    show,
+)
+from .plan_plot import plot_plan
 
 
 MAX_LISTED_SLICES = 12
 """Slices of a rank up to which the table is followed by the slices themselves."""
 
-_SLICES_A_LINE = 4
+_SLICES_PER_LINE = 4
 
 
 def add_parser(commands) -> None:
@@ -29,21 +37,8 @@ def add_parser(commands) -> None:
         help="show how documents would be shared over ranks, and what that costs",
         description="Plans one packed batch and prints tokens, attention work and KV traffic of every rank.",
     )
-    documents = parser.add_mutually_exclusive_group(required=True)
-    documents.add_argument(
-        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens of each document, in packed order"
-    )
-    documents.add_argument(
-        "--lengths-from",
-        choices=LENGTH_DISTRIBUTIONS,
-        metavar="CORPUS",
-        help=f"draw documents like those of a corpus until the window is full: {', '.join(LENGTH_DISTRIBUTIONS)}",
-    )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens of the packed row, with --lengths-from")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draw, with --lengths-from (default 0)"
-    )
-    parser.add_argument("--cp-size", type=int, required=True, metavar="N", help="context-parallel ranks")
+    add_documents(parser)
+    add_number(parser, "--cp-size", text="context-parallel ranks", required=True)
     parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
     parser.add_argument(
         "--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean (default 1.05)"
@@ -54,27 +49,16 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--ranks-per-node",
-        type=int,
-        metavar="N",
-        help="ranks that share a node, to which KV crosses once: count apart what travels between nodes, and keep "
+        text="ranks that share a node, to which KV crosses once: count apart what travels between nodes, and keep "
         "that little with the strategy search (default: the hardware's)",
     )
-    parser.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help=f"predict step times, and plan for them with the strategy search: {', '.join(HARDWARE)}, or a JSON file",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="CONFIG",
-        help="with --hardware: a model's config.json, or a folder or hub name that has one",
-    )
-    parser.add_argument("--json", action="store_true", help="print plan, report and digest as JSON and nothing else")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the plan to a file (.png, .svg, .pdf); needs the extra 'plot'"
-    )
+    add_hardware(parser, "predict step times, and plan for them with the strategy search:")
+    add_model(parser, "(with --hardware)")
+    add_json(parser, "plan, report and digest")
+    add_plot(parser, "the plan")
     parser.set_defaults(run=run)
 
 
@@ -85,11 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         PlanError: documents or options that cannot be planned.
         FlashCPError: a plot that cannot be drawn or written.
     """
-    if arguments.lengths is None and arguments.window is None:
-        raise PlanError("--lengths-from needs --window: the tokens to draw documents for.")
-    if arguments.lengths is not None and arguments.window is not None:
-        raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
-    lengths = arguments.lengths or sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
+    (lengths,) = documents(arguments)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")
     given = topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
@@ -108,41 +88,49 @@ def run(arguments: argparse.Namespace) -> None:
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
     )
-    step_time = cost_model.step_time(plan) if cost_model else None
-    if arguments.json:
-        found = {
-            "strategy": arguments.strategy,
-            "digest": plan.digest,
-            "plan": plan.to_dict(),
-            "report": plan.report(topology=topology),
-        }
-        if step_time is not None:
-            found["step_time"] = step_time.to_dict()
-        if arguments.sliding_window is not None:
-            found["sliding_window"] = arguments.sliding_window
-            found["sliding_window_report"] = plan.report(arguments.sliding_window, topology)
-        text = json_text(found)
-    else:
-        options = {"sliding_window": arguments.sliding_window, "step_time": step_time, "topology": topology}
-        text = plan_text(plan, strategy=arguments.strategy, **options)
+    planned = _Planned(
+        plan,
+        arguments.strategy,
+        arguments.sliding_window,
+        cost_model.step_time(plan) if cost_model else None,
+        topology,
+    )
+    # Counted before anything is drawn: with an impossible sliding window nothing is drawn.
+    shown = _as_dict(planned) if arguments.json else _text(planned)
     if arguments.plot:
-        from .plan_plot import plot_plan
-
         plot_plan(plan, arguments.plot, strategy=arguments.strategy)
-        print(f"plot written to {arguments.plot}", file=sys.stderr)
-    print(text)
+    show(shown, str, arguments.json)
 
 
-def plan_text(
-    plan: ShardPlan,
-    *,
-    strategy: str,
-    sliding_window: int | None = None,
-    step_time: StepTime | None = None,
-    topology: Topology | None = None,
-) -> str:
-    """A table with one line a rank (counts of tokens, except for slices and pairs), then imbalances and traffic; where
-    ranks lie in several nodes, also what travels between these."""
+class _Planned(NamedTuple):
+    """A plan and what the command line asks about it."""
+
+    plan: ShardPlan
+    strategy: str
+    sliding_window: int | None
+    step_time: StepTime | None
+    topology: Topology | None
+
+
+def _as_dict(planned: _Planned) -> dict[str, Any]:
+    plan, window = planned.plan, planned.sliding_window
+    found: dict[str, Any] = {
+        "strategy": planned.strategy,
+        "digest": plan.digest,
+        "plan": plan.to_dict(),
+        "report": plan.report(topology=planned.topology),
+    }
+    if planned.step_time is not None:
+        found["step_time"] = planned.step_time.to_dict()
+    if window is not None:
+        found |= {"sliding_window": window, "sliding_window_report": plan.report(window, planned.topology)}
+    return found
+
+
+def _text(planned: _Planned) -> str:
+    """A table with one line per rank (counts of tokens, except for slices and pairs), then imbalances and traffic;
+    where ranks lie in several nodes, also what travels between these."""
+    plan, topology = planned.plan, planned.topology
     if topology is not None and plan.cp_size <= topology.ranks_per_node:
         topology = None
     report = plan.report(topology=topology)
@@ -150,22 +138,20 @@ def plan_text(
     if topology is not None:
         shown |= {"inter_node_received": "from other nodes", "inter_node_sent": "to other nodes"}
     columns = [list(map(len, plan.slices)), *(report[key] for key in shown)]
-    rows: list[tuple[str, ...]] = [("rank", "slices", *shown.values())]
-    rows += [tuple(f"{value:,}" for value in row) for row in zip(range(plan.cp_size), *columns)]
-    rows.append(("sum", *(f"{sum(column):,}" for column in columns)))
+    rows = [*zip(range(plan.cp_size), *columns), ("sum", *map(sum, columns))]
     lines = [
         f"{counted(len(plan.lengths), 'document')}, {counted(plan.num_tokens, 'token')}, "
-        f"{counted(plan.cp_size, 'rank')}, strategy {strategy}",
+        f"{counted(plan.cp_size, 'rank')}, strategy {planned.strategy}",
         "",
-        *_aligned(rows),
+        table(dict.fromkeys(("rank", "slices", *shown.values()), ","), rows),
         "",
         f"imbalance (max / mean)  tokens {report['token_imbalance']:.3f}, "
         f"attention pairs {report['pair_imbalance']:.3f}",
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
         *([] if topology is None else [_node_line(report, topology)]),
-        *([] if sliding_window is None else _window_lines(plan, sliding_window)),
-        *([] if step_time is None else _time_lines(step_time)),
+        *([] if planned.sliding_window is None else _window_lines(plan, planned.sliding_window)),
+        *([] if planned.step_time is None else _time_lines(planned.step_time)),
         f"digest                  {plan.digest}",
     ]
     if max(columns[0]) <= MAX_LISTED_SLICES:
@@ -202,36 +188,13 @@ def _time_lines(time: StepTime) -> list[str]:
 
 
 def _listed_slices(plan: ShardPlan) -> list[str]:
-    named = [[f"doc {document} [{start}, {stop})" for document, start, stop in piece] for piece in plan.slices]
+    named = [[f"doc {document} [{start}, {stop})" for document, start, stop in slices] for slices in plan.slices]
     width = max(len(name) for names in named for name in names)
+    margin = len(f"rank {plan.cp_size - 1}")
     lines = []
     for rank, names in enumerate(named):
-        for first in range(0, len(names), _SLICES_A_LINE):
-            label = f"rank {rank}" if first == 0 else ""
-            line = "  ".join(name.ljust(width) for name in names[first : first + _SLICES_A_LINE])
-            lines.append(f"{label:<{len(f'rank {plan.cp_size - 1}')}}  {line}".rstrip())
+        for first in range(0, len(names), _SLICES_PER_LINE):
+            label = "" if first else f"rank {rank}"
+            cells = [label.ljust(margin), *(name.ljust(width) for name in names[first : first + _SLICES_PER_LINE])]
+            lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-
-
-def json_text(found: Any) -> str:
-    """JSON, with null for numbers that are not finite, which it does not have."""
-    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None))
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 document`, `2,000 documents`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def comma_separated(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of whole numbers separated by commas, such as 4096,1024,512"
-        ) from None

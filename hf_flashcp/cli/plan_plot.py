@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..plan import ShardPlan
-from .plan import counted
+from ..tables import counted
 from .plots import COLOURS, INK, new_figure, require_matplotlib, save_figure
 
 
@@ -144,7 +144,7 @@ def _arrows(traffic):
 
 
 def _draw_arrows(axes, arrows, ranks, pitch):
-    """One column an arrow, `pitch` points wide, so that arrows never cross or cover each other."""
+    """One column per arrow, `pitch` points wide, so that arrows never cross or cover each other."""
     most = max(tokens for *_, tokens in arrows)
     labelled = len(arrows) <= _MAX_LABELLED_ARROWS
     widest = min(7.0, (0.3 if labelled else 0.5) * pitch)

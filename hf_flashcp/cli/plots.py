@@ -1,14 +1,17 @@
-"""What pictures of the command line share: colours, and a figure that needs no display."""
+"""Colours of all pictures of the command line, and figures that need no display."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from ..errors import FlashCPError
+from ..extras import require_extra
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = (
@@ -27,18 +30,15 @@ INK = "#2b2f36"
 
 
 def require_matplotlib() -> None:
-    """Raises a `FlashCPError` where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise FlashCPError("Plots need matplotlib: pip install 'hf_flashcp[plot]'.") from None
+    """Raises a `ConfigurationError` where matplotlib is not installed."""
+    require_extra("Plots", "plot", "matplotlib")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches.
+    """Returns a figure of this size in inches.
 
     Raises:
-        FlashCPError: matplotlib is not installed.
+        ConfigurationError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,15 +49,21 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def remove_frame(axes: Axes, labelsize: float | None = None) -> None:
+    """Leaves of a plot's frame the axes on the left and below, without ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, colors=INK, **({} if labelsize is None else {"labelsize": labelsize}))
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes it in the format of the path's ending.
+    """Writes a figure in the format of the path's ending, and says so on stderr.
 
     Raises:
         FlashCPError: the file cannot be written.
     """
     try:
         figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error.strerror}.") from None
-    except ValueError as error:
-        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {error}.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FlashCPError(f"Cannot write the plot to {os.fspath(path)!r}: {reason}.") from None
+    print(f"plot written to {path}", file=sys.stderr)

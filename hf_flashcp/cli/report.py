@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from .plan import json_text
+from ..tables import table
+from .options import add_json, show
+from .report_page import write_page
 
 
 STATE = "trainer_state.json"
@@ -29,11 +31,11 @@ def add_parser(commands) -> None:
         "writes one), or such a file",
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="where to write the page (default: report.html beside the file)"
+        "--html",
+        metavar="FILE",
+        help="where to write the page (default: report.html beside the file; with --json none)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON, and write a page only with --html"
-    )
+    add_json(parser, "the summary")
     parser.set_defaults(run=run)
 
 
@@ -47,17 +49,17 @@ def run(arguments: argparse.Namespace) -> None:
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
     summary = summarize(series)
-    if arguments.html or not arguments.json:
-        from .report_page import write_page
-
-        page = Path(arguments.html) if arguments.html else path.with_name("report.html")
+    page = Path(arguments.html) if arguments.html else None if arguments.json else path.with_name("report.html")
+    if page is not None:
         write_page(page, series, summary, title=path.parent.name)
-    if arguments.json:
-        print(json_text({"state": str(path), "summary": summary}))
-    else:
-        for name, values in summary.items():
-            print(f"{name:32} last {values['last']:.6g}, mean {values['mean']:.6g}, {values['entries']} entries")
+    show({"state": str(path), "summary": summary}, _text, arguments.json)
+    if not arguments.json:
         print(f"Wrote {page}")
+
+
+def _text(found: dict[str, Any]) -> str:
+    columns = {"logged": "", "last": ".6g", "mean": ".6g", "entries": ","}
+    return table(columns, [(name, *(one[key] for key in list(columns)[1:])) for name, one in found["summary"].items()])
 
 
 def find_state(run_dir: Path) -> Path:
@@ -83,10 +85,10 @@ def find_state(run_dir: Path) -> Path:
 
 
 def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """What was logged over the steps, by name: `[(step, value), ...]`.
+    """Returns what was logged over the steps, by name: `[(step, value), ...]`.
 
     Raises:
-        ConfigurationError: it is no state of a Trainer, or one without logs.
+        ConfigurationError: not a state of a Trainer, or one without logs.
     """
     series: dict[str, list[tuple[int, float]]] = {}
     try:
@@ -98,7 +100,7 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
                     series.setdefault(name, []).append((step, float(value)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
-            f"{str(path)!r} is no {STATE} of a Trainer: {type(error).__name__}: {error}."
+            f"{str(path)!r} is not a {STATE} of a Trainer: {type(error).__name__}: {error}."
         ) from None
     if not series:
         raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")
@@ -106,7 +108,7 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def summarize(series: dict[str, list[tuple[int, float]]]) -> dict[str, dict[str, Any]]:
-    """First, last, least, most and mean of each."""
+    """Returns the first, last, least, most and mean value of each series, and its number of `entries`."""
     summary = {}
     for name, points in series.items():
         values = [value for _, value in points]

@@ -6,35 +6,57 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import FlashCPError
-from .plots import COLOURS, INK, new_figure
+from .plots import COLOURS, INK, new_figure, remove_frame
 
 
-PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("Loss (nats a target)", ("loss", "eval_loss"), "mean over the targets of a step, or of the evaluation set"),
-    (
-        "Tokens a second",
-        ("flashcp_tokens_per_second",),
-        "of all data-parallel groups, without the time of evaluation; saving is in it",
+class Panel(NamedTuple):
+    """A plot of the page.
+
+    Attributes:
+        heading (`str`): above the plot.
+        names (`tuple[str, ...]`): of what is drawn, as it was logged.
+        caption (`str`): below the plot.
+    """
+
+    heading: str
+    names: tuple[str, ...]
+    caption: str = ""
+
+
+PANELS = (
+    Panel(
+        "Loss (nats per target)",
+        ("loss", "eval_loss"),
+        "mean over the targets of a step, or of the evaluation set",
     ),
-    (
+    Panel(
+        "Tokens per second",
+        ("flashcp_tokens_per_second",),
+        "of all data-parallel groups, with the time of saving and without that of evaluation",
+    ),
+    Panel(
         "Imbalance (max / mean over ranks)",
         ("flashcp_pair_imbalance", "flashcp_token_imbalance"),
         "of attention pairs and of tokens; 1 is even",
     ),
-    ("KV moved, of an all-gather", ("flashcp_kv_fraction",), "0: nothing travels; 1: every rank receives everything"),
-    (
-        "Exposed transfer (ms a pack)",
-        ("flashcp_exposed_transfer_ms",),
-        "what the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
+    Panel(
+        "KV moved, as a share of an all-gather",
+        ("flashcp_kv_fraction",),
+        "0: nothing travels; 1: every rank receives everything",
     ),
-    ("Planning (ms a pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
-    ("Gradient norm", ("grad_norm",), "before clipping"),
-    ("Learning rate", ("learning_rate",), ""),
+    Panel(
+        "Exposed transfer (ms per pack)",
+        ("flashcp_exposed_transfer_ms",),
+        "how long the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
+    ),
+    Panel("Planning (ms per pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
+    Panel("Gradient norm", ("grad_norm",), "before clipping"),
+    Panel("Learning rate", ("learning_rate",)),
 )
 
 _MOST_DRAWN = 1e100
@@ -49,15 +71,13 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
     Raises:
         FlashCPError: matplotlib is not installed, or the file cannot be written.
     """
-    known = {name for _, names, _ in PANELS for name in names}
-    more = [(name, (name,), "") for name in series if name.startswith("flashcp_") and name not in known]
+    known = {name for panel in PANELS for name in panel.names}
+    more = [Panel(name, (name,)) for name in series if name.startswith("flashcp_") and name not in known]
     figures = []
     for heading, names, caption in (*PANELS, *more):
-        names = tuple(name for name in names if name in series)
-        if names:
-            source = _draw(heading, {name: series[name] for name in names})
+        if drawn := {name: series[name] for name in names if name in series}:
             figures.append(
-                f'<figure><img src="{source}" alt="{html.escape(heading)} over the steps">'
+                f'<figure><img src="{_draw(heading, drawn)}" alt="{html.escape(heading)} over the steps">'
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
     steps = max(step for points in series.values() for step, _ in points)
@@ -71,7 +91,7 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
 
 
 def _draw(heading: str, series: Series) -> str:
-    """The source of an image."""
+    """Returns the source of an image."""
     figure = new_figure(6.2, 2.9)
     axes = figure.subplots()
     for (name, points), colour in zip(series.items(), COLOURS):
@@ -82,8 +102,7 @@ def _draw(heading: str, series: Series) -> str:
         axes.plot(steps, values, label=_as_drawn(name), **style)
     axes.set_title(_as_drawn(heading), fontsize=11, color=INK, loc="left")
     axes.set_xlabel("step", color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, colors=INK)
+    remove_frame(axes)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.ticklabel_format(useOffset=False, axis="y")
@@ -95,7 +114,7 @@ def _draw(heading: str, series: Series) -> str:
 
 
 def _as_drawn(name: str) -> str:
-    """Without formulas, and without what is no text."""
+    """Returns a name without formulas, and without what cannot be written as text."""
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 

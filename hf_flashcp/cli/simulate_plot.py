@@ -1,12 +1,12 @@
-"""A picture of a simulation: the step of every scheme as a bar, stacked by what it is spent on."""
+"""A picture of a simulation: one bar per scheme, the parts of its step stacked."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from .plots import COLOURS, INK, new_figure, save_figure
-from .simulate import title
+from ..simulation.simulate import title_of
+from .plots import COLOURS, INK, new_figure, remove_frame, save_figure
 
 
 _PARTS = {
@@ -50,18 +50,17 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
                 color=INK,
             )
         axes.set_xlim(0, 1.18 * max(bottoms))
-        axes.set_yticks(range(len(schemes)), map(title, schemes), fontsize=8)
+        axes.set_yticks(range(len(schemes)), map(title_of, schemes), fontsize=8)
         axes.invert_yaxis()
         axes.set_title(
             f"{found['window']:,} tokens, {cell['hardware']}, cp_size {cell['cp_size']}, "
-            f"{cell['ranks_per_node']} ranks in a node",
+            f"{cell['ranks_per_node']} ranks per node",
             fontsize=10,
             color=INK,
         )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK, labelsize=8)
+        remove_frame(axes, labelsize=8)
         axes.set_xlabel(
-            f"ms of the slowest rank, and how many times {title(cell['reference'])}", color=INK, fontsize=9
+            f"ms of the slowest rank, and how many times {title_of(cell['reference'])}", color=INK, fontsize=9
         )
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)

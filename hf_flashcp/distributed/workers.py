@@ -111,9 +111,6 @@ class WorkerPool:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return self._store.port
 
-    def num_store_keys(self):
-        return self._store.num_keys()
-
     def close(self):
         _end_workers(self._workers)
         self._world = None

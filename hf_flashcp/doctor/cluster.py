@@ -1,5 +1,5 @@
-"""Whether a cluster is right for context parallelism: who is there, what collectives bring, how fast links are, and
-one attention layer against its documents alone. For a minute before a week of training."""
+"""Checks a cluster before a long run: its ranks and versions, what collectives bring, how fast links are, and one
+attention layer against its documents alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ of bf16 on one device."""
 def check_cluster(
     group: ProcessGroup, device: torch.device, *, megabytes: int = 64, timeout: timedelta = timedelta(seconds=60)
 ) -> dict[str, Any]:
-    """Every rank of the world calls it, with its context-parallel group.
+    """Checks the cluster. Every rank of the world calls it, with its context-parallel group.
 
     Args:
         group: of at least two ranks.
@@ -63,21 +63,22 @@ def check_cluster(
         "versions", versions, dist.group.WORLD, advice="Start every process in the same environment.", timeout=timeout
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    ranks = _gathered({"host": socket.gethostname(), "device": name, "local_rank": os.environ.get("LOCAL_RANK", "0")})
+    ranks = gathered({"host": socket.gethostname(), "device": name, "local_rank": os.environ.get("LOCAL_RANK", "0")})
     _check_collectives(group, device)
     links = _links(group, device, megabytes, [rank["host"] for rank in ranks])
     return {"versions": versions, "ranks": ranks, "links": links, "layer": _layer(group, device)}
 
 
-def _gathered(mine: Any) -> list[Any]:
+def gathered(mine: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Returns what every rank has, in a group of all ranks."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=group)
     return found
 
 
 def _everywhere(problem: str | None) -> None:
-    """Raises on all ranks what any of them has to say."""
-    if problems := [problem for problem in _gathered(problem) if problem]:
+    """Raises an error on all ranks if any of them has a problem."""
+    if problems := [problem for problem in gathered(problem) if problem]:
         raise ConfigurationError(f"The cluster is not right: {'; '.join(problems)}.")
 
 
@@ -110,7 +111,7 @@ def _links(group: ProcessGroup, device: torch.device, megabytes: int, hosts: lis
         seconds = _seconds(group, device, offset, megabytes * 2**20)
         found.append({"pair": [dist.get_rank(), to], "from": source, "seconds": seconds, "latency": latency})
     links = defaultdict(list)
-    for measured in (measured for rank_found in _gathered(found) for measured in rank_found):
+    for measured in (measured for rank_found in gathered(found) for measured in rank_found):
         sender, receiver = measured["pair"]
         # A transfer waits for what comes in too.
         near = hosts[sender] == hosts[receiver] == hosts[measured["from"]]
@@ -151,7 +152,7 @@ def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
         kernel = select_kernel(device, dtype=dtype, key_dim=CASE.head_dim, value_dim=CASE.head_dim)
         errors, alone = layer_errors(CASE, group, device, dtype, kernel)
         limit = LIMITS.get(dtype) or 2 * max(alone)
-        worst = max(_gathered(max(errors)))
+        worst = max(gathered(max(errors)))
         found[str(dtype).removeprefix("torch.")] = {"kernel": kernel.name, "error": worst, "limit": limit}
         problem = None
         if not max(errors) <= limit:

@@ -1,4 +1,4 @@
-"""From a config or a class to a verdict with its reason."""
+"""Diagnoses models by their config or type."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ATTENTION_DROPOUT = (
 
 @dataclass
 class Diagnosis:
-    """What the doctor found about a model.
+    """The doctor's findings about one model.
 
     Attributes:
         model_type (`str`), model_class (`str`): as transformers names them.

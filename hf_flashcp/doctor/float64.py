@@ -1,4 +1,4 @@
-"""Everything in fp64, also what models compute in fp32 on purpose."""
+"""A context in which everything is computed in fp64, also what models compute in fp32 on purpose."""
 
 from __future__ import annotations
 

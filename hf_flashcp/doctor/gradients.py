@@ -20,7 +20,7 @@ from ..data.batch import shard_inputs
 from ..data.boundaries import IGNORE_INDEX
 from ..errors import FlashCPError
 from ..integrations.attach import attach
-from ..integrations.gradient_check import gradient_error
+from ..integrations.gradient_check import gradient_error, relative_error
 from ..integrations.models.router_loss import FUNCTION
 from ..integrations.registration import INTERNAL_NAME, NAME, layer_type
 from ..planning import PlanSettings
@@ -35,7 +35,7 @@ LIMIT = 1e-12
 """Largest relative difference of an exact model's gradients, in fp64."""
 
 GRADIENT_FLOOR = 1e-3
-"""Of the norm of all gradients together, for the denominator of a parameter's difference."""
+"""Share of the norm of all gradients that the denominator of a parameter's difference has at least."""
 
 ROUTER_COEFFICIENT = 0.1
 """Factor of a mixture-of-experts model's router loss in the loss of the check."""
@@ -92,7 +92,7 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
     found["gradient_error"] = gradient_error(
         _gradients(model, summed=True), _gradients(reference), floor=GRADIENT_FLOOR
     )
-    found["loss_error"] = float((total - expected_loss.detach()).abs() / expected_loss.detach().abs())
+    found["loss_error"] = relative_error(total, expected_loss.detach())
     found["layers"], found["router_loss"] = layers, has_router_loss
     found["stage"] = "done"
 
@@ -142,7 +142,7 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _recorded_layers():
-    """What the attention layers that run inside ask for, one entry a layer."""
+    """Records what the attention layers that run inside ask for, one entry per layer."""
     attention = ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME]
     layers: dict[int, dict[str, Any]] = {}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..attention import AttentionKernel, document_attention
+from ..integrations.gradient_check import relative_error
 from ..layout import RankPlan
 from ..plan import Topology
 from ..planning import plan_documents
@@ -71,13 +71,6 @@ def layer_errors(
         [relative_error(a, b.index_select(1, index)) for a, b in zip(ours, reference)],
         [relative_error(a, b) for a, b in zip(_alone(inputs, case), reference)],
     )
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Returns |ours - reference| / |reference| in the Frobenius norm, infinite if that is not a number."""
-    norm = reference.double().norm()
-    error = float((ours.double() - reference.double()).norm() / (norm if norm > 0 else 1))
-    return math.inf if math.isnan(error) else error
 
 
 def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the attention layers of a model ask for, in the sizes of its own config, and which kernels run them."""
+"""Groups a model's attention layers by what they ask for, with its config's sizes and the kernels that run them."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ _SECTIONS = {
 
 
 def features(diagnosis: Diagnosis) -> list[str]:
-    """What a model asks for beyond causal attention and a sum over targets, in words."""
+    """Returns in words what a model asks for beyond causal attention and a sum over targets."""
     layers = diagnosis.layers
     windows = sum(layer["window"] is not None for layer in layers)
     found = []

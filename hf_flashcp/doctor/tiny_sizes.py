@@ -1,4 +1,4 @@
-"""What a tiny copy puts in place of a config's sizes."""
+"""The sizes of a tiny copy, in place of a config's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The single-process gradient of a batch, to hold a training run's own gradient against."""
+"""The single-process gradient of a batch, to compare a training run's own gradient with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .models.router_loss import router_coefficients, router_statistics
 
 
 def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Gradients of the mean loss over all targets of `batches`, each document run alone, without context parallelism.
+    """Returns the gradients of the mean loss over all targets, each document run alone, without context parallelism.
 
     The router losses of a mixture-of-experts model (`config.output_router_logits`) come on top, one for each batch.
 
@@ -92,10 +92,20 @@ class _RouterTerm:
         return self.coefficient * self._experts * (self._counts / self._rows * probabilities / self._rows).sum()
 
 
+def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float | torch.Tensor = 0.0) -> float:
+    """Returns |ours - reference| / max(|reference|, least), Frobenius norms in float64: infinity if that is not a
+    number, and the difference itself where the denominator is 0."""
+    reference = reference.double()
+    difference, norm = float((ours.double() - reference).norm()), max(float(reference.norm()), float(least))
+    error = difference / norm if norm > 0 else difference
+    return error if error == error else float("inf")
+
+
 def gradient_error(
     ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], floor: float = 0.0
 ) -> float:
-    """Largest relative difference over parameters: max_p |ours_p - reference_p| / |reference_p|, Frobenius norms.
+    """Returns the largest relative difference of a parameter: max_p |ours_p - reference_p| / |reference_p|, Frobenius
+    norms.
 
     Args:
         ours (`Mapping[str, torch.Tensor]`): gradients by the names of their parameters.
@@ -103,10 +113,5 @@ def gradient_error(
         floor (`float`, *optional*, defaults to 0.0): the denominator is at least that share of the norm of all
             reference gradients together: for parameters whose true gradient is zero, such as the biases of keys.
     """
-    norms = {name: expected.double().norm() for name, expected in reference.items()}
-    least = floor * torch.stack(list(norms.values())).norm()
-    errors = []
-    for name, expected in reference.items():
-        difference, norm = (ours[name] - expected).double().norm(), torch.maximum(norms[name], least)
-        errors.append(float(difference / norm if norm > 0 else difference))
-    return max(errors)
+    least = floor * torch.stack([expected.double().norm() for expected in reference.values()]).norm() if floor else 0.0
+    return max(relative_error(ours[name], expected, least) for name, expected in reference.items())

@@ -35,6 +35,11 @@ NAMES = (*EXACT, *BASELINES)
 MAX_CP_SIZE = 256
 
 
+def title_of(name: str) -> str:
+    """Returns what tables and plots call a strategy or baseline."""
+    return BASELINES[name].title if name in BASELINES else f"ours, {name}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A training step of one packed batch.

@@ -11,26 +11,28 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ...data.lengths import sample_pack
 from ...distributed.workers import WorkerPool
+from ...plan import ShardPlan
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import AttentionLayers
+from ...tables import table
 from ..attention import DTYPES
-from . import worker as worker
-from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, root_mean_square
+from . import worker
+from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, kernel_entry, root_mean_square
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Of the causal squares: one alone, and 2,048 tokens of each."""
+"""Sides of the causal squares that are timed: one alone, and as many as have 2,048 tokens."""
 
 QUERIES, KEYS = (64, 128, 256, 512, 1024, 2048), (64, 256, 1024, 4096)
-"""Of the rectangles without a mask, each number of the ones with each of the others."""
+"""Sides of the rectangles without a mask; every number of queries goes with every number of keys."""
 
 ROWS = (128, 512, 2048)
 BYTES = tuple(2**power for power in range(12, 24))
@@ -55,19 +57,10 @@ def measure(
     num_stages: int | None = None,
     rounds: int = 5,
     seed: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Times parts, fits, times layers.
 
-    Args:
-        corpora: of `LENGTH_DISTRIBUTIONS`, from which packs are drawn in turns.
-        window: tokens of a pack.
-        cp_size: processes, of one thread each.
-        packs: how many are drawn.
-        strategies: of [`plan_documents`], in turns too: the first pack of each corpus is planned by the first.
-        num_stages: see [`plan_documents`].
-        rounds: timed turns of every part and layer, after one that is not.
-        seed: of the first pack.
+    Takes what the options of `flashcp bench calibrate` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `profile` in the form of the data files, `fit`, root mean square
@@ -80,7 +73,7 @@ def measure(
         ConfigurationError: scipy is not installed.
     """
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
-    with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None if progress else True) as bar:
+    with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None) as bar:
 
         def timed(what: str, function, *arguments) -> list[list[list[float]]]:
             bar.set_description(what)
@@ -106,31 +99,21 @@ def measure(
         itemsize = DTYPES[dtype].itemsize
         model = CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
         drawn = [
-            (corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
+            Pack(corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
             for index in range(packs)
         ]
         plans = [
-            plan_documents(sample_pack(corpus, window, seed=number), cp_size, strategy=strategy)
-            for corpus, strategy, number in drawn
+            plan_documents(
+                sample_pack(pack.corpus, window, seed=pack.seed),
+                cp_size,
+                strategy=pack.strategy,
+                num_stages=num_stages,
+            )
+            for pack in drawn
         ]
         by_rank = timed("layers", worker.time_layers, plans, shape, dtype, rounds)
-    rows = []
-    for index, ((corpus, strategy, number), plan) in enumerate(zip(drawn, plans)):
-        predicted = model.step_time(plan)
-        computed = float((predicted.attention + predicted.copies).max())
-        rows.append(
-            {
-                "corpus": corpus,
-                "strategy": strategy,
-                "seed": number,
-                "documents": len(plan.lengths),
-                "longest": max(plan.lengths),
-                **{
-                    name: {"measured": max(times[index][place] for times in by_rank), "predicted": seconds}
-                    for place, (name, seconds) in enumerate(zip(CLOCKS, (predicted.attention_seconds, computed)))
-                },
-            }
-        )
+    slowest = np.max(by_rank, axis=0).tolist()
+    rows = [_beside(*measured, model) for measured in zip(drawn, plans, slowest)]
     error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
     profile["error"] = {"layers": len(rows), **error}
     return {
@@ -152,6 +135,29 @@ def measure(
     }
 
 
+class Pack(NamedTuple):
+    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+
+    corpus: str
+    strategy: str
+    seed: int
+
+
+def _beside(pack: Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
+    """Returns what each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
+    time = model.step_time(plan)
+    predicted = time.attention_seconds, float((time.attention + time.copies).max())
+    return {
+        **pack._asdict(),
+        "documents": len(plan.lengths),
+        "longest": max(plan.lengths),
+        **{
+            clock: {"measured": seconds, "predicted": expected}
+            for clock, seconds, expected in zip(CLOCKS, measured, predicted)
+        },
+    }
+
+
 def _ratio(row: dict[str, Any], clock: str) -> float:
     return row[clock]["predicted"] / row[clock]["measured"]
 
@@ -163,7 +169,7 @@ def _calls() -> list[tuple[bool, tuple[tuple[int, int], ...]]]:
 
 
 def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Of each run and thing that it timed, the mean over ranks."""
+    """Returns for each run the means over ranks of what it timed."""
     return np.mean(by_rank, axis=0).tolist()
 
 
@@ -171,30 +177,23 @@ def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype
     latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
     flops = [2 * TOKENS * width * width / seconds for width, (seconds,) in zip(WIDTHS, products)]
     link = {"bytes_per_second": rate, "latency_seconds": latency}
-    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
-    sizes = ("tile", "units", "call_seconds", "causal_efficiency")
     return {
         "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
         "linear_flops_per_second": median(flops),
         "memory_bytes_per_second": copy_rate(ROWS, copies, layers, DTYPES[dtype].itemsize),
-        "kernel": {**{name: getattr(kernel, name) for name in sizes}, **passes},
+        "kernel": kernel_entry(kernel),
         "links": {"intra_node": link, "inter_node": link},
     }
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal."""
+    """A table of the fitted kernel, and one of the layers that were predicted with it."""
     profile, kernel = found["profile"], found["profile"]["kernel"]
     link = profile["links"]["intra_node"]
     lines = [
         profile["description"],
         "",
-        f"{'':9}{'GFLOP/s':>9}{'tile overhead, keys':>21}{'causal':>9}{'error of calls (rms)':>22}",
-        *(
-            f"{name:9}{kernel[name]['flops_per_second'] / 1e9:9.1f}{kernel[name]['tile_overhead_keys']:21.0f}"
-            f"{kernel[name]['causal_tile_overhead_keys']:9.0f}{found['fit'][name]:22.1%}"
-            for name in ("forward", "backward")
-        ),
+        _kernel_table(kernel, found["fit"]),
         f"tiles of {kernel['tile']} queries, speed under a causal mask {kernel['causal_efficiency']:.2f}, a call "
         f"{1e6 * kernel['call_seconds']:.0f} us; {found['fit']['calls']} calls fitted",
         f"linear {profile['linear_flops_per_second'] / 1e9:.1f} GFLOP/s, copies "
@@ -202,20 +201,11 @@ def text(found: dict[str, Any]) -> str:
         f"{1e6 * link['latency_seconds']:.0f} us",
         "",
         f"one attention layer, forward and backward, of {len(found['layers'])} packs of {found['window']:,} tokens on "
-        f"{found['cp_size']} ranks; medians of {found['rounds']} rounds",
-        f"{'':32}{'seconds, predicted / measured':>40}{'CPU seconds, likewise':>33}",
-        f"{'corpus':13}{'strategy':>10}{'packs':>7}{'ms':>9}" + f"{'median':>11}{'least':>11}{'most':>11}" * 2,
+        f"{found['cp_size']} ranks; medians of {found['rounds']} rounds, predicted / measured",
+        "",
+        _layers_table(found["layers"]),
+        "",
     ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found["layers"]:
-        groups.setdefault((row["corpus"], row["strategy"]), []).append(row)
-    for (corpus, strategy), rows in groups.items():
-        ratios = [[_ratio(row, name) for row in rows] for name in CLOCKS]
-        lines.append(
-            f"{corpus:13}{strategy:>10}{len(rows):7}{1000 * median(row['seconds']['measured'] for row in rows):9.1f}"
-            + "".join(f"{median(one):11.3f}{min(one):11.3f}{max(one):11.3f}" for one in ratios)
-        )
-    lines.append("")
     for name, what in zip(CLOCKS, ("seconds", "CPU seconds")):
         error = found["error"][name]
         lines.append(
@@ -223,3 +213,28 @@ def text(found: dict[str, Any]) -> str:
             f"{error['within_10_percent']:.0%} of the packs within 10%"
         )
     return "\n".join(lines)
+
+
+def _kernel_table(kernel: dict[str, Any], fit: dict[str, Any]) -> str:
+    columns = {"": "", "GFLOP/s": ".1f", "tile overhead, keys": ".0f", "causal": ".0f", "error of calls (rms)": ".1%"}
+    rows = []
+    for name in ("forward", "backward"):
+        speed = kernel[name]
+        overheads = (speed["tile_overhead_keys"], speed["causal_tile_overhead_keys"])
+        rows.append((name, speed["flops_per_second"] / 1e9, *overheads, fit[name]))
+    return table(columns, rows)
+
+
+def _layers_table(layers: list[dict[str, Any]]) -> str:
+    columns = {"corpus": "", "strategy": "", "packs": ",", "ms": ".1f"}
+    for what in ("seconds", "CPU seconds"):
+        columns |= dict.fromkeys((f"{what}\nmedian", f"{what}\nleast", f"{what}\nmost"), ".3f")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault((row["corpus"], row["strategy"]), []).append(row)
+    rows = []
+    for names, group in groups.items():
+        ratios = [[_ratio(row, clock) for row in group] for clock in CLOCKS]
+        figures = (figure for one in ratios for figure in (median(one), min(one), max(one)))
+        rows.append((*names, len(group), 1000 * median(row["seconds"]["measured"] for row in group), *figures))
+    return table(columns, rows)

@@ -1,6 +1,6 @@
-"""From timed kernel calls to the kernel's entry of a hardware profile.
+"""Fits the kernel's entry of a hardware profile to timed kernel calls.
 
-For a given tile and causal efficiency, `planning.layer_work.call_seconds` is linear in what is left on a core, which
+For a given tile and causal efficiency, `predict.layer_work.call_seconds` is linear in what is left on a core, which
 works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative
 least squares solves for them, on relative errors, for every tile and efficiency of a grid. A GPU works on many tiles
 at the same time, and a call takes at least as long as its longest tile: there the tile is given, and nonlinear least
@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ConfigurationError
+from ...extras import require_extra
 from ...predict.hardware_profile import Kernel, Pass
 from ...predict.layer_work import Rectangles, call_seconds
 from ...predict.model_shape import AttentionLayers
@@ -48,6 +48,18 @@ class Call(NamedTuple):
     backward: float
 
 
+def _scipy() -> Any:
+    require_extra("Fits", "bench", "scipy.optimize")
+    from scipy import optimize
+
+    return optimize
+
+
+def _measured(calls: Sequence[Call]) -> np.ndarray:
+    """(calls, 2) seconds of forward and backward."""
+    return np.array([[call.forward, call.backward] for call in calls])
+
+
 def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
     """The kernel that predicts the calls best, and what it predicts over what was measured, (calls, 2): forward and
     backward. For devices that work on one tile at a time, as a core does.
@@ -55,11 +67,7 @@ def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, 
     Raises:
         ConfigurationError: scipy is not installed.
     """
-    try:
-        from scipy.optimize import nnls
-    except ImportError:
-        raise ConfigurationError("Fitting needs scipy: pip install scipy.") from None
-    measured = np.array([[call.forward, call.backward] for call in calls])
+    measured, nnls = _measured(calls), _scipy().nnls
     best: tuple[float, Kernel, np.ndarray] | None = None
     for tile in TILES:
         for efficiency in EFFICIENCIES:
@@ -108,6 +116,12 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
     return Kernel(tile, 1, float(found[6]), efficiency, *passes)
 
 
+def kernel_entry(kernel: Kernel) -> dict[str, Any]:
+    """Returns a kernel in the form of hardware profiles."""
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    return {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")} | passes
+
+
 def fit_device_kernel(
     calls: Sequence[Call], layers: AttentionLayers, *, units: int, tile: int = 128
 ) -> tuple[Kernel, np.ndarray]:
@@ -118,11 +132,7 @@ def fit_device_kernel(
     Raises:
         ConfigurationError: scipy is not installed.
     """
-    try:
-        from scipy.optimize import least_squares
-    except ImportError:
-        raise ConfigurationError("Fitting needs scipy: pip install scipy.") from None
-    measured = np.array([[call.forward, call.backward] for call in calls])
+    measured, least_squares = _measured(calls), _scipy().least_squares
     tables = _tables(calls)
 
     def kernel(unknowns: np.ndarray) -> Kernel:
@@ -198,14 +208,12 @@ def error_summary(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """`(seconds at size 0, sizes a second)`, by least squares on relative errors; neither is negative."""
-    from scipy.optimize import nnls
-
+    """Returns `(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
     matrix = np.stack([np.ones(len(sizes)), np.array(sizes)], 1) / np.array(seconds)[:, None]
-    (start, slope), _ = nnls(matrix, np.ones(len(sizes)))
+    (start, slope), _ = _scipy().nnls(matrix, np.ones(len(sizes)))
     return float(start), 1 / max(float(slope), LEAST_SECONDS)
 
 
 def root_mean_square(ratios: np.ndarray) -> float:
-    """Of relative errors."""
+    """Returns the root mean square of the relative errors."""
     return math.sqrt(float(np.square(ratios - 1).mean()))

@@ -1,4 +1,4 @@
-"""What every process of `bench calibrate` times: kernel calls, copies, transfers, matrix products, attention layers.
+"""The parts that processes of `bench calibrate` time: kernel calls, copies, transfers, products, attention layers.
 
 All processes time the same at the same moment, as they do in training, because they share caches and memory.
 """
@@ -22,28 +22,19 @@ from ...layout import RankPlan, Rectangle, Rows
 from ...plan import ShardPlan
 from ...planning import plan_documents
 from ..attention import DTYPES, random_inputs
+from ..turns import Run, in_turns
 
 
 Shape = tuple[int, int, int]
 """Query heads, KV heads, head dim."""
 
-Run = Callable[[], Sequence[float]]
-"""Does something and returns how many seconds each part of it took."""
-
 cpu_clock = time.thread_time
 """Seconds of a core that this thread has used: what other programs take from it meanwhile is not in them."""
 
 
-def _in_turns(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """Of every run the medians over rounds of what it returns, after one round that does not count."""
-    found: list[list[Sequence[float]]] = [[] for _ in runs]
-    for turn in range(rounds + 1):
-        for seconds, run in zip(found, runs):
-            dist.barrier()
-            taken = run()
-            if turn:
-                seconds.append(taken)
-    return [[median(column) for column in zip(*seconds)] for seconds in found]
+def _medians(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """Returns the medians over rounds of the figures of every run."""
+    return [[median(column) for column in zip(*figures)] for figures in in_turns(runs, rounds)]
 
 
 def time_calls(
@@ -59,7 +50,7 @@ def time_calls(
             runs.append(_layer(RankPlan(plan), shape, dtype, kernel, cpu_clock))
         else:
             runs.append(_rectangles(rectangles, shape, dtype, kernel))
-    return _in_turns(runs, rounds)
+    return _medians(runs, rounds)
 
 
 def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
@@ -73,7 +64,7 @@ def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: in
     for plan in plans:
         layer = _layer(RankPlan(plan, dist.get_rank(), dist.group.WORLD), shape, dtype, kernel, clocks)
         runs.append(lambda layer=layer: sum(layer()))
-    return _in_turns(runs, rounds)
+    return _medians(runs, rounds)
 
 
 def _layer(plan: RankPlan, shape: Shape, dtype: str, kernel: AttentionKernel, clock: Callable[[], Any]) -> Run:
@@ -121,7 +112,7 @@ def _rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kern
 
 def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
     """CPU seconds of merging so many rows into twice as many, and of packing the KV of so many."""
-    return _in_turns([_copies(count, shape, dtype) for count in rows], rounds)
+    return _medians([_copies(count, shape, dtype) for count in rows], rounds)
 
 
 def _copies(count: int, shape: Shape, dtype: str) -> Run:
@@ -155,7 +146,7 @@ def copies(
 
 def time_transfers(bytes_moved: Sequence[int], rounds: int) -> list[list[float]]:
     """Seconds until so many bytes have come from the next rank and gone to the one before."""
-    return _in_turns([_transfer(count) for count in bytes_moved], rounds)
+    return _medians([_transfer(count) for count in bytes_moved], rounds)
 
 
 def _transfer(count: int) -> Run:
@@ -186,4 +177,4 @@ def time_products(tokens: int, widths: Sequence[int], dtype: str, rounds: int) -
 
         return run
 
-    return _in_turns([product(width) for width in widths], rounds)
+    return _medians([product(width) for width in widths], rounds)

@@ -19,7 +19,7 @@ from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel
 from ...predict.model_shape import AttentionLayers
-from ..calibration.fit import Call, copy_rate, error_summary, fit_device_kernel, root_mean_square
+from ..calibration.fit import Call, copy_rate, error_summary, fit_device_kernel, kernel_entry, root_mean_square
 from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
 from .hardware import OUT_OF_MEMORY, packaged_hardware
 from .settings import Found, Record, Run, Settings
@@ -176,8 +176,6 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
     assumed = f"assumed: as in {packaged}.json" if packaged else "assumed: an H100's, there is no profile of this GPU"
     copies, products = parts["copies"], parts["products"]
     flops = [2 * one["tokens"] * one["inputs"] * one["outputs"] / one["seconds"] for one in products]
-    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
-    fitted = ("tile", "units", "call_seconds", "causal_efficiency")
     moved = [(one["merge"], one["pack"]) for one in copies]
     heads, kv_heads, width = parts["shape"]
     profile = {
@@ -193,7 +191,7 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
         },
         "linear_flops_per_second": median(flops),
         "memory_bytes_per_second": copy_rate([one["rows"] for one in copies], moved, layers, DTYPE.itemsize),
-        "kernel": {**{name: getattr(kernel, name) for name in fitted}, **passes},
+        "kernel": kernel_entry(kernel),
         "links": {name: vars(getattr(base, name)) for name in ("intra_node", "inter_node")},
         "ranks_per_node": base.ranks_per_node,
     }

@@ -1,4 +1,4 @@
-"""What the step "calibrate" times on the device: kernel calls, copies, linear layers, and whole attention layers."""
+"""Timing for the step "calibrate": kernel calls, copies, linear layers, and whole attention layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Work = tuple[bool, tuple[tuple[int, int], ...]]
 
 
 class Sizes(NamedTuple):
-    """What is timed.
+    """Sizes of all that is timed.
 
     Attributes:
         shape (`Shape`): query heads, KV heads and head dim of all calls and layers.

@@ -5,7 +5,7 @@ Every step is called by every rank of the process group and returns the same on 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ...attention import document_attention, select_kernel
-from ...doctor.cluster import check_cluster
+from ...doctor.cluster import check_cluster, gathered
 from ...exchange import send_grads_home, send_kv
 from ...exchange.kv_exchange import kv_width
 from ...integrations.attach import attach
@@ -29,7 +29,7 @@ ROUNDS = 5
 
 
 class Ranks(NamedTuple):
-    """Where a rank stands.
+    """The place of a rank in a launch.
 
     Attributes:
         group (`ProcessGroup`): the context-parallel group, of all ranks.
@@ -44,8 +44,7 @@ class Ranks(NamedTuple):
 
 def slowest(ranks: Ranks, seconds: dict[str, float]) -> dict[str, float]:
     """Each entry's largest value over all ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, seconds, group=ranks.control)
+    found = gathered(seconds, ranks.control)
     return {name: max(rank[name] for rank in found) for name in seconds}
 
 
@@ -69,7 +68,7 @@ def links(ranks: Ranks, settings: Settings) -> Found:
 
 
 def exchange(ranks: Ranks, settings: Settings) -> Found:
-    """How much of the exchange the kernels hide: the layer, the layer without exchange, and the exchange alone."""
+    """Times the layer, the layer without exchange, and the exchange alone: how much of it the kernels hide."""
     found, size = Found(), dist.get_world_size()
     shape = settings.sized((32, 8, 128), (4, 2, 16))
     for tokens in settings.sized((4096, 16384), (64,)):

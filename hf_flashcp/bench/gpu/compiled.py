@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from ...integrations.attach import attach
 from ...integrations.gradient_check import gradient_error
-from .settings import Found, Run, Settings
+from .settings import Found, Settings
 from .small_models import packed_batch, small_llama
 
 
@@ -19,11 +19,7 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-5}
 PACKS = ((300, 150, 31), (90, 420, 5, 64))
 
 
-def compile(run: Run, settings: Settings) -> Found:
-    return run(1, _compare)[0]
-
-
-def _compare(settings: Settings) -> Found:
+def compile(settings: Settings) -> Found:
     device, found = settings.prepare(), Found()
     dtype = settings.sized(torch.bfloat16, torch.float32)
     torch._dynamo.reset()

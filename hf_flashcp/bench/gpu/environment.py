@@ -9,17 +9,13 @@ import torch
 
 from ...attention.kernels import CAPABILITIES, explain_kernels
 from ..turns import median_seconds
-from .settings import Found, Record, Run, Settings
+from .settings import Found, Record, Settings
 
 
 PACKAGES = ("hf_flashcp", "torch", "transformers", "accelerate", "triton", "flash-attn", "flash-attn-4")
 
 
-def device(run: Run, settings: Settings) -> Found:
-    return run(1, _look)[0]
-
-
-def _look(settings: Settings) -> Found:
+def device(settings: Settings) -> Found:
     chosen, found = settings.prepare(), Found()
     found.add("Versions", *_versions())
     found.add("Device", _device(chosen) | _ceilings(chosen, settings))

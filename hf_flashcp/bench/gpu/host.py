@@ -20,7 +20,7 @@ from ...integrations.attach import attach
 from ...planning import plan_documents
 from ..kernels import RankWork
 from ..turns import median_seconds
-from .settings import Found, Record, Run, Settings
+from .settings import Found, Record, Settings
 from .small_models import packed_batch, small_llama
 
 
@@ -35,11 +35,7 @@ _LAUNCHES = (
 )
 
 
-def host(run: Run, settings: Settings) -> Found:
-    return run(1, _look)[0]
-
-
-def _look(settings: Settings) -> Found:
+def host(settings: Settings) -> Found:
     device, found = settings.prepare(), Found()
     for tokens in settings.sized((1024, 4096, 16384), (64, 256)):
         if found.has_time(settings, settings.sized(3, 0), f"{tokens} tokens"):
@@ -118,7 +114,7 @@ class _Dispatches(TorchDispatchMode):
 
 
 def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
-    """What PyTorch says of the first operation inside that waits for the device; the function has run once before."""
+    """Returns PyTorch's error at the first operation that waits for the device, in a second call."""
     function()
     if device.type == "cpu":
         return None

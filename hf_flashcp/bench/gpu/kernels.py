@@ -15,9 +15,9 @@ import torch
 
 from ...attention.kernels import CAPABILITIES, AttentionKernel, BackwardInputs, EagerKernel, Gradients, ScoreOptions
 from ...attention.kernels.base import hidden
-from ...doctor.layer_errors import relative_error
+from ...integrations.gradient_check import relative_error
 from ...layout import Rectangle
-from .settings import Found, Run, Settings, fused_kernels
+from .settings import Found, Settings, fused_kernels
 
 
 TIMES = 2.0
@@ -73,11 +73,7 @@ def cases(unit: int) -> list[Case]:
     ]
 
 
-def kernels(run: Run, settings: Settings) -> Found:
-    return run(1, _check)[0]
-
-
-def _check(settings: Settings) -> Found:
+def kernels(settings: Settings) -> Found:
     device, found = settings.prepare(), Found()
     error = _formulas_error(device)
     found.add(TITLE, {"kernel": "eager", "dtype": "float64", "cases": 1, "largest error": error})

@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ...doctor.cluster import gathered
 from .cluster import Ranks
 from .runner import FAILED, TOTAL_SECONDS, Results, Row, row_of, status_of, status_of_found
-from .settings import Found, Settings
-from .steps import ClusterStep
+from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
-    """How many processes a launcher has started; 1 without one."""
+    """Returns how many processes a launcher has started: 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints."""
+    """Returns whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 STEP_SECONDS = 60
-"""How long a collective of a step waits for a rank that does not come."""
+"""Seconds after which a collective of a step gives up waiting for a rank."""
 
 
 class Launch(NamedTuple):
@@ -75,7 +75,7 @@ def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Launch:
 
 
 def run_together(
-    steps: Sequence[ClusterStep],
+    steps: Sequence[Step],
     settings: Settings,
     launch: Launch,
     results: Results | None,
@@ -91,8 +91,7 @@ def run_together(
             found = step.run(ranks, settings.until(begin + step.seconds))
         except Exception as raised:  # a step must not end the run
             error = raised
-        messages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, error and f"{type(error).__name__}: {error}", group=launch.control)
+        messages = gathered(error and f"{type(error).__name__}: {error}", launch.control)
         said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
             status = status_of(error, settings) if error else FAILED if said else status_of_found(found)

@@ -31,7 +31,7 @@ from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory, packaged_hardware
-from .settings import Found, Record, Run, Settings
+from .settings import Found, Record, Settings
 
 
 CORPUS = "pile"
@@ -60,7 +60,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-"""What a rehearsal trains."""
+"""The model that a rehearsal trains."""
 
 SETUP = TrainingSetup(gpus=1, sharding="ddp", dtype="bfloat16", mixed_precision="no")
 STEPS, MEMORY = "One training step", "Peak memory of the training step"
@@ -82,11 +82,7 @@ class Measured(NamedTuple):
     grad_norm: float
 
 
-def model_step(run: Run, settings: Settings) -> Found:
-    return run(1, _measure)[0]
-
-
-def _measure(settings: Settings) -> Found:
+def model_step(settings: Settings) -> Found:
     """In a worker: every number of tokens, fewest first."""
     device = settings.prepare()
     found = Found()

@@ -16,9 +16,9 @@ from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import RankWork, random_tensors
+from ..kernels import random_tensors, time_plan
 from ..turns import median_seconds
-from .settings import Found, Record, Run, Settings, fused_kernels
+from .settings import Found, Record, Settings, fused_kernels
 
 
 SHAPE = (32, 8, 128)
@@ -44,11 +44,7 @@ def _shape(settings: Settings) -> tuple[int, int, int]:
     return settings.sized(SHAPE, (4, 2, 32))
 
 
-def plans(run: Run, settings: Settings) -> Found:
-    return run(1, _time_plans)[0]
-
-
-def _time_plans(settings: Settings) -> Found:
+def plans(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
         for pack, lengths in _packs(settings).items():
@@ -68,11 +64,7 @@ def _time_plans(settings: Settings) -> Found:
 
 
 def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
-    ranks = []
-    for rank in range(plan.cp_size):
-        work = RankWork(plan, rank, kernel, shape, torch.bfloat16, device)
-        ranks.append(median_seconds(1, device, one=work.one_call, kernels=work.kernels, engine=work.engine))
-    one, kernels, engine = ([times[name] for times in ranks] for name in ("one", "kernels", "engine"))
+    one, kernels, engine = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1).values()
     return {
         "one call ms": 1000 * max(one),
         "kernels ms": 1000 * max(kernels),
@@ -82,11 +74,7 @@ def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, 
     }
 
 
-def rectangles(run: Run, settings: Settings) -> Found:
-    return run(1, _time_rectangles)[0]
-
-
-def _time_rectangles(settings: Settings) -> Found:
+def rectangles(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     names = fused_kernels(device, torch.bfloat16, shape[2], shape[2])
     tokens = settings.sized(16384, 256)

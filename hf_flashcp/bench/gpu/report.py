@@ -1,10 +1,11 @@
-"""What a run found, as text."""
+"""The results of a run, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from ...tables import table
 from .runner import Row
 
 
@@ -19,9 +20,9 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
         {"step": row["step"], "result": row["status"], "s": row["seconds"], "shows": shows.get(row["step"], "")}
         for row in rows
     ]
-    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), table(summary)]
+    parts = [", ".join(f"{name} {value}" for name, value in machine.items()), table_of(summary)]
     for row in rows:
-        parts += [f"{title}\n\n{table(records)}" for title, records in row["tables"].items() if title]
+        parts += [f"{title}\n\n{table_of(records)}" for title, records in row["tables"].items() if title]
         notes = [f"- {problem}" for problem in row["problems"]]
         if row["cut"]:
             notes.append(f"- left out for lack of time: {', '.join(row['cut'])}")
@@ -32,22 +33,16 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Records with a line of column names above them, numbers to the right."""
+def table_of(records: Sequence[dict[str, Any]]) -> str:
+    """Returns a table of records, with the names in any of them as columns; columns of texts are on the left."""
     names = list(dict.fromkeys(name for record in records for name in record))
-    lines = [names, *([shown(record.get(name, "")) for name in names] for record in records)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-    left = [all(isinstance(record.get(name, ""), str) for record in records) for name in names]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width) for cell, width, is_left in zip(line, widths, left)
-        ).rstrip()
-        for line in lines
-    )
+    is_text = {name: all(isinstance(record.get(name, ""), str) for record in records) for name in names}
+    rows = [[shown(record.get(name, "")) for name in names] for record in records]
+    return table({name: "" if is_text[name] else ">" for name in names}, rows)
 
 
 def shown(value: Any) -> str:
-    """A number in at most four significant digits, whole ones in full."""
+    """Returns a value as text: a number with at most four significant digits, whole ones in full."""
     if value is None:
         return "not finite"
     if not isinstance(value, float):

@@ -211,7 +211,7 @@ class Pools:
             forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:
-        """What must be equal for results to stand in one file."""
+        """Returns what must be equal for results to be in one file."""
         return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
 
     def _gpu_name(self) -> str:

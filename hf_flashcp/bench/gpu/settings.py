@@ -1,4 +1,4 @@
-"""What every step of `flashcp bench gpu` is told, and what it returns."""
+"""Arguments and results of every step of `flashcp bench gpu`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a step runs. Workers get it with every call.
+    """Settings of a step. Workers get them with every call.
 
     Attributes:
         device (`str`): "cuda", or "cpu" to rehearse.
@@ -32,7 +32,7 @@ class Settings:
 
     @property
     def rehearses(self) -> bool:
-        """Whether sizes are so small that a CPU finishes in seconds: figures then mean nothing."""
+        """Whether sizes are so small that a CPU finishes in seconds, so that figures mean nothing."""
         return self.device == "cpu"
 
     def sized(self, on_gpu: Any, rehearsed: Any) -> Any:
@@ -67,14 +67,19 @@ class Step(NamedTuple):
         group (`str`): "correctness", "timing" or, for several GPUs, "cluster".
         seconds (`int`): its time limit.
         shows (`str`): what it establishes, in a few words.
-        run (`Callable`): from a [`Run`] and the settings a [`Found`].
+        run (`Callable`): returns a [`Found`], given a [`Run`], or for several GPUs the ranks, and the settings.
     """
 
     name: str
     group: str
     seconds: int
     shows: str
-    run: Callable[[Run, Settings], Found]
+    run: Callable[[Any, Settings], Found]
+
+
+def in_worker(function: Callable[[Settings], Found]) -> Callable[[Run, Settings], Found]:
+    """Returns what runs a step that is one call in one process."""
+    return lambda run, settings: run(1, function)[0]
 
 
 class Found:
@@ -101,7 +106,7 @@ class Found:
             self.problems.append(problem)
 
     def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
-        """Whether so many seconds are left for `name`, which is noted as cut if not."""
+        """Returns whether so many seconds are left for `name`, and notes it as cut if not."""
         if settings.seconds_left() < seconds:
             self.cut.append(name)
             return False

@@ -8,17 +8,19 @@ the pack.
 from __future__ import annotations
 
 import dataclasses
-import math
-from statistics import mean
-from typing import Any
+import itertools
+from collections.abc import Iterable
+from statistics import geometric_mean, mean
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..data.lengths import sample_pack
-from ..plan import ShardPlan
-from ..planning import plan_documents
-from ..predict import CostModel, HardwareProfile
-from ..simulation.baselines import BASELINES, passes
+from ...data.lengths import sample_pack
+from ...plan import ShardPlan
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
+from ...simulation.baselines import BASELINES, passes
+from ...tables import table
 
 
 PARTS = ("copies", "forward", "backward", "all_gather", "reduce_scatter")
@@ -45,21 +47,30 @@ TARGETS = {"llama3": 1.38, "per_doc_cp": 1.63}
 
 WINDOW, CP_SIZE = 131072, 8
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
+
+
+class Setting(NamedTuple):
+    """KV heads of the model, and ranks that share a node."""
+
+    kv_heads: int
+    ranks_per_node: int
+
+
+PAPERS = "32 KV heads"
+"""The setting in which the paper measured."""
+
 _SETTINGS = {
-    "32 KV heads": (32, 8),
-    "8 KV heads": (8, 8),
-    "32 KV heads, a node each": (32, 1),
-    "8 KV heads, a node each": (8, 1),
+    PAPERS: Setting(32, 8),
+    "8 KV heads": Setting(8, 8),
+    "32 KV heads, a node each": Setting(32, 1),
+    "8 KV heads, a node each": Setting(8, 1),
 }
 
 
-def measure(packs: int, *, seed: int = 0, progress: bool = False) -> dict[str, Any]:
+def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     """Predicts the paper's bars on drawn packs.
 
-    Args:
-        packs: drawn for each corpus, with the seeds from `seed` on.
-        seed: of the first.
-        progress: a bar on stderr if that is a terminal.
+    Takes what the options of `flashcp bench published` set.
 
     Returns:
         `dict`, JSON-serializable. `parts`: by corpus and scheme the predicted milliseconds, means over packs, the
@@ -76,28 +87,17 @@ def measure(packs: int, *, seed: int = 0, progress: bool = False) -> dict[str, A
     """
     parts: dict[str, dict[str, Any]] = {}
     speedups: dict[str, dict[str, dict[str, float]]] = {}
-    with tqdm(total=len(_SETTINGS) * len(PAPER) * packs, leave=False, disable=None if progress else True) as bar:
-        for setting, (kv_heads, ranks_per_node) in _SETTINGS.items():
-            profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=ranks_per_node)
-            model = CostModel.from_config({**_SIZES, "num_key_value_heads": kv_heads}, profile)
-            for corpus, published in PAPER.items():
-                drawn: dict[str, list[tuple[float, ...]]] = {scheme: [] for scheme in ("ours", *published)}
-                for index in range(packs):
-                    lengths = sample_pack(corpus, WINDOW, seed=seed + index)
-                    drawn["ours"].append(_ours(lengths, model))
-                    for scheme in published:
-                        drawn[scheme].append(_parts(scheme, lengths, model))
-                    bar.update()
-                means = {scheme: [mean(values) for values in zip(*found)] for scheme, found in drawn.items()}
-                papers = setting == "32 KV heads"
-                if papers:
-                    parts[corpus] = {scheme: _beside(means[scheme], published[scheme]) for scheme in published}
-                    parts[corpus]["ours"] = {"predicted": means["ours"]}
-                for assumption, ratios in _ratios(means, published, papers).items():
-                    speedups.setdefault(f"{setting}, {assumption}", {})[corpus] = ratios
+    cells = [*itertools.product(_SETTINGS.items(), PAPER.items())]
+    for (name, setting), (corpus, published) in tqdm(cells, unit="cell", leave=False, disable=None):
+        means = _means(setting, corpus, published, range(seed, seed + packs))
+        if name == PAPERS:
+            parts[corpus] = {scheme: _beside(means[scheme], published[scheme]) for scheme in published}
+            parts[corpus]["ours"] = {"predicted": means["ours"]}
+        for assumption, ratios in _ratios(means, published if name == PAPERS else None).items():
+            speedups.setdefault(f"{name}, {assumption}", {})[corpus] = ratios
     for by_corpus in speedups.values():
         by_corpus["both"] = {
-            rival: math.exp(mean(math.log(ratios[rival]) for ratios in by_corpus.values())) for rival in TARGETS
+            rival: geometric_mean(ratios[rival] for ratios in by_corpus.values()) for rival in TARGETS
         }
     ratios = {
         corpus: {kind: _kernel_ratios(parts[corpus], kind) for kind in ("predicted", "published")} for corpus in PAPER
@@ -111,6 +111,21 @@ def measure(packs: int, *, seed: int = 0, progress: bool = False) -> dict[str, A
         "speedups": speedups,
         "targets": TARGETS,
     }
+
+
+def _means(
+    setting: Setting, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
+) -> dict[str, list[float]]:
+    """Predicted milliseconds of ours and of the published schemes by `PARTS`, means over drawn packs."""
+    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=setting.ranks_per_node)
+    model = CostModel.from_config({**_SIZES, "num_key_value_heads": setting.kv_heads}, profile)
+    drawn: dict[str, list[tuple[float, ...]]] = {scheme: [] for scheme in ("ours", *published)}
+    for seed in seeds:
+        lengths = sample_pack(corpus, WINDOW, seed=seed)
+        drawn["ours"].append(_ours(lengths, model))
+        for scheme in published:
+            drawn[scheme].append(_parts(scheme, lengths, model))
+    return {scheme: [mean(values) for values in zip(*found)] for scheme, found in drawn.items()}
 
 
 def _kernel_ratios(parts: dict[str, Any], kind: str) -> dict[str, float]:
@@ -153,10 +168,13 @@ def _beside(predicted: list[float], published: tuple[float, ...]) -> dict[str, A
     return {"predicted": predicted, "published": list(published), "errors": errors}
 
 
-def _ratios(means, published, papers: bool) -> dict[str, dict[str, float]]:
+def _ratios(
+    means: dict[str, list[float]], published: dict[str, tuple[float, ...]] | None
+) -> dict[str, dict[str, float]]:
+    """Returns by assumption how many times as long as ours the rivals take."""
     ours = means["ours"]
     found = {"predicted": {rival: sum(means[rival]) / sum(ours) for rival in TARGETS}}
-    if papers:
+    if published is not None:
         copies, *kernels = published["flashcp_paper"][:3]
         with_kernels = sum(kernels) + ours[0] + sum(ours[3:])
         found["copies published"] = {
@@ -170,35 +188,49 @@ def _ratios(means, published, papers: bool) -> dict[str, dict[str, float]]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Tables for a terminal."""
-    names = ("copies", "forward", "backward", "all-gather", "reduce-sc.", "sum")
-    lines = [
-        f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means",
-        "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)",
-        "",
-        f"{'corpus':8} {'scheme':14} {'':9}" + "".join(f"{name:>11}" for name in names),
-    ]
-    for corpus, schemes in found["parts"].items():
-        for scheme, row in schemes.items():
-            for name in ("predicted", "published"):
-                if name in row:
-                    values = [*row[name], sum(row[name])]
-                    lines.append(
-                        f"{corpus:8} {scheme:14} {name:9}" + "".join(f"{abs(value):11.1f}" for value in values)
-                    )
-            if "errors" in row:
-                lines.append(f"{'':23} {'error':9}" + "".join(f"{error:+11.0%}" for error in row["errors"]))
-    lines += ["", f"{'attention kernels':35}" + "".join(f"{corpus:>12}{'published':>12}" for corpus in PAPER)]
-    for name in found["kernel_ratios"]["pile"]["predicted"]:
-        row = [found["kernel_ratios"][corpus][kind][name] for corpus in PAPER for kind in ("predicted", "published")]
-        lines.append(f"{name:35}" + "".join(f"{value:12.2f}" for value in row))
-    for scheme, ratio in found["sixteen"]["predicted"].items():
-        lines.append(f"{f'16 x 8K, {scheme} / whole':35}{ratio:12.2f}{SIXTEEN[scheme]:12.2f}")
-    columns = [f"{rival} {corpus}" for corpus in (*PAPER, "both") for rival in TARGETS]
-    head = f"{'attention module over ours':44}" + "".join(f"{name:>20}" for name in columns)
-    lines += ["", head]
-    for name, by_corpus in found["speedups"].items():
-        values = [ratio for corpus in (*PAPER, "both") for ratio in by_corpus[corpus].values()]
-        lines.append(f"{name:44}" + "".join(f"{value:20.2f}" for value in values))
+    """Tables of the parts beside the published ones, of what kernels say, and of the speed-ups."""
     targets = ", ".join(f"{ratio} over {rival}" for rival, ratio in TARGETS.items())
-    return "\n".join([*lines, "", f"the published FlashCP, on average over its settings: {targets}"])
+    return "\n".join(
+        [
+            f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means",
+            "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)",
+            "",
+            _parts_table(found["parts"]),
+            "",
+            _kernels_table(found),
+            "",
+            _speedups_table(found["speedups"]),
+            "",
+            f"the published FlashCP, on average over its settings: {targets}",
+        ]
+    )
+
+
+def _parts_table(parts: dict[str, Any]) -> str:
+    rows: list[tuple[Any, ...]] = []
+    for corpus, schemes in parts.items():
+        for scheme, row in schemes.items():
+            for kind in ("predicted", "published"):
+                if kind in row:
+                    # The sum of a part that takes no time may be -0.0.
+                    rows.append((corpus, scheme, kind, *map(abs, (*row[kind], sum(row[kind])))))
+            if "errors" in row:
+                rows.append(("", "", "error", *(f"{error:+.0%}" for error in row["errors"])))
+    names = ("copies", "forward", "backward", "all-gather", "reduce-sc.", "sum")
+    return table({"corpus": "", "scheme": "", "": "", **dict.fromkeys(names, ".1f")}, rows)
+
+
+def _kernels_table(found: dict[str, Any]) -> str:
+    kinds = [(corpus, kind) for corpus in PAPER for kind in ("predicted", "published")]
+    ratios = found["kernel_ratios"]
+    rows = [(name, *(ratios[corpus][kind][name] for corpus, kind in kinds)) for name in ratios["pile"]["predicted"]]
+    drawn = table({"attention kernels": "", **{f"{corpus}\n{kind}": ".2f" for corpus, kind in kinds}}, rows)
+    known = [(f"{scheme} / whole", ratio, SIXTEEN[scheme]) for scheme, ratio in found["sixteen"]["predicted"].items()]
+    return f"{drawn}\n\n" + table({"16 documents of 8K": "", "predicted": ".2f", "published": ".2f"}, known)
+
+
+def _speedups_table(speedups: dict[str, Any]) -> str:
+    columns = [(corpus, rival) for corpus in (*PAPER, "both") for rival in TARGETS]
+    rows = [(name, *(row[corpus][rival] for corpus, rival in columns)) for name, row in speedups.items()]
+    names = {f"{corpus}\n{rival}": ".2f" for corpus, rival in columns}
+    return table({"attention module over ours": "", **names}, rows)

@@ -1,29 +1,32 @@
-"""How much KV every strategy moves, how evenly, and how long it plans, beside the lower bound."""
+"""KV, balance and planning time of every strategy, beside the lower bound."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, median
+from statistics import geometric_mean, mean, median
 from typing import Any
 
-from ..data.lengths import sample_pack
-from ..plan import ShardPlan, Topology
-from ..planning import STRATEGIES, plan_documents
-from ..planning.lower_bound import kv_lower_bound
+from tqdm import tqdm
+
+from ...data.lengths import sample_pack
+from ...plan import ShardPlan, Topology
+from ...planning import STRATEGIES, plan_documents
+from ...planning.lower_bound import kv_lower_bound
+from ...tables import counted, records_table, table
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
-"""From lengths and cp_size to a plan."""
+"""Makes a plan for lengths and cp_size."""
 
 
 LINKS = ("intra_node", "inter_node")
 
 
 def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str, Any]:
-    """What is compared of a plan, from its [`ShardPlan.report`] for full attention.
+    """Returns what is compared of a plan, from its [`ShardPlan.report`] for full attention.
 
     Returns:
         `dict`: `kv_total` and `bottleneck` (the largest received or sent of a rank), in tokens; `pair_imbalance` and
@@ -56,8 +59,8 @@ def measure(
     max_token_imbalance: float = 1.0,
     seed: int = 0,
     others: Mapping[str, Planner] | None = None,
-    topology: Topology | None = None,
-    progress: bool = False,
+    least_total: bool = False,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """Plans drawn packs with every strategy, in every cell: corpus, window and number of ranks.
 
@@ -69,8 +72,9 @@ def measure(
         max_imbalance: cap on attention pairs, max / mean over ranks.
         max_token_imbalance: cap on tokens, likewise; 1.0 for equal within one.
         others: planners beside the strategies, by name.
-        topology: ranks in nodes, to count apart what travels between nodes.
-        progress: a bar on stderr if that is a terminal and the run takes longer than a second or two.
+        least_total: whether `search` for the least KV in total is compared too.
+        ranks_per_node: if given, `search` without a topology and with one is compared in place of strategies and the
+            least total, and what travels between nodes is counted apart.
 
     Returns:
         `dict`, JSON-serializable: the arguments; `cells`, each with mean `documents`, mean `kv_bound` (tokens) and by
@@ -91,31 +95,36 @@ def measure(
     """
     corpora = [corpora] if isinstance(corpora, str) else list(corpora)
     caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
-    planners = {name: _strategy(name, caps) for name in strategies} | dict(others or {})
-    grid = list(itertools.product(corpora, windows, cp_sizes))
+    plan = functools.partial(plan_documents, **caps)
+    planners: dict[str, Planner] = {name: functools.partial(plan, strategy=name) for name in strategies}
+    topology = None if ranks_per_node is None else Topology(ranks_per_node)
+    if topology is not None:
+        planners = {"search": plan, "with topology": functools.partial(plan, topology=topology)}
+    elif least_total:
+        planners["least total"] = functools.partial(plan, minimize_total=True)
+    planners |= dict(others or {})
     cells = []
-    with _progress_bar(len(grid) * packs, progress) as bar:
-        for corpus, window, cp_size in grid:
-            drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
-            bounds, found = [], {name: [] for name in planners}
-            for lengths in drawn:
-                bounds.append(kv_lower_bound(lengths, cp_size, **caps))
-                for name, planner in planners.items():
-                    begin = time.process_time()
-                    plan = planner(lengths, cp_size)
-                    seconds = time.process_time() - begin
-                    found[name].append({**plan_quality(plan, topology), "plan_ms": 1000 * seconds})
-                bar.update()
-            cells.append(
-                {
-                    "corpus": corpus,
-                    "window": window,
-                    "cp_size": cp_size,
-                    "documents": mean(map(len, drawn)),
-                    "kv_bound": mean(bounds),
-                    "strategies": {name: _row(rows, bounds, **caps) for name, rows in found.items()},
-                }
-            )
+    grid = [*itertools.product(corpora, windows, cp_sizes)]
+    for corpus, window, cp_size in tqdm(grid, unit="cell", delay=1, leave=False, disable=None):
+        drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
+        bounds = [kv_lower_bound(lengths, cp_size, **caps) for lengths in drawn]
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in planners}
+        for lengths in drawn:
+            for name, planner in planners.items():
+                begin = time.process_time()
+                made = planner(lengths, cp_size)
+                seconds = time.process_time() - begin
+                found[name].append({**plan_quality(made, topology), "plan_ms": 1000 * seconds})
+        cells.append(
+            {
+                "corpus": corpus,
+                "window": window,
+                "cp_size": cp_size,
+                "documents": mean(map(len, drawn)),
+                "kv_bound": mean(bounds),
+                "strategies": {name: _row(rows, bounds, **caps) for name, rows in found.items()},
+            }
+        )
     bounded = [cell for cell in cells if cell["kv_bound"] > 0]
     return {
         "corpora": corpora,
@@ -125,20 +134,10 @@ def measure(
         "seed": seed,
         **caps,
         "cells": cells,
-        "ranks_per_node": None if topology is None else topology.ranks_per_node,
+        "ranks_per_node": ranks_per_node,
         "summary_cells": len(bounded),
         "summary": {name: _summary(name, cells, bounded) for name in planners},
     }
-
-
-def _strategy(name: str, caps: dict[str, float]) -> Planner:
-    return lambda lengths, cp_size: plan_documents(lengths, cp_size, strategy=name, **caps)
-
-
-def _progress_bar(steps: int, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=steps, desc="packs", delay=1, leave=False, disable=None if shown else True)
 
 
 def _row(plans: list[dict[str, Any]], bounds: list[int], max_imbalance: float, max_token_imbalance: float):
@@ -171,76 +170,82 @@ def _summary(name: str, cells: list[dict[str, Any]], bounded: list[dict[str, Any
 
 
 def _geometric_mean(values: Sequence[float | None]) -> float | None:
-    if not values or not all(values):
-        return None
-    return math.exp(mean(map(math.log, values)))
+    return geometric_mean(values) if values and all(values) else None
 
 
 def text(found: dict[str, Any]) -> str:
-    """Two tables for a terminal: every cell's KV in total and of its busiest rank, in windows; and the summary. With a
-    topology one, of what travels inside nodes and between them."""
+    """Two tables: every cell's KV in total and of its busiest rank, in windows; and the summary. With nodes one, of
+    what travels inside them and between them."""
     if found["ranks_per_node"] is not None:
         return _nodes_text(found)
-    names = list(found["summary"])
-    width = max(14, *(len(name) + 2 for name in names))
-    lines = [
-        f"{found['packs']} packs a cell, attention pairs at most {found['max_imbalance']:g} x the mean, tokens "
-        + ("equal" if found["max_token_imbalance"] == 1 else f"at most {found['max_token_imbalance']:g} x the mean"),
-        "KV moved in all / largest received or sent of a rank, both in multiples of the window",
-        "",
-        f"{'corpus':13}{'window':>9}{'ranks':>7}{'documents':>11}{'bound':>8}"
-        + "".join(f"{name:>{width}}" for name in names),
-    ]
+    tokens = found["max_token_imbalance"]
+    return "\n".join(
+        [
+            f"{counted(found['packs'], 'pack')} per cell, attention pairs at most {found['max_imbalance']:g} x the "
+            "mean, tokens " + ("equal" if tokens == 1 else f"at most {tokens:g} x the mean"),
+            "KV moved in all / largest received or sent of a rank, both in multiples of the window",
+            "",
+            _cells_table(found),
+            "",
+            f"all cells; first three columns: geometric means over the {found['summary_cells']} with a bound above 0",
+            "",
+            _summary_table(found["summary"]),
+        ]
+    )
+
+
+_CELL = {"corpus": "", "window": ",", "ranks": ",", "documents": ".0f"}
+
+
+def _cell(cell: dict[str, Any]) -> list[Any]:
+    return [cell[key] for key in ("corpus", "window", "cp_size", "documents")]
+
+
+def _cells_table(found: dict[str, Any]) -> str:
+    rows = []
     for cell in found["cells"]:
         window = cell["window"]
         costs = [
             f"{row['kv_total'] / window:.2f} /{row['bottleneck'] / window:5.2f}" for row in cell["strategies"].values()
         ]
-        lines.append(
-            f"{cell['corpus']:13}{window:9,}{cell['cp_size']:7}{cell['documents']:11.0f}"
-            f"{cell['kv_bound'] / window:8.2f}" + "".join(f"{cost:>{width}}" for cost in costs)
-        )
-    lines += [
-        "",
-        f"all cells; first three columns: geometric means over the {found['summary_cells']} with a bound above 0",
-        "",
-        f"{'':14}{'KV moved':>9}{'KV moved':>10}{'largest':>10}{'imbalance':>15}{'':>9}{'within':>8}{'plan':>9}",
-        f"{'strategy':14}{'/ bound':>9}{'/ window':>10}{'/ window':>10}{'pairs':>8}{'tokens':>7}{'slices':>9}"
-        f"{'caps':>8}{'ms':>9}",
-    ]
-    for name, row in found["summary"].items():
-        lines.append(
-            f"{name:14}{_number(row['bound_ratio'], 9)}{_number(row['kv_fraction'], 10)}"
-            f"{_number(row['bottleneck_fraction'], 10)}{row['pair_imbalance']:8.3f}{row['token_imbalance']:7.3f}"
-            f"{row['slices']:9,.0f}{row['within_caps']:8.0%}{row['plan_ms']:9.2f}"
-        )
-    return "\n".join(lines)
+        rows.append((*_cell(cell), cell["kv_bound"] / window, *costs))
+    return table({**_CELL, "bound": ".2f", **dict.fromkeys(found["summary"], ">")}, rows)
+
+
+def _summary_table(summary: dict[str, Any]) -> str:
+    columns = {
+        "strategy": ("strategy", ""),
+        "bound_ratio": ("KV moved\n/ bound", ".3f"),
+        "kv_fraction": ("KV moved\n/ window", ".3f"),
+        "bottleneck_fraction": ("largest\n/ window", ".3f"),
+        "pair_imbalance": ("imbalance\nof pairs", ".3f"),
+        "token_imbalance": ("imbalance\nof tokens", ".3f"),
+        "slices": ("slices", ",.0f"),
+        "within_caps": ("within\ncaps", ".0%"),
+        "plan_ms": ("plan\nms", ".2f"),
+    }
+    return records_table(columns, [{"strategy": name, **row} for name, row in summary.items()])
 
 
 def _nodes_text(found: dict[str, Any]) -> str:
-    parts = (*LINKS, "inter_node_total")
-    lines = [
-        f"{found['packs']} packs a cell, nodes of {found['ranks_per_node']} ranks; KV in multiples of the window",
-        "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all ranks",
-        "",
-        f"{'':40}" + "".join(f"{name:>35}" for name in found["summary"]),
-        f"{'corpus':13}{'window':>9}{'ranks':>7}{'documents':>11}"
-        + len(found["summary"]) * f"{'intra':>9}{'inter':>8}{'all inter':>11}{'ms':>7}",
-    ]
-    means: dict[str, list[list[float]]] = {name: [] for name in found["summary"]}
+    rows, means = [], []
+    for name in found["summary"]:
+        figures = [_node_figures(cell, name) for cell in found["cells"]]
+        means.append(("means", "", "", "", name, *map(mean, zip(*figures))))
     for cell in found["cells"]:
-        line = f"{cell['corpus']:13}{cell['window']:9,}{cell['cp_size']:7}{cell['documents']:11.0f}"
-        for name, row in cell["strategies"].items():
-            means[name].append([*(row[part] / cell["window"] for part in parts), row["plan_ms"]])
-            line += _node_columns(*means[name][-1])
-        lines.append(line)
-    lines.append(f"{'means':40}" + "".join(_node_columns(*map(mean, zip(*rows))) for rows in means.values()))
-    return "\n".join(lines)
+        rows += [(*_cell(cell), name, *_node_figures(cell, name)) for name in found["summary"]]
+    columns = {**_CELL, "plans": "", "intra": ".3f", "inter": ".3f", "all inter": ".2f", "ms": ".1f"}
+    return "\n".join(
+        [
+            f"{counted(found['packs'], 'pack')} per cell, nodes of {found['ranks_per_node']} ranks; KV in windows",
+            "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all "
+            "ranks",
+            "",
+            table(columns, rows + means),
+        ]
+    )
 
 
-def _node_columns(inside: float, between: float, total: float, milliseconds: float) -> str:
-    return f"{inside:9.3f}{between:8.3f}{total:11.2f}{milliseconds:7.1f}"
-
-
-def _number(value: float | None, width: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.3f}"
+def _node_figures(cell: dict[str, Any], name: str) -> list[float]:
+    row = cell["strategies"][name]
+    return [*(row[part] / cell["window"] for part in (*LINKS, "inter_node_total")), row["plan_ms"]]

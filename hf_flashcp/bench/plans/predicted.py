@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Sequence
-from statistics import mean, median
+from statistics import geometric_mean, mean, median
 from typing import Any
 
 from tqdm import tqdm
 
-from ..data.lengths import sample_pack
-from ..plan import Topology
-from ..planning import STRATEGIES, plan_documents
-from ..predict import CostModel, HardwareProfile
-from ..predict.model_shape import LLAMA_3_8B
+from ...data.lengths import sample_pack
+from ...plan import Topology
+from ...planning import STRATEGIES, plan_documents
+from ...predict import CostModel, HardwareProfile
+from ...predict.model_shape import LLAMA_3_8B
+from ...tables import table
 
 
 TIMED = "search, timed"
@@ -30,18 +31,10 @@ def measure(
     config: Any = LLAMA_3_8B,
     hardware: str | HardwareProfile = "h100",
     seed: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Plans drawn packs and predicts their steps, with the ranks packed into nodes, and each in a node of its own.
 
-    Args:
-        corpora: of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        window: tokens of a packed row.
-        cp_sizes: numbers of ranks.
-        packs: packs drawn in each cell, with the seeds from `seed` on.
-        config: of the model, see [`CostModel.from_config`].
-        hardware: a profile or its name.
-        progress: a bar on stderr if that is a terminal.
+    Takes what the options of `flashcp bench predicted` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `cells`, each by strategy with means of `attention` (attention and
@@ -50,25 +43,18 @@ def measure(
     """
     profile = HardwareProfile.load(hardware)
     links = {"nodes": profile, "a node each": dataclasses.replace(profile, ranks_per_node=1)}
+    models = {name: CostModel.from_config(config, connected) for name, connected in links.items()}
     cells = []
-    with tqdm(total=len(corpora) * len(cp_sizes) * packs, leave=False, disable=None if progress else True) as bar:
-        for corpus in corpora:
-            for cp_size in cp_sizes:
-                rows: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in links}
-                for index in range(packs):
-                    lengths = sample_pack(corpus, window, seed=seed + index)
-                    for name, connected in links.items():
-                        model = CostModel.from_config(config, connected)
-                        for strategy, found in _predictions(lengths, cp_size, model).items():
-                            rows[name].setdefault(strategy, []).append(found)
-                    bar.update()
-                for name, by_strategy in rows.items():
-                    strategies = {strategy: _row(found) for strategy, found in by_strategy.items()}
-                    cells.append({"corpus": corpus, "cp_size": cp_size, "links": name, "strategies": strategies})
+    for corpus, cp_size in tqdm([*itertools.product(corpora, cp_sizes)], unit="cell", leave=False, disable=None):
+        drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
+        for name, model in models.items():
+            found = [_predictions(lengths, cp_size, model) for lengths in drawn]
+            strategies = {strategy: _row([one[strategy] for one in found]) for strategy in found[0]}
+            cells.append({"corpus": corpus, "cp_size": cp_size, "links": name, "strategies": strategies})
     summary = {
         name: {
-            strategy: math.exp(
-                mean(math.log(cell["strategies"][strategy]["attention"]) for cell in cells if cell["links"] == name)
+            strategy: geometric_mean(
+                cell["strategies"][strategy]["attention"] for cell in cells if cell["links"] == name
             )
             for strategy in cells[0]["strategies"]
         }
@@ -112,20 +98,18 @@ def _predictions(lengths: Sequence[int], cp_size: int, model: CostModel) -> dict
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal: a row for each cell, a column for each strategy."""
-    strategies = list(found["cells"][0]["strategies"])
-    lines = [
-        found["hardware"],
-        f"{found['packs']} packs of {found['window']:,} tokens a cell; attention time / ideal, means",
-        "",
-        f"{'corpus':13}{'ranks':>6}  {'links':12}" + "".join(f"{name:>15}" for name in strategies),
+    """A table with a row for each cell and the geometric means, and a column for each strategy."""
+    columns = {"corpus": "", "ranks": ",", "links": "", **dict.fromkeys(found["cells"][0]["strategies"], ".3f")}
+    rows = [
+        (cell["corpus"], cell["cp_size"], cell["links"], *(row["attention"] for row in cell["strategies"].values()))
+        for cell in found["cells"]
     ]
-    for cell in found["cells"]:
-        lines.append(
-            f"{cell['corpus']:13}{cell['cp_size']:6}  {cell['links']:12}"
-            + "".join(f"{row['attention']:15.3f}" for row in cell["strategies"].values())
-        )
-    lines += ["", "geometric means"]
-    for name, row in found["summary"].items():
-        lines.append(f"{'':19}  {name:12}" + "".join(f"{value:15.3f}" for value in row.values()))
-    return "\n".join(lines)
+    means = [("geometric mean", "", name, *row.values()) for name, row in found["summary"].items()]
+    return "\n".join(
+        [
+            found["hardware"],
+            f"{found['packs']} packs of {found['window']:,} tokens per cell; attention time / ideal, means",
+            "",
+            table(columns, [*rows, (), *means]),
+        ]
+    )

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..data.lengths import sample_lengths
-from ..data.packing import imbalance, pack_lengths
-from ..data.packing_options import PackingOptions
-from ..errors import ConfigurationError
-from ..planning import plan_documents
-from ..predict import CostModel
-from ..predict.model_shape import LLAMA_3_8B
+from ...data.lengths import sample_lengths
+from ...data.packing import imbalance, pack_lengths
+from ...data.packing_options import PackingOptions
+from ...extras import require_extra
+from ...planning import plan_documents
+from ...predict import CostModel
+from ...predict.model_shape import LLAMA_3_8B
+from ...tables import records_table
 
 
 ROUNDS = 3
@@ -37,16 +38,10 @@ def measure(
     gradient_accumulation_steps: int,
     look_ahead: int = 16,
     seed: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
 
-    Args:
-        corpora: of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        window: tokens of a pack.
-        steps: optimizer steps that the documents fill.
-        cp_size, dp_size, gradient_accumulation_steps, look_ahead, seed: see [`pack_lengths`].
-        progress: a bar on stderr if that is a terminal.
+    Takes what the options of `flashcp bench packing` set.
 
     Returns:
         `dict`, JSON-serializable: the arguments, `cells`, each by method with `packs`, `fill_rate`,
@@ -63,7 +58,7 @@ def measure(
         look_ahead=look_ahead,
     )
     cells = []
-    for corpus in tqdm(corpora, leave=False, disable=None if progress else True):
+    for corpus in tqdm(corpora, leave=False, disable=None):
         lengths = _lengths(corpus, steps * options.step_packs * window, seed)
         methods = {name: method(lengths, options, seed) for name, method in METHODS.items()}
         cells.append({"corpus": corpus, "documents": len(lengths), "methods": methods})
@@ -101,12 +96,10 @@ def _concatenated(lengths: np.ndarray, options: PackingOptions, seed: int) -> di
 
 
 def _trl(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
-    try:
-        import datasets
-        import pyarrow as pa
-        from trl import pack_dataset
-    except ImportError:
-        raise ConfigurationError("The packing benchmark needs trl: pip install 'hf_flashcp[trl]'.") from None
+    require_extra("Comparisons with TRL", "bench", "datasets", "pyarrow", "trl")
+    import datasets
+    import pyarrow as pa
+    from trl import pack_dataset
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(lengths)
@@ -180,22 +173,26 @@ def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, 
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for a terminal: a row for each corpus and method."""
-    lines = [
+    """A table with a row for each corpus and method."""
+    columns = {
+        "corpus": ("corpus", ""),
+        "method": ("method", ""),
+        "packs": ("packs", ","),
+        "fill_rate": ("fill", ".1%"),
+        "micro_step_imbalance": ("micro-step\nmax / mean", ".3f"),
+        "step_imbalance": ("step\nmax / mean", ".3f"),
+        "documents_cut": ("documents\ncut", ","),
+        "mean_delay": ("mean delay\nin steps", ".2f"),
+        "time_error": ("time\nerror", ".1%"),
+        "seconds": ("packing\ns", ".2f"),
+    }
+    rows = [
+        {"corpus": cell["corpus"], "method": name, **row}
+        for cell in found["cells"]
+        for name, row in cell["methods"].items()
+    ]
+    return (
         f"{found['steps']} steps of {found['dp_size']} groups x {found['gradient_accumulation_steps']} packs of "
         f"{found['window']:,} tokens, look-ahead {found['look_ahead']} steps; times predicted for Llama 3 8B on "
-        f"H100s, cp_size {found['cp_size']}",
-        "",
-        f"{'':39}{'imbalance (max / mean)':>24}{'documents':>11}{'mean delay':>12}{'time':>8}{'packing':>10}",
-        f"{'corpus':13}{'method':13}{'packs':>6}{'fill':>7}"
-        f"{'micro-step':>14}{'step':>10}{'cut':>11}{'in steps':>12}{'error':>8}{'s':>10}",
-    ]
-    for cell in found["cells"]:
-        for name, row in cell["methods"].items():
-            delay = "shuffled" if row["mean_delay"] is None else f"{row['mean_delay']:.2f}"
-            lines.append(
-                f"{cell['corpus']:13}{name:13}{row['packs']:6}{row['fill_rate']:7.1%}"
-                f"{row['micro_step_imbalance']:14.3f}{row['step_imbalance']:10.3f}{row['documents_cut']:11,}"
-                f"{delay:>12}{row['time_error']:8.1%}{row['seconds']:10.2f}"
-            )
-    return "\n".join(lines)
+        f"H100s, cp_size {found['cp_size']}\n\n" + records_table(columns, rows)
+    )

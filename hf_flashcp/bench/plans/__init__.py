@@ -1,0 +1,1 @@
+"""Benchmarks that plan and predict, and run no attention."""

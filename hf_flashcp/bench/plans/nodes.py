@@ -1,0 +1,108 @@
+"""The cost of nodes, and what a topology changes: tokens that cross to each node once, and plans made for nodes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from statistics import geometric_mean, mean
+from typing import Any
+
+from tqdm import tqdm
+
+from ...data.lengths import sample_pack
+from ...plan import ShardPlan, Topology
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
+from ...predict.model_shape import LLAMA_3_8B
+from ...tables import counted, table
+
+
+DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"
+VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH)
+
+
+def measure(
+    corpora: Sequence[str],
+    cp_sizes: Sequence[int],
+    tokens: int,
+    packs: int,
+    *,
+    config: Any = LLAMA_3_8B,
+    hardware: str = "h100",
+) -> dict[str, Any]:
+    """Predicts steps of plans by "search".
+
+    Takes what the options of `flashcp bench nodes` set.
+
+    Returns:
+        `dict`, JSON-serializable: the arguments and `cells`, each with `corpus`, `cp_size`, `window` and by
+        `VARIANTS` means of `inter_node`, tokens that the busiest rank gets from other nodes or sends to them in a
+        layer's forward, of `exposed`, the share of the step that the rank which waits longest does, and
+        `step_seconds`; `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
+
+    Raises:
+        PlanError: ranks that do not fill several nodes.
+    """
+    profile = HardwareProfile.load(hardware)
+    model, topology = CostModel.from_config(config, profile), Topology(profile.ranks_per_node)
+    cells = []
+    for corpus, cp_size in tqdm([*itertools.product(corpora, cp_sizes)], unit="cell", leave=False, disable=None):
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        for seed in range(packs):
+            lengths = sample_pack(corpus, cp_size * tokens, seed=seed)
+            flat, planned = (plan_documents(lengths, cp_size, topology=one) for one in (None, topology))
+            plans = flat, flat.with_ranks_per_node(profile.ranks_per_node), planned.with_ranks_per_node(None), planned
+            for name, plan in zip(VARIANTS, plans):
+                rows[name].append(_step(plan, model, topology))
+        variants = {name: _means(found, rows[DIRECTLY]) for name, found in rows.items()}
+        cells.append({"corpus": corpus, "cp_size": cp_size, "window": cp_size * tokens, "variants": variants})
+    return {"hardware": profile.description, "packs": packs, "tokens": tokens, "cells": cells}
+
+
+def _step(plan: ShardPlan, model: CostModel, topology: Topology) -> dict[str, float]:
+    report, time = plan.report(topology=topology), model.step_time(plan)
+    return {
+        "inter_node": max(report["inter_node_received"] + report["inter_node_sent"]),
+        "exposed": float(time.exposed.max()) / time.seconds,
+        "step_seconds": time.seconds,
+    }
+
+
+def _means(found: list[dict[str, float]], directly: list[dict[str, float]]) -> dict[str, float]:
+    over = geometric_mean(row["step_seconds"] / other["step_seconds"] for row, other in zip(found, directly))
+    return {**{key: mean(row[key] for row in found) for key in found[0]}, "over_directly": over}
+
+
+def text(found: dict[str, Any]) -> str:
+    """A table with a row for each variant of each cell."""
+    columns = {
+        "corpus": "",
+        "ranks": ",",
+        "window": ",",
+        "plans": "",
+        "step ms": ",.0f",
+        "/ directly": ".2f",
+        "between nodes": ".3f",
+        "waiting": ".1%",
+    }
+    rows = [
+        (
+            *(cell[name] for name in ("corpus", "cp_size", "window")),
+            name,
+            1000 * row["step_seconds"],
+            row["over_directly"],
+            row["inter_node"] / cell["window"],
+            row["exposed"],
+        )
+        for cell in found["cells"]
+        for name, row in cell["variants"].items()
+    ]
+    return "\n".join(
+        [
+            found["hardware"],
+            f"{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; between nodes: "
+            "tokens of the busiest rank, over the window",
+            "",
+            table(columns, rows),
+        ]
+    )

@@ -1,0 +1,176 @@
+"""Options that several commands have, what they stand for, and how commands print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.lengths import LENGTH_DISTRIBUTIONS, draw_pack, read_lengths, sample_pack
+from ..errors import ConfigurationError, PlanError
+from ..predict import HARDWARE
+from ..predict.training_setup import GRADIENT_CHECKPOINTING
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    option: str,
+    default: int | Sequence[int] | None = None,
+    text: str = "",
+    *,
+    least: int | None = None,
+    **settings: Any,
+) -> None:
+    """Adds an option for whole numbers, with its default in the help. Numbers below `least` are an error."""
+    if default is not None:
+        shown = default if isinstance(default, int) else " ".join(map(str, default))
+        text = f"{text} (default {shown})".lstrip()
+    if least is not None:
+        settings |= {"action": _AtLeast, "const": least}
+    parser.add_argument(option, type=int, default=default, metavar="N", help=text or None, **settings)
+
+
+class _AtLeast(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if values < self.const:
+            raise PlanError(f"{self.option_strings[0]} must be at least {self.const}, got {values}.")
+        setattr(namespace, self.dest, values)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "everything") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON and nothing else")
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    text = f"draw {what} to a file (.png, .svg, .pdf); needs the extra 'plot'"
+    parser.add_argument("--plot", metavar="FILE", help=text)
+
+
+def add_model(parser: argparse.ArgumentParser, note: str = "", *, required: bool = False) -> None:
+    text = "a model's config.json, or a folder or hub name that has one"
+    parser.add_argument("--model", required=required, metavar="CONFIG", help=f"{text} {note}".strip())
+
+
+def add_hardware(parser: argparse.ArgumentParser, note: str = "", **settings: Any) -> None:
+    text = f"{note} {', '.join(HARDWARE)}, or a JSON file".lstrip()
+    if settings.get("default"):
+        text += f" (default {settings['default']})"
+    parser.add_argument("--hardware", metavar="NAME", help=text, **settings)
+
+
+def add_checkpointing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activation-checkpointing",
+        "--gradient-checkpointing",
+        dest="gradient_checkpointing",
+        choices=GRADIENT_CHECKPOINTING,
+        default="none",
+        help="default: %(default)s",
+    )
+
+
+def add_corpus(parser: Any, note: str = "") -> None:
+    text = f"draw documents like those of a corpus: {', '.join(LENGTH_DISTRIBUTIONS)} {note}"
+    parser.add_argument("--lengths-from", choices=LENGTH_DISTRIBUTIONS, metavar="CORPUS", help=text.rstrip())
+
+
+def add_documents(parser: argparse.ArgumentParser) -> Any:
+    """Adds what says which documents a row has, for [`documents`]. Returns the group of exclusive options."""
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--lengths",
+        type=comma_separated,
+        metavar="N,N,...",
+        help="tokens of each document of a packed row, in order",
+    )
+    add_corpus(given)
+    add_number(parser, "--window", text="tokens of a packed row that is drawn")
+    add_number(parser, "--seed", 0, "of the first draw")
+    return given
+
+
+def documents(arguments: argparse.Namespace, packs: int = 1) -> list[list[int]]:
+    """Returns the documents' lengths of each row.
+
+    Raises:
+        PlanError: options that do not go together, or lengths that cannot be drawn.
+    """
+    if arguments.lengths is not None:
+        if arguments.window is not None:
+            raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
+        return [arguments.lengths]
+    if arguments.window is None:
+        option = "--lengths-file" if arguments.lengths_from is None else "--lengths-from"
+        raise PlanError(f"{option} needs --window: the tokens to draw documents for.")
+    seeds = range(arguments.seed, arguments.seed + packs)
+    if arguments.lengths_from is not None:
+        return [sample_pack(arguments.lengths_from, arguments.window, seed=seed) for seed in seeds]
+    lengths = read_lengths(arguments.lengths_file, arguments.column)
+    return [draw_pack(lengths, arguments.window, seed=seed) for seed in seeds]
+
+
+def comma_separated(text: str) -> list[int]:
+    """Returns the whole numbers of an option's value such as 4096,1024,512."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers separated by commas, such as 4096,1024,512"
+        ) from None
+
+
+def read_config(name: str) -> Any:
+    """Returns the config in a file, a folder, or on the hub. Files are read as they are, without transformers.
+
+    Raises:
+        ConfigurationError: nothing there, or nothing that can be read.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            path = path / "config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("not an object in JSON")
+            return config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigurationError(
+            f"--model {name}: no config could be read ({reason}). Give a config.json, a folder with one, or a name on "
+            "the hub."
+        ) from None
+
+
+def load_config(name: str) -> Any:
+    """Returns transformers' config for a hub name, a directory, a file or a model type.
+
+    Raises:
+        ConfigurationError: the name stands for none of them.
+    """
+    from transformers import AutoConfig
+
+    from ..doctor.tiny import causal_language_models, default_config
+
+    try:
+        if name in causal_language_models() and not Path(name).exists():
+            return default_config(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and its validators raise a dozen kinds
+        raise ConfigurationError(
+            f"No usable config for {name!r}: pass a hub name, a directory with a config.json, such a file, or a model "
+            f"type such as llama. transformers says: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def show(found: Any, text: Callable[[Any], str], as_json: bool, indent: int | None = None) -> None:
+    """Prints what was found as JSON, with null for numbers that are not finite, or else as text."""
+    if not as_json:
+        print(text(found))
+        return
+    print(json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None), indent=indent))
