@@ -15,7 +15,6 @@ launches, collectives that cross InfiniBand once for each node, copies of what h
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import Lengths, Slice, Slices
 from ..planning.algorithm1 import flashcp
+from ..planning.caps import Caps
 from ..planning.sharding import per_doc, per_seq
 from ..predict.cost_model import CostModel
 from ..predict.layer_work import call_seconds
@@ -273,7 +273,7 @@ SCHEMES = {
     "per_doc_cp": Scheme("all-gather, Per-Doc (WLB-LLM)", per_doc, **_all_gather(_all_tokens, False), kept=True),
     "flashcp_paper": Scheme(
         "padded all-gather, FlashCP",
-        functools.partial(flashcp, max_imbalance=1.05, max_token_imbalance=1.0),
+        lambda lengths, cp_size: flashcp(Caps(lengths, cp_size)),
         **_all_gather(lambda layer: shared_tokens(layer.plan), True),
         kept=True,
     ),
