@@ -8,7 +8,6 @@ import reprlib
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ..errors import PlanError, UnmetCapWarning
 from ..plan.lengths import MOST_TOKENS, check_lengths
@@ -17,6 +16,7 @@ from ..plan.slices import Slice, rank_pairs
 from ..plan.topology import Topology, check_topology
 from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
+from .caps import Caps
 from .fastest import fastest, in_stages
 from .search.nodes import search_in_nodes
 from .search.search import search
@@ -127,7 +127,7 @@ def plan_documents(
         case "per_seq":
             slices = per_seq(lengths, cp_size)
         case "flashcp":
-            slices = flashcp(lengths, cp_size, max_imbalance, max_token_imbalance)
+            slices = flashcp(Caps(lengths, cp_size, max_imbalance, max_token_imbalance))
         case "search" if cost_model is not None:
             slices, offset_groups, ranks_per_node = _timed(
                 lengths, cp_size, cost_model, max_imbalance, max_token_imbalance, num_stages
@@ -155,19 +155,26 @@ def _searched(
     topology: Topology | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
-    caps: dict[str, Any] = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
     if topology is not None:
-        slices = search_in_nodes(lengths, cp_size, topology, **caps)
+        slices = search_in_nodes(caps, topology)
     else:
-        slices = search(lengths, cp_size, **caps, minimize_total=minimize_total)
+        slices = search(caps, minimize_total=minimize_total)
     return tuple(map(tuple, slices))
 
 
 @functools.lru_cache(maxsize=128)
-def _timed(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
+def _timed(
+    lengths: tuple[int, ...],
+    cp_size: int,
+    cost_model: CostModel,
+    max_imbalance: float,
+    max_token_imbalance: float,
+    num_stages: int | None,
+) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
     """Slices, offset groups and ranks per node of [`fastest`]: a plan itself carries what differs from batch to
     batch."""
-    plan = fastest(*arguments)
+    plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 
 
