@@ -22,6 +22,7 @@ from hf_flashcp.errors import UnmetCapWarning
 from hf_flashcp.layout import RankLayout
 from hf_flashcp.planning import STRATEGIES, plan_documents
 from hf_flashcp.planning.algorithm1 import flashcp
+from hf_flashcp.planning.caps import Caps
 from tests.accelerate_state import fresh_accelerate
 from tests.independent_plan_checker import assert_caps, check_plan, costs
 from tests.model_cases import model_errors
@@ -176,7 +177,7 @@ def check_random_plan(seed, number):
         assert met == (not warned)
     if strategy == "search":
         caps = {name: value for name, value in options.items() if name != "minimize_total"}
-        theirs = check_plan(lengths, cp_size, flashcp(tuple(lengths), cp_size, **caps))
+        theirs = check_plan(lengths, cp_size, flashcp(Caps(tuple(lengths), cp_size, **caps)))
         if theirs["pairs"].max() * cp_size <= caps["max_imbalance"] * counts["pairs"].sum():
             assert met and costs(counts)[0] <= costs(theirs)[0]
             assert options["minimize_total"] or costs(counts)[1] <= costs(theirs)[1]

@@ -13,6 +13,7 @@ from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
 from hf_flashcp.planning import CostModel, HardwareProfile, PlanSettings, ShardPlan, Topology, fastest, plan_documents
+from hf_flashcp.planning.caps import Caps
 from hf_flashcp.planning.fastest import node_plans
 from hf_flashcp.planning.search.nodes import grouped
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
@@ -82,13 +83,13 @@ def packs_in_nodes(draw):
 )
 def test_plans_are_sound_and_never_busier_than_without(case, max_imbalance, max_token_imbalance, cost):
     lengths, cp_size, ranks_per_node = case
-    caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    options = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     topology = Topology(ranks_per_node, cost)
-    flat = plan_documents(lengths, cp_size, **caps)
-    plan = plan_documents(lengths, cp_size, **caps, topology=topology)
+    flat = plan_documents(lengths, cp_size, **options)
+    plan = plan_documents(lengths, cp_size, **options, topology=topology)
     without = check_plan(lengths, cp_size, flat.slices)
     most_pairs = max(max_imbalance * without["pairs"].sum() / cp_size, without["pairs"].max())
-    others = node_plans(list(map(list, flat.slices)), tuple(lengths), ranks_per_node, **caps)
+    others = node_plans(list(map(list, flat.slices)), Caps(tuple(lengths), cp_size, **options), ranks_per_node)
     for slices in [plan.slices, *others]:
         counts = check_plan(lengths, cp_size, slices)
         assert_caps(counts, max_token_imbalance)
@@ -136,8 +137,8 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
     profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=4)
     model = CostModel.from_config(LLAMA_3_8B, profile)
     with_nodes = plan_documents(lengths, 16, cost_model=model)
-    monkeypatch.setattr(fastest, "node_plans", lambda *arguments, **options: iter(()))
-    without = fastest.fastest(lengths, 16, model, 1.05, 1.0)
+    monkeypatch.setattr(fastest, "node_plans", lambda *arguments: [])
+    without = fastest.fastest(Caps(lengths, 16), model)
     assert model.step_time(with_nodes).seconds < model.step_time(without).seconds
     directly = model.step_time(with_nodes.with_ranks_per_node(None))
     assert with_nodes.ranks_per_node == 4 and model.step_time(with_nodes).seconds < 0.99 * directly.seconds

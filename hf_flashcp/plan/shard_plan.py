@@ -310,10 +310,11 @@ def _check_nodes(ranks_per_node: int | None, cp_size: int) -> int | None:
 
 def _maximal_slices(slices: Iterable[Slice]) -> tuple[Slice, ...]:
     """Sorts by document and start, and joins slices of one document that touch."""
-    joined: list[Slice] = []
+    joined: list[tuple[int, int, int]] = []
+    previous_document = previous_stop = -1
     for document, start, stop in sorted(tuple(map(operator.index, piece)) for piece in slices):
-        if joined and joined[-1].document == document and joined[-1].stop == start:
-            joined[-1] = Slice(document, joined[-1].start, stop)
-        else:
-            joined.append(Slice(document, start, stop))
-    return tuple(joined)
+        if document == previous_document and start == previous_stop:
+            start = joined.pop()[1]
+        joined.append((document, start, stop))
+        previous_document, previous_stop = document, stop
+    return tuple(map(Slice._make, joined))

@@ -1,49 +1,115 @@
-"""`Caps`: what ranks may hold."""
+"""`Caps`: what ranks may hold of one batch."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, repeat
 
-from ..plan.slices import attention_pairs
-
-
-ROUNDING = 1e-12
-"""Relative. Caps are raised by it, so that no plan which meets them in floating point is beyond the bound."""
+from ..plan.slices import Lengths, Slice, attention_pairs
+from .items import Item
 
 
 class Caps:
-    """What ranks may hold.
+    """The documents of a batch and how much of them a rank may hold.
 
     Args:
-        lengths: tokens of each document.
-        cp_size: number of ranks N.
-        max_imbalance: the most attention pairs of a rank, as a multiple of the mean.
-        max_token_imbalance: the most tokens of a rank, likewise; where that leaves no room, equal within one.
+        lengths (`tuple[int, ...]`): tokens of each document.
+        cp_size (`int`): number of ranks.
+        max_imbalance (`float`): the most attention pairs of a rank, as a multiple of the mean over ranks.
+        max_token_imbalance (`float`): the most tokens of a rank, likewise; where that leaves no room, tokens are equal
+            within one.
 
     Attributes:
-        most_pairs (`int`): attention pairs a rank may hold (A).
-        most_tokens (`int`): tokens a rank may hold.
+        total_tokens, total_pairs (`int`): tokens and attention pairs of the batch.
+        most_pairs (`int`): attention pairs that a rank may hold.
+        most_tokens (`int`): tokens that a rank may hold.
+        ranks_with_most (`int`): how many ranks may hold `most_tokens`; all others one less.
+        token_room (`bool`): whether ranks may differ by more than one token.
     """
 
-    def __init__(self, lengths: tuple[int, ...], cp_size: int, max_imbalance: float, max_token_imbalance: float):
-        self.cp_size, self.total_tokens = cp_size, sum(lengths)
-        total_pairs = sum(attention_pairs(0, length) for length in lengths)
-        self.most_pairs = _floor_of_share(total_pairs, cp_size, max_imbalance)
-        self.share, self.left_over = divmod(self.total_tokens, cp_size)
-        cap = _floor_of_share(self.total_tokens, cp_size, max_token_imbalance)
-        self.equal = cap <= self.share
-        self.most_tokens = self.share + (self.left_over > 0) if self.equal else cap
+    def __init__(self, lengths: Lengths, cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0):
+        self.lengths, self.cp_size = lengths, cp_size
+        self.max_imbalance, self.max_token_imbalance = max_imbalance, max_token_imbalance
+        self.total_tokens = sum(lengths)
+        self.total_pairs = sum(attention_pairs(0, length) for length in lengths)
+        self.most_pairs = math.floor(min(max_imbalance * self.total_pairs / cp_size, self.total_pairs))
+        # The report's max / mean must not be above the cap by a rounding error either.
+        while self.most_pairs * cp_size / self.total_pairs > max_imbalance:
+            self.most_pairs -= 1
+        cap = math.floor(min(max_token_imbalance * self.total_tokens / cp_size, self.total_tokens))
+        equal, left_over = divmod(self.total_tokens, cp_size)
+        self.token_room = cap > equal
+        self.most_tokens = cap if self.token_room else equal + (left_over > 0)
+        self.ranks_with_most = cp_size if self.token_room else left_over or cp_size
 
-    def most(self, ranks: int) -> int:
-        """The most tokens that so many ranks may hold together (T_j)."""
-        if self.equal:
-            return ranks * self.share + min(ranks, self.left_over)
-        return min(ranks * self.most_tokens, self.total_tokens - (self.cp_size - ranks))
+    def with_imbalance(self, max_imbalance: float, max_token_imbalance: float) -> Caps:
+        """Caps of the same batch under other multiples of the mean."""
+        return Caps(self.lengths, self.cp_size, max_imbalance, max_token_imbalance)
 
-    def least(self, ranks: int) -> int:
-        """The fewest tokens that so many ranks may hold together (F_j): what the others cannot, and one each."""
-        return max(self.total_tokens - self.most(self.cp_size - ranks), ranks)
+    def with_most(self, *, pairs: int | None = None, tokens: int | None = None) -> Caps:
+        """The same caps but for what a rank may hold of attention pairs or tokens."""
+        changed = copy.copy(self)
+        changed.most_pairs = self.most_pairs if pairs is None else pairs
+        changed.most_tokens = self.most_tokens if tokens is None else tokens
+        return changed
+
+    def allow(self, slices: Sequence[Sequence[Slice]]) -> bool:
+        """Whether no rank holds too many tokens or pairs."""
+        for held in slices:
+            tokens = pairs = 0
+            for _, start, stop in held:
+                tokens += stop - start
+                pairs += (stop - start) * (stop + start + 1) // 2
+            if tokens > self.most_tokens or pairs > self.most_pairs:
+                return False
+        return True
+
+    @property
+    def shares(self) -> list[int]:
+        """The most tokens of each rank, largest first."""
+        with_less = self.cp_size - self.ranks_with_most
+        return [self.most_tokens] * self.ranks_with_most + [self.most_tokens - 1] * with_less
+
+    def shares_of(self, tokens: list[int]) -> list[int]:
+        """The most tokens of each rank, the largest shares for the ranks that hold the most `tokens`."""
+        return assign_shares(self.shares, tokens)
+
+    @cached_property
+    def ascending(self) -> list[Item]:
+        """Every document as one item, the shortest first."""
+        documents = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        tokens = [self.lengths[document] for document in documents]
+        pairs = [length * (length + 1) // 2 for length in tokens]
+        pieces = map(Slice._make, zip(documents, repeat(0), tokens))
+        return list(map(Item._make, zip(pairs, pieces, tokens)))
+
+    @cached_property
+    def tokens_up_to(self) -> list[int]:
+        """Tokens of the shortest 0, 1, 2, ... documents."""
+        return list(accumulate((item.tokens for item in self.ascending), initial=0))
+
+    @cached_property
+    def pairs_up_to(self) -> list[int]:
+        """Attention pairs of the shortest 0, 1, 2, ... documents."""
+        return list(accumulate((item.pairs for item in self.ascending), initial=0))
+
+    def most_together(self, ranks: int) -> int:
+        """The most tokens that so many ranks may hold together: each of the others has one at least."""
+        held = ranks * self.most_tokens - max(ranks - self.ranks_with_most, 0)
+        return min(held, self.total_tokens - (self.cp_size - ranks))
+
+    def least_together(self, ranks: int) -> int:
+        """The fewest tokens that so many ranks may hold together: what the others cannot, and one each."""
+        return max(self.total_tokens - self.most_together(self.cp_size - ranks), ranks)
 
 
-def _floor_of_share(total: int, cp_size: int, cap: float) -> int:
-    return total if cap >= cp_size else math.floor(cap * total / cp_size * (1 + ROUNDING))
+def assign_shares(shares: list[int], tokens: list[int]) -> list[int]:
+    """Shares of ranks in the order of ranks: the largest share goes to the rank with the most `tokens`."""
+    fullest = sorted(range(len(tokens)), key=lambda rank: -tokens[rank])
+    by_rank = [0] * len(tokens)
+    for share, rank in zip(shares, fullest):
+        by_rank[rank] = share
+    return by_rank

@@ -10,11 +10,10 @@ on the stage before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import Lengths, Slices, rank_pairs, rank_tokens
+from ..plan.slices import Slices, rank_pairs, rank_tokens
 from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
 from .caps import Caps
@@ -35,50 +34,53 @@ STAGED = 3
 nodes."""
 
 
-def fastest(
-    lengths: Lengths,
-    cp_size: int,
-    cost_model: CostModel,
-    max_imbalance: float,
-    max_token_imbalance: float,
-    num_stages: int | None = None,
-) -> ShardPlan:
+class Timed(NamedTuple):
+    """A plan, its attention pairs above the cap, its predicted step time in seconds, and whether it is made for
+    nodes."""
+
+    beyond: int
+    seconds: float
+    plan: ShardPlan
+    for_nodes: bool
+
+
+def fastest(caps: Caps, cost_model: CostModel, num_stages: int | None = None) -> ShardPlan:
     """The plan with the least predicted step time (`CostModel.step_time`) among those within the caps, the first of
     several; its KV travels in `num_stages` stages, or in as many as are predicted to be best, and crosses to each node
     once or directly. Where no plan meets the caps, of the plans with the least pairs on a rank."""
-    caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
-    found: dict[tuple, tuple[int, float, ShardPlan, bool]] = {}
-    ranks_per_node = cost_model.hardware.ranks_per_node
-    nodes = None if cp_size % ranks_per_node else ranks_per_node
-    for slices, of_nodes in _candidates(lengths, cp_size, max_imbalance, max_token_imbalance, ranks_per_node):
-        plan = ShardPlan(lengths, cp_size, slices, None, nodes)
-        if plan.slices in found:
-            continue
-        if max(rank_tokens(plan.slices)) <= caps.most_tokens:
-            beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
-            found[plan.slices] = (beyond, cost_model.step_time(plan).seconds, plan, of_nodes)
-    best = sorted(found.values(), key=lambda entry: entry[:2])
+    best = sorted(_timed_candidates(caps, cost_model), key=lambda timed: timed[:2])
     # Ties go to the first, and to fewer stages.
     staged = [
-        (beyond, cost_model.step_time(choice).seconds, choice)
-        for kind in (False, True)
-        for beyond, _, plan, _ in [entry for entry in best if entry[3] == kind][:STAGED]
-        for staging in _stagings(plan, num_stages)
+        timed._replace(seconds=cost_model.step_time(choice).seconds, plan=choice)
+        for for_nodes in (False, True)
+        for timed in [timed for timed in best if timed.for_nodes == for_nodes][:STAGED]
+        for staging in _stagings(timed.plan, num_stages)
         for choice in dict.fromkeys([staging, staging.with_ranks_per_node(None)])
     ]
-    return min(staged, key=lambda entry: entry[:2])[2]
+    return min(staged, key=lambda timed: timed[:2]).plan
 
 
-def _stagings(plan: ShardPlan, num_stages: int | None) -> Iterator[ShardPlan]:
+def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
+    """Different plans within the cap on tokens."""
+    ranks_per_node = cost_model.hardware.ranks_per_node
+    nodes = None if caps.cp_size % ranks_per_node else ranks_per_node
+    found: dict[tuple, Timed] = {}
+    for slices, for_nodes in _candidates(caps, ranks_per_node):
+        plan = ShardPlan(caps.lengths, caps.cp_size, slices, None, nodes)
+        if plan.slices not in found and max(rank_tokens(plan.slices)) <= caps.most_tokens:
+            beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
+            found[plan.slices] = Timed(beyond, cost_model.step_time(plan).seconds, plan, for_nodes)
+    return list(found.values())
+
+
+def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
+    """The plan in `num_stages` stages, or in one and several numbers of them."""
     most = plan.cp_size - 1
     if num_stages is not None:
-        yield in_stages(plan, num_stages)
-        return
-    yield plan
-    if most > 1:
-        loads = _offset_loads(plan)
-        for stages in sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}):
-            yield plan.with_offset_groups(_grouped(loads, stages))
+        return [in_stages(plan, num_stages)]
+    stages = sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}) if most > 1 else []
+    loads = _offset_loads(plan)
+    return [plan, *(plan.with_offset_groups(_grouped(loads, count)) for count in stages)]
 
 
 def in_stages(plan: ShardPlan, num_stages: int) -> ShardPlan:
@@ -110,23 +112,19 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     return groups
 
 
-def _candidates(
-    lengths: Lengths, cp_size: int, max_imbalance: float, max_token_imbalance: float, ranks_per_node: int
-) -> Iterator[tuple[Slices, bool]]:
+def _candidates(caps: Caps, ranks_per_node: int) -> list[tuple[Slices, bool]]:
     """Plans, and whether each is one of [`node_plans`]."""
-    slack = min(max_imbalance - 1, MOST_SLACK)
-    caps = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
-    token_caps = sorted({1.0, max_token_imbalance})
-    for token_cap in token_caps:
-        for cap in [*caps, *([max_imbalance - 1] if max_imbalance - 1 > slack else [])]:
-            within: dict[str, Any] = {"max_imbalance": 1 + cap, "max_token_imbalance": token_cap}
-            flat = search(lengths, cp_size, **within)
-            yield flat, False
-            yield search(lengths, cp_size, **within, minimize_total=True), False
-            for slices in node_plans(flat, lengths, ranks_per_node, **within):
-                yield slices, True
-        yield flashcp(lengths, cp_size, max_imbalance, token_cap), False
-    yield per_doc(lengths, cp_size), False
-    yield per_doc(lengths, cp_size, rotate_ranks=True), False
-    yield per_seq(lengths, cp_size), False
-    yield whole_doc(lengths, cp_size), False
+    lengths, cp_size, slack = caps.lengths, caps.cp_size, min(caps.max_imbalance - 1, MOST_SLACK)
+    tightened = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
+    if caps.max_imbalance - 1 > slack:
+        tightened.append(caps.max_imbalance - 1)
+    found: list[tuple[Slices, bool]] = []
+    for token_cap in sorted({1.0, caps.max_token_imbalance}):
+        for cap in tightened:
+            within = caps.with_imbalance(1 + cap, token_cap)
+            flat = search(within)
+            found += [(flat, False), (search(within, minimize_total=True), False)]
+            found += [(slices, True) for slices in node_plans(flat, within, ranks_per_node)]
+        found.append((flashcp(caps.with_imbalance(caps.max_imbalance, token_cap)), False))
+    others = per_doc(lengths, cp_size), per_doc(lengths, cp_size, rotate_ranks=True), per_seq(lengths, cp_size)
+    return found + [(slices, False) for slices in (*others, whole_doc(lengths, cp_size))]

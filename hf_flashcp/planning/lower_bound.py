@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from itertools import accumulate
 
 from ..plan.lengths import check_lengths
 from ..plan.slices import attention_pairs
@@ -40,12 +39,11 @@ from .caps import Caps
 class LowPositions:
     """The tokens of all documents in the order of their positions, which is the order of their attention pairs."""
 
-    def __init__(self, lengths: tuple[int, ...]):
-        self.lengths = sorted(lengths)
-        self.tokens = list(accumulate(self.lengths, initial=0))
-        self.pairs = list(accumulate((attention_pairs(0, length) for length in self.lengths), initial=0))
+    def __init__(self, caps: Caps):
+        self.lengths = [item.tokens for item in caps.ascending]
+        self.tokens, self.pairs = caps.tokens_up_to, caps.pairs_up_to
         # Tokens at positions below a length, of all documents.
-        count = len(lengths)
+        count = len(self.lengths)
         self.below = [self.tokens[index] + (count - index) * length for index, length in enumerate(self.lengths)]
 
     def cheapest(self, tokens: int) -> tuple[int, int]:
@@ -97,8 +95,12 @@ def kv_lower_bound(
     Raises:
         PlanError: lengths or cp_size that no plan can have.
     """
-    lengths, cp_size = check_lengths(lengths, cp_size)
-    caps, low = Caps(lengths, cp_size, max_imbalance, max_token_imbalance), LowPositions(lengths)
+    return least_kv(Caps(*check_lengths(lengths, cp_size), max_imbalance, max_token_imbalance))
+
+
+def least_kv(caps: Caps) -> int:
+    """[`kv_lower_bound`] of documents and caps that are checked already."""
+    low = LowPositions(caps)
     total, previous, of_document = 0, 0, 0
     for length in reversed(low.lengths):
         if length != previous:
@@ -112,14 +114,18 @@ def kv_lower_bound(
 def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
     """The least ends e_1, e_2, ... by (2) of a document, up to the last above 0."""
     ends = []
+    whole = attention_pairs(0, length)
     for ranks in range(1, caps.cp_size):
-        most_pairs, needed = ranks * caps.most_pairs, caps.least(ranks)
-        whole = attention_pairs(0, length)
-        if length <= caps.most(ranks):
+        most_pairs, most_tokens, needed = (
+            ranks * caps.most_pairs,
+            caps.most_together(ranks),
+            caps.least_together(ranks),
+        )
+        if length <= most_tokens:
             if whole + low.cheapest_without(length, max(needed - length, 0)) <= most_pairs:
                 break
         # At least one token of the document on each of the ranks, at most what they may hold.
-        least, most = max(length - caps.most(ranks), 1), length - ranks
+        least, most = max(length - most_tokens, 1), length - ranks
         while least < most:
             end = (least + most) // 2
             level, pairs = low.cheapest(max(needed - (length - end), 0))

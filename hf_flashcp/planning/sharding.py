@@ -18,11 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from ..plan.slices import Slice, attention_pairs
-
-
-Lengths = tuple[int, ...]
-Slices = list[list[Slice]]
+from ..plan.slices import Lengths, Slice, Slices, attention_pairs
 
 
 def whole_doc(lengths: Lengths, cp_size: int) -> Slices:
@@ -56,17 +52,13 @@ def give_empty_ranks_a_token(slices: Slices) -> None:
     single tokens, one of a rank with several."""
     for rank_slices in slices:
         if not rank_slices:
-            donor, piece = max(
-                ((other, piece) for other, pieces in enumerate(slices) for piece in pieces),
-                key=lambda held: (
-                    held[1][2] - held[1][1],
-                    held[1][2] - held[1][1] == 1 and len(slices[held[0]]) > 1,
-                    -held[1][0],
-                ),
+            piece, donor = max(
+                ((piece, pieces) for pieces in slices for piece in pieces),
+                key=lambda held: (held[0].tokens, held[0].tokens == 1 and len(held[1]) > 1, -held[0].document),
             )
             document, start, stop = piece
-            place = slices[donor].index(piece)
-            slices[donor][place : place + 1] = [Slice(document, start + 1, stop)] if stop - start > 1 else []
+            place = donor.index(piece)
+            donor[place : place + 1] = [Slice(document, start + 1, stop)] if piece.tokens > 1 else []
             rank_slices.append(Slice(document, start, start + 1))
 
 

@@ -6,7 +6,6 @@ import functools
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ..errors import UnmetCapWarning
 from ..plan.lengths import check_lengths
@@ -15,6 +14,7 @@ from ..plan.slices import Lengths, Slice, rank_pairs
 from ..plan.topology import Topology
 from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
+from .caps import Caps
 from .fastest import fastest, in_stages
 from .search.nodes import search_in_nodes
 from .search.search import search
@@ -128,7 +128,7 @@ def _sharded(settings: PlanSettings, lengths: Lengths) -> Sequence[Sequence[Slic
         case "per_seq":
             return per_seq(lengths, cp_size)
         case "flashcp":
-            return flashcp(lengths, cp_size, settings.max_imbalance, settings.max_token_imbalance)
+            return flashcp(Caps(lengths, cp_size, settings.max_imbalance, settings.max_token_imbalance))
     return _searched(
         lengths,
         cp_size,
@@ -149,11 +149,11 @@ def _searched(
     topology: Topology | None,
 ) -> tuple[tuple[Slice, ...], ...]:
     """Epochs and evaluation plan the same packs again."""
-    caps: dict[str, Any] = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
+    caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
     if topology is not None:
-        slices = search_in_nodes(lengths, cp_size, topology, **caps)
+        slices = search_in_nodes(caps, topology)
     else:
-        slices = search(lengths, cp_size, **caps, minimize_total=minimize_total)
+        slices = search(caps, minimize_total=minimize_total)
     return tuple(map(tuple, slices))
 
 
@@ -163,9 +163,16 @@ def _timed(lengths: Lengths, cp_size: int, *options) -> ShardPlan:
 
 
 @functools.lru_cache(maxsize=128)
-def _fastest(*arguments) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
+def _fastest(
+    lengths: Lengths,
+    cp_size: int,
+    cost_model: CostModel,
+    max_imbalance: float,
+    max_token_imbalance: float,
+    num_stages: int | None,
+) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
     """Slices, offset groups and ranks per node of [`fastest`]."""
-    plan = fastest(*arguments)
+    plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 
 

@@ -14,7 +14,6 @@ launches, collectives that cross InfiniBand once per node, copies of what has to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -24,6 +23,7 @@ import numpy as np
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import Lengths, Slice, Slices, rank_tokens, slices_by_document
 from ..planning.algorithm1 import flashcp
+from ..planning.caps import Caps
 from ..planning.sharding import per_doc, per_seq
 from ..predict.cost_model import CostModel, LayerCosts
 from ..predict.layer_work import Rectangles
@@ -288,7 +288,7 @@ BASELINES = {
     "per_doc_cp": Baseline("all-gather, Per-Doc (WLB-LLM)", per_doc, AllGather(), kept=True),
     "flashcp_paper": Baseline(
         "padded all-gather, FlashCP",
-        functools.partial(flashcp, max_imbalance=1.05, max_token_imbalance=1.0),
+        lambda lengths, cp_size: flashcp(Caps(lengths, cp_size)),
         AllGather(shared_alone=True),
         kept=True,
     ),

@@ -8,48 +8,60 @@ all ranks of each of them, zigzag, so that they share what crosses; whole docume
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ...plan.hierarchical_traffic import hierarchical_traffic
-from ...plan.slices import Lengths, Slice, Slices, attention_pairs, rank_pairs, rank_tokens
+from ...plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
 from ...plan.topology import Topology
 from ...plan.traffic import by_link, traffic_matrix
+from ..caps import Caps
 from ..sharding import per_doc
-from .construction import Budget
-from .search import SETTINGS, Candidate, Search, search
+from .candidates import Candidate, Candidates
+from .search import search
+from .settings import SETTINGS, Settings
+from .spread import spread
 
 
-BASES = ((0, 0.9), (2, 0.6))
-"""Plans of nodes that are made first: by which of the search's settings, under which cap on attention pairs, 1 plus so
-much of what the user allows above 1. The rest is room for the ranks of a node."""
+class Base(NamedTuple):
+    """A plan of nodes that is made first, under a cap on attention pairs of 1 plus `part` of what the user allows
+    above 1: the rest is room for the ranks of a node."""
 
-TARGETS = ((0.6, 2.5), (0.7, 4.0), (0.5, 4.0))
-"""Then ones like each of them whose busiest node should receive and send so many times as much, with so much spreading
-of low positions. Both in the order of what each adds to those before it, on drawn packs."""
+    settings: Settings
+    part: float
+
+
+BASES = (Base(SETTINGS[0], 0.9), Base(SETTINGS[2], 0.6))
+
+
+class Target(NamedTuple):
+    """A plan like a base whose busiest node should receive and send `share` times as much, with so much `spreading` of
+    low positions."""
+
+    share: float
+    spreading: float
+
+
+TARGETS = (Target(0.6, 2.5), Target(0.7, 4.0), Target(0.5, 4.0))
+"""Like the bases in the order of what each adds to those before it, on drawn packs."""
 
 MANY = 1000
 """Documents beyond which only the first of each is made."""
 
 
-def search_in_nodes(
-    lengths: Lengths, cp_size: int, topology: Topology, *, max_imbalance: float, max_token_imbalance: float
-) -> Slices:
+def search_in_nodes(caps: Caps, topology: Topology) -> Slices:
     """Slices of every rank: of the plans tried, within the caps, the one whose busiest links take the shortest when
     rows cross to each node once, a row between nodes counted `inter_node_cost` times. Never busier than [`search`]'s,
     nor less balanced than that where it does not meet the caps. Pure and deterministic.
 
     Args:
-        lengths (`tuple[int, ...]`): tokens of each document.
-        cp_size (`int`): number of ranks, in full nodes.
-        topology (`Topology`): of the ranks. With all of them in one node, or each in its own, the plan is `search`'s.
-        max_imbalance, max_token_imbalance (`float`): see [`search`].
+        caps (`Caps`): documents and what ranks may hold.
+        topology (`Topology`): full nodes of the ranks. With all of them in one node, or each in its own, the plan is
+            `search`'s.
     """
-    caps: dict[str, Any] = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
-    flat = search(lengths, cp_size, **caps)
-    found = [flat, *node_plans(flat, lengths, topology.ranks_per_node, **caps)]
+    flat = search(caps)
+    found = [flat, *node_plans(flat, caps, topology.ranks_per_node)]
     return min(found, key=lambda slices: busiest(slices, topology))
 
 
@@ -63,35 +75,37 @@ def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
     return float((cost * np.maximum(received, sent)).max() + handed_on), float((cost * received).sum() + second.sum())
 
 
-def node_plans(
-    flat: Slices, lengths: Lengths, ranks_per_node: int, *, max_imbalance: float, max_token_imbalance: float
-) -> Iterator[Slices]:
+def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
     """Plans that spare the links between nodes: a flat plan's ranks grouped, and one in two levels, if that is within
     the caps or no less balanced. None where ranks do not fill several nodes of several ranks."""
-    cp_size = len(flat)
-    nodes = cp_size // ranks_per_node
-    if nodes * ranks_per_node != cp_size or 1 in (nodes, ranks_per_node):
-        return
-    yield grouped(flat, ranks_per_node)
-    budget = Budget(lengths, cp_size, max_imbalance, max_token_imbalance)
-    budget.most_pairs = max(budget.most_pairs, max(rank_pairs(flat)))
+    nodes, left_over = divmod(caps.cp_size, ranks_per_node)
+    if left_over or 1 in (nodes, ranks_per_node):
+        return []
+    caps = caps.with_most(pairs=max(caps.most_pairs, max(rank_pairs(flat))))
+    found = [grouped(flat, ranks_per_node)]
+    for plan in sorted(_shared_out_to_nodes(caps, nodes), key=lambda plan: plan.bottleneck):
+        slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, caps)]
+        if all(slices) and caps.allow(slices):
+            found.append(slices)
+            break
+    return found
+
+
+def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
+    """Plans of documents on nodes, as if each were one rank."""
     found: list[Candidate] = []
-    few = None if len(lengths) <= MANY else 1
-    for setting, part in BASES[:few]:
-        caps = 1 + part * (max_imbalance - 1), max_token_imbalance if budget.token_room else 1.0
-        looking = Search(lengths, nodes, *caps)
-        looking.budget.most_tokens = min(looking.budget.most_tokens, ranks_per_node * budget.most_tokens)
-        base = looking.attempt(SETTINGS[setting])
+    few = None if len(caps.lengths) <= MANY else 1
+    for settings, part in BASES[:few]:
+        imbalance = 1 + part * (caps.max_imbalance - 1), caps.max_token_imbalance if caps.token_room else 1.0
+        of_nodes = Caps(caps.lengths, nodes, *imbalance)
+        most_tokens = min(of_nodes.most_tokens, caps.cp_size // nodes * caps.most_tokens)
+        candidates = Candidates(of_nodes.with_most(tokens=most_tokens))
+        base = candidates.build(settings)
         if base is not None and base.construction is not None:
             for share, spreading in TARGETS[:few]:
-                looking.spread(base.construction, share * base.bottleneck, spreading)
-        found += looking.found
-    for plan in sorted(found, key=lambda plan: plan.bottleneck):
-        slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, budget)]
-        if max(rank_pairs(slices)) <= budget.most_pairs and max(rank_tokens(slices)) <= budget.most_tokens:
-            if all(slices):
-                yield slices
-                return
+                spread(candidates, base.construction, share * base.bottleneck, spreading)
+        found += candidates.found
+    return found
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
@@ -119,31 +133,37 @@ def grouped(slices: Slices, ranks_per_node: int) -> Slices:
     return [slices[rank] for rank in np.argsort(node, kind="stable")]
 
 
-def _inside(held: list[Slice], ranks: int, budget: Budget) -> Slices:
+def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:
     """What a node holds, on its ranks: zigzag what is cut, and all of it where the rest cannot be planned."""
-    whole: list[Slice] = []
-    cut: list[Slice] = []
-    for document, start, stop in held:
-        (whole if stop - start == budget.lengths[document] else cut).append(Slice(document, start, stop))
-    slices = _zigzag(cut, ranks)
-    lengths = tuple(stop for _, _, stop in whole)
-    if sum(lengths) < ranks:
-        return _zigzag(held, ranks)
-    tokens, mean_pairs = rank_tokens(slices), sum(attention_pairs(0, length) for length in lengths) / ranks
-    pairs_cap = (budget.most_pairs - max(rank_pairs(slices))) / mean_pairs
-    tokens_cap = (budget.most_tokens - max(tokens)) * ranks / sum(lengths) if budget.token_room else 1.0
-    plan = Search(lengths, ranks, max(pairs_cap, 1.0), max(tokens_cap, 1.0)).attempt(SETTINGS[0])
-    if plan is None:
-        return _zigzag(held, ranks)
-    # Ranks with a token less of what is cut get one more of the others.
-    planned = sorted(plan.slices, key=lambda pieces: sum(start - stop for _, start, stop in pieces))
-    for rank, pieces in zip(sorted(range(ranks), key=tokens.__getitem__), planned):
-        slices[rank] += [Slice(whole[document].document, start, stop) for document, start, stop in pieces]
+    whole = [piece for piece in held if piece.tokens == caps.lengths[piece.document]]
+    slices = _zigzag([piece for piece in held if piece.tokens < caps.lengths[piece.document]], ranks)
+    planned = _whole_inside(whole, slices, caps)
+    if planned is None:
+        slices = _zigzag(held, ranks)
+    else:
+        # Ranks with a token less of what is cut get one more of the others.
+        tokens = rank_tokens(slices)
+        planned.sort(key=lambda pieces: -sum(stop - start for _, start, stop in pieces))
+        for rank, pieces in zip(sorted(range(ranks), key=tokens.__getitem__), planned):
+            slices[rank] += [Slice(whole[index].document, start, stop) for index, start, stop in pieces]
     return slices
 
 
+def _whole_inside(whole: list[Slice], beside: Slices, caps: Caps) -> Slices | None:
+    """A plan of a node's whole documents on its ranks, which hold other slices beside them; documents are numbered as
+    in `whole`."""
+    ranks, lengths = len(beside), tuple(piece.tokens for piece in whole)
+    built = None
+    if sum(lengths) >= ranks:
+        mean_pairs = sum(attention_pairs(0, length) for length in lengths) / ranks
+        pairs = (caps.most_pairs - max(rank_pairs(beside))) / mean_pairs
+        tokens = (caps.most_tokens - max(rank_tokens(beside))) * ranks / sum(lengths) if caps.token_room else 1.0
+        built = Candidates(Caps(lengths, ranks, max(pairs, 1.0), max(tokens, 1.0))).build(SETTINGS[0])
+    return None if built is None else list(built.slices)
+
+
 def _zigzag(pieces: list[Slice], ranks: int) -> Slices:
-    planned = per_doc(tuple(stop - start for _, start, stop in pieces), ranks)
+    planned = per_doc(tuple(piece.tokens for piece in pieces), ranks)
     return [
         [
             Slice(pieces[index].document, pieces[index].start + start, pieces[index].start + stop)

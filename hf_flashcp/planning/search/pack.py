@@ -1,15 +1,21 @@
-"""Whole items on ranks under two budgets, tokens and attention pairs: the second half of a plan of "search"."""
+"""Packs whole items on ranks under both caps, tokens and attention pairs: the second half of a plan of "search"."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
+from itertools import accumulate
+from operator import attrgetter
+from typing import NamedTuple
 
-from ...plan.slices import Slice, Slices, attention_pairs
-from .unplaced import Item
+from ...plan.slices import Slices, attention_pairs
+from ..caps import assign_shares
+from ..items import Item, item_of
 
 
 _COMPARED = 16
+"""Items of a rank that are compared with those of another."""
 
 
 def longest_tail(start: int, stop: int, pairs: int) -> int:
@@ -22,202 +28,248 @@ def longest_tail(start: int, stop: int, pairs: int) -> int:
 
 
 def pack(
-    items: list[Item], shares: list[int], most_pairs: int, token_weight: float, loads_of: dict[int, float], cuts: bool
+    items: list[Item],
+    shares: list[int],
+    most_pairs: int,
+    token_weight: float,
+    kv_weights: dict[int, float],
+    cuts: bool,
 ) -> Slices | None:
-    """Whole items on empty ranks, longest processing time first on pairs and tokens together. Then pairs are brought
-    under `most_pairs` by swaps, and tokens to `shares` by moves, swaps and head cuts. `None` where that fails.
+    """Places whole items on empty ranks, the largest first; then brings pairs under the cap by swaps, and tokens to
+    the shares by moves, swaps and head cuts.
+
+    Args:
+        items (`list[Item]`): what is to be placed, in ascending order.
+        shares (`list[int]`): the most tokens of each rank, largest first.
+        most_pairs (`int`): the most attention pairs of a rank.
+        token_weight (`float`): weight of tokens against pairs.
+        kv_weights (`dict[int, float]`): weight of a piece of each split document, for the KV that it makes travel.
+        cuts (`bool`): whether heads may be cut off.
+
+    Returns:
+        Slices of every rank, or `None` where that fails.
+    """
+    packing = Packing(shares, most_pairs, cuts)
+    packing.place(items, token_weight, kv_weights)
+    packing.lower_pairs()
+    packed = max(rank.pairs for rank in packing.ranks) <= most_pairs and packing.equalize_tokens()
+    return [[item.piece for item in rank.items] for rank in packing.ranks] if packed else None
+
+
+class Load:
+    """What one rank holds, and the most tokens that it may hold (`share`)."""
+
+    __slots__ = ("items", "pairs", "share", "tokens")
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.pairs = self.tokens = self.share = 0
+
+    def add(self, item: Item) -> None:
+        self.items.append(item)
+        self.pairs += item.pairs
+        self.tokens += item.tokens
+
+    def remove(self, item: Item) -> None:
+        self.items.remove(item)
+        self.pairs -= item.pairs
+        self.tokens -= item.tokens
+
+
+class Swap(NamedTuple):
+    """Items that one rank gives to another, and the one that it gets for them, if any."""
+
+    receiver: Load
+    given: list[Item]
+    taken: Item | None
+
+
+_pairs, _tokens = attrgetter("pairs"), attrgetter("tokens")
+
+
+class Packing:
+    """Items on ranks, moved about until all ranks are under the caps.
 
     Args:
         shares (`list[int]`): the most tokens of each rank, largest first.
-        token_weight (`float`): weight of tokens against pairs.
+        most_pairs (`int`): the most attention pairs of a rank.
+        cuts (`bool`): whether heads may be cut off.
     """
-    ranks = len(shares)
-    items = sorted(items, reverse=True)
-    pair_weight = 1 / most_pairs
-    token_weight /= shares[0]
-    pieces: list[list[Item]] = [[] for _ in range(ranks)]
-    pairs, tokens = [0] * ranks, [0] * ranks
-    loads = [(0.0, rank) for rank in range(ranks)]
-    for item in items:
-        item_pairs, document, start, stop = item
-        load, rank = loads[0]
-        pieces[rank].append(item)
-        pairs[rank] += item_pairs
-        tokens[rank] += stop - start
-        load += item_pairs * pair_weight + (stop - start) * token_weight + loads_of.get(document, 0.0)
-        heapq.heapreplace(loads, (load, rank))
-    fullest = sorted(range(ranks), key=lambda rank: -tokens[rank])
-    by_rank = [0] * ranks
-    for share, rank in zip(shares, fullest):
-        by_rank[rank] = share
-    _lower_pairs(pieces, pairs, tokens, shares[0], most_pairs, cuts)
-    if max(pairs) > most_pairs or not _equalize(pieces, pairs, tokens, by_rank, most_pairs, cuts):
-        return None
-    return [[Slice(document, start, stop) for _, document, start, stop in held] for held in pieces]
 
+    def __init__(self, shares: list[int], most_pairs: int, cuts: bool):
+        self.shares, self.most_pairs, self.cuts = shares, most_pairs, cuts
+        self.ranks = [Load() for _ in shares]
 
-def _exchange(pieces, pairs, tokens, donor: int, given: Item, receiver: int, taken: Item | None) -> None:
-    pieces[donor].remove(given)
-    pieces[receiver].append(given)
-    moved_pairs, moved_tokens = given[0], given[3] - given[2]
-    if taken:
-        pieces[receiver].remove(taken)
-        pieces[donor].append(taken)
-        moved_pairs -= taken[0]
-        moved_tokens -= taken[3] - taken[2]
-    pairs[donor] -= moved_pairs
-    pairs[receiver] += moved_pairs
-    tokens[donor] -= moved_tokens
-    tokens[receiver] += moved_tokens
+    def place(self, items: list[Item], token_weight: float, kv_weights: dict[int, float]) -> None:
+        """Longest processing time first, on pairs, tokens and KV together."""
+        pair_weight, token_weight = 1 / self.most_pairs, token_weight / self.shares[0]
+        held = [rank.items for rank in self.ranks]
+        loads = [(0.0, index) for index in range(len(self.ranks))]
+        for item in reversed(items):
+            weight = item.pairs * pair_weight + item.tokens * token_weight
+            if kv_weights:
+                weight += kv_weights.get(item.piece.document, 0.0)
+            load, index = loads[0]
+            heapq.heapreplace(loads, (load + weight, index))
+            held[index].append(item)
+        tokens = [sum(map(_tokens, rank.items)) for rank in self.ranks]
+        for rank, rank_tokens, share in zip(self.ranks, tokens, assign_shares(self.shares, tokens)):
+            rank.pairs, rank.tokens, rank.share = sum(map(_pairs, rank.items)), rank_tokens, share
 
-
-def _move_head(pieces, pairs, tokens, donor: int, item: Item, head: int, receiver: int) -> None:
-    """Cuts the first `head` tokens off an item of the donor and gives them to the receiver."""
-    item_pairs, document, start, stop = item
-    moved_pairs = attention_pairs(start, start + head)
-    pieces[donor].remove(item)
-    pieces[donor].append((item_pairs - moved_pairs, document, start + head, stop))
-    pieces[receiver].append((moved_pairs, document, start, start + head))
-    pairs[donor] -= moved_pairs
-    pairs[receiver] += moved_pairs
-    tokens[donor] -= head
-    tokens[receiver] += head
-
-
-def _lower_pairs(pieces, pairs, tokens, share: int, most_pairs: int, cuts: bool) -> None:
-    """Swaps items of the rank with the most pairs against smaller ones elsewhere until all are under `most_pairs`, or
-    nothing helps."""
-    ranks = range(len(pairs))
-    for _ in range(2 * len(pairs)):
-        donor = max(ranks, key=pairs.__getitem__)
-        if pairs[donor] <= most_pairs:
-            return
-        best, move = pairs[donor], None
-        for receiver in sorted(ranks, key=pairs.__getitem__)[:4]:
-            if receiver == donor:
-                continue
-            others = [(0, None), *((item[0], item) for item in pieces[receiver][:_COMPARED])]
-            for item in pieces[donor][:_COMPARED]:
-                for other_pairs, other in others:
-                    change = item[0] - other_pairs
-                    if change > 0:
-                        peak = max(pairs[donor] - change, pairs[receiver] + change)
-                        if peak < best:
-                            best, move = peak, (item, receiver, other)
-        if move is None:
-            if not cuts or not _cut_for_pairs(pieces, pairs, tokens, share, most_pairs, donor):
+    def lower_pairs(self) -> None:
+        """Swaps items of the rank with the most pairs against smaller ones elsewhere until all are under the cap, or
+        nothing helps."""
+        for _ in range(2 * len(self.ranks)):
+            donor = max(self.ranks, key=_pairs)
+            if donor.pairs <= self.most_pairs:
                 return
-            continue
-        _exchange(pieces, pairs, tokens, donor, *move)
+            swap = self._pair_swap(donor)
+            if swap:
+                _exchange(donor, swap)
+            elif not self.cuts or not self._cut_for_pairs(donor, self.shares[0]):
+                return
 
+    def _pair_swap(self, donor: Load) -> Swap | None:
+        """The swap with one of the ranks with the fewest pairs that lowers the larger of the two most."""
+        best, swap = donor.pairs, None
+        mine = [(item.pairs, item) for item in donor.items[:_COMPARED]]
+        for receiver in sorted(self.ranks, key=_pairs)[:4]:
+            if receiver is donor:
+                continue
+            others = [(0, None), *((item.pairs, item) for item in receiver.items[:_COMPARED])]
+            for pairs, item in mine:
+                for other_pairs, other in others:
+                    change = pairs - other_pairs
+                    if change > 0:
+                        peak = max(donor.pairs - change, receiver.pairs + change)
+                        if peak < best:
+                            best, swap = peak, (receiver, item, other)
+        return Swap(swap[0], [swap[1]], swap[2]) if swap else None
 
-def _cut_for_pairs(pieces, pairs, tokens, share: int, most_pairs: int, donor: int) -> bool:
-    """Gives a head that brings a rank under `most_pairs`, with room for the tokens it will then lack, to the rank with
-    the most room. Whether it could."""
-    receiver = min(range(len(pairs)), key=pairs.__getitem__)
-    room = most_pairs - pairs[receiver]
-    item = max(pieces[donor], key=lambda item: (-item[2], item[3]))
-    item_pairs, _, start, stop = item
-    head = 0
-    for _ in range(3):
-        lacking = max(share - tokens[donor] + head, 0)
-        # One head, or short documents of a quarter of the average pairs a token.
-        over = pairs[donor] - most_pairs + most_pairs // 64
-        over += min(lacking * (lacking + 1) // 2, lacking * most_pairs // (4 * share))
-        longer = stop - start - longest_tail(start, stop, item_pairs - min(over, room))
-        if longer >= stop - start:
-            break
-        head = longer
-    if head and attention_pairs(start, start + head) > room:
-        head -= 1
-    if head <= 0:
-        return False
-    _move_head(pieces, pairs, tokens, donor, item, head, receiver)
-    return True
-
-
-def _equalize(pieces, pairs, tokens, shares: list[int], most_pairs: int, cuts: bool) -> bool:
-    """Moves whole items, swaps pairs of them, and as a last resort moves heads, until no rank has more tokens than
-    its share, in place. Whether that worked."""
-    ranks = range(len(tokens))
-    cuts_left = len(tokens) if cuts else 0
-    for _ in range(6 * len(tokens) + 12):
-        excess = [held - share for held, share in zip(tokens, shares)]
-        over = max(excess)
-        if over <= 0:
-            return True
-        donor = excess.index(over)
-        done = False
-        for receiver in sorted(ranks, key=excess.__getitem__)[:3]:
-            owed = min(over, -excess[receiver])
-            if owed <= 0:
+    def _cut_for_pairs(self, donor: Load, share: int) -> bool:
+        """Gives a head that brings a rank under the cap on pairs, with room for the tokens it will then lack, to the
+        rank with the most room. Returns whether it could."""
+        receiver = min(self.ranks, key=_pairs)
+        room = self.most_pairs - receiver.pairs
+        item = max(donor.items, key=lambda item: (-item.piece.start, item.piece.stop))
+        _, start, stop = item.piece
+        head = 0
+        for _ in range(3):
+            lacking = max(share - donor.tokens + head, 0)
+            # One head, or short documents of a quarter of the average pairs per token.
+            over = donor.pairs - self.most_pairs + self.most_pairs // 64
+            over += min(attention_pairs(0, lacking), lacking * self.most_pairs // (4 * share))
+            longer = item.tokens - longest_tail(start, stop, item.pairs - min(over, room))
+            if longer >= item.tokens:
                 break
-            if _give(pieces, pairs, tokens, donor, receiver, owed, most_pairs):
-                done = True
-                break
-        if not done:
-            # Whoever lacks tokens has no room for pairs: it gives a head, and gets shorter documents for it.
-            cuts_left -= 1
-            neediest = min(ranks, key=excess.__getitem__)
-            if cuts_left < 0 or not _cut_for_pairs(pieces, pairs, tokens, shares[neediest], most_pairs, neediest):
-                return False
-    return False
+            head = longer
+        if head and attention_pairs(start, start + head) > room:
+            head -= 1
+        if head > 0:
+            _move_head(donor, item, head, receiver)
+        return head > 0
 
-
-def _give(pieces, pairs, tokens, donor: int, receiver: int, owed: int, most_pairs: int) -> bool:
-    """Moves up to `owed` tokens by the best of: a whole item, a swap of two, the head of an item, one item against
-    several. Of the room for pairs, tokens may use up their share. Whether it could."""
-    room, donor_room = most_pairs - pairs[receiver], most_pairs - pairs[donor]
-    best, given, taken = 0, None, None
-    mine = sorted((item[3] - item[2], item) for item in pieces[donor])
-    others = sorted((item[3] - item[2], item) for item in pieces[receiver])[:_COMPARED]
-    for length, item in mine:
-        if best < length <= owed and item[0] * owed <= room * length:
-            best, given = length, item
-    if best < owed:
-        for length, item in mine[:_COMPARED]:
-            for other_length, other in others:
-                gain = length - other_length
-                if best < gain <= owed and -donor_room <= item[0] - other[0]:
-                    if (item[0] - other[0]) * owed <= room * gain:
-                        best, given, taken = gain, item, other
-    if best < owed / 2:
-        cuts = [item for length, item in mine if length > owed]
-        if cuts:
-            item = min(cuts, key=lambda cut: (cut[2], cut[3]))
-            if attention_pairs(item[2], item[2] + owed) <= room:
-                _move_head(pieces, pairs, tokens, donor, item, owed, receiver)
+    def equalize_tokens(self) -> bool:
+        """Moves whole items, swaps pairs of them, and as a last resort moves heads, until no rank has more tokens than
+        its share. Returns whether that worked."""
+        cuts_left = len(self.ranks) if self.cuts else 0
+        for _ in range(6 * len(self.ranks) + 12):
+            excess = [rank.tokens - rank.share for rank in self.ranks]
+            over = max(excess)
+            if over <= 0:
                 return True
-    if given is None:
-        return _give_several(pieces, pairs, tokens, donor, receiver, owed, room)
-    _exchange(pieces, pairs, tokens, donor, given, receiver, taken)
-    return True
-
-
-def _give_several(pieces, pairs, tokens, donor: int, receiver: int, owed: int, room: int) -> bool:
-    """Swaps one item of a receiver that has no room for pairs left for several of the donor, all but one of them its
-    shortest: more tokens, hardly more pairs. Whether it could."""
-    donor_room = room + pairs[receiver] - pairs[donor]
-    mine = sorted(pieces[donor], key=lambda item: item[3] - item[2])
-    best, move = 0, None
-    for other in pieces[receiver]:
-        for first in [None, *mine[-_COMPARED:]]:
-            gained_tokens = (first[3] - first[2] if first else 0) - other[3] + other[2]
-            gained_pairs = (first[0] if first else 0) - other[0]
-            for count, item in enumerate(mine):
-                if gained_tokens > owed or gained_pairs > room:
-                    break
-                if gained_tokens > best and gained_pairs >= -donor_room:
-                    best, move = gained_tokens, (other, first, mine[:count])
-                if item is first:
-                    break
-                gained_tokens += item[3] - item[2]
-                gained_pairs += item[0]
-    if move is None:
+            donor = self.ranks[excess.index(over)]
+            receivers = sorted(range(len(excess)), key=excess.__getitem__)[:3]
+            if not any(
+                excess[rank] < 0 and self._give(donor, self.ranks[rank], min(over, -excess[rank]))
+                for rank in receivers
+            ):
+                # Whoever lacks tokens has no room for pairs: it gives a head, and gets shorter documents for it.
+                cuts_left -= 1
+                neediest = self.ranks[receivers[0]]
+                if cuts_left < 0 or not self._cut_for_pairs(neediest, neediest.share):
+                    return False
         return False
-    other, first, group = move
-    group = group + [first] if first else group
-    _exchange(pieces, pairs, tokens, donor, group[0], receiver, other)
-    for item in group[1:]:
-        _exchange(pieces, pairs, tokens, donor, item, receiver, None)
-    return True
+
+    def _give(self, donor: Load, receiver: Load, owed: int) -> bool:
+        """Moves up to `owed` tokens by the best of: a whole item, a swap of two, the head of an item, one item against
+        several. Of the room for pairs, tokens may use up their share. Returns whether it could."""
+        room = self.most_pairs - receiver.pairs
+        mine = sorted((item.tokens, item.pairs, item) for item in donor.items)
+        best, swap = self._token_swap(donor, receiver, owed, mine)
+        cuts = [item for tokens, _, item in mine if tokens > owed] if best < owed / 2 else []
+        if cuts:
+            cut = min(cuts, key=lambda item: item.piece[1:])
+            start = cut.piece.start
+            if attention_pairs(start, start + owed) <= room:
+                _move_head(donor, cut, owed, receiver)
+                return True
+        swap = swap or self._several_against_one(donor, receiver, owed)
+        if swap:
+            _exchange(donor, swap)
+        return swap is not None
+
+    def _token_swap(
+        self, donor: Load, receiver: Load, owed: int, mine: list[tuple[int, int, Item]]
+    ) -> tuple[int, Swap | None]:
+        """The move of one of the donor's items (`mine`, ascending, with their tokens and pairs), or swap of two, that
+        brings the receiver closest to what it is owed, and the tokens that it brings."""
+        room, donor_room = self.most_pairs - receiver.pairs, self.most_pairs - donor.pairs
+        best: int = 0
+        given: Item | None = None
+        taken: Item | None = None
+        for tokens, pairs, item in mine:
+            if best < tokens <= owed and pairs * owed <= room * tokens:
+                best, given = tokens, item
+        if best < owed:
+            others = sorted((item.tokens, item.pairs, item) for item in receiver.items)[:_COMPARED]
+            for tokens, pairs, item in mine[:_COMPARED]:
+                for other_tokens, other_pairs, other in others:
+                    gain = tokens - other_tokens
+                    if gain <= best:
+                        break
+                    if gain <= owed and -donor_room <= pairs - other_pairs:
+                        if (pairs - other_pairs) * owed <= room * gain:
+                            best, given, taken = gain, item, other
+        return best, Swap(receiver, [given], taken) if given else None
+
+    def _several_against_one(self, donor: Load, receiver: Load, owed: int) -> Swap | None:
+        """One item of a receiver that has no room for pairs left against several of the donor, all but one of them its
+        shortest: more tokens, hardly more pairs."""
+        room, donor_room = self.most_pairs - receiver.pairs, self.most_pairs - donor.pairs
+        mine = sorted(donor.items, key=_tokens)
+        tokens_up_to = list(accumulate(map(_tokens, mine), initial=0))
+        pairs_up_to = list(accumulate(map(_pairs, mine), initial=0))
+        # Beside `first` go items shorter than it, up to `most` of them; without one, at least one item stays.
+        longest = range(max(len(mine) - _COMPARED, 0), len(mine))
+        firsts = [(0, 0, len(mine) - 1, None), *((mine[at].tokens, mine[at].pairs, at, mine[at]) for at in longest)]
+        best, swap = 0, None
+        for other in receiver.items:
+            most_tokens, most_pairs = owed + other.tokens, room + other.pairs
+            for tokens, pairs, most, first in firsts:
+                if tokens <= most_tokens and pairs <= most_pairs:
+                    count = bisect_right(tokens_up_to, most_tokens - tokens, 0, most + 1)
+                    count = bisect_right(pairs_up_to, most_pairs - pairs, 0, count) - 1
+                    gained = tokens + tokens_up_to[count] - other.tokens
+                    if gained > best and pairs + pairs_up_to[count] - other.pairs >= -donor_room:
+                        best, swap = gained, (count, first, other)
+        if swap:
+            count, first, other = swap
+        return Swap(receiver, [*mine[:count], *([first] if first else [])], other) if swap else None
+
+
+def _exchange(donor: Load, swap: Swap) -> None:
+    for item in swap.given:
+        donor.remove(item)
+        swap.receiver.add(item)
+    if swap.taken:
+        swap.receiver.remove(swap.taken)
+        donor.add(swap.taken)
+
+
+def _move_head(donor: Load, item: Item, head: int, receiver: Load) -> None:
+    """Cuts the first `head` tokens off an item of the donor and gives them to the receiver."""
+    document, start, stop = item.piece
+    donor.remove(item)
+    donor.add(item_of(document, start + head, stop))
+    receiver.add(item_of(document, start, start + head))

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...plan.slices import Slices, attention_pairs
-from .unplaced import Budget
+from ...plan.slices import Slice, Slices, attention_pairs
+from ..caps import Caps
 
 
 _UNITS = 9
@@ -35,54 +35,50 @@ _MOST_WORK = 40_000
 class Unit:
     """A piece of a document, or several whole documents (`document` -1), that two ranks share out."""
 
-    def __init__(self, document: int, pieces: list[tuple[int, int, int]]):
+    def __init__(self, document: int, pieces: list[Slice]):
         self.document, self.pieces = document, pieces
-        self.start, self.stop = pieces[0][1], pieces[-1][2]
-        self.tokens = sum(stop - start for _, start, stop in pieces)
-        self.pairs = sum(attention_pairs(start, stop) for _, start, stop in pieces)
+        self.start, self.stop = pieces[0].start, pieces[-1].stop
+        self.tokens, self.pairs = _held_tokens(pieces), _held_pairs(pieces)
 
 
 class Pool:
-    """What two ranks hold: units to be shared out, and for each rank what stays because there is too much to try."""
+    """What two ranks hold.
 
-    def __init__(self, held: tuple[list, list], budget: Budget):
-        self.cap = budget.most_pairs
-        self.tokens = sum(stop - start for _, start, stop in held[0])
-        self.pairs = sum(attention_pairs(start, stop) for rank in held for _, start, stop in rank)
-        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        whole = []
-        for piece in sorted(held[0] + held[1]):
-            document, start, stop = piece
-            if stop - start == budget.lengths[document]:
-                whole.append(piece)
-            elif parts[document] and parts[document][-1][2] == start:
-                parts[document][-1] = (document, parts[document][-1][1], stop)
-            else:
-                parts[document].append(piece)
-        whole.sort(key=lambda piece: piece[2])
-        by_size = sorted(parts.values(), key=lambda pieces: -sum(attention_pairs(*piece[1:]) for piece in pieces))
+    Attributes:
+        units (`list[Unit]`): what is to be shared out.
+        kept (`tuple`): for each rank, what stays there because there is too much to try.
+        tokens (`int`): of the first rank.
+        pairs (`int`): of both ranks.
+        most_pairs (`int`): what a rank may hold.
+    """
+
+    def __init__(self, held: tuple[list[Slice], list[Slice]], caps: Caps):
+        self.most_pairs = caps.most_pairs
+        self.tokens, self.pairs = _held_tokens(held[0]), _held_pairs(held[0]) + _held_pairs(held[1])
+        whole, parts = _whole_and_parts(held[0] + held[1], caps)
         self.units: list[Unit] = []
-        shared = set()
+        kept = set(parts)
         room = _UNITS + 1 - min(len(whole), _BUNDLES)
-        for pieces in by_size:
+        for pieces in sorted(parts.values(), key=_held_pairs, reverse=True):
             if len(self.units) + len(pieces) <= room:
-                self.units += [Unit(piece[0], [piece]) for piece in pieces]
-                shared.add(pieces[0][0])
-        self.kept = tuple([piece for piece in rank if piece[0] in parts and piece[0] not in shared] for rank in held)
+                self.units += [Unit(piece.document, [piece]) for piece in pieces]
+                kept.remove(pieces[0].document)
+        first, second = ([piece for piece in rank if piece.document in kept] for rank in held)
+        self.kept = first, second
         singles = _UNITS + 1 - len(self.units)
         if len(whole) > singles:
             singles -= _BUNDLES
         bundled = max(len(whole) - singles, 0)
-        self.units += [Unit(piece[0], [piece]) for piece in whole[bundled:]]
+        self.units += [Unit(piece.document, [piece]) for piece in whole[bundled:]]
         self._bundle(whole[:bundled])
 
-    def _bundle(self, whole: list[tuple[int, int, int]]) -> None:
+    def _bundle(self, whole: list[Slice]) -> None:
         """Short documents together, each bundle of about twice the tokens of the one before."""
-        limit = sum(stop for *_, stop in whole) / (2**_BUNDLES - 1)
+        limit = _held_tokens(whole) / (2**_BUNDLES - 1)
         tokens, bundle = 0, []
         for piece in whole:
             bundle.append(piece)
-            tokens += piece[2]
+            tokens += piece.tokens
             if tokens >= limit or piece is whole[-1]:
                 self.units.append(Unit(-1, bundle))
                 tokens, bundle, limit = 0, [], 2 * limit
@@ -94,7 +90,8 @@ class Pool:
         from_start = [index for index in singles if not self.units[index].start]
         return list(dict.fromkeys(singles[:2] + from_start[:_CUT]))[:_CUT]
 
-    def slices(self, share: Share) -> tuple[list, list]:
+    def slices(self, share: Share) -> tuple[list[Slice], list[Slice]]:
+        """What the two ranks hold if the pool is shared out so."""
         first, second = list(self.kept[0]), list(self.kept[1])
         others = [unit for index, unit in enumerate(self.units) if index != share.cut]
         for place, unit in enumerate(others):
@@ -104,8 +101,31 @@ class Pool:
         low, top = unit.start + share.low, unit.stop - share.top
         for rank, start, stop in ((outer, unit.start, low), (inner, low, top), (outer, top, unit.stop)):
             if start < stop:
-                rank.append((unit.document, start, stop))
+                rank.append(Slice(unit.document, start, stop))
         return first, second
+
+
+def _held_tokens(held: list[Slice]) -> int:
+    return sum(stop - start for _, start, stop in held)
+
+
+def _held_pairs(held: list[Slice]) -> int:
+    return sum(attention_pairs(start, stop) for _, start, stop in held)
+
+
+def _whole_and_parts(held: list[Slice], caps: Caps) -> tuple[list[Slice], dict[int, list[Slice]]]:
+    """Whole documents, the shortest first, and pieces of other documents, those that touch joined."""
+    whole: list[Slice] = []
+    parts: dict[int, list[Slice]] = defaultdict(list)
+    for piece in sorted(held):
+        document, start, stop = piece
+        if stop - start == caps.lengths[document]:
+            whole.append(piece)
+        elif parts[document] and parts[document][-1].stop == start:
+            parts[document][-1] = Slice(document, parts[document][-1].start, stop)
+        else:
+            parts[document].append(piece)
+    return sorted(whole, key=lambda piece: piece.stop), parts
 
 
 class Share(NamedTuple):
@@ -129,42 +149,52 @@ def share_out(pool: Pool) -> Share | None:
 
 def _cut(pool: Pool, cut: int) -> Share | None:
     """Every subset of the other units on the first rank, the unit `cut` shared out between the two."""
-    others = [unit for index, unit in enumerate(pool.units) if index != cut]
-    kept = [sum(attention_pairs(*piece[1:]) for piece in pieces) for pieces in pool.kept]
-    held = np.array([sum(stop - start for _, start, stop in pool.kept[0])], np.int64)
-    pairs = np.array([kept[0]], np.int64)
-    for unit in others:
-        held = np.concatenate((held, held + unit.tokens))
-        pairs = np.concatenate((pairs, pairs + unit.pairs))
-    unit = pool.units[cut]
-    start, stop = unit.start, unit.stop
-    length = stop - start
-    missing = pool.tokens - held
+    unit, others = pool.units[cut], [unit for index, unit in enumerate(pool.units) if index != cut]
+    held = np.array([_held_tokens(pool.kept[0])], np.int64)
+    pairs = np.array([_held_pairs(pool.kept[0])], np.int64)
+    for other in others:
+        held = np.concatenate((held, held + other.tokens))
+        pairs = np.concatenate((pairs, pairs + other.pairs))
+    missing, length = pool.tokens - held, unit.stop - unit.start
     masks = np.flatnonzero((missing >= 0) & (missing <= length))
     if not len(masks):
         return None
     missing, pairs = missing[masks], pairs[masks]
-    extra, own = _ends(pool, others, unit.document, masks)
-    best = None
-    for outer_first in (True, False):
-        outer = missing if outer_first else length - missing
-        outer_pairs = pairs if outer_first else pool.pairs - unit.pairs - pairs
-        # As in `tail_beside_head`: of `outer` tokens at the two ends, the most that can be at the top.
-        slope = length - outer
-        outer_pairs = outer_pairs + outer * (2 * start + outer + 1) // 2
-        top = np.where(slope > 0, (pool.cap - outer_pairs) // np.maximum(slope, 1), outer)
-        top = np.clip(top, 0, outer)
-        outer_pairs = outer_pairs + top * slope
-        excess = np.maximum(outer_pairs - pool.cap, 0) + np.maximum(pool.pairs - outer_pairs - pool.cap, 0)
-        inner_end = np.where(slope > 0, stop - top, 0)
-        outer_end = np.where(top > 0, stop, np.where(outer > 0, start + outer, 0))
-        own_outer, own_inner = own if outer_first else own[::-1]
-        cost = extra + np.minimum(np.maximum(own_outer, outer_end), np.maximum(own_inner, inner_end))
-        index = int(np.where(excess > 0, _FAR + np.minimum(excess, _FAR), cost).argmin())
-        low = int(outer[index] - top[index])
-        found = Share(int(excess[index]), int(cost[index]), cut, int(masks[index]), outer_first, low, int(top[index]))
-        best = found if best is None else min(best, found)
-    return best
+    extra, (own_first, own_second) = _ends(pool, others, unit.document, masks)
+    other_pairs = pool.pairs - unit.pairs - pairs
+    first = Outer(True, missing, pairs, own_first, own_second)
+    second = Outer(False, length - missing, other_pairs, own_second, own_first)
+    return min(_outer_parts(pool, cut, masks, extra, outer) for outer in (first, second))
+
+
+class Outer(NamedTuple):
+    """The rank that gets the outer parts of the cut unit, for each subset of the other units on the first rank: the
+    tokens of these parts, the pairs of what the rank holds besides, and where the last pieces end that it and the
+    other rank hold of the document that is cut."""
+
+    first: bool
+    tokens: np.ndarray
+    pairs: np.ndarray
+    own: np.ndarray
+    inner_own: np.ndarray
+
+
+def _outer_parts(pool: Pool, cut: int, masks: np.ndarray, extra: np.ndarray, outer: Outer) -> Share:
+    """The best subset, and how the rank's tokens of the cut unit are divided between its two ends."""
+    unit, tokens = pool.units[cut], outer.tokens
+    # As in `tail_beside_head`: of the tokens at the two ends, the most that can be at the top.
+    slope = unit.stop - unit.start - tokens
+    pairs = outer.pairs + tokens * (2 * unit.start + tokens + 1) // 2
+    top = np.where(slope > 0, (pool.most_pairs - pairs) // np.maximum(slope, 1), tokens)
+    top = np.clip(top, 0, tokens)
+    pairs = pairs + top * slope
+    excess = np.maximum(pairs - pool.most_pairs, 0) + np.maximum(pool.pairs - pairs - pool.most_pairs, 0)
+    inner_end = np.where(slope > 0, unit.stop - top, 0)
+    outer_end = np.where(top > 0, unit.stop, np.where(tokens > 0, unit.start + tokens, 0))
+    cost = extra + np.minimum(np.maximum(outer.own, outer_end), np.maximum(outer.inner_own, inner_end))
+    index = int(np.where(excess > 0, _FAR + np.minimum(excess, _FAR), cost).argmin())
+    low = int(tokens[index] - top[index])
+    return Share(int(excess[index]), int(cost[index]), cut, int(masks[index]), outer.first, low, int(top[index]))
 
 
 def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
@@ -192,50 +222,59 @@ def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
     return extra, own
 
 
-def repair(slices: Slices, budget: Budget, solves: int) -> Slices:
-    """Shares out up to `solves` pairs of ranks anew, those first that have most to gain, as long as that helps."""
+def repair(slices: Slices, caps: Caps, solves: int) -> Slices | None:
+    """The same plan with up to `solves` pairs of ranks shared out anew, those first that have most to gain, as long as
+    that helps; `None` for plans that take too long to look at."""
     if sum(map(len, slices)) * len(slices) > _MOST_WORK:
-        return slices
+        return None
     slices = [list(held) for held in slices]
-    over = [_excess(held, budget) for held in slices]
+    over = [_excess(held, caps) for held in slices]
     version = [0] * len(slices)
-    tried = set()
-    while True:
-        gains = _gains(slices)
-        for rank, excess in enumerate(over):
-            if excess:
-                for other in range(len(slices)):
-                    if other != rank:
-                        gains[min(rank, other), max(rank, other)] += 0
-        ranked = sorted(gains, key=lambda pair: (-over[pair[0]] - over[pair[1]], -gains[pair], pair))
-        for pair in ranked:
+    tried: set[tuple[int, int, int, int]] = set()
+    going_on = True
+    while going_on:
+        going_on = False
+        gains = _gains_of_pairs(slices, over)
+        for pair in sorted(gains, key=lambda pair: (-over[pair[0]] - over[pair[1]], -gains[pair], pair)):
             first, second = pair
-            state = (*pair, version[first], version[second])
+            state = (first, second, version[first], version[second])
             if state in tried:
                 continue
             if solves <= 0:
-                return slices
+                break
             tried.add(state)
             solves -= 1
-            pool = Pool((slices[first], slices[second]), budget)
+            pool = Pool((slices[first], slices[second]), caps)
             share = share_out(pool)
             if share and (share.excess, share.cost) < (over[first] + over[second], gains[pair]):
                 slices[first], slices[second] = pool.slices(share)
                 for rank in pair:
                     version[rank] += 1
-                    over[rank] = _excess(slices[rank], budget)
+                    over[rank] = _excess(slices[rank], caps)
+                going_on = True
                 break
-        else:
-            return slices
+    return slices
 
 
-def _excess(held: list, budget: Budget) -> int:
-    return max(sum(attention_pairs(start, stop) for _, start, stop in held) - budget.most_pairs, 0)
+def _excess(held: list[Slice], caps: Caps) -> int:
+    return max(_held_pairs(held) - caps.most_pairs, 0)
 
 
-def shared_cost(first: list, second: list) -> int:
+def shared_cost(first: list[Slice], second: list[Slice]) -> int:
     """What two ranks receive because documents are split between them."""
     return _gains([first, second])[0, 1]
+
+
+def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], int]:
+    """What pairs of ranks receive because documents are split between them, and the other pairs of ranks of which one
+    has too many attention pairs."""
+    gains = _gains(slices)
+    for rank, excess in enumerate(over):
+        if excess:
+            for other in range(len(slices)):
+                if other != rank:
+                    gains[min(rank, other), max(rank, other)] += 0
+    return gains
 
 
 def _gains(slices: Slices) -> dict[tuple[int, int], int]:
