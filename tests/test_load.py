@@ -19,7 +19,7 @@ from tests.independent_plan_checker import assert_caps, check_plan
 from tests.test_models import FP64, check
 
 
-CACHES = ("_causal_mask", "_window_edge_mask", "deal_rounds", "_searched", "_timed")
+CACHES = ("_causal_mask", "_window_edge_mask", "deal_rounds", "_searched", "_fastest")
 IMPORTS = "import tests.load_cases"  # what workers begin with: long on a busy machine
 COUNTS = ("process groups", "open files", "threads", "Python threads", "store keys")
 

@@ -109,10 +109,10 @@ def _travelling_documents(held: dict[int, list[HeldSlice]], cp_size: int) -> lis
     travels: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(cp_size)]
     for document in sorted(held):
         # Receivers of each rank's slices: the ranks that hold a later one, as a bit mask.
-        receivers, later = dict.fromkeys((piece.rank for piece in held[document]), 0), 0
-        for piece in reversed(held[document]):
-            receivers[piece.rank] |= later
-            later |= 1 << piece.rank
+        receivers, later = dict.fromkeys((rank for *_, rank in held[document]), 0), 0
+        for *_, rank in reversed(held[document]):
+            receivers[rank] |= later
+            later |= 1 << rank
         for sender, mask in receivers.items():
             for receiver in receivers:
                 if receiver != sender and mask >> receiver & 1:
@@ -137,8 +137,9 @@ def _arrive_in_order(
                 return False
         if len(where) > 1:
             own = [Slice(document, start, stop) for start, stop, rank in held[document] if rank == receiver]
-            arriving = [piece for piece in held[document] if piece.rank in among and piece.start < own[-1].stop]
-            arriving.sort(key=lambda piece: (piece.rank, piece.start))
-            if key_ranges([KeyPiece(document, piece.start, piece.tokens) for piece in arriving], own) is None:
+            arriving = sorted(
+                (rank, start, stop) for start, stop, rank in held[document] if rank in among and start < own[-1].stop
+            )
+            if key_ranges([KeyPiece(document, start, stop - start) for _, start, stop in arriving], own) is None:
                 return False
     return True

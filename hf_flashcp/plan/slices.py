@@ -28,18 +28,9 @@ Slices = list[list[Slice]]
 """The slices of each rank."""
 
 
-class HeldSlice(NamedTuple):
-    """Tokens `start` to `stop` (half-open) of a document that is known from the context, and the rank that holds
-    them."""
-
-    start: int
-    stop: int
-    rank: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.stop - self.start
+HeldSlice = tuple[int, int, int]
+"""`(start, stop, rank)`: tokens of a document that is known from the context, and the rank that holds them. Unpack it
+by these names; it is a plain tuple because the search groups the slices of thousands of plans."""
 
 
 def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[HeldSlice]]:
@@ -47,7 +38,7 @@ def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[Held
     held: dict[int, list[HeldSlice]] = defaultdict(list)
     for rank, rank_slices in enumerate(slices):
         for document, start, stop in rank_slices:
-            held[document].append(HeldSlice(start, stop, rank))
+            held[document].append((start, stop, rank))
     for of_document in held.values():
         of_document.sort()
     return held

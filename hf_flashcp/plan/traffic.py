@@ -66,18 +66,12 @@ def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int]
     slice's end that are not its own, and a slice goes to every other rank with a later one (FlashCP eq. 2, exchanged
     exactly).
     """
-    # Plain tuples, the last tokens first: the search measures hundreds of plans with it.
-    pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for rank, rank_slices in enumerate(slices):
-        for document, start, stop in rank_slices:
-            pieces[document].append((stop, start, rank))
     received, sent = [0] * len(slices), [0] * len(slices)
-    for held in pieces.values():
+    for held in slices_by_document(slices).values():
         if len(held) == 1:
             continue
-        held.sort(reverse=True)
         holders: set[int] = set()
-        for stop, start, rank in held:
+        for start, stop, rank in reversed(held):
             if rank not in holders:
                 holders.add(rank)
                 received[rank] += stop

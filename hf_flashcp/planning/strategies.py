@@ -102,76 +102,59 @@ def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
     """
     begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, settings.cp_size)
-    cost_model = settings.timing()
-    if cost_model is not None:
-        caps = settings.max_imbalance, settings.max_token_imbalance
-        plan = _timed(lengths, cp_size, cost_model, *caps, settings.num_stages)
-    else:
-        nodes = settings.topology.ranks_per_node if settings.topology else None
-        plan = ShardPlan(lengths, cp_size, _sharded(settings, lengths), None, nodes).validate()
-        if settings.num_stages is not None:
-            plan = in_stages(plan, settings.num_stages)
+    caps = settings.max_imbalance, settings.max_token_imbalance
+    cost_model, topology = settings.timing(), settings.topology
+    offset_groups, ranks_per_node = None, topology.ranks_per_node if topology else None
+    slices: Sequence[Sequence[Slice]]
+    match settings.strategy:
+        case "whole_doc":
+            slices = whole_doc(lengths, cp_size)
+        case "per_doc":
+            slices = per_doc(lengths, cp_size, settings.rotate_ranks)
+        case "per_seq":
+            slices = per_seq(lengths, cp_size)
+        case "flashcp":
+            slices = flashcp(Caps(lengths, cp_size, *caps))
+        case "search" if cost_model is not None:
+            slices, offset_groups, ranks_per_node = _fastest(lengths, cp_size, *caps, cost_model, settings.num_stages)
+        case _:
+            slices = _searched(lengths, cp_size, *caps, settings.minimize_total, topology)
+    plan = ShardPlan(lengths, cp_size, slices, offset_groups, ranks_per_node).validate()
+    if settings.num_stages is not None and cost_model is None:
+        plan = in_stages(plan, settings.num_stages)
     if settings.strategy in ("flashcp", "search"):
         _warn_of_unmet_cap(plan, settings.max_imbalance)
     plan.planning_seconds = time.perf_counter() - begin
     return plan
 
 
-def _sharded(settings: PlanSettings, lengths: Lengths) -> Sequence[Sequence[Slice]]:
-    """Slices by any strategy but "search" with a cost model."""
-    cp_size = settings.cp_size
-    match settings.strategy:
-        case "whole_doc":
-            return whole_doc(lengths, cp_size)
-        case "per_doc":
-            return per_doc(lengths, cp_size, settings.rotate_ranks)
-        case "per_seq":
-            return per_seq(lengths, cp_size)
-        case "flashcp":
-            return flashcp(Caps(lengths, cp_size, settings.max_imbalance, settings.max_token_imbalance))
-    return _searched(
-        lengths,
-        cp_size,
-        settings.max_imbalance,
-        settings.max_token_imbalance,
-        settings.minimize_total,
-        settings.topology,
-    )
+# Epochs and evaluation plan the same packs again. Plans are not kept: they carry what differs between batches.
 
 
 @functools.lru_cache(maxsize=128)
 def _searched(
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     cp_size: int,
     max_imbalance: float,
     max_token_imbalance: float,
     minimize_total: bool,
     topology: Topology | None,
 ) -> tuple[tuple[Slice, ...], ...]:
-    """Epochs and evaluation plan the same packs again."""
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
-    if topology is not None:
-        slices = search_in_nodes(caps, topology)
-    else:
-        slices = search(caps, minimize_total=minimize_total)
+    slices = search(caps, minimize_total=minimize_total) if topology is None else search_in_nodes(caps, topology)
     return tuple(map(tuple, slices))
-
-
-def _timed(lengths: Lengths, cp_size: int, *options) -> ShardPlan:
-    """A plan of its own for each call: it carries what differs from batch to batch."""
-    return ShardPlan(lengths, cp_size, *_fastest(lengths, cp_size, *options)).validate()
 
 
 @functools.lru_cache(maxsize=128)
 def _fastest(
     lengths: Lengths,
     cp_size: int,
-    cost_model: CostModel,
     max_imbalance: float,
     max_token_imbalance: float,
+    cost_model: CostModel,
     num_stages: int | None,
 ) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
-    """Slices, offset groups and ranks per node of [`fastest`]."""
+    """Slices, offset groups and ranks per node."""
     plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 

@@ -176,9 +176,9 @@ class RingPieces(NamedTuple):
         both = np.zeros((2, len(plan.lengths), plan.cp_size), dtype=np.int64)
         for document, held in slices_by_document(plan.slices).items():
             before = -1
-            for piece in held:
-                both[int(piece.rank < before), document, piece.rank] += piece.tokens
-                before = piece.rank
+            for start, stop, rank in held:
+                both[int(rank < before), document, rank] += stop - start
+                before = rank
         return cls(*both)
 
     def local(self) -> Rectangles:
