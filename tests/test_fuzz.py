@@ -2,6 +2,7 @@
 coverage; here each gets a few examples."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, ShardPlan
 from hf_flashcp.data.features import TOKEN_COLUMNS
 from hf_flashcp.errors import FlashCPError, PlanError, UnmetCapWarning
-from hf_flashcp.planning import STRATEGIES, HardwareProfile, plan_documents
+from hf_flashcp.planning import STRATEGIES, HardwareProfile, PlanSettings, plan_documents
 from hf_flashcp.predict.training_setup import TrainingSetup
 from hf_flashcp.simulation.sizing import choices
 from tests.fuzz.__main__ import TARGETS, target
@@ -105,6 +106,9 @@ def test_planner(lengths, cp_size, options):
         assert said or counts["pairs"].max() <= allowed + 1e-6 * counts["pairs"].mean()
 
 
+PLAN_OPTIONS = {field.name for field in dataclasses.fields(PlanSettings)}
+
+
 @settings(max_examples=60)
 @given(
     mostly(
@@ -118,7 +122,9 @@ def test_planner(lengths, cp_size, options):
 def test_collator(features, cp_size, options):
     """A batch is the documents that came in, token by token, and its plan shares them out."""
     try:
-        batch = FlashCPCollator(cp_size, **options)(features)
+        settings = PlanSettings(cp_size, **{name: options[name] for name in PLAN_OPTIONS & options.keys()})
+        others = {name: value for name, value in options.items() if name not in PLAN_OPTIONS}
+        batch = FlashCPCollator(settings=settings, **others)(features)
     except FlashCPError:
         return
     ids, labels, positions, lengths = [], [], [], []

@@ -99,6 +99,8 @@ def test_settings_that_do_not_fit():
         FlashCPPlugin(cp_size=4, hardware="h1000")
     with pytest.raises(ConfigurationError, match="hardware is an option of the strategy 'search', not of 'per_doc'"):
         FlashCPPlugin(cp_size=4, strategy="per_doc", hardware="h100")
+    with pytest.raises(ConfigurationError, match="max_imbalance, strategy: FlashCPPlugin has this setting"):
+        FlashCPCollator(4, strategy="per_doc", max_imbalance=1.2)
     with pytest.raises(ConfigurationError, match="cp_size is 2, but the settings have 4"):
         FlashCPCollator(2, settings=PlanSettings(4))
 

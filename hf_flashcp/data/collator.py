@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,11 @@ class FlashCPCollator(DataCollatorWithFlattening):
         per_token_keys: Sequence[str] = (),
         **kwargs: Any,
     ):
+        if misplaced := {field.name for field in dataclasses.fields(PlanSettings)} & kwargs.keys():
+            raise ConfigurationError(
+                f"{', '.join(sorted(misplaced))}: FlashCPPlugin has this setting, and FlashCPCollator() takes it from "
+                "there. Without a plugin pass settings=PlanSettings(...)."
+            )
         super().__init__(**kwargs)
         if settings is not None and cp_size not in (None, settings.cp_size):
             raise ConfigurationError(
