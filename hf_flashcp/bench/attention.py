@@ -60,14 +60,9 @@ def measure(
 ) -> dict[str, Any]:
     """Forward and backward of one causal full-attention layer.
 
-    Takes what the options of `flashcp bench attention` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, the single process's median `seconds`, and `cases`, each with
-        `strategy`, `exchange`, medians over rounds of `seconds` (slowest rank, forward and backward), `forward` and
-        `waiting` (longest of a rank), `ideal_share` (the median over rounds of the single process's time of the same
-        round / cp_size / seconds), and, exactly counted, the largest rank's `bytes_received` forward and
-        `kernel_calls` and `collectives` forward and backward; from the plan's report `copies`.
+    `seconds`, `forward` and `waiting` are those of the slowest rank, medians over rounds; `ideal_share` is the median
+    of the single process's time of the same round / cp_size / seconds. Bytes, calls and collectives are counted
+    exactly, on the rank with the most of each; only bytes are those of forward alone.
     """
     shape = (heads, kv_heads, head_dim)
     names = list(itertools.product(strategies, exchanges))
@@ -110,18 +105,13 @@ def measure(
 
 
 def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:
-    """Returns the largest of all ranks' seconds in each round."""
+    """The largest of all ranks' seconds in each round."""
     return [max(turn) for turn in zip(*seconds)]
 
 
 class Turn(NamedTuple):
-    """Figures of a rank in one turn of a case, or of all its turns.
-
-    Attributes:
-        seconds, forward, waiting (`float`): forward and backward; forward alone; waiting for transfers in both.
-        kernel_calls, collectives (`int`): in both.
-        rows_received (`int`): tokens whose KV came in forward.
-    """
+    """Figures of a rank in one turn of a case, or of all its turns. `rows_received` are tokens whose KV came in
+    forward; all others but `forward` count both passes."""
 
     seconds: Any
     forward: Any
@@ -134,7 +124,7 @@ class Turn(NamedTuple):
 def _time_cases(
     lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
 ) -> list[list[Sequence[float]]]:
-    """Runs in every worker. Returns the [`Turn`]s of every case, and last those of the single process, on rank 0."""
+    """In every worker: the [`Turn`]s of every case, and last those of the single process, on rank 0."""
     rank = dist.get_rank()
     kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
     with _counted_transfers() as transfers:

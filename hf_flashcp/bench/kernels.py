@@ -39,13 +39,8 @@ def measure(
     num_stages: int | None = None,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Forward and backward of one causal full-attention layer, rank by rank on one device.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, the `kernel`'s name and the `device`'s, and `strategies`, each with
-        lists by rank of median seconds: `one_call`, `kernels` (local pass and stages) and `engine` (with packing,
-        merges and additions).
-    """
+    """Forward and backward of one causal full-attention layer, rank by rank on one device: by strategy what
+    [`time_plan`] returns."""
     chosen = torch.device(device)
     kernel = select_kernel(chosen, dtype=DTYPES[dtype], key_dim=head_dim, value_dim=head_dim)
     found = {}
@@ -74,7 +69,8 @@ def time_plan(
     device: torch.device,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Returns by rank the median seconds of `one_call`, of the `kernels` under the plan, and of the `engine`."""
+    """By rank the median seconds of `one_call`, of the `kernels` under the plan (local pass and stages), and of the
+    `engine` (with packing, merges and additions)."""
     ranks = []
     for rank in range(plan.cp_size):
         work = RankWork(plan, rank, kernel, shape, dtype, device)

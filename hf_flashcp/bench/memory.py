@@ -76,16 +76,11 @@ LENGTHS = (700, 250, 74)
 
 
 def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, mesh=None) -> dict[str, float]:
-    """Runs three steps on this process and measures the last: optimizer and DDP's buckets have settled.
+    """Runs three steps on this process and measures the last: optimizer and DDP's buckets have settled. Returns bytes
+    at the peak, and kept for backward.
 
-    Args:
-        config: what a config.json holds.
-        options: of [`TrainingSetup`]; without `sharding` the model is not wrapped.
-        lengths: tokens of each document.
-        mesh: of the context-parallel ranks, each of which calls this.
-
-    Returns:
-        `dict`: `peak` and `kept` bytes, each `estimated` and `measured`.
+    `options` are those of [`TrainingSetup`]; without `sharding` the model is not wrapped. `mesh` has the
+    context-parallel ranks, each of which calls this.
     """
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
     model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
@@ -119,7 +114,7 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
 
 def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model in training mode with weights that depend on its config alone."""
+    """A model in training mode with weights that depend on its config alone."""
     torch.manual_seed(0)
     values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
     config = AutoConfig.for_model(config["model_type"], **values)

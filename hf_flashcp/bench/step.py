@@ -62,24 +62,13 @@ def measure(
     threads: int = 1,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Trains on one pack of each corpus.
+    """Trains on one pack of each corpus; the first case of a pack is the single process.
 
-    Takes what the options of `flashcp bench step` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
-        of the single process. A case has `strategy`, `exchange`, `loss`, `grad_norm`, medians over rounds of `seconds`
-        (slowest rank) and `tokens_per_second`, `ideal_share` (the median over rounds of the single process's time of
-        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `cpu_ideal_share` (the same
-        from the CPU seconds of the busiest rank: without waiting, and without what other programs take), `shares` of
-        the ranks' time by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU
-        `layer` is the timeline of one layer in that round, on the first corpus under the last strategy with the first
-        exchange: `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first
-        forward on.
-
-    Raises:
-        ConfigurationError: fewer GPUs than ranks.
-        PlanError: a window with fewer tokens than ranks.
+    `ideal_share` is the median over rounds of the single process's time of the same round / cp_size / seconds. On CPU
+    `cpu_ideal_share` is the same from the CPU seconds of the busiest rank (without waiting, and without what other
+    programs take), `shares` are the ranks' time by `PARTS` in one more round with the profiler, and `layer` has what
+    [`layer_bars`] finds in that round on each rank, on the first corpus under the last strategy with the first
+    exchange.
     """
     names = [
         (strategy, exchange)

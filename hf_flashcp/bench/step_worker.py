@@ -112,12 +112,8 @@ Case = tuple[ShardPlan, bool]
 def run_turn(
     setting: tuple[str, str, str, int], cases: list[Case], order: list[int], profiled: bool
 ) -> dict[int, Any]:
-    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait.
-
-    Returns:
-        `dict`: by case what this rank found: `seconds` and `cpu_seconds` (of all threads), `loss`, `grad_norm`; in a
-        turn with the profiler, and on GPUs always, `peak`, and on CPUs with the profiler `parts` and `layer`.
-    """
+    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait. Returns by
+    case what this rank found."""
     shared, single = _trainers(dist.group.WORLD, *setting)
     found = {}
     for index in order:

@@ -16,11 +16,7 @@ Run = Callable[[], Sequence[float]]
 
 
 def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list[Sequence[float]]]:
-    """Returns what every run returned in each round that counts. All processes start each turn together.
-
-    Args:
-        warm_up: rounds before, which do not count.
-    """
+    """What every run returned in each round after `warm_up` ones. All processes start each turn together."""
     found: list[list[Sequence[float]]] = [[] for _ in runs]
     for turn in range(warm_up + rounds):
         for figures, run in zip(found, runs):
@@ -32,7 +28,7 @@ def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list
 
 
 def median_seconds(rounds: int, device: torch.device, **functions: Callable[[], Any]) -> dict[str, float]:
-    """Returns the median seconds of each function; every round calls each once, after one round that does not count.
+    """Median seconds of each function; every round calls each once, after one round that does not count.
 
     On a GPU the seconds are those between two CUDA events around the call, so what the host does beside the device's
     work is not in them, and nothing waits for the device between two calls.

@@ -32,12 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_bench(arguments: argparse.Namespace, without: Sequence[str] = (), **more: Any) -> Any:
-    """Measures, prints, and returns what was found.
-
-    Args:
-        without: options that `measure` does not take.
-        more: what it takes in their place.
-    """
+    """Measures, prints, and returns what was found. `without` are options that `measure` does not take, `more` what it
+    takes in their place."""
     module = import_module(f"hf_flashcp.bench.{arguments.module}")
     options = {name: value for name, value in vars(arguments).items() if name not in (*_NOT_MEASURED, *without)}
     model = options.pop("model", None)

@@ -41,11 +41,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 if the model is supported (always after `--all-models`), else 1.
-
-    Raises:
-        ConfigurationError: no model, or one that cannot be found.
-    """
+    """Returns 0 if the model is supported (always after `--all-models`), else 1."""
     if arguments.all_models == (arguments.model is not None):
         raise ConfigurationError(
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."

@@ -55,14 +55,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Estimates, draws if asked to, and prints.
-
-    Raises:
-        ConfigurationError: options that do not go together, or, after everything is printed, a window that fits with
-            no cp_size.
-        PlanError: documents that cannot be planned.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
+    """Estimates, draws if asked to, and prints; after that, a window that fits with no cp_size is an error."""
     hardware = HardwareProfile.load(arguments.hardware)
     config = read_config(arguments.model)
     options = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")

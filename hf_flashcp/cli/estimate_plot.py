@@ -15,17 +15,7 @@ from .plots import COLOURS, INK, new_figure, remove_frame, save_figure
 def plot_memory(
     found: Sequence[Choice], usable: float, path: str | os.PathLike, *, window: int, setup: TrainingSetup
 ) -> None:
-    """Draws one bar for each cp_size.
-
-    Args:
-        found (`Sequence[Choice]`): by cp_size.
-        usable (`float`): bytes that a GPU has for training.
-        path (`str` or path): file to write; its ending chooses the format.
-        window (`int`), setup (`TrainingSetup`): named in the title.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draws one bar for each cp_size; `usable` bytes are what a GPU has for training."""
     figure = new_figure(max(7, 1.1 * len(found) + 4), 4.8)
     axes = figure.subplots()
     places = range(len(found))

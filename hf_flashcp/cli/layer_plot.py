@@ -21,15 +21,8 @@ _COLOURS = dict(zip(_KINDS, ("#e4e1dc", COLOURS[0], COLOURS[2], COLOURS[4], COLO
 
 
 def plot_layer(found: dict[str, Any], path: str | os.PathLike) -> None:
-    """Draws forward above backward, a row for each of the first two ranks.
-
-    Args:
-        found (`dict`): what `flashcp bench step --json` prints, measured on CPU.
-        path (`str` or path): file to write; its ending chooses the format.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draws forward above backward, a row for each of the first two ranks, of what `flashcp bench step --json` prints,
+    measured on CPU."""
     layer = found["layer"]
     ranks = layer["ranks"][:2]
     figure = new_figure(10, 4.6)

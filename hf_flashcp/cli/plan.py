@@ -63,12 +63,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plans, draws if asked to, and prints.
-
-    Raises:
-        PlanError: documents or options that cannot be planned.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
+    """Plans, draws if asked to, and prints."""
     (lengths,) = documents(arguments)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")

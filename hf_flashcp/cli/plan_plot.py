@@ -16,16 +16,8 @@ _MAX_ARROWS = 80  # a matrix says more than thinner ones
 
 
 def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> None:
-    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a matrix).
-
-    Args:
-        plan ([`ShardPlan`]): a valid plan.
-        path (`str` or path): file to write; its ending chooses the format.
-        strategy (`str`): named in the title.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a
+    matrix)."""
     require_matplotlib()
     traffic = plan.kv_traffic().tolist()
     arrows = _arrows(traffic)

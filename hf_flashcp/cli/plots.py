@@ -35,11 +35,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Returns a figure of this size in inches.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """A figure of this size in inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,11 +52,7 @@ def remove_frame(axes: Axes, labelsize: float | None = None) -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure in the format of the path's ending, and says so on stderr.
-
-    Raises:
-        FlashCPError: the file cannot be written.
-    """
+    """Writes a figure in the format of the path's ending, and says so on stderr."""
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -40,12 +40,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads, writes and prints.
-
-    Raises:
-        ConfigurationError: no state of a Trainer there, or one that has logged nothing.
-        FlashCPError: matplotlib is not installed, or the page cannot be written.
-    """
+    """Reads, writes and prints."""
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
     summary = summarize(series)
@@ -63,11 +58,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def find_state(run_dir: Path) -> Path:
-    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
+    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step."""
     try:
         if run_dir.is_file():
             return run_dir
@@ -85,11 +76,7 @@ def find_state(run_dir: Path) -> Path:
 
 
 def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Returns what was logged over the steps, by name: `[(step, value), ...]`.
-
-    Raises:
-        ConfigurationError: not a state of a Trainer, or one without logs.
-    """
+    """What was logged over the steps, by name: `[(step, value), ...]`."""
     series: dict[str, list[tuple[int, float]]] = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:

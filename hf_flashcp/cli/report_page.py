@@ -15,13 +15,7 @@ from .plots import COLOURS, INK, new_figure, remove_frame
 
 
 class Panel(NamedTuple):
-    """A plot of the page.
-
-    Attributes:
-        heading (`str`): above the plot.
-        names (`tuple[str, ...]`): of what is drawn, as it was logged.
-        caption (`str`): below the plot.
-    """
+    """A plot of the page: its heading, what is drawn, as it was logged, and the text below."""
 
     heading: str
     names: tuple[str, ...]
@@ -66,11 +60,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
-    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one."""
     known = {name for panel in PANELS for name in panel.names}
     more = [Panel(name, (name,)) for name in series if name.startswith("flashcp_") and name not in known]
     figures = []

@@ -63,13 +63,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Simulates, draws if asked to, and prints.
-
-    Raises:
-        PlanError: documents or options that cannot be planned.
-        ConfigurationError: an unknown profile, a model without sizes, ranks that do not fill their nodes.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
+    """Simulates, draws if asked to, and prints."""
     packs = documents(arguments, arguments.packs)
     config = read_config(arguments.model) if arguments.model else LLAMA_3_8B
     profiles = {name: _profile(name, arguments.ranks_per_node) for name in arguments.hardware}

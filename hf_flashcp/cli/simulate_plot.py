@@ -19,15 +19,7 @@ _PARTS = {
 
 
 def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
-    """Draws one panel for each hardware profile and cp_size.
-
-    Args:
-        found (`dict`): what `flashcp simulate --json` prints.
-        path (`str` or path): file to write; its ending chooses the format.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draws one panel for each hardware profile and cp_size of what `flashcp simulate --json` prints."""
     cells = found["cells"]
     figure = new_figure(10, 0.3 + 4.3 * len(cells))
     for axes, cell in zip(figure.subplots(len(cells), 1, squeeze=False)[:, 0], cells):

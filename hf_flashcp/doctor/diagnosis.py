@@ -34,18 +34,8 @@ _ATTENTION_DROPOUT = (
 
 @dataclass
 class Diagnosis:
-    """The doctor's findings about one model.
-
-    Attributes:
-        model_type (`str`), model_class (`str`): as transformers names them.
-        verdict (`str`): "supported", "whole-document plans only", "refused" or "not checked".
-        reason (`str`): of a refusal, or why nothing could be checked.
-        gradient_error (`float`, *optional*), loss_error (`float`, *optional*): of the tiny copy, in fp64.
-        strategy (`str`, *optional*): of the check's plan; `"whole_doc"` where a model needs it.
-        layers (`list`): what each attention layer of the tiny copy asked for.
-        router_loss (`bool`): whether the checked loss had a router loss of mixture-of-experts layers in it.
-        advice (`list[str]`): what has to change in the config before training.
-    """
+    """The doctor's findings about one model: errors are those of the tiny copy in fp64, `layers` what each of its
+    attention layers asked for, and `advice` what has to change in the config before training."""
 
     model_type: str
     model_class: str
@@ -65,15 +55,8 @@ class Diagnosis:
 def diagnose(
     config: PreTrainedConfig, pool: WorkerPool, *, cp_size: int = 2, strategy: str = "per_doc", timeout: float = 120.0
 ) -> Diagnosis:
-    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed.
-
-    Args:
-        config (`PreTrainedConfig`): of a causal language model.
-        pool (`WorkerPool`): to run it in.
-        cp_size (`int`, *optional*, defaults to 2): processes.
-        strategy (`str`, *optional*, defaults to `"per_doc"`): see [`plan_documents`]; the default splits every one.
-        timeout (`float`, *optional*, defaults to 120.0): seconds after which the check is given up.
-    """
+    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed. Given up after `timeout`
+    seconds."""
     try:
         text_config = config.get_text_config()
     except ValueError as error:

@@ -19,17 +19,8 @@ if TYPE_CHECKING:
 
 
 class LayerCase(NamedTuple):
-    """A layer and its plan, which cuts every document unless another strategy is given.
-
-    Attributes:
-        lengths (`tuple[int, ...]`): tokens of each document.
-        heads, kv_heads, head_dim (`int`): sizes of the layer.
-        window (`int`, *optional*): keys that a query sees.
-        strategy (`str`), num_stages (`int`, *optional*): see [`plan_documents`].
-        ranks_per_node (`int`, *optional*): with it KV crosses to each node once.
-        keep_received (`bool`, *optional*): whether received KV is kept for backward, see [`document_attention`].
-        debug (`bool`): whether debug mode compares the layer.
-    """
+    """A layer and its plan, which cuts every document unless another strategy is given. `debug`: whether debug mode
+    compares the layer."""
 
     lengths: tuple[int, ...] = (700, 260, 64, 31, 1)
     heads: int = 8
@@ -46,8 +37,8 @@ class LayerCase(NamedTuple):
 def layer_errors(
     case: LayerCase, group: ProcessGroup, device: torch.device, dtype: torch.dtype, kernel: AttentionKernel
 ) -> tuple[list[float], list[float]]:
-    """Returns two lists of relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's
-    tokens, and of one device that runs every document alone in the same dtype. Every rank of the group calls it."""
+    """Relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's tokens, and of one device
+    that runs every document alone in the same dtype. Every rank of the group calls it."""
     topology = None if case.ranks_per_node is None else Topology(case.ranks_per_node)
     plan = plan_documents(
         case.lengths, group.size(), strategy=case.strategy, num_stages=case.num_stages, topology=topology
@@ -85,7 +76,7 @@ def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[t
 
 
 def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
-    """Returns out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
+    """out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
     out = attend_one_by_one(*leaves, case.lengths, window=case.window)
     out.backward(inputs[3])

@@ -11,17 +11,8 @@ import torch.nn.functional as F
 def attend_one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
 ) -> torch.Tensor:
-    """Attends causally in one document after the other, by `scaled_dot_product_attention`.
-
-    Args:
-        query (`torch.Tensor`): (H_q, C, D).
-        key, value (`torch.Tensor`): (H_kv, C, D).
-        lengths (`Sequence[int]`): tokens of each document; they add up to C.
-        window (`int`, *optional*): keys that a query sees, itself included; takes a mask of length x length.
-
-    Returns:
-        `torch.Tensor`: (H_q, C, D).
-    """
+    """Attends causally in one document after the other, by `scaled_dot_product_attention`, all tensors (heads, tokens,
+    width). A window takes a mask of length x length."""
     parts = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)))
     return torch.cat([_attend(*part, window)[0] for part in parts], dim=1)
 

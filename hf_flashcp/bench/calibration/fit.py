@@ -33,14 +33,8 @@ LEAST_SECONDS = 1e-18
 
 
 class Call(NamedTuple):
-    """A kernel call that was timed.
-
-    Attributes:
-        causal (`bool`): its rectangles are squares under a causal mask; else all queries see all keys.
-        rectangles (`tuple[tuple[int, int], ...]`): queries and keys of each.
-        forward (`float`): seconds.
-        backward (`float`): seconds.
-    """
+    """A kernel call that was timed: queries and keys of its rectangles, and seconds of both passes. Causal ones are
+    squares; in others all queries see all keys."""
 
     causal: bool
     rectangles: tuple[tuple[int, int], ...]
@@ -61,12 +55,8 @@ def _measured(calls: Sequence[Call]) -> np.ndarray:
 
 
 def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
-    """The kernel that predicts the calls best, and what it predicts over what was measured, (calls, 2): forward and
-    backward. For devices that work on one tile at a time, as a core does.
-
-    Raises:
-        ConfigurationError: scipy is not installed.
-    """
+    """The kernel that predicts the calls best, and predicted / measured, (calls, 2) for forward and backward. For
+    devices that work on one tile at a time, as a core does."""
     measured, nnls = _measured(calls), _scipy().nnls
     best: tuple[float, Kernel, np.ndarray] | None = None
     for tile in TILES:
@@ -117,7 +107,7 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
 
 
 def kernel_entry(kernel: Kernel) -> dict[str, Any]:
-    """Returns a kernel in the form of hardware profiles."""
+    """A kernel in the form of hardware profiles."""
     passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
     return {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")} | passes
 
@@ -128,9 +118,6 @@ def fit_device_kernel(
     """Like [`fit_kernel`], for a device that works on `units` tiles of `tile` queries at the same time.
 
     Calls whose times this model does not explain pull less at the fit than in plain least squares (soft L1 loss).
-
-    Raises:
-        ConfigurationError: scipy is not installed.
     """
     measured, least_squares = _measured(calls), _scipy().least_squares
     tables = _tables(calls)
@@ -188,32 +175,27 @@ def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, Rectangles]], layers
 def copy_rate(
     rows: Sequence[int], seconds: Sequence[Sequence[float]], layers: AttentionLayers, itemsize: int
 ) -> float:
-    """Returns the bytes per second at which rows were merged and packed, counted as `CostModel` counts them.
-
-    Args:
-        rows: how many rows each measurement copied.
-        seconds: of each measurement, those of the merge and of packing.
-        itemsize: bytes of an element of keys and values.
-    """
+    """Bytes per second at which so many rows were merged and packed, counted as `CostModel` counts them; `seconds` has
+    those of the merge and of packing for each number of rows."""
     merged = layers.query_heads * layers.value_dim * (2 * max(itemsize, 4) + itemsize)
     packed = layers.kv_elements_per_token * 2 * itemsize
     return sum(rows) * (merged + packed) / sum(map(sum, seconds))
 
 
 def error_summary(ratios: Sequence[float]) -> dict[str, float]:
-    """Returns the `median` and the `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
+    """The `median` and `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
     errors = [abs(ratio - 1) for ratio in ratios]
     within = sum(error <= 0.1 for error in errors) / len(errors)
     return {"median": median(errors), "largest": max(errors), "within_10_percent": within}
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Returns `(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
+    """`(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
     matrix = np.stack([np.ones(len(sizes)), np.array(sizes)], 1) / np.array(seconds)[:, None]
     (start, slope), _ = _scipy().nnls(matrix, np.ones(len(sizes)))
     return float(start), 1 / max(float(slope), LEAST_SECONDS)
 
 
 def root_mean_square(ratios: np.ndarray) -> float:
-    """Returns the root mean square of the relative errors."""
+    """Root mean square of the relative errors."""
     return math.sqrt(float(np.square(ratios - 1).mean()))

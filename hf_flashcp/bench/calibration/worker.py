@@ -33,15 +33,15 @@ cpu_clock = time.thread_time
 
 
 def _medians(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """Returns the medians over rounds of the figures of every run."""
+    """Medians over rounds of the figures of every run."""
     return [[median(column) for column in zip(*figures)] for figures in in_turns(runs, rounds)]
 
 
 def time_calls(
     calls: Sequence[tuple[bool, tuple[tuple[int, int], ...]]], shape: Shape, dtype: str, rounds: int
 ) -> list[list[float]]:
-    """CPU seconds of each call's forward and backward. A call is whether it is causal, and (queries, keys) of its
-    rectangles; causal ones run as the local pass of a layer, with what autograd and the engine do around it."""
+    """CPU seconds of each call's forward and backward. Causal calls run as the local pass of a layer, with what
+    autograd and the engine do around it."""
     kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
     runs = []
     for causal, rectangles in calls:

@@ -36,17 +36,8 @@ Work = tuple[bool, tuple[tuple[int, int], ...]]
 
 
 class Sizes(NamedTuple):
-    """Sizes of all that is timed.
-
-    Attributes:
-        shape (`Shape`): query heads, KV heads and head dim of all calls and layers.
-        calls (`tuple[Work, ...]`): kernel calls.
-        rows (`tuple[int, ...]`): how many rows are merged and packed at once.
-        tokens (`int`): rows that linear layers read.
-        widths (`tuple[tuple[int, int], ...]`): what linear layers read and write for each.
-        cp_size (`int`): ranks of the plans.
-        rounds (`int`): timed turns of each, fewer where time is short.
-    """
+    """Sizes of all that is timed: kernel calls and layers have query heads, KV heads and head dim of `shape`, linear
+    layers read `tokens` rows and have the `widths` in and out. `rounds` become fewer where time is short."""
 
     shape: Shape
     calls: tuple[Work, ...]
@@ -58,13 +49,8 @@ class Sizes(NamedTuple):
 
 
 def time_parts(settings: Settings, sizes: Sizes) -> dict[str, Any]:
-    """Times kernel calls, copies and linear layers, in a worker.
-
-    Returns:
-        `dict`, JSON-serializable: the `device`'s name, its `units` and `memory_bytes`, the `kernel`'s name and
-        `shape`; and with their seconds `calls`, `copies` and `products`. Calls that did not fit in memory have no
-        seconds. `cut` is as in [`Found`].
-    """
+    """Times kernel calls, copies and linear layers, in a worker. Returns plain data; calls that did not fit in memory
+    have no seconds."""
     device = settings.prepare()
     kernel = _kernel(device, sizes)
     found: dict[str, Any] = {"device": device_name(device), "units": 1, "memory_bytes": None}
@@ -156,8 +142,8 @@ class _Inputs:
     def functions(
         self, causal: bool, pairs: Sequence[tuple[int, int]]
     ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Returns forward and backward of a call, see [`Work`]. Backward allocates and clears the gradients that it
-        adds to, as a layer does."""
+        """Forward and backward of a call. Backward allocates and clears the gradients that it adds to, as a layer
+        does."""
         rectangles = rectangles_side_by_side(pairs)
         queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
@@ -178,12 +164,8 @@ class _Inputs:
 
 
 def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]) -> dict[str, Any]:
-    """Times the attention layer of every rank of some plans, by name, in a worker.
-
-    Returns:
-        `dict`, JSON-serializable: `layers`, for each plan the seconds of every rank's forward and backward, or why
-        there are none; `cut` as in [`Found`].
-    """
+    """Times the attention layer of every rank of some plans, by name, in a worker. `layers` has the seconds of every
+    rank's forward and backward for each plan, or why there are none."""
     device = settings.prepare()
     settings = settings.until(settings.deadline - settings.sized(FOR_FIT, 0.0))
     found = Found()

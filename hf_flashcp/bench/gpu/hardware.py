@@ -20,13 +20,13 @@ def device_name(device: torch.device) -> str:
 
 
 def packaged_hardware(name: str) -> str | None:
-    """Returns the name of the packaged profile for a GPU that PyTorch calls `name`, or `None` if there is none."""
+    """Name of the packaged profile for a GPU that PyTorch calls `name`, if there is one."""
     words = re.findall("[a-z0-9]+", name.lower())  # so that a GH200 is not taken for an H200
     return next((hardware for hardware in HARDWARE if hardware in words), None)
 
 
 def fits_in_memory(function: Callable[[], Any]) -> bool:
-    """Calls `function` and waits for the device. Returns `False`, with PyTorch's cache emptied, if memory ran out."""
+    """Calls `function` and waits for the device. `False`, with PyTorch's cache emptied, if memory ran out."""
     try:
         function()
         if torch.cuda.is_available():

@@ -114,7 +114,7 @@ class _Dispatches(TorchDispatchMode):
 
 
 def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
-    """Returns PyTorch's error at the first operation that waits for the device, in a second call."""
+    """PyTorch's error at the first operation that waits for the device, in a second call."""
     function()
     if device.type == "cpu":
         return None

@@ -128,13 +128,8 @@ def _check_kernel(
 
 
 class _Layer:
-    """Random inputs of one case and what float64 makes of them.
-
-    Backward gets an output and logsumexp over more keys than its own, as after a merge.
-
-    Args:
-        shape: query heads, KV heads, width of keys, width of values.
-    """
+    """Random inputs of one case and what float64 makes of them. `shape` is query heads, KV heads, width of keys and of
+    values. Backward gets an output and logsumexp over more keys than its own, as after a merge."""
 
     def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
         self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window)

@@ -18,12 +18,12 @@ from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
-    """Returns how many processes a launcher has started: 1 without one."""
+    """Processes that a launcher has started: 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Returns whether this process writes and prints."""
+    """Whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -32,14 +32,7 @@ STEP_SECONDS = 60
 
 
 class Launch(NamedTuple):
-    """The processes of a launch.
-
-    Attributes:
-        control (`ProcessGroup`): all ranks over gloo, for what they say of a step.
-        device (`torch.device`): this rank's.
-        backend (`str`): that of the exchange.
-        limit (`timedelta`): how long a collective of a step waits.
-    """
+    """All ranks over gloo, for what they say of a step; this rank's device; backend and time limit of the exchange."""
 
     control: dist.ProcessGroup
     device: torch.device

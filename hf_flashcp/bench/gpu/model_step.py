@@ -67,14 +67,8 @@ STEPS, MEMORY = "One training step", "Peak memory of the training step"
 
 
 class Measured(NamedTuple):
-    """One way to run the step.
-
-    Attributes:
-        seconds (`float`): median of a step.
-        peak_bytes (`int`): most memory allocated during a step; 0 on a CPU.
-        loss (`float`): mean over the batch's targets.
-        grad_norm (`float`): of the batch's gradient.
-    """
+    """One way to run the step: median seconds, most bytes allocated (0 on a CPU), mean loss of the batch's targets,
+    and the norm of the batch's gradient."""
 
     seconds: float
     peak_bytes: int
@@ -137,8 +131,8 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
 def _run(
     settings: Settings, trainer: Trainer, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> Measured | None:
-    """Runs a step two times, so that the optimizer has its state in the second, and then times it. Returns `None` if
-    memory runs out."""
+    """Runs a step two times, so that the optimizer has its state in the second, and then times it. `None` if memory
+    runs out."""
     on_gpu = trainer.device.type == "cuda"
     figures: dict[str, float] = {}
 

@@ -42,11 +42,8 @@ _KEYS = {"step", "status", "seconds", "limit", "message", "problems", "cut", "ta
 
 
 class Results:
-    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone.
-
-    Raises:
-        ConfigurationError: the folder cannot be made, or its file has rows of another machine or something else.
-    """
+    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone. A file of another
+    machine, or that cannot be read, is a `ConfigurationError`."""
 
     def __init__(self, folder: Path | None, machine: dict[str, str]):
         self.machine = machine
@@ -184,9 +181,6 @@ class Pools:
 
     Workers are forked from a server that has imported everything and never touched the GPU. Where a GPU cannot be
     used like that, they are spawned.
-
-    Raises:
-        ConfigurationError: PyTorch sees no GPU.
     """
 
     def __init__(self, device: str):
@@ -211,7 +205,7 @@ class Pools:
             forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:
-        """Returns what must be equal for results to be in one file."""
+        """What must be equal for results to be in one file."""
         return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
 
     def _gpu_name(self) -> str:

@@ -18,13 +18,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a step. Workers get them with every call.
-
-    Attributes:
-        device (`str`): "cuda", or "cpu" to rehearse.
-        kernel_library (`str`, *optional*): FlashAttention-3's library, see [`load_kernel_library`].
-        deadline (`float`): `time.monotonic()`, equal in all processes of a machine, at which the step is ended.
-    """
+    """Settings of a step, which workers get with every call: "cuda", or "cpu" to rehearse; FlashAttention-3's library;
+    the `time.monotonic()`, equal in all processes of a machine, at which the step is ended."""
 
     device: str
     kernel_library: str | None = None
@@ -60,15 +55,8 @@ class Run(Protocol):
 
 
 class Step(NamedTuple):
-    """A part of the run that fails alone.
-
-    Attributes:
-        name (`str`): what `--steps` takes.
-        group (`str`): "correctness", "timing" or, for several GPUs, "cluster".
-        seconds (`int`): its time limit.
-        shows (`str`): what it establishes, in a few words.
-        run (`Callable`): returns a [`Found`], given a [`Run`], or for several GPUs the ranks, and the settings.
-    """
+    """A part of the run that fails alone: `seconds` is its time limit, `shows` what it establishes, and `run` takes a
+    [`Run`], or for several GPUs the ranks, and the settings."""
 
     name: str
     group: str
@@ -78,19 +66,13 @@ class Step(NamedTuple):
 
 
 def in_worker(function: Callable[[Settings], Found]) -> Callable[[Run, Settings], Found]:
-    """Returns what runs a step that is one call in one process."""
+    """A step that is one call in one process."""
     return lambda run, settings: run(1, function)[0]
 
 
 class Found:
-    """A step's results.
-
-    Attributes:
-        tables (`dict[str, list[Record]]`): by title, in the order in which they are shown.
-        problems (`list[str]`): what is not as it should be; with any the step has failed.
-        cut (`list[str]`): what was left out because the time was over.
-        more (`dict[str, Any]`): JSON that is saved and not shown.
-    """
+    """A step's results: tables by title, problems (with any the step has failed), what was left out because the time
+    was over, and JSON that is saved and not shown."""
 
     def __init__(self) -> None:
         self.tables: dict[str, list[Record]] = {}
@@ -106,7 +88,7 @@ class Found:
             self.problems.append(problem)
 
     def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
-        """Returns whether so many seconds are left for `name`, and notes it as cut if not."""
+        """Whether so many seconds are left for `name`, which is noted as cut if not."""
         if settings.seconds_left() < seconds:
             self.cut.append(name)
             return False

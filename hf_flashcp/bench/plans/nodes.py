@@ -32,16 +32,9 @@ def measure(
 ) -> dict[str, Any]:
     """Predicts steps of plans by "search".
 
-    Takes what the options of `flashcp bench nodes` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments and `cells`, each with `corpus`, `cp_size`, `window` and by
-        `VARIANTS` means of `inter_node`, tokens that the busiest rank gets from other nodes or sends to them in a
-        layer's forward, of `exposed`, the share of the step that the rank which waits longest does, and
-        `step_seconds`; `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
-
-    Raises:
-        PlanError: ranks that do not fill several nodes.
+    By `VARIANTS`, a cell has means of `inter_node` (tokens that the busiest rank gets from other nodes or sends to
+    them in a layer's forward), of `exposed` (the share of the step that the rank which waits longest does) and of
+    `step_seconds`, and `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
     """
     profile = HardwareProfile.load(hardware)
     model, topology = CostModel.from_config(config, profile), Topology(profile.ranks_per_node)

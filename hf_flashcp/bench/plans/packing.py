@@ -41,13 +41,8 @@ def measure(
 ) -> dict[str, Any]:
     """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
 
-    Takes what the options of `flashcp bench packing` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `cells`, each by method with `packs`, `fill_rate`,
-        `micro_step_imbalance`, `step_imbalance`, `documents_cut`, `mean_delay` (optimizer steps; `None` where packs
-        are shuffled), `seconds` (to pack, median) and `time_error`: of packs' times as sums over documents, against
-        those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
+    `mean_delay` is in optimizer steps, `None` where packs are shuffled. `time_error` is of packs' times as sums over
+    documents, against those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
     """
     options = PackingOptions(
         window,

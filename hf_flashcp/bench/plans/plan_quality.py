@@ -26,14 +26,9 @@ LINKS = ("intra_node", "inter_node")
 
 
 def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str, Any]:
-    """Returns what is compared of a plan, from its [`ShardPlan.report`] for full attention.
-
-    Returns:
-        `dict`: `kv_total` and `bottleneck` (the largest received or sent of a rank), in tokens; `pair_imbalance` and
-        `token_imbalance` (max / mean over ranks); `tokens_equal` (within one); `slices` of all ranks. With a topology
-        also `intra_node` and `inter_node`, the parts of the bottleneck: the largest received or sent of a rank inside
-        its node, and from or to others; and `inter_node_total`.
-    """
+    """What is compared of a plan, from its [`ShardPlan.report`] for full attention: KV in tokens (`bottleneck` is the
+    largest received or sent of a rank), imbalances, `tokens_equal` (within one). With a topology also the parts of the
+    bottleneck: the largest received or sent of a rank inside its node, and from or to others."""
     report = plan.report(topology=topology)
     by_link = {}
     if topology is not None:
@@ -64,34 +59,12 @@ def measure(
 ) -> dict[str, Any]:
     """Plans drawn packs with every strategy, in every cell: corpus, window and number of ranks.
 
-    Args:
-        corpora: one or more of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        windows: tokens of a packed row.
-        cp_sizes: numbers of ranks.
-        packs: packs drawn in each cell, with the seeds from `seed` on; the same for all strategies and `cp_sizes`.
-        max_imbalance: cap on attention pairs, max / mean over ranks.
-        max_token_imbalance: cap on tokens, likewise; 1.0 for equal within one.
-        others: planners beside the strategies, by name.
-        least_total: whether `search` for the least KV in total is compared too.
-        ranks_per_node: if given, `search` without a topology and with one is compared in place of strategies and the
-            least total, and what travels between nodes is counted apart.
+    Packs are drawn with the seeds from `seed` on, the same for all strategies and `cp_sizes`. `others` are planners
+    beside the strategies, by name. With `least_total`, `search` for the least KV in total is compared too; with
+    `ranks_per_node` instead `search` without a topology and with one.
 
-    Returns:
-        `dict`, JSON-serializable: the arguments; `cells`, each with mean `documents`, mean `kv_bound` (tokens) and by
-        strategy, in `strategies`, the means of [`plan_quality`]'s figures with
-
-        - `bound_ratio`: KV of the packs planned within the caps over their lower bound (`None` if none is, or if the
-          bound is 0),
-        - `within_caps`: the share of packs planned within the caps, beyond which the bound says nothing,
-        - `plan_ms`: median milliseconds that a core spent planning (a pack that this process planned before may come
-          from a cache);
-
-        and `summary` by strategy: geometric means of `bound_ratio`, `kv_fraction` and `bottleneck_fraction` (multiples
-        of the window) over the `summary_cells` cells with a bound above 0, where no plan within the caps is free
-        (`None` where a strategy has no figure, or 0), means and medians over all cells of the others.
-
-    Raises:
-        PlanError: an unknown corpus or strategy, a window, cp_size or cap that cannot be planned.
+    A cell has means over packs, `kv_bound`, and by strategy `bound_ratio` (KV moved by the plans within the caps over
+    their bounds) and `within_caps` (their share); `summary` has means over cells, geometric ones of ratios.
     """
     corpora = [corpora] if isinstance(corpora, str) else list(corpora)
     caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}

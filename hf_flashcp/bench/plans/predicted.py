@@ -34,12 +34,9 @@ def measure(
 ) -> dict[str, Any]:
     """Plans drawn packs and predicts their steps, with the ranks packed into nodes, and each in a node of its own.
 
-    Takes what the options of `flashcp bench predicted` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `cells`, each by strategy with means of `attention` (attention and
-        what it waits for on the slowest rank, over the ideal), `exposed` (the waiting alone, likewise), `step_seconds`
-        and median `plan_ms`; `summary`: by links and strategy the geometric mean of `attention` over cells.
+    By strategy, a cell has means of `attention` (attention and what it waits for on the slowest rank, over the ideal),
+    of `exposed` (the waiting alone, likewise) and of `step_seconds`, and median `plan_ms`; `summary` has the geometric
+    mean of `attention` over cells.
     """
     profile = HardwareProfile.load(hardware)
     links = {"nodes": profile, "a node each": dataclasses.replace(profile, ranks_per_node=1)}

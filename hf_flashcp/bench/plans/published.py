@@ -70,20 +70,15 @@ _SETTINGS = {
 def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     """Predicts the paper's bars on drawn packs.
 
-    Takes what the options of `flashcp bench published` set.
+    `kernel_ratios` says more where packs differ. `speedups` are how many times as long as ours the rivals' attention
+    module takes, mean over mean, by setting, assumption and corpus. Ours is `search` with the cost model. What is
+    assumed:
 
-    Returns:
-        `dict`, JSON-serializable. `parts`: by corpus and scheme the predicted milliseconds, means over packs, the
-        published ones, and errors. `kernel_ratios`: what says more where packs differ, by corpus, predicted and
-        published. `sixteen`: likewise for the one pack that is known. `speedups`: by setting, assumption and corpus
-        how many times as long as ours the rivals' attention module takes, mean over mean, and the geometric mean over
-        corpora. Ours is `search` with the cost model. What is assumed:
-
-        - "predicted": everything.
-        - "copies published": rivals have the paper's copies, all else is predicted.
-        - "published": rivals are as published; ours has the kernels of the published FlashCP, and its own copies and
-          waiting as predicted.
-        - "published, ours copies as much": and ours has the copies of the published FlashCP too.
+    - "predicted": everything.
+    - "copies published": rivals have the paper's copies, all else is predicted.
+    - "published": rivals are as published; ours has the kernels of the published FlashCP, and its own copies and
+      waiting as predicted.
+    - "published, ours copies as much": and ours has the copies of the published FlashCP too.
     """
     parts: dict[str, dict[str, Any]] = {}
     speedups: dict[str, dict[str, dict[str, float]]] = {}
@@ -171,7 +166,7 @@ def _beside(predicted: list[float], published: tuple[float, ...]) -> dict[str, A
 def _ratios(
     means: dict[str, list[float]], published: dict[str, tuple[float, ...]] | None
 ) -> dict[str, dict[str, float]]:
-    """Returns by assumption how many times as long as ours the rivals take."""
+    """By assumption how many times as long as ours the rivals take."""
     ours = means["ours"]
     found = {"predicted": {rival: sum(means[rival]) / sum(ours) for rival in TARGETS}}
     if published is not None:

@@ -17,18 +17,13 @@ PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_
 
 
 def padded_all_gather_fraction(plan: ShardPlan) -> float:
-    """Returns FlashCP eq. 5 over eq. 4: every rank gathers from all others, padded to the largest contribution."""
+    """FlashCP eq. 5 over eq. 4: every rank gathers from all others, padded to the largest contribution."""
     return shared_tokens(plan) * plan.cp_size / plan.num_tokens
 
 
 def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -> dict[str, Any]:
-    """Plans drawn packs with every strategy.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `strategies`, for each the means over packs of the share of an
-        all-gather's traffic that it saves by eq. 5 and by exact exchange, and of imbalances (max / mean over ranks),
-        and what the `paper` reports.
-    """
+    """Plans drawn packs with every strategy: means of the share of an all-gather's traffic that it saves by eq. 5 and
+    by exact exchange, and of imbalances (max / mean over ranks)."""
     drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
     rows = {}
     for strategy in STRATEGIES:
