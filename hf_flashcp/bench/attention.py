@@ -26,6 +26,7 @@ from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
 from ..planning import plan_documents
 from ..tables import counted, records_table
+from .arguments import with_arguments
 from .turns import in_turns
 
 
@@ -44,6 +45,7 @@ class AllGatherLayout(RankLayout):
         }
 
 
+@with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     lengths: Sequence[int],
     cp_size: int,
@@ -91,17 +93,7 @@ def measure(
                 "copies": max(plans[strategy].report()["copies"]) if exchange == "needed" else None,
             }
         )
-    return {
-        "lengths": list(lengths),
-        "cp_size": cp_size,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "rounds": rounds,
-        "seconds": median(single),
-        "cases": found,
-    }
+    return {"seconds": median(single), "cases": found}
 
 
 def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:

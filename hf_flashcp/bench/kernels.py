@@ -22,10 +22,12 @@ from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
 from ..tables import counted, table
+from .arguments import with_arguments
 from .attention import DTYPES
 from .turns import median_seconds
 
 
+@with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     lengths: Sequence[int],
     cp_size: int,
@@ -48,13 +50,6 @@ def measure(
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
         found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
     return {
-        "lengths": list(lengths),
-        "cp_size": cp_size,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "rounds": rounds,
         "kernel": kernel.name,
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "strategies": found,

@@ -22,6 +22,7 @@ from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
 from ..tables import counted, records_table
+from .arguments import with_arguments
 from .step_worker import run_turn
 from .traces import PARTS
 
@@ -49,6 +50,7 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 _WARM_UP = 2
 
 
+@with_arguments("window", "cp_size", "config", "dtype", "device", "threads", "rounds")
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -104,17 +106,7 @@ def measure(
             rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
             check_agreement(rows, TOLERANCES[dtype])
             packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
-    return {
-        "window": window,
-        "cp_size": cp_size,
-        "config": config,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "rounds": rounds,
-        "packs": packs,
-        "layer": layer,
-    }
+    return {"packs": packs, "layer": layer}
 
 
 def _require_gpus(cp_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Fits the kernel's entry of a hardware profile to timed kernel calls.
+"""Fits hardware profiles to timed kernel calls and copies, and says how far their predictions are off.
 
 For a given tile and causal efficiency, `predict.layer_work.call_seconds` is linear in what is left on a core, which
 works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative
@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...data.lengths import sample_pack
 from ...extras import require_extra
+from ...plan import ShardPlan
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel, Pass
 from ...predict.layer_work import Rectangles, call_seconds
 from ...predict.model_shape import AttentionLayers
@@ -74,27 +78,16 @@ def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, 
 def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficiency: float) -> np.ndarray:
     """(calls, 2, 7): what multiplies, in the seconds of each call's forward and backward, the unknowns: of either
     pass seconds an operation and those times the tile's overhead in keys, without a mask and with; seconds a call."""
+    tables, causal = _tables(calls), np.array([call.causal for call in calls], dtype=int)
+    keys_only, with_overhead = (
+        _predicted(Kernel(tile, 1, 0.0, efficiency, *[Pass(1.0, overhead)] * 2), tables, layers)
+        for overhead in (0.0, 1.0)
+    )
     matrix = np.zeros((len(calls), 2, 7))
-    for row, call in zip(matrix, calls):
-        rectangles = Rectangles.of([(0, queries, 0 if call.causal else keys) for queries, keys in call.rectangles])
-        for backward, column in ((False, 0), (True, 3)):
-            keys_only, with_overhead = (
-                float(
-                    call_seconds(
-                        Kernel(tile, 1, 0.0, efficiency, Pass(1.0, overhead), Pass(1.0, overhead)),
-                        rectangles,
-                        cp_size=1,
-                        layers=layers,
-                        window=None,
-                        causal=call.causal,
-                        backward=backward,
-                    )[0]
-                )
-                for overhead in (0.0, 1.0)
-            )
-            row[int(backward), column] = keys_only
-            row[int(backward), column + 1 + call.causal] = with_overhead - keys_only
-        row[:, 6] = 1
+    for backward, column in enumerate((0, 3)):
+        matrix[:, backward, column] = keys_only[:, backward]
+        matrix[range(len(calls)), backward, column + 1 + causal] = (with_overhead - keys_only)[:, backward]
+    matrix[:, :, 6] = 1
     return matrix
 
 
@@ -104,12 +97,6 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
         seconds = max(float(seconds), LEAST_SECONDS)
         passes.append(Pass(1 / seconds, float(overhead) / seconds, float(causal_overhead) / seconds))
     return Kernel(tile, 1, float(found[6]), efficiency, *passes)
-
-
-def kernel_entry(kernel: Kernel) -> dict[str, Any]:
-    """A kernel in the form of hardware profiles."""
-    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
-    return {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")} | passes
 
 
 def fit_device_kernel(
@@ -172,14 +159,46 @@ def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, Rectangles]], layers
     )
 
 
-def copy_rate(
-    rows: Sequence[int], seconds: Sequence[Sequence[float]], layers: AttentionLayers, itemsize: int
-) -> float:
-    """Bytes per second at which so many rows were merged and packed, counted as `CostModel` counts them; `seconds` has
-    those of the merge and of packing for each number of rows."""
+def measured_speeds(
+    kernel: Kernel,
+    products: Sequence[tuple[float, float]],
+    copies: Sequence[tuple[float, float, float]],
+    layers: AttentionLayers,
+    itemsize: int,
+) -> dict[str, Any]:
+    """The entries of a hardware profile that are measured on one device.
+
+    Products have floating-point operations and seconds; copies have rows, and seconds to merge and to pack these,
+    whose bytes are counted as `CostModel` counts them. `itemsize` is that of keys and values.
+    """
     merged = layers.query_heads * layers.value_dim * (2 * max(itemsize, 4) + itemsize)
     packed = layers.kv_elements_per_token * 2 * itemsize
-    return sum(rows) * (merged + packed) / sum(map(sum, seconds))
+    rows, *seconds = map(sum, zip(*copies))
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    sizes = {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")}
+    return {
+        "linear_flops_per_second": median(flops / taken for flops, taken in products),
+        "memory_bytes_per_second": rows * (merged + packed) / sum(seconds),
+        "kernel": sizes | passes,
+    }
+
+
+class Pack(NamedTuple):
+    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+
+    corpus: str
+    strategy: str
+    window: int
+    seed: int
+
+    def plan(self, cp_size: int, num_stages: int | None = None) -> ShardPlan:
+        lengths = sample_pack(self.corpus, self.window, seed=self.seed)
+        return plan_documents(lengths, cp_size, strategy=self.strategy, num_stages=num_stages)
+
+
+def model_of_layer(profile: dict[str, Any], layers: AttentionLayers, itemsize: int) -> CostModel:
+    """Predicts a model of this attention layer alone."""
+    return CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
 
 
 def error_summary(ratios: Sequence[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 
 from ...attention import AttentionKernel, select_kernel
-from ...attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
 from ...layout import Rows
 from ...plan import ShardPlan
-from ..calibration.worker import Shape, copies, rectangles_side_by_side
+from ..calibration.worker import Shape, Work, copies, passes, rectangles_side_by_side
 from ..kernels import RankWork, random_tensors
 from ..turns import median_seconds
 from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
@@ -30,9 +31,6 @@ WARM_UP, TIMED = 0.15, 0.3
 
 FOR_FIT = 3.0
 """Seconds that timing layers on a GPU leaves for the fit."""
-
-Work = tuple[bool, tuple[tuple[int, int], ...]]
-"""A kernel call: whether it is causal, and the queries and keys of each rectangle."""
 
 
 class Sizes(NamedTuple):
@@ -75,10 +73,7 @@ def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     found = []
     for inputs, outputs in sizes.widths:
         rows, weight = (torch.randn(n, inputs, dtype=DTYPE, device=device) for n in (sizes.tokens, outputs))
-
-        def product(rows=rows, weight=weight) -> None:
-            torch.nn.functional.linear(rows, weight)
-
+        product = functools.partial(torch.nn.functional.linear, rows, weight)
         seconds = median_seconds(sizes.rounds, device, product=product)["product"]
         found.append({"tokens": sizes.tokens, "inputs": inputs, "outputs": outputs, "seconds": seconds})
     return found
@@ -135,15 +130,11 @@ class _Inputs:
     def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
         queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
         self.kernel = kernel
-        tensors = random_tensors(sizes.shape, queries, keys, DTYPE, device)
-        self.query, self.key, self.value, self.grad_out = tensors
+        self.query, self.key, self.value, self.grad_out = random_tensors(sizes.shape, queries, keys, DTYPE, device)
         self.out = torch.zeros_like(self.query)
 
-    def functions(
-        self, causal: bool, pairs: Sequence[tuple[int, int]]
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Forward and backward of a call. Backward allocates and clears the gradients that it adds to, as a layer
-        does."""
+    def functions(self, causal: bool, pairs: Sequence[tuple[int, int]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Forward and backward of a call, see [`Work`]."""
         rectangles = rectangles_side_by_side(pairs)
         queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
@@ -152,15 +143,7 @@ class _Inputs:
         # About what random scores give; times do not depend on it.
         lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
         options = ScoreOptions(causal, scale=query.shape[2] ** -0.5)
-        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
-
-        def forward() -> None:
-            self.kernel.forward(query, key, value, rectangles, options)
-
-        def backward() -> None:
-            self.kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
-
-        return forward, backward
+        return passes(self.kernel, BackwardInputs(grad_out, query, key, value, out, lse), rectangles, options)
 
 
 def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]) -> dict[str, Any]:
@@ -170,34 +153,24 @@ def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]
     settings = settings.until(settings.deadline - settings.sized(FOR_FIT, 0.0))
     found = Found()
     kernel = _kernel(device, sizes)
-    layers = [
-        _by_rank(found, settings, plan, sizes, kernel, device, f"layer of {name}") for name, plan in plans.items()
-    ]
+
+    def by_rank(plan: ShardPlan, name: str) -> list[float] | str:
+        seconds: list[float] = []
+        needed = settings.sized(1.0, 0.05)
+        for rank in range(plan.cp_size):
+            if not found.has_time(settings, needed, name):
+                return "out of time"
+            begin = time.monotonic()
+
+            def run(rank=rank) -> None:
+                work = RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
+                seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
+
+            if not fits_in_memory(run):
+                return OUT_OF_MEMORY
+            # Ranks have about the same work: a plan that takes too long is given up after its first rank.
+            needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
+        return seconds
+
+    layers = [by_rank(plan, f"layer of {name}") for name, plan in plans.items()]
     return {"layers": layers, "cut": found.cut}
-
-
-def _by_rank(
-    found: Found,
-    settings: Settings,
-    plan: ShardPlan,
-    sizes: Sizes,
-    kernel: AttentionKernel,
-    device: torch.device,
-    name: str,
-) -> list[float] | str:
-    seconds: list[float] = []
-    needed = settings.sized(1.0, 0.05)
-    for rank in range(plan.cp_size):
-        if not found.has_time(settings, needed, name):
-            return "out of time"
-        begin = time.monotonic()
-
-        def run(rank=rank) -> None:
-            work = RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
-            seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
-
-        if not fits_in_memory(run):
-            return OUT_OF_MEMORY
-        # Ranks have about the same work: a plan that takes too long is given up after its first rank.
-        needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
-    return seconds

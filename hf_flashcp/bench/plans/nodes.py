@@ -15,12 +15,14 @@ from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import counted, table
+from ..arguments import with_arguments
 
 
 DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"
 VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH)
 
 
+@with_arguments("packs", "tokens")
 def measure(
     corpora: Sequence[str],
     cp_sizes: Sequence[int],
@@ -49,7 +51,7 @@ def measure(
                 rows[name].append(_step(plan, model, topology))
         variants = {name: _means(found, rows[DIRECTLY]) for name, found in rows.items()}
         cells.append({"corpus": corpus, "cp_size": cp_size, "window": cp_size * tokens, "variants": variants})
-    return {"hardware": profile.description, "packs": packs, "tokens": tokens, "cells": cells}
+    return {"hardware": profile.description, "cells": cells}
 
 
 def _step(plan: ShardPlan, model: CostModel, topology: Topology) -> dict[str, float]:

@@ -19,6 +19,7 @@ from ...planning import plan_documents
 from ...predict import CostModel
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import records_table
+from ..arguments import with_arguments
 
 
 ROUNDS = 3
@@ -28,6 +29,9 @@ PLANNED = 32
 """Packs that are planned, to compare with the sum over their documents."""
 
 
+@with_arguments(
+    "corpora", "window", "steps", "cp_size", "dp_size", "gradient_accumulation_steps", "look_ahead", "seed"
+)
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -57,17 +61,7 @@ def measure(
         lengths = _lengths(corpus, steps * options.step_packs * window, seed)
         methods = {name: method(lengths, options, seed) for name, method in METHODS.items()}
         cells.append({"corpus": corpus, "documents": len(lengths), "methods": methods})
-    return {
-        "corpora": list(corpora),
-        "window": window,
-        "steps": steps,
-        "cp_size": cp_size,
-        "dp_size": dp_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "look_ahead": look_ahead,
-        "seed": seed,
-        "cells": cells,
-    }
+    return {"cells": cells}
 
 
 def _lengths(corpus: str, tokens: int, seed: int) -> np.ndarray:

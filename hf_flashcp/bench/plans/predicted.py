@@ -16,12 +16,14 @@ from ...planning import STRATEGIES, plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import table
+from ..arguments import with_arguments
 
 
 TIMED = "search, timed"
 """The row of plans that `cost_model` chose."""
 
 
+@with_arguments("corpora", "window", "cp_sizes", "packs", "seed")
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -57,16 +59,7 @@ def measure(
         }
         for name in links
     }
-    return {
-        "corpora": list(corpora),
-        "window": window,
-        "cp_sizes": list(cp_sizes),
-        "packs": packs,
-        "seed": seed,
-        "hardware": profile.description,
-        "cells": cells,
-        "summary": summary,
-    }
+    return {"hardware": profile.description, "cells": cells, "summary": summary}
 
 
 def _row(found: list[dict[str, float]]) -> dict[str, float]:

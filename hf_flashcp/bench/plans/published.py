@@ -21,6 +21,7 @@ from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...simulation.baselines import BASELINES, passes
 from ...tables import table
+from ..arguments import with_arguments
 
 
 PARTS = ("copies", "forward", "backward", "all_gather", "reduce_scatter")
@@ -67,6 +68,7 @@ _SETTINGS = {
 }
 
 
+@with_arguments("packs", "seed")
 def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     """Predicts the paper's bars on drawn packs.
 
@@ -98,8 +100,6 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
         corpus: {kind: _kernel_ratios(parts[corpus], kind) for kind in ("predicted", "published")} for corpus in PAPER
     }
     return {
-        "packs": packs,
-        "seed": seed,
         "parts": parts,
         "kernel_ratios": ratios,
         "sixteen": {"predicted": _sixteen(), "published": SIXTEEN},

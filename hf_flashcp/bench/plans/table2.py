@@ -10,6 +10,7 @@ from ...plan import ShardPlan
 from ...planning import STRATEGIES, plan_documents
 from ...simulation.baselines import shared_tokens
 from ...tables import records_table
+from ..arguments import with_arguments
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}
@@ -21,6 +22,7 @@ def padded_all_gather_fraction(plan: ShardPlan) -> float:
     return shared_tokens(plan) * plan.cp_size / plan.num_tokens
 
 
+@with_arguments("corpus", "window", "cp_size", "packs")
 def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -> dict[str, Any]:
     """Plans drawn packs with every strategy: means of the share of an all-gather's traffic that it saves by eq. 5 and
     by exact exchange, and of imbalances (max / mean over ranks)."""
@@ -36,15 +38,7 @@ def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -
             "token_imbalance": mean(report["token_imbalance"] for report in reports),
             "plan_ms": 1000 * mean(plan.planning_seconds for plan in plans),
         }
-    return {
-        "corpus": corpus,
-        "window": window,
-        "cp_size": cp_size,
-        "packs": packs,
-        "documents": mean(map(len, drawn)),
-        "strategies": rows,
-        "paper": PAPER,
-    }
+    return {"documents": mean(map(len, drawn)), "strategies": rows, "paper": PAPER}
 
 
 def text(found: dict[str, Any]) -> str:
