@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ..attention import AttentionKernel, document_attention, select_kernel
 from ..distributed.workers import WorkerPool
-from ..doctor.one_by_one import attend_one_by_one
+from ..doctor.layer_errors import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
@@ -66,13 +66,13 @@ def measure(
     of the single process's time of the same round / cp_size / seconds. Bytes, calls and collectives are counted
     exactly, on the rank with the most of each; only bytes are those of forward alone.
     """
-    shape = (heads, kv_heads, head_dim)
     names = list(itertools.product(strategies, exchanges))
     caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
     plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy, **caps) for strategy in strategies}
     cases = [(plans[strategy], exchange) for strategy, exchange in names]
+    given = list(lengths), cases, (heads, kv_heads, head_dim), dtype, rounds
     with WorkerPool() as pool:
-        by_rank = pool.run(cp_size, _time_cases, list(lengths), cases, shape, dtype, rounds, timeout=3600)
+        by_rank = pool.run(cp_size, _time_cases, *given, timeout=3600)
     single = [turn.seconds for turn in by_rank[0][-1]]
     token_bytes = kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize)
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -14,12 +14,7 @@ from .gradients import LIMIT, run_check
 from .tiny import causal_language_models, default_config, tiny_copy
 
 
-SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = (
-    "supported",
-    "whole-document plans only",
-    "refused",
-    "not checked",
-)
+SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = "supported", "whole-document plans only", "refused", "not checked"
 
 _NO_INTERFACE = "does not call its attention through transformers' attention interface"
 _ATTENTION_DROPOUT = (
@@ -47,9 +42,6 @@ class Diagnosis:
     layers: list[dict[str, Any]] = field(default_factory=list)
     router_loss: bool = False
     advice: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def diagnose(
@@ -94,7 +86,7 @@ def _may_be_supported(model_class: str, model_type: str) -> bool:
 
 def _verdict(found: dict[str, Any]) -> tuple[str, str]:
     if found["refused"]:
-        return REFUSED, _first_sentence(found["error"])
+        return REFUSED, _one_line(found["error"].split(". ")[0].rstrip("."), limit=300)
     if found["stage"] == "done":
         worst = max(found["gradient_error"], found["loss_error"])
         if worst <= LIMIT:
@@ -126,10 +118,6 @@ def _one_line(error: Any, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _first_sentence(message: str) -> str:
-    return _one_line(message.split(". ")[0].rstrip("."), limit=300)
-
-
 def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Diagnosis:
     """[`diagnose`] with the default config of a model type."""
     model_class = causal_language_models()[model_type]
@@ -138,9 +126,8 @@ def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Di
     except Exception as error:  # some defaults do not even pass their own validation
         if not _may_be_supported(model_class, model_type):
             return Diagnosis(model_type, model_class, REFUSED, _NO_INTERFACE)
-        return Diagnosis(
-            model_type, model_class, NOT_CHECKED, f"its default config does not build ({_one_line(error)})"
-        )
+        reason = f"its default config does not build ({_one_line(error)})"
+        return Diagnosis(model_type, model_class, NOT_CHECKED, reason)
     diagnosis = diagnose(config, pool, **options)
     diagnosis.model_type, diagnosis.model_class = model_type, model_class
     return diagnosis

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..attention import AttentionKernel, document_attention
 from ..integrations.gradient_check import relative_error
 from ..layout import RankPlan
 from ..plan import Topology
 from ..planning import plan_documents
-from .one_by_one import attend_one_by_one
 
 
 if TYPE_CHECKING:
@@ -67,12 +68,8 @@ def layer_errors(
 def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Query, key, value and dO of the whole row."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(count, sum(case.lengths), case.head_dim, generator=generator, dtype=torch.float64).to(
-            device, dtype
-        )
-        for count in (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    ]
+    sizes = [(n, sum(case.lengths), case.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in sizes]
 
 
 def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
@@ -81,3 +78,20 @@ def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
     out = attend_one_by_one(*leaves, case.lengths, window=case.window)
     out.backward(inputs[3])
     return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def attend_one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
+) -> torch.Tensor:
+    """Attends causally in one document after the other, by `scaled_dot_product_attention`, all tensors (heads, tokens,
+    width). A window takes a mask of length x length."""
+    parts = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)))
+    return torch.cat([_attend(*part, window)[0] for part in parts], dim=1)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    if window is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    length = query.shape[2]
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)

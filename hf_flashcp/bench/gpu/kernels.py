@@ -151,16 +151,13 @@ class _Layer:
         return all(torch.equal(a, b) for a, b in zip(first, second))
 
     def _forward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value, _ = inputs
-        return kernel.forward(query, key, value, self._case.rectangles, self._options)
+        return kernel.forward(*inputs[:3], self._case.rectangles, self._options)
 
     def _backward(
         self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged: tuple[torch.Tensor, torch.Tensor]
     ) -> Gradients:
-        query, key, value, grad_out = inputs
-        grads = Gradients.zeros(query, key, value)
-        needed = BackwardInputs(grad_out, query, key, value, *merged)
-        kernel.backward(needed, self._case.rectangles, self._options, grads)
+        grads = Gradients.zeros(*inputs[:3])
+        kernel.backward(BackwardInputs(inputs[3], *inputs[:3], *merged), self._case.rectangles, self._options, grads)
         return grads
 
 
@@ -168,17 +165,18 @@ class PlainKernel(EagerKernel):
     """The formulas with scores, probabilities and their gradients rounded to the dtype of the queries."""
 
     def _forward_block(self, q, k, v, keys, options):
-        scores = (q @ k.mT).to(q.dtype) * options.scale
-        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
+        scores = self._rounded((q @ k.mT).to(q.dtype), keys, options)
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v, scores.float().logsumexp(-1)
 
     def _backward_block(self, inputs, keys, options):
         do, q, k, v, o, lse = inputs
-        scores = (q @ k.mT) * options.scale
-        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
-        p = (scores.float() - lse[..., None]).exp().to(q.dtype)
+        p = (self._rounded(q @ k.mT, keys, options).float() - lse[..., None]).exp().to(q.dtype)
         ds = p * (do @ v.mT - (do.float() * o.float()).sum(-1, keepdim=True).to(q.dtype)) * options.scale
         return ds @ k, ds.mT @ q, p.mT @ do
+
+    def _rounded(self, products, keys, options):
+        scores = products * options.scale
+        return scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
 
 
 def _inputs(shape: Shape, case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

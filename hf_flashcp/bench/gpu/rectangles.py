@@ -32,12 +32,8 @@ TILE = 128
 
 def _packs(settings: Settings) -> dict[str, list[int]]:
     window = settings.sized(131072, 2048)
-    packs = {
-        "pile": sample_pack("pile", window),
-        "wlb_llm": sample_pack("wlb_llm", window),
-        "one document": [window],
-    }
-    return packs if not settings.rehearses else {"pile": packs["pile"]}
+    packs = {corpus: sample_pack(corpus, window) for corpus in settings.sized(("pile", "wlb_llm"), ("pile",))}
+    return packs if settings.rehearses else {**packs, "one document": [window]}
 
 
 def _shape(settings: Settings) -> tuple[int, int, int]:

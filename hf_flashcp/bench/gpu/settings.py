@@ -87,6 +87,12 @@ class Found:
         if not right:
             self.problems.append(problem)
 
+    def add_error(self, title: str, record: Record, what: str) -> None:
+        """Adds a record and requires that its `error` is within its `bound`."""
+        self.add(title, record)
+        problem = f"{what} is off by {record['error']:.1e}, more than {record['bound']:.1e}"
+        self.require(record["error"] <= record["bound"], problem)
+
     def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
         """Whether so many seconds are left for `name`, which is noted as cut if not."""
         if settings.seconds_left() < seconds:

@@ -14,7 +14,7 @@ from ...plan import ShardPlan, Topology
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
-from ...tables import counted, table
+from ...tables import counted, records_table
 from ..arguments import with_arguments
 
 
@@ -71,33 +71,21 @@ def _means(found: list[dict[str, float]], directly: list[dict[str, float]]) -> d
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each variant of each cell."""
     columns = {
-        "corpus": "",
-        "ranks": ",",
-        "window": ",",
-        "plans": "",
-        "step ms": ",.0f",
-        "/ directly": ".2f",
-        "between nodes": ".3f",
-        "waiting": ".1%",
+        "corpus": ("corpus", ""),
+        "cp_size": ("ranks", ","),
+        "window": ("window", ","),
+        "plans": ("plans", ""),
+        "step_seconds": ("step ms", "ms:,.0f"),
+        "over_directly": ("/ directly", ".2f"),
+        "inter_node": ("between nodes", ".3f"),
+        "exposed": ("waiting", ".1%"),
     }
     rows = [
-        (
-            *(cell[name] for name in ("corpus", "cp_size", "window")),
-            name,
-            1000 * row["step_seconds"],
-            row["over_directly"],
-            row["inter_node"] / cell["window"],
-            row["exposed"],
-        )
+        {**cell, "plans": name, **row, "inter_node": row["inter_node"] / cell["window"]}
         for cell in found["cells"]
         for name, row in cell["variants"].items()
     ]
-    return "\n".join(
-        [
-            found["hardware"],
-            f"{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; between nodes: "
-            "tokens of the busiest rank, over the window",
-            "",
-            table(columns, rows),
-        ]
+    return (
+        f"{found['hardware']}\n{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; "
+        "between nodes: tokens of the busiest rank, over the window\n\n" + records_table(columns, rows)
     )

@@ -48,7 +48,13 @@ def measure(
         drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
         for name, model in models.items():
             found = [_predictions(lengths, cp_size, model) for lengths in drawn]
-            strategies = {strategy: _row([one[strategy] for one in found]) for strategy in found[0]}
+            strategies = {
+                strategy: {
+                    key: average(one[strategy][key] for one in found)
+                    for key, average in zip(row, (mean, mean, mean, median))
+                }
+                for strategy, row in found[0].items()
+            }
             cells.append({"corpus": corpus, "cp_size": cp_size, "links": name, "strategies": strategies})
     summary = {
         name: {
@@ -60,11 +66,6 @@ def measure(
         for name in links
     }
     return {"hardware": profile.description, "cells": cells, "summary": summary}
-
-
-def _row(found: list[dict[str, float]]) -> dict[str, float]:
-    means = {key: mean(row[key] for row in found) for key in ("attention", "exposed", "step_seconds")}
-    return {**means, "plan_ms": median(row["plan_ms"] for row in found)}
 
 
 def _predictions(lengths: Sequence[int], cp_size: int, model: CostModel) -> dict[str, dict[str, float]]:
@@ -95,11 +96,7 @@ def text(found: dict[str, Any]) -> str:
         for cell in found["cells"]
     ]
     means = [("geometric mean", "", name, *row.values()) for name, row in found["summary"].items()]
-    return "\n".join(
-        [
-            found["hardware"],
-            f"{found['packs']} packs of {found['window']:,} tokens per cell; attention time / ideal, means",
-            "",
-            table(columns, [*rows, (), *means]),
-        ]
+    return (
+        f"{found['hardware']}\n{found['packs']} packs of {found['window']:,} tokens per cell; attention time / ideal, "
+        f"means\n\n{table(columns, [*rows, (), *means])}"
     )

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from statistics import geometric_mean, mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,22 +50,16 @@ WINDOW, CP_SIZE = 131072, 8
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
 
 
-class Setting(NamedTuple):
-    """KV heads of the model, and ranks that share a node."""
-
-    kv_heads: int
-    ranks_per_node: int
-
-
 PAPERS = "32 KV heads"
 """The setting in which the paper measured."""
 
 _SETTINGS = {
-    PAPERS: Setting(32, 8),
-    "8 KV heads": Setting(8, 8),
-    "32 KV heads, a node each": Setting(32, 1),
-    "8 KV heads, a node each": Setting(8, 1),
+    PAPERS: (32, 8),
+    "8 KV heads": (8, 8),
+    "32 KV heads, a node each": (32, 1),
+    "8 KV heads, a node each": (8, 1),
 }
+"""KV heads of the model, and ranks that share a node."""
 
 
 @with_arguments("packs", "seed")
@@ -86,7 +80,7 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     speedups: dict[str, dict[str, dict[str, float]]] = {}
     cells = [*itertools.product(_SETTINGS.items(), PAPER.items())]
     for (name, setting), (corpus, published) in tqdm(cells, unit="cell", leave=False, disable=None):
-        means = _means(setting, corpus, published, range(seed, seed + packs))
+        means = _means(*setting, corpus, published, range(seed, seed + packs))
         if name == PAPERS:
             parts[corpus] = {scheme: _beside(means[scheme], published[scheme]) for scheme in published}
             parts[corpus]["ours"] = {"predicted": means["ours"]}
@@ -109,11 +103,11 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _means(
-    setting: Setting, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
+    kv_heads: int, ranks_per_node: int, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
 ) -> dict[str, list[float]]:
     """Predicted milliseconds of ours and of the published schemes by `PARTS`, means over drawn packs."""
-    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=setting.ranks_per_node)
-    model = CostModel.from_config({**_SIZES, "num_key_value_heads": setting.kv_heads}, profile)
+    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=ranks_per_node)
+    model = CostModel.from_config({**_SIZES, "num_key_value_heads": kv_heads}, profile)
     drawn: dict[str, list[tuple[float, ...]]] = {scheme: [] for scheme in ("ours", *published)}
     for seed in seeds:
         lengths = sample_pack(corpus, WINDOW, seed=seed)
@@ -185,19 +179,11 @@ def _ratios(
 def text(found: dict[str, Any]) -> str:
     """Tables of the parts beside the published ones, of what kernels say, and of the speed-ups."""
     targets = ", ".join(f"{ratio} over {rival}" for rival, ratio in TARGETS.items())
-    return "\n".join(
-        [
-            f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means",
-            "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)",
-            "",
-            _parts_table(found["parts"]),
-            "",
-            _kernels_table(found),
-            "",
-            _speedups_table(found["speedups"]),
-            "",
-            f"the published FlashCP, on average over its settings: {targets}",
-        ]
+    return (
+        f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means\n"
+        "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)\n\n"
+        f"{_parts_table(found['parts'])}\n\n{_kernels_table(found)}\n\n{_speedups_table(found['speedups'])}\n\n"
+        f"the published FlashCP, on average over its settings: {targets}"
     )
 
 
