@@ -27,6 +27,10 @@ from .attention import DTYPES
 from .turns import median_seconds
 
 
+Shape = tuple[int, int, int]
+"""Query heads, KV heads, head dim."""
+
+
 @with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     lengths: Sequence[int],
@@ -57,12 +61,7 @@ def measure(
 
 
 def time_plan(
-    plan: ShardPlan,
-    kernel: AttentionKernel,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
+    plan: ShardPlan, kernel: AttentionKernel, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """By rank the median seconds of `one_call`, of the `kernels` under the plan (local pass and stages), and of the
     `engine` (with packing, merges and additions)."""
@@ -92,11 +91,9 @@ class _Pass(NamedTuple):
     causal: bool
 
 
-def random_tensors(
-    shape: tuple[int, int, int], rows: int, keys: int, dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
+def random_tensors(shape: Shape, rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """Query (H_q, rows, D), key and value (H_kv, keys, D) and dO as a model's projections leave them: a token's heads
-    side by side. `shape` is H_q, H_kv and D."""
+    side by side."""
     heads, kv_heads, width = shape
     sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
     return [torch.randn(*size, width, dtype=dtype, device=device).transpose(0, 1) for size in sizes]
@@ -110,7 +107,7 @@ class RankWork:
         plan: ShardPlan,
         rank: int,
         kernel: AttentionKernel,
-        shape: tuple[int, int, int],
+        shape: Shape,
         dtype: torch.dtype,
         device: torch.device,
     ):

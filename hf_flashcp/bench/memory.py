@@ -43,9 +43,11 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "num_attention_heads": 
 BIG_VOCABULARY = {**LLAMA, "vocab_size": 8192, "num_hidden_layers": 2}
 
 BF16 = {"dtype": "bfloat16", "mixed_precision": "no"}
+FSDP2 = {"sharding": "fsdp2", "gpus": 2}
+FP32 = {"dtype": "float32", "mixed_precision": "no"}
 
 CASES = {
-    "llama, fp32": (LLAMA, {"dtype": "float32", "mixed_precision": "no"}),
+    "llama, fp32": (LLAMA, FP32),
     "llama, bf16": (LLAMA, BF16),
     "llama, fp32, autocast": (LLAMA, {"dtype": "float32"}),
     "llama, fp32, autocast, checkpointing": (LLAMA, {"dtype": "float32", "gradient_checkpointing": "full"}),
@@ -53,10 +55,7 @@ CASES = {
     "qwen3, tied, bf16, checkpointing": (QWEN3, {**BF16, "gradient_checkpointing": "full"}),
     "qwen3, tied, bf16, attention-saving": (QWEN3, {**BF16, "gradient_checkpointing": "attention-saving"}),
     "big vocabulary, bf16": (BIG_VOCABULARY, BF16),
-    "big vocabulary, fp32, checkpointing": (
-        BIG_VOCABULARY,
-        {"dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": "full"},
-    ),
+    "big vocabulary, fp32, checkpointing": (BIG_VOCABULARY, {**FP32, "gradient_checkpointing": "full"}),
 }
 """Configs and how they are trained on one process, by name."""
 
@@ -64,11 +63,8 @@ RANK_CASES = {
     "llama, bf16, cp 2": (LLAMA, BF16),
     "qwen3, bf16, attention-saving, cp 2": (QWEN3, {**BF16, "gradient_checkpointing": "attention-saving"}),
     "llama, ddp, autocast, cp 2": (LLAMA, {"sharding": "ddp", "gpus": 2, "dtype": "float32"}),
-    "llama, fsdp2, bf16, cp 2": (LLAMA, {"sharding": "fsdp2", "gpus": 2}),
-    "qwen3, fsdp2, bf16, checkpointing, cp 2": (
-        QWEN3,
-        {"sharding": "fsdp2", "gpus": 2, "gradient_checkpointing": "full"},
-    ),
+    "llama, fsdp2, bf16, cp 2": (LLAMA, FSDP2),
+    "qwen3, fsdp2, bf16, checkpointing, cp 2": (QWEN3, {**FSDP2, "gradient_checkpointing": "full"}),
 }
 """The same on two ranks that share the batch."""
 

@@ -102,10 +102,7 @@ def text(report: list[dict[str, Any]]) -> str:
     """The sections, and which lines changed."""
     lines = []
     for row in report:
-        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {_difference(len(row['diff']))}")
+        difference = f"{counted(len(row['diff']), 'line')} of difference" if row["diff"] else "as before"
+        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {difference}")
         lines += [f"    {line}" for line in row["diff"]]
     return "\n".join(lines)
-
-
-def _difference(lines: int) -> str:
-    return f"{counted(lines, 'line')} of difference" if lines else "as before"

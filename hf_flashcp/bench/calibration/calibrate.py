@@ -23,17 +23,7 @@ from ...predict.model_shape import AttentionLayers
 from ...tables import table
 from ..arguments import with_arguments
 from ..attention import DTYPES
-from . import worker
-from .fit import (
-    Call,
-    Pack,
-    error_summary,
-    fit_kernel,
-    fit_line,
-    measured_speeds,
-    model_of_layer,
-    root_mean_square,
-)
+from . import fit, worker
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -75,7 +65,9 @@ def measure(
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
     itemsize = DTYPES[dtype].itemsize
     drawn = [
-        Pack(corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], window, seed + index)
+        fit.Pack(
+            corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], window, seed + index
+        )
         for index in range(packs)
     ]
     plans = [pack.plan(cp_size, num_stages) for pack in drawn]
@@ -93,29 +85,30 @@ def measure(
         transfers = _over_ranks(timed("transfers", worker.time_transfers, BYTES, 4 * rounds))
         products = _over_ranks(timed("matrix products", worker.time_products, TOKENS, WIDTHS, dtype, 4 * rounds))
         bar.set_description("fit")
-        kernel, ratios = fit_kernel([Call(*call, *seconds) for call, seconds in zip(work, calls)], layers)
+        kernel, ratios = fit.fit_kernel([fit.Call(*call, *seconds) for call, seconds in zip(work, calls)], layers)
         bar.update()
-        latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
+        latency, rate = fit.fit_line(BYTES, [seconds for (seconds,) in transfers])
         link = {"bytes_per_second": rate, "latency_seconds": latency}
         flops = [(2 * TOKENS * width * width, seconds) for width, (seconds,) in zip(WIDTHS, products)]
+        moved = [(rows, *seconds) for rows, seconds in zip(ROWS, copies)]
         profile = {
             "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
-            **measured_speeds(kernel, flops, [(rows, *each) for rows, each in zip(ROWS, copies)], layers, itemsize),
+            **fit.measured_speeds(kernel, flops, moved, layers, itemsize),
             "links": {"intra_node": link, "inter_node": link},
             "ranks_per_node": cp_size,
             "description": f"cores of {platform.processor() or platform.machine()}, {cp_size} processes of one "
             f"thread, {dtype}, {heads}/{kv_heads} heads of {head_dim}; measured by flashcp bench calibrate",
         }
         slowest = np.max(timed("layers", worker.time_layers, plans, shape, dtype, rounds), axis=0).tolist()
-    model = model_of_layer(profile, layers, itemsize)
+    model = fit.model_of_layer(profile, layers, itemsize)
     rows = [_beside(*measured, model) for measured in zip(drawn, plans, slowest)]
-    error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
-    errors = {name: root_mean_square(column) for name, column in zip(("forward", "backward"), ratios.T)}
+    error = {name: fit.error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
+    errors = {name: fit.root_mean_square(column) for name, column in zip(("forward", "backward"), ratios.T)}
     profile["error"] = {"layers": len(rows), **error}
     return {"profile": profile, "fit": {"calls": len(work), **errors}, "layers": rows, "error": error}
 
 
-def _beside(pack: Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
+def _beside(pack: fit.Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
     """What each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
     time = model.step_time(plan)
     predicted = time.attention_seconds, float((time.attention + time.copies).max())

@@ -23,11 +23,9 @@ from ...layout import RankPlan, Rectangle, Rows
 from ...plan import ShardPlan
 from ...planning import plan_documents
 from ..attention import DTYPES, random_inputs
+from ..kernels import Shape
 from ..turns import Run, in_turns
 
-
-Shape = tuple[int, int, int]
-"""Query heads, KV heads, head dim."""
 
 Work = tuple[bool, tuple[tuple[int, int], ...]]
 """A kernel call: whether it is causal, and the queries and keys of each rectangle."""

@@ -18,18 +18,9 @@ from ...plan import ShardPlan
 from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel
 from ...predict.model_shape import AttentionLayers
-from ..calibration.fit import (
-    Call,
-    Pack,
-    error_summary,
-    fit_device_kernel,
-    measured_speeds,
-    model_of_layer,
-    root_mean_square,
-)
+from ..calibration import fit
 from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
-from .hardware import OUT_OF_MEMORY, packaged_hardware
-from .settings import Found, Record, Run, Settings
+from .settings import OUT_OF_MEMORY, Found, Record, Run, Settings, packaged_hardware
 
 
 _TOKENS = 16_384
@@ -67,12 +58,12 @@ GPU = Sizes(
     rounds=4,
 )
 GPU_PACKS = (
-    Pack("pile", "search", 131_072, 0),
-    Pack("pile", "per_doc", 131_072, 0),
-    Pack("wlb_llm", "search", 131_072, 1),
-    Pack("wlb_llm", "per_doc", 131_072, 1),
-    Pack("wlb_llm", "search", 131_072, 0),
-    Pack("wlb_llm", "per_doc", 131_072, 0),
+    fit.Pack("pile", "search", 131_072, 0),
+    fit.Pack("pile", "per_doc", 131_072, 0),
+    fit.Pack("wlb_llm", "search", 131_072, 1),
+    fit.Pack("wlb_llm", "per_doc", 131_072, 1),
+    fit.Pack("wlb_llm", "search", 131_072, 0),
+    fit.Pack("wlb_llm", "per_doc", 131_072, 0),
 )
 """The last two have one document of 94,000 tokens, and take the longest."""
 
@@ -90,7 +81,7 @@ REHEARSED = Sizes(
     cp_size=4,
     rounds=1,
 )
-REHEARSED_PACKS = (Pack("pile", "search", 512, 0), Pack("wlb_llm", "per_doc", 512, 0))
+REHEARSED_PACKS = (fit.Pack("pile", "search", 512, 0), fit.Pack("wlb_llm", "per_doc", 512, 0))
 
 FEWEST_CALLS = 12
 """Kernel calls without which nothing is fitted."""
@@ -113,10 +104,10 @@ def calibrate(run: Run, settings: Settings) -> Found:
     heads, kv_heads, width = sizes.shape
     layers = AttentionLayers(1, heads, kv_heads, width, width)
     profile = _fit(found, parts, layers)
-    model = None if profile is None else model_of_layer(profile, layers, DTYPE.itemsize)
+    model = None if profile is None else fit.model_of_layer(profile, layers, DTYPE.itemsize)
     ratios = _compare(found, model, packs, list(plans.values()), seconds)
     if profile is not None:
-        error = error_summary(ratios) if ratios else {}
+        error = fit.error_summary(ratios) if ratios else {}
         found.more["profile"] = {**profile, "error": {"layers": len(ratios), "seconds": error}}
         if error:
             found.add(ERRORS, {name.replace("_", " "): value for name, value in error.items()})
@@ -128,7 +119,7 @@ def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[s
     calls = []
     for call in parts["calls"]:
         if "forward" in call:
-            calls.append(Call(call["causal"], call["rectangles"], call["forward"], call["backward"]))
+            calls.append(fit.Call(call["causal"], call["rectangles"], call["forward"], call["backward"]))
             continue
         queries, keys = np.sum(call["rectangles"], 0).tolist()
         shape = {"rectangles": len(call["rectangles"]), "queries": queries, "keys": keys}
@@ -137,7 +128,7 @@ def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[s
         found.cut.append(f"fit of the profile: only {len(calls)} kernel calls were timed")
         return None
     try:
-        kernel, ratios = fit_device_kernel(calls, layers, units=parts["units"])
+        kernel, ratios = fit.fit_device_kernel(calls, layers, units=parts["units"])
     except ConfigurationError as error:  # scipy is not installed
         found.problems.append(f"{error} The measurements are saved.")
         return None
@@ -149,7 +140,7 @@ def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[s
             "TFLOP/s": speed.flops_per_second / 1e12,
             "tile overhead, keys": speed.tile_overhead_keys,
             "under a causal mask, keys": speed.overhead_keys(causal=True),
-            "error of calls, rms": root_mean_square(column),
+            "error of calls, rms": fit.root_mean_square(column),
             "largest": float(abs(column - 1).max()),
         }
         found.add(KERNEL, record)
@@ -182,7 +173,7 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
             "kernel.units, memory_bytes": "reported by PyTorch",
             **dict.fromkeys(("links", "ranks_per_node"), assumed),
         },
-        **measured_speeds(kernel, products, copies, layers, DTYPE.itemsize),
+        **fit.measured_speeds(kernel, products, copies, layers, DTYPE.itemsize),
         "links": {name: vars(getattr(base, name)) for name in ("intra_node", "inter_node")},
         "ranks_per_node": base.ranks_per_node,
     }
@@ -197,7 +188,7 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
 def _compare(
     found: Found,
     model: CostModel | None,
-    packs: Sequence[Pack],
+    packs: Sequence[fit.Pack],
     plans: Sequence[ShardPlan],
     timed: Sequence[list[float] | str],
 ) -> list[float]:

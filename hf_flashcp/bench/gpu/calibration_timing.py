@@ -15,11 +15,10 @@ from ...attention import AttentionKernel, select_kernel
 from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
 from ...layout import Rows
 from ...plan import ShardPlan
-from ..calibration.worker import Shape, Work, copies, passes, rectangles_side_by_side
-from ..kernels import RankWork, random_tensors
+from ..calibration.worker import Work, copies, passes, rectangles_side_by_side
+from ..kernels import RankWork, Shape, random_tensors
 from ..turns import median_seconds
-from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
-from .settings import Found, Settings
+from .settings import OUT_OF_MEMORY, Found, Settings, device_name, fits_in_memory
 
 
 DTYPE = torch.bfloat16

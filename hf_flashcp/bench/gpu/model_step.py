@@ -30,8 +30,7 @@ from ..memory import random_batch
 from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
-from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory, packaged_hardware
-from .settings import Found, Record, Settings
+from .settings import OUT_OF_MEMORY, Found, Record, Settings, device_name, fits_in_memory, packaged_hardware
 
 
 CORPUS = "pile"

@@ -16,7 +16,7 @@ from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import random_tensors, time_plan
+from ..kernels import Shape, random_tensors, time_plan
 from ..turns import median_seconds
 from .settings import Found, Record, Settings, fused_kernels
 
@@ -36,7 +36,7 @@ def _packs(settings: Settings) -> dict[str, list[int]]:
     return packs if settings.rehearses else {**packs, "one document": [window]}
 
 
-def _shape(settings: Settings) -> tuple[int, int, int]:
+def _shape(settings: Settings) -> Shape:
     return settings.sized(SHAPE, (4, 2, 32))
 
 
@@ -59,7 +59,7 @@ def plans(settings: Settings) -> Found:
     return found
 
 
-def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
     one, kernels, engine = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1).values()
     return {
         "one call ms": 1000 * max(one),
@@ -94,14 +94,14 @@ def rectangles(settings: Settings) -> Found:
     return found
 
 
-def _tensors(todo: Sequence[Rectangle], shape: tuple[int, int, int], device: torch.device) -> list[torch.Tensor]:
+def _tensors(todo: Sequence[Rectangle], shape: Shape, device: torch.device) -> list[torch.Tensor]:
     """query, key, value and grad_out for rectangles."""
     rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
     return random_tensors(shape, rows, keys, torch.bfloat16, device)
 
 
 def _speed(
-    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: tuple[int, int, int], device: torch.device
+    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: Shape, device: torch.device
 ) -> Record:
     query, key, value, grad_out = _tensors(todo, shape, device)
     options = ScoreOptions(causal, scale=shape[2] ** -0.5)
@@ -123,7 +123,7 @@ def _speed(
     }
 
 
-def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
     """The rank and stage with the most blocks that have no queries, run whole and grouped by length of queries."""
     layouts = [RankLayout(plan, rank) for rank in range(plan.cp_size)]
     stages = [

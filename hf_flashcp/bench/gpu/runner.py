@@ -23,21 +23,11 @@ from .settings import Found, Settings, Step
 TOTAL_SECONDS = 540
 """Longest run; steps that would begin later are left out."""
 
-PASSED, FAILED, CUT_SHORT, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
-    "passed",
-    "failed",
-    "cut short",
-    "out of memory",
-    "out of time",
-    "crashed",
-    "not run",
-)
+PASSED, FAILED, CUT_SHORT, NOT_RUN = "passed", "failed", "cut short", "not run"
+OUT_OF_MEMORY, OUT_OF_TIME, CRASHED = "out of memory", "out of time", "crashed"
 
 Row = dict[str, Any]
-"""A step as it is written to `steps.jsonl`: `step`, `status`, `seconds`, `limit`, `message`, `problems`, `cut`,
-`tables`, `more`, and `machine`: where it ran."""
-
-
+"""A step as it is written to `steps.jsonl`, with `_KEYS`; `machine` says where it ran."""
 _KEYS = {"step", "status", "seconds", "limit", "message", "problems", "cut", "tables", "more", "machine"}
 
 

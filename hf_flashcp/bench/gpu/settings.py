@@ -1,7 +1,8 @@
-"""Arguments and results of every step of `flashcp bench gpu`."""
+"""Arguments and results of every step of `flashcp bench gpu`, and what steps ask about the GPU."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ...attention.kernels import explain_kernels, load_kernel_library
+from ...predict import HARDWARE
 
+
+OUT_OF_MEMORY = "out of memory"
+"""Stands in a record in place of the figure that could not be measured."""
 
 Record = dict[str, Any]
 """A row of a table: by column, numbers and texts."""
@@ -105,3 +110,26 @@ def fused_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_
     """Kernels other than the formulas that can run such a layer here, best first."""
     explained = explain_kernels(device.type, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     return [name for name, reason in explained if reason is None and name != "eager"]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def packaged_hardware(name: str) -> str | None:
+    """Name of the packaged profile for a GPU that PyTorch calls `name`, if there is one."""
+    words = re.findall("[a-z0-9]+", name.lower())  # so that a GH200 is not taken for an H200
+    return next((hardware for hardware in HARDWARE if hardware in words), None)
+
+
+def fits_in_memory(function: Callable[[], Any]) -> bool:
+    """Calls `function` and waits for the device. `False`, with PyTorch's cache emptied, if memory ran out."""
+    try:
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return True
+    except torch.OutOfMemoryError:
+        pass  # the cache is emptied below, when the error no longer holds the tensors of its frames
+    torch.cuda.empty_cache()
+    return False

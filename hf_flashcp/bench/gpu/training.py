@@ -64,12 +64,8 @@ def _steps(settings: Settings) -> list[Record]:
             if settings.rehearses and (name == "plain" or dtype == torch.bfloat16 and name == "none"):
                 continue
             error = gradient_error(_first_gradient(dtype, options, settings), exact)
-            record = {
-                "ranks": dist.get_world_size(),
-                "dtype": str(dtype).removeprefix("torch."),
-                "checkpointing": name,
-            }
-            found.append({**record, "error": error, "bound": bound})
+            case = {"dtype": str(dtype).removeprefix("torch."), "checkpointing": name}
+            found.append({"ranks": dist.get_world_size(), **case, "error": error, "bound": bound})
     return found
 
 
