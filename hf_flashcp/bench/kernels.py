@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +56,13 @@ def measure(
         found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
     return {
         "kernel": kernel.name,
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
+        "device": device_name(chosen),
         "strategies": found,
     }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def time_plan(
@@ -72,14 +77,9 @@ def time_plan(
     return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
 
 
-class _Ready:
+def _over(keys: torch.Tensor | None) -> SimpleNamespace:
     """A transfer that is over."""
-
-    def __init__(self, keys: torch.Tensor | None = None):
-        self._keys = keys
-
-    def wait(self) -> torch.Tensor | None:
-        return self._keys
+    return SimpleNamespace(wait=lambda: keys)
 
 
 class _Pass(NamedTuple):
@@ -158,7 +158,7 @@ class RankWork:
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home
         engine_module.send_kv = self._send_kv
-        engine_module.send_grads_home = lambda *arguments: _Ready()
+        engine_module.send_grads_home = lambda *arguments: _over(None)
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
             inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
@@ -166,11 +166,11 @@ class RankWork:
         finally:
             engine_module.send_kv, engine_module.send_grads_home = originals
 
-    def _send_kv(self, key, value, layout, group) -> list[_Ready]:
+    def _send_kv(self, key, value, layout, group) -> list[SimpleNamespace]:
         if self.received:
             rows = layout.send_rows(key.device)
             pack_rows(key, value, rows, key.new_empty(rows.count, self.received[0].shape[1]))
-        return [_Ready(keys) for keys in self.received]
+        return [_over(keys) for keys in self.received]
 
 
 def text(found: dict[str, Any]) -> str:

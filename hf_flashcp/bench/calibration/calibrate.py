@@ -8,6 +8,7 @@ waiting, lengthen only the first.
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Sequence
 from statistics import median
@@ -64,26 +65,22 @@ def measure(
     """
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
     itemsize = DTYPES[dtype].itemsize
-    drawn = [
-        fit.Pack(
-            corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], window, seed + index
-        )
-        for index in range(packs)
-    ]
+    ways = itertools.cycle(itertools.product(strategies, corpora))
+    drawn = [fit.Pack(corpus, strategy, window, seed + i) for i, (strategy, corpus) in zip(range(packs), ways)]
     plans = [pack.plan(cp_size, num_stages) for pack in drawn]
     with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None) as bar:
 
-        def timed(what: str, function, *arguments) -> list[list[list[float]]]:
+        def timed(what: str, function, *arguments, over_ranks=np.mean) -> list[list[float]]:
             bar.set_description(what)
             found = pool.run(cp_size, function, *arguments, timeout=3600)
             bar.update()
-            return found
+            return over_ranks(found, axis=0).tolist()
 
         work = _calls()
-        calls = _over_ranks(timed("kernel calls", worker.time_calls, work, shape, dtype, rounds))
-        copies = _over_ranks(timed("copies", worker.time_copies, ROWS, shape, dtype, 4 * rounds))
-        transfers = _over_ranks(timed("transfers", worker.time_transfers, BYTES, 4 * rounds))
-        products = _over_ranks(timed("matrix products", worker.time_products, TOKENS, WIDTHS, dtype, 4 * rounds))
+        calls = timed("kernel calls", worker.time_calls, work, shape, dtype, rounds)
+        copies = timed("copies", worker.time_copies, ROWS, shape, dtype, 4 * rounds)
+        transfers = timed("transfers", worker.time_transfers, BYTES, 4 * rounds)
+        products = timed("matrix products", worker.time_products, TOKENS, WIDTHS, dtype, 4 * rounds)
         bar.set_description("fit")
         kernel, ratios = fit.fit_kernel([fit.Call(*call, *seconds) for call, seconds in zip(work, calls)], layers)
         bar.update()
@@ -99,7 +96,7 @@ def measure(
             "description": f"cores of {platform.processor() or platform.machine()}, {cp_size} processes of one "
             f"thread, {dtype}, {heads}/{kv_heads} heads of {head_dim}; measured by flashcp bench calibrate",
         }
-        slowest = np.max(timed("layers", worker.time_layers, plans, shape, dtype, rounds), axis=0).tolist()
+        slowest = timed("layers", worker.time_layers, plans, shape, dtype, rounds, over_ranks=np.max)
     model = fit.model_of_layer(profile, layers, itemsize)
     rows = [_beside(*measured, model) for measured in zip(drawn, plans, slowest)]
     error = {name: fit.error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
@@ -127,11 +124,6 @@ def _calls() -> list[worker.Work]:
     squares = {(length,) * times for length in LENGTHS for times in (1, max(_WHOLE // length, 1))}
     causal = [(True, tuple((length, length) for length in lengths)) for lengths in sorted(squares)]
     return causal + [(False, ((queries, keys),)) for queries in QUERIES for keys in KEYS]
-
-
-def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Means over ranks of what each run timed."""
-    return np.mean(by_rank, axis=0).tolist()
 
 
 def text(found: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
 from ...layout import Rows
 from ...plan import ShardPlan
 from ..calibration.worker import Work, copies, passes, rectangles_side_by_side
-from ..kernels import RankWork, Shape, random_tensors
+from ..kernels import RankWork, Shape, device_name, random_tensors
 from ..turns import median_seconds
-from .settings import OUT_OF_MEMORY, Found, Settings, device_name, fits_in_memory
+from .settings import OUT_OF_MEMORY, Found, Settings, fits_in_memory
 
 
 DTYPE = torch.bfloat16

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,7 @@ def _errors(settings: Settings) -> list[Record]:
             continue
         fused = fused_kernels(device, torch.bfloat16, case.head_dim, case.head_dim)
         for dtype, kernel in [(torch.float64, "eager"), *((torch.bfloat16, kernel) for kernel in fused)]:
-            with _debug_mode(case.debug):
+            with patch.dict(os.environ, {"FLASHCP_DEBUG": "1"} if case.debug else {}):
                 made: Any = CAPABILITIES[kernel].make(False)
                 ours, alone = layer_errors(case, dist.group.WORLD, device, dtype, made)
             exact = dtype == torch.float64
@@ -74,15 +73,3 @@ def _errors(settings: Settings) -> list[Record]:
             label = str(dtype).removeprefix("torch.")
             found.append({"case": name, "kernel": kernel, "dtype": label, "error": error, "bound": bound})
     return found
-
-
-@contextmanager
-def _debug_mode(on: bool) -> Iterator[None]:
-    """Sets `FLASHCP_DEBUG=1` inside, if `on`."""
-    if on:
-        os.environ["FLASHCP_DEBUG"] = "1"
-    try:
-        yield
-    finally:
-        if on:
-            del os.environ["FLASHCP_DEBUG"]

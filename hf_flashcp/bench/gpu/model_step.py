@@ -26,11 +26,12 @@ from ...predict.memory import estimate_memory
 from ...predict.memory_shape import MemoryShape
 from ...predict.training_setup import RankLoad, TrainingSetup
 from ...simulation.simulate import model_flops
+from ..kernels import device_name
 from ..memory import random_batch
 from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
-from .settings import OUT_OF_MEMORY, Found, Record, Settings, device_name, fits_in_memory, packaged_hardware
+from .settings import OUT_OF_MEMORY, Found, Record, Settings, fits_in_memory, packaged_hardware
 
 
 CORPUS = "pile"

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,10 +53,8 @@ class Settings:
         return torch.device("cpu")
 
 
-class Run(Protocol):
-    """Calls `function(settings, *args)` in that many processes; returns results by rank."""
-
-    def __call__(self, processes: int, function: Callable[..., Any], *args: Any) -> list[Any]: ...
+Run = Callable[..., list[Any]]
+"""`run(processes, function, *args)` calls `function(settings, *args)` in that many processes; results by rank."""
 
 
 class Step(NamedTuple):
@@ -110,10 +108,6 @@ def fused_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_
     """Kernels other than the formulas that can run such a layer here, best first."""
     explained = explain_kernels(device.type, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     return [name for name, reason in explained if reason is None and name != "eager"]
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def packaged_hardware(name: str) -> str | None:
