@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -191,11 +192,8 @@ def _counted_transfers():
         counts["waiting"] += time.perf_counter() - begin
         return found
 
-    Transfer.__init__, Transfer.wait = init, wait
-    try:
+    with patch.multiple(Transfer, __init__=init, wait=wait):
         yield counts
-    finally:
-        Transfer.__init__, Transfer.wait = original_init, original_wait
 
 
 def text(found: dict[str, Any]) -> str:

@@ -54,11 +54,7 @@ def measure(
     for strategy in strategies:
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
         found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
-    return {
-        "kernel": kernel.name,
-        "device": device_name(chosen),
-        "strategies": found,
-    }
+    return {"kernel": kernel.name, "device": device_name(chosen), "strategies": found}
 
 
 def device_name(device: torch.device) -> str:

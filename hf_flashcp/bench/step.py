@@ -78,8 +78,11 @@ def measure(
         for exchange in exchanges
         if exchange != "staged" or cp_size > 2 or "needed" not in exchanges
     ]
-    if device == "cuda":
-        _require_gpus(cp_size)
+    if device == "cuda" and torch.cuda.device_count() < cp_size:
+        raise ConfigurationError(
+            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
+            "many as there are, or --device cpu."
+        )
     setting = (json.dumps(config), dtype, device, threads)
     packs: list[dict[str, Any]] = []
     layer = None
@@ -107,14 +110,6 @@ def measure(
             check_agreement(rows, TOLERANCES[dtype])
             packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
     return {"packs": packs, "layer": layer}
-
-
-def _require_gpus(cp_size: int) -> None:
-    if torch.cuda.device_count() < cp_size:
-        raise ConfigurationError(
-            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
-            "many as there are, or --device cpu."
-        )
 
 
 def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]]:
@@ -185,7 +180,7 @@ def text(found: dict[str, Any]) -> str:
     parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
         f"{counted(found['window'], 'token')}, {found['cp_size']} processes, {counted(found['threads'], 'thread')} "
-        f"each, {found['device']}; medians of {found['rounds']} rounds",
+        f"each, {found['device']}; medians of {found['rounds']} rounds"
     ]
     columns = {
         "strategy": ("strategy", ""),

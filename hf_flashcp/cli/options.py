@@ -80,10 +80,7 @@ def add_documents(parser: argparse.ArgumentParser) -> Any:
     """Adds what says which documents a row has, for [`documents`]. Returns the group of exclusive options."""
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
-        "--lengths",
-        type=comma_separated,
-        metavar="N,N,...",
-        help="tokens of each document of a packed row, in order",
+        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens of each document of a packed row, in order"
     )
     add_corpus(given)
     add_number(parser, "--window", text="tokens of a packed row that is drawn")

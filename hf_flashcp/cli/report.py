@@ -32,9 +32,7 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel(
-        "Loss (nats per target)",
-        ("loss", "eval_loss"),
-        "mean over the targets of a step, or of the evaluation set",
+        "Loss (nats per target)", ("loss", "eval_loss"), "mean over the targets of a step, or of the evaluation set"
     ),
     Panel(
         "Tokens per second",
@@ -145,18 +143,11 @@ def read_series(path: Path) -> Series:
 
 
 def summarize(series: Series) -> dict[str, dict[str, Any]]:
-    """Returns the first, last, least, most and mean value of each series, and its number of `entries`."""
     summary = {}
     for name, points in series.items():
         values = [value for _, value in points]
-        summary[name] = {
-            "first": values[0],
-            "last": values[-1],
-            "least": min(values),
-            "most": max(values),
-            "mean": sum(values) / len(values),
-            "entries": len(values),
-        }
+        summary[name] = {"first": values[0], "last": values[-1], "least": min(values), "most": max(values)}
+        summary[name] |= {"mean": sum(values) / len(values), "entries": len(values)}
     return summary
 
 

@@ -122,7 +122,7 @@ def _text(found: dict[str, Any]) -> str:
     drawn = counted(numbers[0], "document") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} documents"
     lines = [
         f"{counted(found['window'], 'token')} in {drawn}, {counted(len(numbers), 'pack')}, gradient checkpointing "
-        f"{found['gradient_checkpointing']}; medians, ratios are geometric means",
+        f"{found['gradient_checkpointing']}; medians, ratios are geometric means"
     ]
     parts = PARTS[:-1] if found["gradient_checkpointing"] == "none" else PARTS
     columns = {

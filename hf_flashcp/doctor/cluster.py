@@ -47,9 +47,7 @@ def check_cluster(
     """
     versions = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        **{module.__name__: module.__version__ for module in (torch, transformers, accelerate)},
         "hf_flashcp": __version__,
     }
     require_agreement(

@@ -59,20 +59,17 @@ def _measured(calls: Sequence[Call]) -> np.ndarray:
 
 
 def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
-    """The kernel that predicts the calls best, and predicted / measured, (calls, 2) for forward and backward. For
-    devices that work on one tile at a time, as a core does."""
+    """Finds the kernel that predicts the calls best, and predicted / measured, (calls, 2) for forward and backward.
+    For devices that work on one tile at a time, as a core does."""
     measured, nnls = _measured(calls), _scipy().nnls
-    best: tuple[float, Kernel, np.ndarray] | None = None
-    for tile in TILES:
-        for efficiency in EFFICIENCIES:
-            matrix = _matrix(calls, layers, tile, float(efficiency)) / measured[..., None]
-            found, _ = nnls(matrix.reshape(len(calls) * 2, -1), np.ones(len(calls) * 2))
-            ratios = matrix @ found
-            error = float(np.square(ratios - 1).mean())
-            if best is None or error < best[0]:
-                best = error, _kernel(tile, float(efficiency), found), ratios
-    assert best is not None
-    return best[1:]
+
+    def fitted(tile: int, efficiency: float) -> tuple[Kernel, np.ndarray]:
+        matrix = _matrix(calls, layers, tile, efficiency) / measured[..., None]
+        found, _ = nnls(matrix.reshape(len(calls) * 2, -1), np.ones(len(calls) * 2))
+        return _kernel(tile, efficiency, found), matrix @ found
+
+    found = (fitted(tile, float(efficiency)) for tile in TILES for efficiency in EFFICIENCIES)
+    return min(found, key=lambda each: root_mean_square(each[1]))
 
 
 def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficiency: float) -> np.ndarray:

@@ -94,12 +94,7 @@ def kernels(settings: Settings) -> Found:
 
 
 def _check_kernel(
-    found: Found,
-    name: str,
-    dtype: torch.dtype,
-    shapes: Sequence[Shape],
-    todo: Sequence[Case],
-    device: torch.device,
+    found: Found, name: str, dtype: torch.dtype, shapes: Sequence[Shape], todo: Sequence[Case], device: torch.device
 ) -> None:
     count, worst, over = 0, 0.0, 0.0
     wrong: list[str] = []

@@ -118,10 +118,7 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
         found.add(MEMORY, _memory(packed, lengths, config))
     if packed is None or alone is None:
         return
-    for name, ours, stock in (
-        ("loss", packed.loss, alone.loss),
-        ("gradient norm", packed.grad_norm, alone.grad_norm),
-    ):
+    for name, ours, stock in (("loss", packed.loss, alone.loss), ("gradient norm", packed.grad_norm, alone.grad_norm)):
         found.require(
             math.isclose(ours, stock, rel_tol=TOLERANCES["bf16"]),
             f"{name} of {tokens:,} packed tokens is {ours:.6g}, and {stock:.6g} with sdpa on the documents alone",

@@ -128,12 +128,7 @@ def _ours(strategy: str) -> Callable[..., dict[str, Any]]:
     return method
 
 
-METHODS = {
-    "concatenate": _concatenated,
-    "TRL bfd": _trl,
-    "best_fit": _ours("best_fit"),
-    "balanced": _ours("balanced"),
-}
+METHODS = {"concatenate": _concatenated, "TRL bfd": _trl, "best_fit": _ours("best_fit"), "balanced": _ours("balanced")}
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
