@@ -80,7 +80,11 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
     """
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
     model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
-    _checkpoint(model, setup.gradient_checkpointing)
+    if setup.gradient_checkpointing != "none":
+        saving = (
+            {"context_fn": save_attention_context_fn} if setup.gradient_checkpointing == "attention-saving" else {}
+        )
+        enable_checkpointing(model, {"use_reentrant": False, **saving})
     if "sharding" in options:
         model = _wrapped(model, setup, mesh)
     handle = attach(model, mesh)
@@ -115,14 +119,6 @@ def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
     config = AutoConfig.for_model(config["model_type"], **values)
     return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=dtype).train()
-
-
-def _checkpoint(model, mode: str) -> None:
-    if mode != "none":
-        options = {"use_reentrant": False}
-        if mode == "attention-saving":
-            options["context_fn"] = save_attention_context_fn
-        enable_checkpointing(model, options)
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
@@ -182,14 +178,11 @@ def _error(case: dict[str, Any]) -> float:
 
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each case."""
-    figures = {"peak": "at the peak", "kept": "for backward"}
-    columns, rows = {"": ""}, []
-    for what in figures.values():
-        columns |= {f"estimated\n{what}": ".1f", f"measured\n{what}": ".1f", f"error\n{what}": "+.1%"}
+    columns = {"": ""}
+    for what in ("at the peak", "for backward"):
+        columns |= {f"estimated\n{what}": "MiB:.1f", f"measured\n{what}": "MiB:.1f", f"error\n{what}": "+.1%"}
+    rows = []
     for name, case in found.items():
-        row: list[Any] = [name]
-        for key in figures:
-            estimated, measured = (case[key][which] / 2**20 for which in ("estimated", "measured"))
-            row += [estimated, measured, estimated / measured - 1]
-        rows.append(row)
+        sizes = [(case[key]["estimated"], case[key]["measured"]) for key in ("peak", "kept")]
+        rows.append((name, *(figure for e, m in sizes for figure in (e, m, e / m - 1))))
     return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process\n\n" + table(columns, rows)

@@ -6,6 +6,7 @@ the slowest rank stands for the layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -43,19 +44,18 @@ def _shape(settings: Settings) -> Shape:
 def plans(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
-        for pack, lengths in _packs(settings).items():
-            for strategy in STRATEGIES:
-                # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
-                flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
-                needed = settings.sized(1 + flops / 200e12, 0)
-                if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
-                    plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
-                    record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
-                    found.add(
-                        f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
-                        f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
-                        {"pack": pack, "strategy": strategy, "kernel": name, **record},
-                    )
+        for (pack, lengths), strategy in itertools.product(_packs(settings).items(), STRATEGIES):
+            # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
+            flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
+            needed = settings.sized(1 + flops / 200e12, 0)
+            if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
+                plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
+                record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
+                found.add(
+                    f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
+                    f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
+                    {"pack": pack, "strategy": strategy, "kernel": name, **record},
+                )
     return found
 
 
