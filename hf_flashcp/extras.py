@@ -8,12 +8,8 @@ from .errors import ConfigurationError
 
 
 def require_extra(feature: str, extra: str, *packages: str) -> None:
-    """Raises a `ConfigurationError` that names the extra, unless all packages can be imported.
-
-    Args:
-        feature: what needs the packages, in the plural: "Plots".
-        extra: the optional dependency of this library that has them.
-    """
+    """Raises a `ConfigurationError` that names the optional dependency `extra` of this library, unless all packages
+    can be imported. `feature` needs them, in the plural: "Plots"."""
     for package in packages:
         try:
             import_module(package)

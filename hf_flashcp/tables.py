@@ -14,14 +14,11 @@ _UNITS = {"": 1, "ms": 1e3, "us": 1e6, "MiB": 2**-20, "GiB": 2**-30}
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns rows under the names of their columns, without colours, rules or a limit to the width.
+    """Rows under the names of their columns, without colours, rules or a limit to the width.
 
-    Args:
-        columns: the format of each column's values by its name, as [`format`] takes it, behind a unit if seconds or
-            bytes are shown in one: "ms:.1f". Columns without a format hold text and are aligned to the left, all
-            others to the right. A name may have several lines.
-        rows: values in the order of the columns. Text stays as it is, `None` is "-" (nothing in a text column), and
-            an empty row is an empty line.
+    A column has the format of its values, as [`format`] takes it, behind a unit if seconds or bytes are shown in one:
+    "ms:.1f". Columns without a format hold text and are aligned to the left, all others to the right. A name may have
+    several lines. Text stays as it is, `None` is "-" (nothing in a text column), and an empty row is an empty line.
     """
     from rich.console import Console
     from rich.table import Table
@@ -48,8 +45,8 @@ def _shown(value: Any, form: str) -> str:
 
 
 def records_table(columns: Mapping[str, tuple[str, str]], records: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the [`table`] of records: by key of the records the name and the format of a column. An empty record is
-    an empty line."""
+    """The [`table`] of records: by key of the records the name and the format of a column. An empty record is an empty
+    line."""
     rows = ([record.get(key) for key in columns] if record else () for record in records)
     return table(dict(columns.values()), rows)
 

@@ -16,8 +16,7 @@ from .turns import median_seconds
 
 
 def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
-    """Returns the `rounds`, and by number of gloo processes on this machine the median `milliseconds` of a comparison
-    on the slowest rank."""
+    """By number of gloo processes on this machine the median `milliseconds` of a comparison on the slowest rank."""
     with WorkerPool() as pool:
         medians = {size: max(pool.run(size, _median_milliseconds, rounds)) for size in world_sizes}
     return {"rounds": rounds, "milliseconds": medians}

@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from ..attention import AttentionKernel, document_attention, select_kernel
 from ..distributed.workers import WorkerPool
-from ..doctor.one_by_one import attend_one_by_one
+from ..doctor.layer_errors import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
 from ..planning import plan_documents
 from ..tables import counted, records_table
+from .arguments import with_arguments
 from .turns import in_turns
 
 
@@ -44,6 +46,7 @@ class AllGatherLayout(RankLayout):
         }
 
 
+@with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     lengths: Sequence[int],
     cp_size: int,
@@ -60,22 +63,17 @@ def measure(
 ) -> dict[str, Any]:
     """Forward and backward of one causal full-attention layer.
 
-    Takes what the options of `flashcp bench attention` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, the single process's median `seconds`, and `cases`, each with
-        `strategy`, `exchange`, medians over rounds of `seconds` (slowest rank, forward and backward), `forward` and
-        `waiting` (longest of a rank), `ideal_share` (the median over rounds of the single process's time of the same
-        round / cp_size / seconds), and, exactly counted, the largest rank's `bytes_received` forward and
-        `kernel_calls` and `collectives` forward and backward; from the plan's report `copies`.
+    `seconds`, `forward` and `waiting` are those of the slowest rank, medians over rounds; `ideal_share` is the median
+    of the single process's time of the same round / cp_size / seconds. Bytes, calls and collectives are counted
+    exactly, on the rank with the most of each; only bytes are those of forward alone.
     """
-    shape = (heads, kv_heads, head_dim)
     names = list(itertools.product(strategies, exchanges))
     caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
     plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy, **caps) for strategy in strategies}
     cases = [(plans[strategy], exchange) for strategy, exchange in names]
+    given = list(lengths), cases, (heads, kv_heads, head_dim), dtype, rounds
     with WorkerPool() as pool:
-        by_rank = pool.run(cp_size, _time_cases, list(lengths), cases, shape, dtype, rounds, timeout=3600)
+        by_rank = pool.run(cp_size, _time_cases, *given, timeout=3600)
     single = [turn.seconds for turn in by_rank[0][-1]]
     token_bytes = kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize)
     found = []
@@ -96,32 +94,17 @@ def measure(
                 "copies": max(plans[strategy].report()["copies"]) if exchange == "needed" else None,
             }
         )
-    return {
-        "lengths": list(lengths),
-        "cp_size": cp_size,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "rounds": rounds,
-        "seconds": median(single),
-        "cases": found,
-    }
+    return {"seconds": median(single), "cases": found}
 
 
 def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:
-    """Returns the largest of all ranks' seconds in each round."""
+    """The largest of all ranks' seconds in each round."""
     return [max(turn) for turn in zip(*seconds)]
 
 
 class Turn(NamedTuple):
-    """Figures of a rank in one turn of a case, or of all its turns.
-
-    Attributes:
-        seconds, forward, waiting (`float`): forward and backward; forward alone; waiting for transfers in both.
-        kernel_calls, collectives (`int`): in both.
-        rows_received (`int`): tokens whose KV came in forward.
-    """
+    """Figures of a rank in one turn of a case, or of all its turns. `rows_received` are tokens whose KV came in
+    forward; all others but `forward` count both passes."""
 
     seconds: Any
     forward: Any
@@ -134,7 +117,7 @@ class Turn(NamedTuple):
 def _time_cases(
     lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
 ) -> list[list[Sequence[float]]]:
-    """Runs in every worker. Returns the [`Turn`]s of every case, and last those of the single process, on rank 0."""
+    """In every worker: the [`Turn`]s of every case, and last those of the single process, on rank 0."""
     rank = dist.get_rank()
     kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
     with _counted_transfers() as transfers:
@@ -209,11 +192,8 @@ def _counted_transfers():
         counts["waiting"] += time.perf_counter() - begin
         return found
 
-    Transfer.__init__, Transfer.wait = init, wait
-    try:
+    with patch.multiple(Transfer, __init__=init, wait=wait):
         yield counts
-    finally:
-        Transfer.__init__, Transfer.wait = original_init, original_wait
 
 
 def text(found: dict[str, Any]) -> str:

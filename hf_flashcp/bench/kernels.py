@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,16 @@ from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
 from ..planning import plan_documents
 from ..tables import counted, table
+from .arguments import with_arguments
 from .attention import DTYPES
 from .turns import median_seconds
 
 
+Shape = tuple[int, int, int]
+"""Query heads, KV heads, head dim."""
+
+
+@with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     lengths: Sequence[int],
     cp_size: int,
@@ -39,42 +46,26 @@ def measure(
     num_stages: int | None = None,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Forward and backward of one causal full-attention layer, rank by rank on one device.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, the `kernel`'s name and the `device`'s, and `strategies`, each with
-        lists by rank of median seconds: `one_call`, `kernels` (local pass and stages) and `engine` (with packing,
-        merges and additions).
-    """
+    """Forward and backward of one causal full-attention layer, rank by rank on one device: by strategy what
+    [`time_plan`] returns."""
     chosen = torch.device(device)
     kernel = select_kernel(chosen, dtype=DTYPES[dtype], key_dim=head_dim, value_dim=head_dim)
     found = {}
     for strategy in strategies:
         plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
         found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
-    return {
-        "lengths": list(lengths),
-        "cp_size": cp_size,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "rounds": rounds,
-        "kernel": kernel.name,
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
-        "strategies": found,
-    }
+    return {"kernel": kernel.name, "device": device_name(chosen), "strategies": found}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def time_plan(
-    plan: ShardPlan,
-    kernel: AttentionKernel,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
+    plan: ShardPlan, kernel: AttentionKernel, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Returns by rank the median seconds of `one_call`, of the `kernels` under the plan, and of the `engine`."""
+    """By rank the median seconds of `one_call`, of the `kernels` under the plan (local pass and stages), and of the
+    `engine` (with packing, merges and additions)."""
     ranks = []
     for rank in range(plan.cp_size):
         work = RankWork(plan, rank, kernel, shape, dtype, device)
@@ -82,14 +73,9 @@ def time_plan(
     return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
 
 
-class _Ready:
+def _over(keys: torch.Tensor | None) -> SimpleNamespace:
     """A transfer that is over."""
-
-    def __init__(self, keys: torch.Tensor | None = None):
-        self._keys = keys
-
-    def wait(self) -> torch.Tensor | None:
-        return self._keys
+    return SimpleNamespace(wait=lambda: keys)
 
 
 class _Pass(NamedTuple):
@@ -101,11 +87,9 @@ class _Pass(NamedTuple):
     causal: bool
 
 
-def random_tensors(
-    shape: tuple[int, int, int], rows: int, keys: int, dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
+def random_tensors(shape: Shape, rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """Query (H_q, rows, D), key and value (H_kv, keys, D) and dO as a model's projections leave them: a token's heads
-    side by side. `shape` is H_q, H_kv and D."""
+    side by side."""
     heads, kv_heads, width = shape
     sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
     return [torch.randn(*size, width, dtype=dtype, device=device).transpose(0, 1) for size in sizes]
@@ -119,7 +103,7 @@ class RankWork:
         plan: ShardPlan,
         rank: int,
         kernel: AttentionKernel,
-        shape: tuple[int, int, int],
+        shape: Shape,
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -170,7 +154,7 @@ class RankWork:
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home
         engine_module.send_kv = self._send_kv
-        engine_module.send_grads_home = lambda *arguments: _Ready()
+        engine_module.send_grads_home = lambda *arguments: _over(None)
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
             inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
@@ -178,11 +162,11 @@ class RankWork:
         finally:
             engine_module.send_kv, engine_module.send_grads_home = originals
 
-    def _send_kv(self, key, value, layout, group) -> list[_Ready]:
+    def _send_kv(self, key, value, layout, group) -> list[SimpleNamespace]:
         if self.received:
             rows = layout.send_rows(key.device)
             pack_rows(key, value, rows, key.new_empty(rows.count, self.received[0].shape[1]))
-        return [_Ready(keys) for keys in self.received]
+        return [_over(keys) for keys in self.received]
 
 
 def text(found: dict[str, Any]) -> str:

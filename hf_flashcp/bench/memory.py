@@ -43,9 +43,11 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "num_attention_heads": 
 BIG_VOCABULARY = {**LLAMA, "vocab_size": 8192, "num_hidden_layers": 2}
 
 BF16 = {"dtype": "bfloat16", "mixed_precision": "no"}
+FSDP2 = {"sharding": "fsdp2", "gpus": 2}
+FP32 = {"dtype": "float32", "mixed_precision": "no"}
 
 CASES = {
-    "llama, fp32": (LLAMA, {"dtype": "float32", "mixed_precision": "no"}),
+    "llama, fp32": (LLAMA, FP32),
     "llama, bf16": (LLAMA, BF16),
     "llama, fp32, autocast": (LLAMA, {"dtype": "float32"}),
     "llama, fp32, autocast, checkpointing": (LLAMA, {"dtype": "float32", "gradient_checkpointing": "full"}),
@@ -53,10 +55,7 @@ CASES = {
     "qwen3, tied, bf16, checkpointing": (QWEN3, {**BF16, "gradient_checkpointing": "full"}),
     "qwen3, tied, bf16, attention-saving": (QWEN3, {**BF16, "gradient_checkpointing": "attention-saving"}),
     "big vocabulary, bf16": (BIG_VOCABULARY, BF16),
-    "big vocabulary, fp32, checkpointing": (
-        BIG_VOCABULARY,
-        {"dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": "full"},
-    ),
+    "big vocabulary, fp32, checkpointing": (BIG_VOCABULARY, {**FP32, "gradient_checkpointing": "full"}),
 }
 """Configs and how they are trained on one process, by name."""
 
@@ -64,11 +63,8 @@ RANK_CASES = {
     "llama, bf16, cp 2": (LLAMA, BF16),
     "qwen3, bf16, attention-saving, cp 2": (QWEN3, {**BF16, "gradient_checkpointing": "attention-saving"}),
     "llama, ddp, autocast, cp 2": (LLAMA, {"sharding": "ddp", "gpus": 2, "dtype": "float32"}),
-    "llama, fsdp2, bf16, cp 2": (LLAMA, {"sharding": "fsdp2", "gpus": 2}),
-    "qwen3, fsdp2, bf16, checkpointing, cp 2": (
-        QWEN3,
-        {"sharding": "fsdp2", "gpus": 2, "gradient_checkpointing": "full"},
-    ),
+    "llama, fsdp2, bf16, cp 2": (LLAMA, FSDP2),
+    "qwen3, fsdp2, bf16, checkpointing, cp 2": (QWEN3, {**FSDP2, "gradient_checkpointing": "full"}),
 }
 """The same on two ranks that share the batch."""
 
@@ -76,20 +72,19 @@ LENGTHS = (700, 250, 74)
 
 
 def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, mesh=None) -> dict[str, float]:
-    """Runs three steps on this process and measures the last: optimizer and DDP's buckets have settled.
+    """Runs three steps on this process and measures the last: optimizer and DDP's buckets have settled. Returns bytes
+    at the peak, and kept for backward.
 
-    Args:
-        config: what a config.json holds.
-        options: of [`TrainingSetup`]; without `sharding` the model is not wrapped.
-        lengths: tokens of each document.
-        mesh: of the context-parallel ranks, each of which calls this.
-
-    Returns:
-        `dict`: `peak` and `kept` bytes, each `estimated` and `measured`.
+    `options` are those of [`TrainingSetup`]; without `sharding` the model is not wrapped. `mesh` has the
+    context-parallel ranks, each of which calls this.
     """
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
     model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
-    _checkpoint(model, setup.gradient_checkpointing)
+    if setup.gradient_checkpointing != "none":
+        saving = (
+            {"context_fn": save_attention_context_fn} if setup.gradient_checkpointing == "attention-saving" else {}
+        )
+        enable_checkpointing(model, {"use_reentrant": False, **saving})
     if "sharding" in options:
         model = _wrapped(model, setup, mesh)
     handle = attach(model, mesh)
@@ -119,19 +114,11 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
 
 def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model in training mode with weights that depend on its config alone."""
+    """A model in training mode with weights that depend on its config alone."""
     torch.manual_seed(0)
     values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
     config = AutoConfig.for_model(config["model_type"], **values)
     return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=dtype).train()
-
-
-def _checkpoint(model, mode: str) -> None:
-    if mode != "none":
-        options = {"use_reentrant": False}
-        if mode == "attention-saving":
-            options["context_fn"] = save_attention_context_fn
-        enable_checkpointing(model, options)
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
@@ -191,14 +178,11 @@ def _error(case: dict[str, Any]) -> float:
 
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each case."""
-    figures = {"peak": "at the peak", "kept": "for backward"}
-    columns, rows = {"": ""}, []
-    for what in figures.values():
-        columns |= {f"estimated\n{what}": ".1f", f"measured\n{what}": ".1f", f"error\n{what}": "+.1%"}
+    columns = {"": ""}
+    for what in ("at the peak", "for backward"):
+        columns |= {f"estimated\n{what}": "MiB:.1f", f"measured\n{what}": "MiB:.1f", f"error\n{what}": "+.1%"}
+    rows = []
     for name, case in found.items():
-        row: list[Any] = [name]
-        for key in figures:
-            estimated, measured = (case[key][which] / 2**20 for which in ("estimated", "measured"))
-            row += [estimated, measured, estimated / measured - 1]
-        rows.append(row)
+        sizes = [(case[key]["estimated"], case[key]["measured"]) for key in ("peak", "kept")]
+        rows.append((name, *(figure for e, m in sizes for figure in (e, m, e / m - 1))))
     return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process\n\n" + table(columns, rows)

@@ -21,13 +21,8 @@ _HEADING_OR_BLOCK = re.compile(r"^(?:#+ (?P<heading>[^\n]+)|```(?P<kind>bash|tex
 
 
 class Output(NamedTuple):
-    """A block of output.
-
-    Attributes:
-        section (`str`): the heading it stands under.
-        script (`str`): the commands that print it.
-        start, stop (`int`): where its lines are in the page.
-    """
+    """A block of output: the heading it stands under, the commands that print it, and where its lines are in the
+    page."""
 
     section: str
     script: str
@@ -36,11 +31,7 @@ class Output(NamedTuple):
 
 
 def outputs(page: str) -> list[Output]:
-    """Returns the blocks of output of a page in Markdown, in their order.
-
-    Raises:
-        ConfigurationError: a block of output without commands before it.
-    """
+    """The blocks of output of a page in Markdown, in their order."""
     found, section, script = [], "", None
     for match in _HEADING_OR_BLOCK.finditer(page):
         if match["heading"]:
@@ -59,19 +50,8 @@ def outputs(page: str) -> list[Output]:
 
 
 def measure(path: Path, sections: list[str]) -> list[dict[str, Any]]:
-    """Runs the commands of a page and puts what they print in the place of what they printed before; one section is
-    written before the next one runs.
-
-    Args:
-        path (`Path`): of the page.
-        sections (`list[str]`): only those whose heading contains one of these; all if empty.
-
-    Returns:
-        `list[dict]`: for each block `section`, `seconds`, and `diff`, lines of a unified diff without context.
-
-    Raises:
-        ConfigurationError: no such page or section, or a command that fails.
-    """
+    """Runs the commands of a page, or of the sections whose heading contains one of these, and puts what they print in
+    the place of what they printed before; one section is written before the next one runs."""
     try:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -98,7 +78,7 @@ def measure(path: Path, sections: list[str]) -> list[dict[str, Any]]:
 
 
 def _run(output: Output) -> str:
-    """Returns what the commands print, with an empty line between two; `python` is the one that runs this."""
+    """What the commands print, with an empty line between two; `python` is the one that runs this."""
     printed = []
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     for command in output.script.replace("\\\n", " ").splitlines():
@@ -122,10 +102,7 @@ def text(report: list[dict[str, Any]]) -> str:
     """The sections, and which lines changed."""
     lines = []
     for row in report:
-        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {_difference(len(row['diff']))}")
+        difference = f"{counted(len(row['diff']), 'line')} of difference" if row["diff"] else "as before"
+        lines.append(f"{row['section']}: {row['seconds']:.0f} s, {difference}")
         lines += [f"    {line}" for line in row["diff"]]
     return "\n".join(lines)
-
-
-def _difference(lines: int) -> str:
-    return f"{counted(lines, 'line')} of difference" if lines else "as before"

@@ -22,6 +22,7 @@ from ..distributed.workers import WorkerFailure, WorkerPool
 from ..errors import ConfigurationError, FlashCPError
 from ..planning import STRATEGIES, plan_documents
 from ..tables import counted, records_table
+from .arguments import with_arguments
 from .step_worker import run_turn
 from .traces import PARTS
 
@@ -49,6 +50,7 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 _WARM_UP = 2
 
 
+@with_arguments("window", "cp_size", "config", "dtype", "device", "threads", "rounds")
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -62,24 +64,13 @@ def measure(
     threads: int = 1,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Trains on one pack of each corpus.
+    """Trains on one pack of each corpus; the first case of a pack is the single process.
 
-    Takes what the options of `flashcp bench step` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments and `packs`, each with `corpus`, `lengths` and `cases`, the first that
-        of the single process. A case has `strategy`, `exchange`, `loss`, `grad_norm`, medians over rounds of `seconds`
-        (slowest rank) and `tokens_per_second`, `ideal_share` (the median over rounds of the single process's time of
-        the same round / cp_size / seconds), `peak_bytes` of the largest rank, and on CPU `cpu_ideal_share` (the same
-        from the CPU seconds of the busiest rank: without waiting, and without what other programs take), `shares` of
-        the ranks' time by `PARTS`, which add up to 1, and `profiled_seconds`, of the round with the profiler. On CPU
-        `layer` is the timeline of one layer in that round, on the first corpus under the last strategy with the first
-        exchange: `corpus`, `strategy`, `exchange` and `ranks`, for each what [`layer_bars`] finds, from its first
-        forward on.
-
-    Raises:
-        ConfigurationError: fewer GPUs than ranks.
-        PlanError: a window with fewer tokens than ranks.
+    `ideal_share` is the median over rounds of the single process's time of the same round / cp_size / seconds. On CPU
+    `cpu_ideal_share` is the same from the CPU seconds of the busiest rank (without waiting, and without what other
+    programs take), `shares` are the ranks' time by `PARTS` in one more round with the profiler, and `layer` has what
+    [`layer_bars`] finds in that round on each rank, on the first corpus under the last strategy with the first
+    exchange.
     """
     names = [
         (strategy, exchange)
@@ -87,8 +78,11 @@ def measure(
         for exchange in exchanges
         if exchange != "staged" or cp_size > 2 or "needed" not in exchanges
     ]
-    if device == "cuda":
-        _require_gpus(cp_size)
+    if device == "cuda" and torch.cuda.device_count() < cp_size:
+        raise ConfigurationError(
+            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
+            "many as there are, or --device cpu."
+        )
     setting = (json.dumps(config), dtype, device, threads)
     packs: list[dict[str, Any]] = []
     layer = None
@@ -115,25 +109,7 @@ def measure(
             rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
             check_agreement(rows, TOLERANCES[dtype])
             packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
-    return {
-        "window": window,
-        "cp_size": cp_size,
-        "config": config,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "rounds": rounds,
-        "packs": packs,
-        "layer": layer,
-    }
-
-
-def _require_gpus(cp_size: int) -> None:
-    if torch.cuda.device_count() < cp_size:
-        raise ConfigurationError(
-            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
-            "many as there are, or --device cpu."
-        )
+    return {"packs": packs, "layer": layer}
 
 
 def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]]:
@@ -204,7 +180,7 @@ def text(found: dict[str, Any]) -> str:
     parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
         f"{counted(found['window'], 'token')}, {found['cp_size']} processes, {counted(found['threads'], 'thread')} "
-        f"each, {found['device']}; medians of {found['rounds']} rounds",
+        f"each, {found['device']}; medians of {found['rounds']} rounds"
     ]
     columns = {
         "strategy": ("strategy", ""),

@@ -18,19 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.batch import shard_inputs
 from ..integrations.attach import attach
 from ..plan import ShardPlan
+from . import traces
 from .attention import DTYPES, AllGatherLayout
 from .memory import random_batch, random_model
-from .traces import (
-    BACKWARD,
-    FORWARD_DONE,
-    LAYER,
-    OPTIMIZER,
-    STEP,
-    kept_and_peak,
-    layer_bars,
-    seconds_by_part,
-    trace_events,
-)
 
 
 class Trainer:
@@ -47,21 +37,21 @@ class Trainer:
 
     def step(self, batch: dict[str, Any], layout: AllGatherLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of this rank, and norm of the whole batch's gradient."""
-        with record_function(STEP):
+        with record_function(traces.STEP):
             shard = shard_inputs(batch, self.mesh)
             if layout is not None:
                 shard["flashcp_plan"].layout = layout
             loss = self.model(**shard).loss
-            with record_function(FORWARD_DONE):
+            with record_function(traces.FORWARD_DONE):
                 pass
-            with record_function(BACKWARD):
+            with record_function(traces.BACKWARD):
                 loss.backward()
             norm = self.update()
         return loss.detach(), norm
 
     def update(self) -> torch.Tensor:
         """Clips the gradient, updates the weights and waits for the device. Returns the gradient's norm."""
-        with record_function(OPTIMIZER):
+        with record_function(traces.OPTIMIZER):
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -81,7 +71,7 @@ def _name_forward(layer: torch.nn.Module) -> None:
     ranges: list[Any] = []
 
     def enter(*_: Any) -> None:
-        ranges.append(record_function(LAYER) if torch.autograd._profiler_enabled() else nullcontext())
+        ranges.append(record_function(traces.LAYER) if torch.autograd._profiler_enabled() else nullcontext())
         ranges[-1].__enter__()
 
     layer.register_forward_pre_hook(enter)
@@ -112,12 +102,8 @@ Case = tuple[ShardPlan, bool]
 def run_turn(
     setting: tuple[str, str, str, int], cases: list[Case], order: list[int], profiled: bool
 ) -> dict[int, Any]:
-    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait.
-
-    Returns:
-        `dict`: by case what this rank found: `seconds` and `cpu_seconds` (of all threads), `loss`, `grad_norm`; in a
-        turn with the profiler, and on GPUs always, `peak`, and on CPUs with the profiler `parts` and `layer`.
-    """
+    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait. Returns by
+    case what this rank found."""
     shared, single = _trainers(dist.group.WORLD, *setting)
     found = {}
     for index in order:
@@ -158,7 +144,7 @@ def _measured(
     if on_gpu:
         row["peak"] = trainer.bytes_between_steps() + torch.cuda.max_memory_allocated(trainer.device) - before
     elif profiler is not None:
-        events = trace_events(profiler)
-        row["peak"] = trainer.bytes_between_steps() + kept_and_peak(events)[1]
-        row["parts"], row["layer"] = seconds_by_part(events), layer_bars(events)
+        events = traces.trace_events(profiler)
+        row["peak"] = trainer.bytes_between_steps() + traces.kept_and_peak(events)[1]
+        row["parts"], row["layer"] = traces.seconds_by_part(events), traces.layer_bars(events)
     return row

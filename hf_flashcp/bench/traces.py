@@ -112,7 +112,7 @@ def _within(span: Span, other: Span) -> bool:
 
 
 def _spans(events: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:
-    """Returns by name the spans of the thread that runs the step (on CPU its backward too)."""
+    """By name the spans of the thread that runs the step (on CPU its backward too)."""
     events = [event for event in events if "dur" in event]
     thread = next(event["tid"] for event in events if event["name"] == STEP)
     spans: dict[str, list[Span]] = {}

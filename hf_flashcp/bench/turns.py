@@ -16,11 +16,7 @@ Run = Callable[[], Sequence[float]]
 
 
 def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list[Sequence[float]]]:
-    """Returns what every run returned in each round that counts. All processes start each turn together.
-
-    Args:
-        warm_up: rounds before, which do not count.
-    """
+    """What every run returned in each round after `warm_up` ones. All processes start each turn together."""
     found: list[list[Sequence[float]]] = [[] for _ in runs]
     for turn in range(warm_up + rounds):
         for figures, run in zip(found, runs):
@@ -32,44 +28,29 @@ def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list
 
 
 def median_seconds(rounds: int, device: torch.device, **functions: Callable[[], Any]) -> dict[str, float]:
-    """Returns the median seconds of each function; every round calls each once, after one round that does not count.
+    """Median seconds of each function; every round calls each once, after one round that does not count.
 
     On a GPU the seconds are those between two CUDA events around the call, so what the host does beside the device's
     work is not in them, and nothing waits for the device between two calls.
     """
-    clock = _EventClock() if device.type == "cuda" else _HostClock()
-    for turn in range(rounds + 1):
+    on_gpu = device.type == "cuda"
+
+    def now() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
         for name, function in functions.items():
-            clock.run(name, function, counts=turn > 0)
-    return {name: median(seconds) for name, seconds in clock.seconds().items()}
-
-
-class _HostClock:
-    def __init__(self):
-        self._seconds: dict[str, list[float]] = {}
-
-    def run(self, name: str, function: Callable[[], Any], counts: bool) -> None:
-        begin = time.perf_counter()
-        function()
-        if counts:
-            self._seconds.setdefault(name, []).append(time.perf_counter() - begin)
-
-    def seconds(self) -> dict[str, list[float]]:
-        return self._seconds
-
-
-class _EventClock:
-    def __init__(self):
-        self._events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-
-    def run(self, name: str, function: Callable[[], Any], counts: bool) -> None:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        if counts:
-            self._events.setdefault(name, []).append((begin, end))
-
-    def seconds(self) -> dict[str, list[float]]:
+            begin = now()
+            function()
+            spans[name].append((begin, now()))
+    if on_gpu:
         torch.cuda.synchronize()
-        return {name: [b.elapsed_time(e) / 1000 for b, e in pairs] for name, pairs in self._events.items()}
+    return {
+        name: median(begin.elapsed_time(end) / 1000 if on_gpu else end - begin for begin, end in each[1:])
+        for name, each in spans.items()
+    }

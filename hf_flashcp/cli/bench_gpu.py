@@ -60,9 +60,9 @@ def run_gpu(arguments: argparse.Namespace) -> int:
         with _progress(chosen, arguments.json) as progress:
             run_steps([step for step in chosen if step in STEPS], settings, pools, results, progress)
     if together:
-        launch = join(settings)
+        new_ranks = join(settings)
         with _progress(chosen, arguments.json) as progress:
-            run_together([step for step in chosen if step in CLUSTER_STEPS], settings, launch, results, progress)
+            run_together([step for step in chosen if step in CLUSTER_STEPS], settings, new_ranks, results, progress)
     if results is None:
         return 0
     rows = results.rows(step.name for step in chosen)

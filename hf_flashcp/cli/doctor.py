@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 if the model is supported (always after `--all-models`), else 1.
-
-    Raises:
-        ConfigurationError: no model, or one that cannot be found.
-    """
+    """Returns 0 if the model is supported (always after `--all-models`), else 1."""
     if arguments.all_models == (arguments.model is not None):
         raise ConfigurationError(
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."
@@ -69,7 +66,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
     healthy = diagnosis.verdict in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
     groups = layer_groups(config, diagnosis.layers)
-    found = {**diagnosis.to_dict(), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
+    found = {**asdict(diagnosis), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
     found["layers"] = groups
     show(
         found, lambda _: "\n".join(_report(diagnosis, groups, arguments.cp_size, processes)), arguments.json, indent=2
@@ -126,7 +123,7 @@ def _all_models(arguments: argparse.Namespace) -> int:
             progress.update()
 
         diagnoses = diagnose_all(pool, on_done=on_done)
-    text = json.dumps([d.to_dict() for d in diagnoses], indent=2) if arguments.json else page(diagnoses)
+    text = json.dumps([asdict(d) for d in diagnoses], indent=2) if arguments.json else page(diagnoses)
     if arguments.output:
         Path(arguments.output).write_text(text)
         print(f"written to {arguments.output}", file=sys.stderr)

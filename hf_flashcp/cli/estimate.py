@@ -15,18 +15,8 @@ from ..predict.memory_shape import MemoryShape
 from ..predict.training_setup import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
 from ..simulation.sizing import Choice, best, choices, usable_bytes
 from ..tables import GIB, counted, table
-from .estimate_plot import plot_memory
-from .options import (
-    add_checkpointing,
-    add_corpus,
-    add_hardware,
-    add_json,
-    add_model,
-    add_number,
-    add_plot,
-    read_config,
-    show,
-)
+from . import options
+from .plots import plot_memory
 
 
 def add_parser(commands) -> None:
@@ -35,45 +25,38 @@ def add_parser(commands) -> None:
         help="say whether a window fits on some GPUs, and with which cp_size",
         description="Estimates memory, step time and KV traffic of a fine-tune for every cp_size, and chooses one.",
     )
-    add_model(parser, required=True)
-    add_number(parser, "--window", text="tokens of a packed row", required=True, least=1)
-    add_number(parser, "--gpus", text="in all", required=True)
-    add_hardware(parser, default="h100")
-    add_number(parser, "--cp-size", text="only this one (default: all that divide the GPUs)")
+    options.add_model(parser, required=True)
+    options.add_number(parser, "--window", text="tokens of a packed row", required=True, least=1)
+    options.add_number(parser, "--gpus", text="in all", required=True)
+    options.add_hardware(parser, default="h100")
+    options.add_number(parser, "--cp-size", text="only this one (default: all that divide the GPUs)")
     for option, values, default, text in (
         ("--sharding", SHARDINGS, "fsdp2", ""),
         ("--dtype", DTYPES, "bfloat16", "in which the model is loaded, "),
         ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's, "),
     ):
         parser.add_argument(option, choices=values, default=default, help=f"{text}default: {default}")
-    add_checkpointing(parser)
-    add_corpus(parser, "(default: one document as long as the window, the most traffic)")
-    add_number(parser, "--seed", 0, "of the draw")
-    add_json(parser)
-    add_plot(parser, "memory by cp_size")
+    options.add_checkpointing(parser)
+    options.add_corpus(parser, "(default: one document as long as the window, the most traffic)")
+    options.add_number(parser, "--seed", 0, "of the draw")
+    options.add_json(parser)
+    options.add_plot(parser, "memory by cp_size")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Estimates, draws if asked to, and prints.
-
-    Raises:
-        ConfigurationError: options that do not go together, or, after everything is printed, a window that fits with
-            no cp_size.
-        PlanError: documents that cannot be planned.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
+    """Estimates, draws if asked to, and prints; after that, a window that fits with no cp_size is an error."""
     hardware = HardwareProfile.load(arguments.hardware)
-    config = read_config(arguments.model)
-    options = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")
-    setup = TrainingSetup(**{name: getattr(arguments, name) for name in options})
+    config = options.read_config(arguments.model)
+    given = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")
+    setup = TrainingSetup(**{name: getattr(arguments, name) for name in given})
     lengths = [arguments.window]
     if arguments.lengths_from:
         lengths = sample_pack(arguments.lengths_from, arguments.window, seed=arguments.seed)
     estimate = _estimate(config, hardware, setup, lengths, arguments.cp_size)
     if arguments.plot:
         plot_memory(estimate.found, estimate.usable, arguments.plot, window=arguments.window, setup=setup)
-    show(_as_dict(estimate) if arguments.json else _text(estimate), str, arguments.json)
+    options.show(_as_dict(estimate) if arguments.json else _text(estimate), str, arguments.json)
     sys.stdout.flush()  # before an error on the other stream
     _require_fit(estimate)
 

@@ -80,10 +80,7 @@ def add_documents(parser: argparse.ArgumentParser) -> Any:
     """Adds what says which documents a row has, for [`documents`]. Returns the group of exclusive options."""
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
-        "--lengths",
-        type=comma_separated,
-        metavar="N,N,...",
-        help="tokens of each document of a packed row, in order",
+        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens of each document of a packed row, in order"
     )
     add_corpus(given)
     add_number(parser, "--window", text="tokens of a packed row that is drawn")
@@ -92,11 +89,7 @@ def add_documents(parser: argparse.ArgumentParser) -> Any:
 
 
 def documents(arguments: argparse.Namespace, packs: int = 1) -> list[list[int]]:
-    """Returns the documents' lengths of each row.
-
-    Raises:
-        PlanError: options that do not go together, or lengths that cannot be drawn.
-    """
+    """The documents' lengths of each row."""
     if arguments.lengths is not None:
         if arguments.window is not None:
             raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
@@ -122,11 +115,7 @@ def comma_separated(text: str) -> list[int]:
 
 
 def read_config(name: str) -> Any:
-    """Returns the config in a file, a folder, or on the hub. Files are read as they are, without transformers.
-
-    Raises:
-        ConfigurationError: nothing there, or nothing that can be read.
-    """
+    """The config in a file, a folder, or on the hub. Files are read as they are, without transformers."""
     path = Path(name)
     try:
         if path.is_dir():
@@ -148,11 +137,7 @@ def read_config(name: str) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """Returns transformers' config for a hub name, a directory, a file or a model type.
-
-    Raises:
-        ConfigurationError: the name stands for none of them.
-    """
+    """transformers' config for a hub name, a directory, a file or a model type."""
     from transformers import AutoConfig
 
     from ..doctor.tiny import causal_language_models, default_config

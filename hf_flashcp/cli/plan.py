@@ -11,17 +11,7 @@ from ..plan import ShardPlan, Topology
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
 from ..predict import CostModel, HardwareProfile, StepTime
 from ..tables import counted, table
-from .options import (
-    add_documents,
-    add_hardware,
-    add_json,
-    add_model,
-    add_number,
-    add_plot,
-    documents,
-    read_config,
-    show,
-)
+from . import options
 from .plan_plot import plot_plan
 
 
@@ -37,8 +27,8 @@ def add_parser(commands) -> None:
         help="show how documents would be shared over ranks, and what that costs",
         description="Plans one packed batch and prints tokens, attention work and KV traffic of every rank.",
     )
-    add_documents(parser)
-    add_number(parser, "--cp-size", text="context-parallel ranks", required=True)
+    options.add_documents(parser)
+    options.add_number(parser, "--cp-size", text="context-parallel ranks", required=True)
     parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
     parser.add_argument(
         "--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean (default 1.05)"
@@ -49,27 +39,22 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
     )
-    add_number(
+    options.add_number(
         parser,
         "--ranks-per-node",
         text="ranks that share a node, to which KV crosses once: count apart what travels between nodes, and keep "
         "that little with the strategy search (default: the hardware's)",
     )
-    add_hardware(parser, "predict step times, and plan for them with the strategy search:")
-    add_model(parser, "(with --hardware)")
-    add_json(parser, "plan, report and digest")
-    add_plot(parser, "the plan")
+    options.add_hardware(parser, "predict step times, and plan for them with the strategy search:")
+    options.add_model(parser, "(with --hardware)")
+    options.add_json(parser, "plan, report and digest")
+    options.add_plot(parser, "the plan")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plans, draws if asked to, and prints.
-
-    Raises:
-        PlanError: documents or options that cannot be planned.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
-    (lengths,) = documents(arguments)
+    """Plans, draws if asked to, and prints."""
+    (lengths,) = options.documents(arguments)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")
     given = topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
@@ -78,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         profile = HardwareProfile.load(arguments.hardware)
         topology = given or Topology(profile.ranks_per_node)
         profile = dataclasses.replace(profile, ranks_per_node=topology.ranks_per_node)
-        cost_model = CostModel.from_config(read_config(arguments.model), profile)
+        cost_model = CostModel.from_config(options.read_config(arguments.model), profile)
     plan = plan_documents(
         lengths,
         arguments.cp_size,
@@ -99,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     shown = _as_dict(planned) if arguments.json else _text(planned)
     if arguments.plot:
         plot_plan(plan, arguments.plot, strategy=arguments.strategy)
-    show(shown, str, arguments.json)
+    options.show(shown, str, arguments.json)
 
 
 class _Planned(NamedTuple):

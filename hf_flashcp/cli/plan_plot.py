@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+
 from ..plan import ShardPlan
 from ..tables import counted
 from .plots import COLOURS, INK, new_figure, require_matplotlib, save_figure
@@ -16,19 +18,11 @@ _MAX_ARROWS = 80  # a matrix says more than thinner ones
 
 
 def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> None:
-    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a matrix).
-
-    Args:
-        plan ([`ShardPlan`]): a valid plan.
-        path (`str` or path): file to write; its ending chooses the format.
-        strategy (`str`): named in the title.
-
-    Raises:
-        FlashCPError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a
+    matrix)."""
     require_matplotlib()
-    traffic = plan.kv_traffic().tolist()
-    arrows = _arrows(traffic)
+    traffic = plan.kv_traffic()
+    arrows = [(*pair, int(traffic[*pair])) for pair in np.argwhere(traffic).tolist()]  # sender, receiver, tokens
     lane = min(0.75, max(0.28, 7 / plan.cp_size))
     side = min(max(0.34 * len(arrows), 2.4), 6.5) if arrows else 0
     legend = _legend_handles(plan)
@@ -131,16 +125,6 @@ def _label_that_fits(axes, x, y, names, pixels):
         if extent.width < pixels - 6 and extent.height < lane - 4:
             return
     label.remove()
-
-
-def _arrows(traffic):
-    """`(sender, receiver, tokens)` of all pairs that exchange anything, by sender."""
-    return [
-        (sender, receiver, tokens)
-        for sender, row in enumerate(traffic)
-        for receiver, tokens in enumerate(row)
-        if tokens
-    ]
 
 
 def _draw_arrows(axes, arrows, ranks, pitch):

@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import html
+import io
 import json
 import operator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import ConfigurationError
+import numpy as np
+
+from ..errors import ConfigurationError, FlashCPError
 from ..tables import table
 from .options import add_json, show
-from .report_page import write_page
+from .plots import COLOURS, INK, new_figure, remove_frame
 
 
 STATE = "trainer_state.json"
+
+
+class Panel(NamedTuple):
+    """A plot of the page: its heading, what is drawn, as it was logged, and the text below."""
+
+    heading: str
+    names: tuple[str, ...]
+    caption: str = ""
+
+
+PANELS = (
+    Panel(
+        "Loss (nats per target)", ("loss", "eval_loss"), "mean over the targets of a step, or of the evaluation set"
+    ),
+    Panel(
+        "Tokens per second",
+        ("flashcp_tokens_per_second",),
+        "of all data-parallel groups, with the time of saving and without that of evaluation",
+    ),
+    Panel(
+        "Imbalance (max / mean over ranks)",
+        ("flashcp_pair_imbalance", "flashcp_token_imbalance"),
+        "of attention pairs and of tokens; 1 is even",
+    ),
+    Panel(
+        "KV moved, as a share of an all-gather",
+        ("flashcp_kv_fraction",),
+        "0: nothing travels; 1: every rank receives everything",
+    ),
+    Panel(
+        "Exposed transfer (ms per pack)",
+        ("flashcp_exposed_transfer_ms",),
+        "how long the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
+    ),
+    Panel("Planning (ms per pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
+    Panel("Gradient norm", ("grad_norm",), "before clipping"),
+    Panel("Learning rate", ("learning_rate",)),
+)
+
+_MOST_DRAWN = 1e100
+"""Beyond which a value is left out of plots, as infinite ones are: matplotlib cannot place its ticks."""
+
+Series = dict[str, list[tuple[int, float]]]
 
 
 def add_parser(commands) -> None:
@@ -40,12 +88,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads, writes and prints.
-
-    Raises:
-        ConfigurationError: no state of a Trainer there, or one that has logged nothing.
-        FlashCPError: matplotlib is not installed, or the page cannot be written.
-    """
+    """Reads, writes and prints."""
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
     summary = summarize(series)
@@ -63,11 +106,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def find_state(run_dir: Path) -> Path:
-    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
+    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step."""
     try:
         if run_dir.is_file():
             return run_dir
@@ -84,13 +123,9 @@ def find_state(run_dir: Path) -> Path:
     )
 
 
-def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Returns what was logged over the steps, by name: `[(step, value), ...]`.
-
-    Raises:
-        ConfigurationError: not a state of a Trainer, or one without logs.
-    """
-    series: dict[str, list[tuple[int, float]]] = {}
+def read_series(path: Path) -> Series:
+    """What was logged over the steps, by name: `[(step, value), ...]`."""
+    series: Series = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
             for name, value in entry.items():
@@ -107,17 +142,100 @@ def read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def summarize(series: dict[str, list[tuple[int, float]]]) -> dict[str, dict[str, Any]]:
-    """Returns the first, last, least, most and mean value of each series, and its number of `entries`."""
+def summarize(series: Series) -> dict[str, dict[str, Any]]:
     summary = {}
     for name, points in series.items():
         values = [value for _, value in points]
-        summary[name] = {
-            "first": values[0],
-            "last": values[-1],
-            "least": min(values),
-            "most": max(values),
-            "mean": sum(values) / len(values),
-            "entries": len(values),
-        }
+        summary[name] = {"first": values[0], "last": values[-1], "least": min(values), "most": max(values)}
+        summary[name] |= {"mean": sum(values) / len(values), "entries": len(values)}
     return summary
+
+
+def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
+    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one."""
+    known = {name for panel in PANELS for name in panel.names}
+    more = [Panel(name, (name,)) for name in series if name.startswith("flashcp_") and name not in known]
+    figures = []
+    for heading, names, caption in (*PANELS, *more):
+        if drawn := {name: series[name] for name in names if name in series}:
+            figures.append(
+                f'<figure><img src="{_draw(heading, drawn)}" alt="{html.escape(heading)} over the steps">'
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    steps = max(step for points in series.values() for step, _ in points)
+    page = _PAGE.format(
+        title=html.escape(title), steps=f"{steps:,}", figures="\n".join(figures), summary=_summary_table(summary)
+    )
+    try:
+        path.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise FlashCPError(f"Cannot write the page to {str(path)!r}: {error.strerror}.") from None
+
+
+def _draw(heading: str, series: Series) -> str:
+    """Returns the source of an image."""
+    figure = new_figure(6.2, 2.9)
+    axes = figure.subplots()
+    for (name, points), colour in zip(series.items(), COLOURS):
+        steps, values = np.array(points, dtype=float).T
+        values[~(abs(values) < _MOST_DRAWN)] = np.nan
+        few = len(points) < 40
+        style = {"color": colour, "linewidth": 1.6, "marker": "o" if few else None, "markersize": 3}
+        axes.plot(steps, values, label=_as_drawn(name), **style)
+    axes.set_title(_as_drawn(heading), fontsize=11, color=INK, loc="left")
+    axes.set_xlabel("step", color=INK)
+    remove_frame(axes)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.ticklabel_format(useOffset=False, axis="y")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+
+
+def _as_drawn(name: str) -> str:
+    """Returns a name without formulas, and without what cannot be written as text."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _summary_table(summary: dict[str, dict[str, Any]]) -> str:
+    columns = ("first", "last", "least", "most", "mean", "entries")
+    head = "".join(f"<th>{column}</th>" for column in ("logged", *columns))
+    rows = "\n".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{values[column]:.6g}</td>" for column in columns) + "</tr>"
+        for name, values in summary.items()
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: training run</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #2b2f36; background: #fff; margin: 2rem auto; max-width: 82rem;
+  padding: 0 1rem; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem; }}
+figure {{ margin: 0; }}
+img {{ width: 100%; height: auto; }}
+figcaption {{ color: #6a707a; font-size: 13px; }}
+table {{ border-collapse: collapse; margin-top: 1rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid #e6e6e6; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{steps} steps, from what the Trainer logged.</p>
+<main>
+{figures}
+</main>
+<h2>Numbers</h2>
+{summary}
+</body>
+</html>
+"""

@@ -17,19 +17,8 @@ from ..predict.model_shape import LLAMA_3_8B
 from ..simulation.baselines import BASELINES, why_not
 from ..simulation.simulate import NAMES, TIMED, check_ranks, simulate, title_of
 from ..tables import counted, records_table
-from .options import (
-    add_checkpointing,
-    add_documents,
-    add_hardware,
-    add_json,
-    add_model,
-    add_number,
-    add_plot,
-    documents,
-    read_config,
-    show,
-)
-from .simulate_plot import plot_simulation
+from . import options
+from .plots import plot_simulation
 
 
 REFERENCE = TIMED
@@ -45,38 +34,32 @@ def add_parser(commands) -> None:
         description="Predicts time, traffic and memory of a training step on some hardware, for every strategy with "
         "this library's exchange and for other ways of context parallelism.",
     )
-    add_documents(parser).add_argument(
+    options.add_documents(parser).add_argument(
         "--lengths-file", metavar="FILE", help="draw from your own lengths: .jsonl, or whole numbers in a text file"
     )
     parser.add_argument(
         "--column", default="length", metavar="NAME", help="of a .jsonl file: tokens or their number (default length)"
     )
-    add_number(parser, "--packs", 3, "rows that are drawn", least=1)
-    add_model(parser, "(default: Llama 3 8B's sizes)")
-    add_number(parser, "--cp-size", text="ranks, 2 to 256", nargs="+", required=True)
-    add_hardware(parser, nargs="+", default=["h100"])
-    add_number(parser, "--ranks-per-node", text="in place of the profile's; 1: all KV crosses InfiniBand")
-    add_checkpointing(parser)
-    add_json(parser)
-    add_plot(parser, "the parts of the steps")
+    options.add_number(parser, "--packs", 3, "rows that are drawn", least=1)
+    options.add_model(parser, "(default: Llama 3 8B's sizes)")
+    options.add_number(parser, "--cp-size", text="ranks, 2 to 256", nargs="+", required=True)
+    options.add_hardware(parser, nargs="+", default=["h100"])
+    options.add_number(parser, "--ranks-per-node", text="in place of the profile's; 1: all KV crosses InfiniBand")
+    options.add_checkpointing(parser)
+    options.add_json(parser)
+    options.add_plot(parser, "the parts of the steps")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Simulates, draws if asked to, and prints.
-
-    Raises:
-        PlanError: documents or options that cannot be planned.
-        ConfigurationError: an unknown profile, a model without sizes, ranks that do not fill their nodes.
-        FlashCPError: a plot that cannot be drawn or written.
-    """
-    packs = documents(arguments, arguments.packs)
-    config = read_config(arguments.model) if arguments.model else LLAMA_3_8B
+    """Simulates, draws if asked to, and prints."""
+    packs = options.documents(arguments, arguments.packs)
+    config = options.read_config(arguments.model) if arguments.model else LLAMA_3_8B
     profiles = {name: _profile(name, arguments.ranks_per_node) for name in arguments.hardware}
     for profile in profiles.values():
         for cp_size in arguments.cp_size:
             check_ranks(cp_size, profile.ranks_per_node)
-    options = {"gradient_checkpointing": arguments.gradient_checkpointing}
+    training = {"gradient_checkpointing": arguments.gradient_checkpointing}
     cells = []
     runs = len(profiles) * len(arguments.cp_size) * len(packs)
     with tqdm(total=runs * len(NAMES), leave=False, disable=None) as bar:
@@ -86,14 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
                 rows: dict[str, list[dict[str, Any]]] = {}
                 for lengths in packs:
                     for scheme in NAMES:
-                        for outcome in simulate(lengths, cp_size, config, model, names=(scheme,), **options).values():
+                        for outcome in simulate(lengths, cp_size, config, model, names=(scheme,), **training).values():
                             rows.setdefault(scheme, []).append(outcome.to_dict())
                         bar.update()
                 cells.append(_cell(name, profile, cp_size, rows, model))
-    found = {"window": sum(packs[0]), "documents": [len(lengths) for lengths in packs], **options, "cells": cells}
+    found = {"window": sum(packs[0]), "documents": [len(lengths) for lengths in packs], **training, "cells": cells}
     if arguments.plot:
         plot_simulation(found, arguments.plot)
-    show(found, _text, arguments.json)
+    options.show(found, _text, arguments.json)
 
 
 def _profile(name: str, ranks_per_node: int | None) -> HardwareProfile:
@@ -139,7 +122,7 @@ def _text(found: dict[str, Any]) -> str:
     drawn = counted(numbers[0], "document") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} documents"
     lines = [
         f"{counted(found['window'], 'token')} in {drawn}, {counted(len(numbers), 'pack')}, gradient checkpointing "
-        f"{found['gradient_checkpointing']}; medians, ratios are geometric means",
+        f"{found['gradient_checkpointing']}; medians, ratios are geometric means"
     ]
     parts = PARTS[:-1] if found["gradient_checkpointing"] == "none" else PARTS
     columns = {

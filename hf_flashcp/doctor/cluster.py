@@ -36,27 +36,18 @@ of bf16 on one device."""
 def check_cluster(
     group: ProcessGroup, device: torch.device, *, megabytes: int = 64, timeout: timedelta = timedelta(seconds=60)
 ) -> dict[str, Any]:
-    """Checks the cluster. Every rank of the world calls it, with its context-parallel group.
+    """Checks the cluster. Every rank of the world calls it, with its context-parallel group of at least two ranks.
 
-    Args:
-        group: of at least two ranks.
-        device: this rank's.
-        megabytes: of a transfer that measures a link.
-        timeout: how long to wait for ranks that do not come.
+    `megabytes` are those of a transfer that measures a link, and `timeout` how long to wait for ranks that do not
+    come.
 
-    Returns:
-        `dict`, JSON-serializable, the same on every rank: `ranks` (host and device of each), `links` (by kind, "node"
-        for ranks of one host and "network" for others: `bytes_per_second` of the median rank and of the `slowest`,
-        which pair that was, and `latency_seconds`), `layer` (by dtype the kernel and the largest error of a rank).
-
-    Raises:
-        ConfigurationError: on every rank: versions that differ, data that arrived wrong, a layer that is not exact.
+    Returns, JSON-serializable and the same on every rank, the `ranks`, the `links` by kind ("node" for ranks of one
+    host and "network" for others), and `layer`, by dtype the kernel and the largest error of a rank. Versions that
+    differ, data that arrived wrong or a layer that is not exact are a `ConfigurationError` on every rank.
     """
     versions = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        **{module.__name__: module.__version__ for module in (torch, transformers, accelerate)},
         "hf_flashcp": __version__,
     }
     require_agreement(

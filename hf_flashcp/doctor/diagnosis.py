@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -14,12 +14,7 @@ from .gradients import LIMIT, run_check
 from .tiny import causal_language_models, default_config, tiny_copy
 
 
-SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = (
-    "supported",
-    "whole-document plans only",
-    "refused",
-    "not checked",
-)
+SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = "supported", "whole-document plans only", "refused", "not checked"
 
 _NO_INTERFACE = "does not call its attention through transformers' attention interface"
 _ATTENTION_DROPOUT = (
@@ -34,18 +29,8 @@ _ATTENTION_DROPOUT = (
 
 @dataclass
 class Diagnosis:
-    """The doctor's findings about one model.
-
-    Attributes:
-        model_type (`str`), model_class (`str`): as transformers names them.
-        verdict (`str`): "supported", "whole-document plans only", "refused" or "not checked".
-        reason (`str`): of a refusal, or why nothing could be checked.
-        gradient_error (`float`, *optional*), loss_error (`float`, *optional*): of the tiny copy, in fp64.
-        strategy (`str`, *optional*): of the check's plan; `"whole_doc"` where a model needs it.
-        layers (`list`): what each attention layer of the tiny copy asked for.
-        router_loss (`bool`): whether the checked loss had a router loss of mixture-of-experts layers in it.
-        advice (`list[str]`): what has to change in the config before training.
-    """
+    """The doctor's findings about one model: errors are those of the tiny copy in fp64, `layers` what each of its
+    attention layers asked for, and `advice` what has to change in the config before training."""
 
     model_type: str
     model_class: str
@@ -58,22 +43,12 @@ class Diagnosis:
     router_loss: bool = False
     advice: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def diagnose(
     config: PreTrainedConfig, pool: WorkerPool, *, cp_size: int = 2, strategy: str = "per_doc", timeout: float = 120.0
 ) -> Diagnosis:
-    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed.
-
-    Args:
-        config (`PreTrainedConfig`): of a causal language model.
-        pool (`WorkerPool`): to run it in.
-        cp_size (`int`, *optional*, defaults to 2): processes.
-        strategy (`str`, *optional*, defaults to `"per_doc"`): see [`plan_documents`]; the default splits every one.
-        timeout (`float`, *optional*, defaults to 120.0): seconds after which the check is given up.
-    """
+    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed. Given up after `timeout`
+    seconds."""
     try:
         text_config = config.get_text_config()
     except ValueError as error:
@@ -111,7 +86,7 @@ def _may_be_supported(model_class: str, model_type: str) -> bool:
 
 def _verdict(found: dict[str, Any]) -> tuple[str, str]:
     if found["refused"]:
-        return REFUSED, _first_sentence(found["error"])
+        return REFUSED, _one_line(found["error"].split(". ")[0].rstrip("."), limit=300)
     if found["stage"] == "done":
         worst = max(found["gradient_error"], found["loss_error"])
         if worst <= LIMIT:
@@ -143,10 +118,6 @@ def _one_line(error: Any, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _first_sentence(message: str) -> str:
-    return _one_line(message.split(". ")[0].rstrip("."), limit=300)
-
-
 def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Diagnosis:
     """[`diagnose`] with the default config of a model type."""
     model_class = causal_language_models()[model_type]
@@ -155,9 +126,8 @@ def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Di
     except Exception as error:  # some defaults do not even pass their own validation
         if not _may_be_supported(model_class, model_type):
             return Diagnosis(model_type, model_class, REFUSED, _NO_INTERFACE)
-        return Diagnosis(
-            model_type, model_class, NOT_CHECKED, f"its default config does not build ({_one_line(error)})"
-        )
+        reason = f"its default config does not build ({_one_line(error)})"
+        return Diagnosis(model_type, model_class, NOT_CHECKED, reason)
     diagnosis = diagnose(config, pool, **options)
     diagnosis.model_type, diagnosis.model_class = model_type, model_class
     return diagnosis

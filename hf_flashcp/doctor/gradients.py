@@ -44,10 +44,9 @@ ROUTER_COEFFICIENT = 0.1
 def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
     """Run by every rank of a gloo group, on CPU, with the config of a tiny copy.
 
-    Returns:
-        `dict`: `stage` ("build", "attach", "reference", "run" or "done"), `error` (the message that ended it there, or
-        `None`) and `refused` (whether it is one of this library's own); when done, `gradient_error` (see
-        [`gradient_error`]), `loss_error` (relative) and `layers`: what each attention layer asked for.
+    Returns the `stage` that was reached ("build", "attach", "reference", "run" or "done"), the `error` that ended it
+    there and whether it is one of this library's own (`refused`); when done, errors and `layers`: what each attention
+    layer asked for.
     """
     found: dict[str, Any] = {"stage": "build", "error": None, "refused": False}
     try:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..attention import AttentionKernel, document_attention
 from ..integrations.gradient_check import relative_error
 from ..layout import RankPlan
 from ..plan import Topology
 from ..planning import plan_documents
-from .one_by_one import attend_one_by_one
 
 
 if TYPE_CHECKING:
@@ -19,17 +20,8 @@ if TYPE_CHECKING:
 
 
 class LayerCase(NamedTuple):
-    """A layer and its plan, which cuts every document unless another strategy is given.
-
-    Attributes:
-        lengths (`tuple[int, ...]`): tokens of each document.
-        heads, kv_heads, head_dim (`int`): sizes of the layer.
-        window (`int`, *optional*): keys that a query sees.
-        strategy (`str`), num_stages (`int`, *optional*): see [`plan_documents`].
-        ranks_per_node (`int`, *optional*): with it KV crosses to each node once.
-        keep_received (`bool`, *optional*): whether received KV is kept for backward, see [`document_attention`].
-        debug (`bool`): whether debug mode compares the layer.
-    """
+    """A layer and its plan, which cuts every document unless another strategy is given. `debug`: whether debug mode
+    compares the layer."""
 
     lengths: tuple[int, ...] = (700, 260, 64, 31, 1)
     heads: int = 8
@@ -46,8 +38,8 @@ class LayerCase(NamedTuple):
 def layer_errors(
     case: LayerCase, group: ProcessGroup, device: torch.device, dtype: torch.dtype, kernel: AttentionKernel
 ) -> tuple[list[float], list[float]]:
-    """Returns two lists of relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's
-    tokens, and of one device that runs every document alone in the same dtype. Every rank of the group calls it."""
+    """Relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's tokens, and of one device
+    that runs every document alone in the same dtype. Every rank of the group calls it."""
     topology = None if case.ranks_per_node is None else Topology(case.ranks_per_node)
     plan = plan_documents(
         case.lengths, group.size(), strategy=case.strategy, num_stages=case.num_stages, topology=topology
@@ -76,17 +68,30 @@ def layer_errors(
 def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Query, key, value and dO of the whole row."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(count, sum(case.lengths), case.head_dim, generator=generator, dtype=torch.float64).to(
-            device, dtype
-        )
-        for count in (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    ]
+    sizes = [(n, sum(case.lengths), case.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in sizes]
 
 
 def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
-    """Returns out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
+    """out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
     out = attend_one_by_one(*leaves, case.lengths, window=case.window)
     out.backward(inputs[3])
     return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def attend_one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
+) -> torch.Tensor:
+    """Attends causally in one document after the other, by `scaled_dot_product_attention`, all tensors (heads, tokens,
+    width). A window takes a mask of length x length."""
+    parts = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)))
+    return torch.cat([_attend(*part, window)[0] for part in parts], dim=1)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    if window is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    length = query.shape[2]
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)

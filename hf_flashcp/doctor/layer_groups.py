@@ -12,12 +12,8 @@ from ..predict.model_config import config_value
 
 
 def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers that ask for the same, with the sizes of the real config where its names say them.
-
-    Args:
-        config (`PreTrainedConfig`): the real one; its `layer_types` say how many layers of a kind there are.
-        layers (`list[dict]`): what each attention layer of its tiny copy asked for, see [`Diagnosis`].
-    """
+    """Layers of the tiny copy (see [`Diagnosis`]) that ask for the same, with the sizes of the real config where its
+    names say them; its `layer_types` say how many layers of a kind there are."""
     config = config.get_text_config()
     types = list(getattr(config, "layer_types", None) or [])
     groups: dict[str, dict[str, Any]] = {}

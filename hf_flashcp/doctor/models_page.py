@@ -89,7 +89,7 @@ _SECTIONS = {
 
 
 def features(diagnosis: Diagnosis) -> list[str]:
-    """Returns in words what a model asks for beyond causal attention and a sum over targets."""
+    """What a model asks for beyond causal attention and a sum over targets, in words."""
     layers = diagnosis.layers
     windows = sum(layer["window"] is not None for layer in layers)
     found = []

@@ -37,15 +37,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "moe_top_k"), _at_most(2)),
-    **dict.fromkeys(
-        (
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "expert_intermediate_size",
-            "hidden_size_per_layer_input",
-        ),
-        16,
-    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_intermediate_size"), 16),
+    "hidden_size_per_layer_input": 16,
     **dict.fromkeys(("n_group", "num_expert_group"), _at_most(2)),
     "topk_group": 1,
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
@@ -67,6 +60,9 @@ SIZES: dict[str, Any] = {
     "linear_num_key_heads": 4,
 }
 
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+_ZAMBA = {"num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64}
+
 # Families whose sizes depend on each other in their own way.
 FAMILIES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -83,47 +79,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16, "index_head_dim": 8},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 16, "expert_ffn_hidden_size": 16, "zero_expert_num": 1},
-    "ministral": {"head_dim": 8},
     "phi4_multimodal": {
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
+        "vision_config": {**_TOWER, "num_hidden_layers": 2},
         "audio_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
+            **_TOWER,
             "num_blocks": 1,
-            "num_attention_heads": 4,
-            "ext_pw_out_channel": 32,
-            "depthwise_separable_out_channel": 32,
-            "nemo_conv_channels": 32,
+            **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), 32),
         },
     },
     "xmod": {"default_language": "en_XX"},
-    "bailing_hybrid": {"mlp_layer_types": ["dense", "dense"]},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), {"mlp_layer_types": ["dense", "dense"]}),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 8}),
     "falcon_h1": {"mamba_d_ssm": 64},
-    "kimi_linear": {"mlp_layer_types": ["dense", "dense"]},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        "num_key_value_heads": 4,
-        "attention_head_dim": 16,
-        "attention_hidden_size": 64,
+        **_ZAMBA,
         "n_mamba_heads": 2,
     },
     "zamba2": {
         "num_hidden_layers": 3,
         "layers_block_type": ["mamba", "mamba", "hybrid"],
         "hybrid_layer_ids": [2],
-        "num_key_value_heads": 4,
-        "attention_head_dim": 16,
-        "attention_hidden_size": 64,
+        **_ZAMBA,
         "mamba_headdim": 16,
         "n_mamba_heads": 4,
         "mamba_ngroups": 1,

@@ -8,24 +8,23 @@ waiting, lengthen only the first.
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ...data.lengths import sample_pack
 from ...distributed.workers import WorkerPool
 from ...plan import ShardPlan
-from ...planning import plan_documents
-from ...predict import CostModel, HardwareProfile
+from ...predict import CostModel
 from ...predict.model_shape import AttentionLayers
 from ...tables import table
+from ..arguments import with_arguments
 from ..attention import DTYPES
-from . import worker
-from .fit import Call, copy_rate, error_summary, fit_kernel, fit_line, kernel_entry, root_mean_square
+from . import fit, worker
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -43,6 +42,7 @@ _WHOLE = 2048
 CLOCKS = ("seconds", "cpu_seconds")
 
 
+@with_arguments("window", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -58,103 +58,61 @@ def measure(
     rounds: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Times parts, fits, times layers.
+    """Times parts, fits a `profile`, and times layers.
 
-    Takes what the options of `flashcp bench calibrate` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `profile` in the form of the data files, `fit`, root mean square
-        errors of kernel calls, `forward` and `backward`, and their number `calls`; `layers`, each with `corpus`,
-        `strategy`, `seed`, `documents`, `longest`, and for `seconds` and `cpu_seconds` (without waiting) what was
-        `measured` and `predicted` of the slowest rank; for both of them `error`: over the layers the `median`,
-        `largest` and the share `within_10_percent` of |predicted / measured - 1|.
-
-    Raises:
-        ConfigurationError: scipy is not installed.
+    `fit` has root mean square errors of kernel calls. Each of `layers` has for both clocks what was measured and
+    predicted of the slowest rank, without waiting in CPU seconds; `error` summarizes them.
     """
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
+    itemsize = DTYPES[dtype].itemsize
+    ways = itertools.cycle(itertools.product(strategies, corpora))
+    drawn = [fit.Pack(corpus, strategy, window, seed + i) for i, (strategy, corpus) in zip(range(packs), ways)]
+    plans = [pack.plan(cp_size, num_stages) for pack in drawn]
     with WorkerPool() as pool, tqdm(total=6, unit="part", leave=False, disable=None) as bar:
 
-        def timed(what: str, function, *arguments) -> list[list[list[float]]]:
+        def timed(what: str, function, *arguments, over_ranks=np.mean) -> list[list[float]]:
             bar.set_description(what)
             found = pool.run(cp_size, function, *arguments, timeout=3600)
             bar.update()
-            return found
+            return over_ranks(found, axis=0).tolist()
 
-        shapes = _calls()
-        calls = timed("kernel calls", worker.time_calls, shapes, shape, dtype, rounds)
+        work = _calls()
+        calls = timed("kernel calls", worker.time_calls, work, shape, dtype, rounds)
         copies = timed("copies", worker.time_copies, ROWS, shape, dtype, 4 * rounds)
         transfers = timed("transfers", worker.time_transfers, BYTES, 4 * rounds)
         products = timed("matrix products", worker.time_products, TOKENS, WIDTHS, dtype, 4 * rounds)
         bar.set_description("fit")
-        fitted = [Call(*call, *seconds) for call, seconds in zip(shapes, _over_ranks(calls))]
-        kernel, ratios = fit_kernel(fitted, layers)
+        kernel, ratios = fit.fit_kernel([fit.Call(*call, *seconds) for call, seconds in zip(work, calls)], layers)
         bar.update()
-        profile = _profile(kernel, _over_ranks(copies), _over_ranks(transfers), _over_ranks(products), layers, dtype)
-        profile["ranks_per_node"] = cp_size
-        profile["description"] = (
-            f"cores of {platform.processor() or platform.machine()}, {cp_size} processes of one thread, {dtype}, "
-            f"{heads}/{kv_heads} heads of {head_dim}; measured by flashcp bench calibrate"
-        )
-        itemsize = DTYPES[dtype].itemsize
-        model = CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
-        drawn = [
-            Pack(corpora[index % len(corpora)], strategies[index // len(corpora) % len(strategies)], seed + index)
-            for index in range(packs)
-        ]
-        plans = [
-            plan_documents(
-                sample_pack(pack.corpus, window, seed=pack.seed),
-                cp_size,
-                strategy=pack.strategy,
-                num_stages=num_stages,
-            )
-            for pack in drawn
-        ]
-        by_rank = timed("layers", worker.time_layers, plans, shape, dtype, rounds)
-    slowest = np.max(by_rank, axis=0).tolist()
+        latency, rate = fit.fit_line(BYTES, [seconds for (seconds,) in transfers])
+        link = {"bytes_per_second": rate, "latency_seconds": latency}
+        flops = [(2 * TOKENS * width * width, seconds) for width, (seconds,) in zip(WIDTHS, products)]
+        moved = [(rows, *seconds) for rows, seconds in zip(ROWS, copies)]
+        profile = {
+            "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
+            **fit.measured_speeds(kernel, flops, moved, layers, itemsize),
+            "links": {"intra_node": link, "inter_node": link},
+            "ranks_per_node": cp_size,
+            "description": f"cores of {platform.processor() or platform.machine()}, {cp_size} processes of one "
+            f"thread, {dtype}, {heads}/{kv_heads} heads of {head_dim}; measured by flashcp bench calibrate",
+        }
+        slowest = timed("layers", worker.time_layers, plans, shape, dtype, rounds, over_ranks=np.max)
+    model = fit.model_of_layer(profile, layers, itemsize)
     rows = [_beside(*measured, model) for measured in zip(drawn, plans, slowest)]
-    error = {name: error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
+    error = {name: fit.error_summary([_ratio(row, name) for row in rows]) for name in CLOCKS}
+    errors = {name: fit.root_mean_square(column) for name, column in zip(("forward", "backward"), ratios.T)}
     profile["error"] = {"layers": len(rows), **error}
-    return {
-        "window": window,
-        "cp_size": cp_size,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "rounds": rounds,
-        "profile": profile,
-        "fit": {
-            "calls": len(fitted),
-            "forward": root_mean_square(ratios[:, 0]),
-            "backward": root_mean_square(ratios[:, 1]),
-        },
-        "layers": rows,
-        "error": error,
-    }
+    return {"profile": profile, "fit": {"calls": len(work), **errors}, "layers": rows, "error": error}
 
 
-class Pack(NamedTuple):
-    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
-
-    corpus: str
-    strategy: str
-    seed: int
-
-
-def _beside(pack: Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
-    """Returns what each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
+def _beside(pack: fit.Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
+    """What each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
     time = model.step_time(plan)
     predicted = time.attention_seconds, float((time.attention + time.copies).max())
     return {
-        **pack._asdict(),
-        "documents": len(plan.lengths),
-        "longest": max(plan.lengths),
-        **{
-            clock: {"measured": seconds, "predicted": expected}
-            for clock, seconds, expected in zip(CLOCKS, measured, predicted)
-        },
+        **{"corpus": pack.corpus, "strategy": pack.strategy, "seed": pack.seed},
+        **{"documents": len(plan.lengths), "longest": max(plan.lengths)},
+        **{clock: {"measured": m, "predicted": p} for clock, m, p in zip(CLOCKS, measured, predicted)},
     }
 
 
@@ -162,28 +120,10 @@ def _ratio(row: dict[str, Any], clock: str) -> float:
     return row[clock]["predicted"] / row[clock]["measured"]
 
 
-def _calls() -> list[tuple[bool, tuple[tuple[int, int], ...]]]:
+def _calls() -> list[worker.Work]:
     squares = {(length,) * times for length in LENGTHS for times in (1, max(_WHOLE // length, 1))}
     causal = [(True, tuple((length, length) for length in lengths)) for lengths in sorted(squares)]
     return causal + [(False, ((queries, keys),)) for queries in QUERIES for keys in KEYS]
-
-
-def _over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Returns for each run the means over ranks of what it timed."""
-    return np.mean(by_rank, axis=0).tolist()
-
-
-def _profile(kernel, copies, transfers, products, layers: AttentionLayers, dtype: str) -> dict[str, Any]:
-    latency, rate = fit_line(BYTES, [seconds for (seconds,) in transfers])
-    flops = [2 * TOKENS * width * width / seconds for width, (seconds,) in zip(WIDTHS, products)]
-    link = {"bytes_per_second": rate, "latency_seconds": latency}
-    return {
-        "sources": {"all": "measured; links between nodes are taken to be as fast as those inside one"},
-        "linear_flops_per_second": median(flops),
-        "memory_bytes_per_second": copy_rate(ROWS, copies, layers, DTYPES[dtype].itemsize),
-        "kernel": kernel_entry(kernel),
-        "links": {"intra_node": link, "inter_node": link},
-    }
 
 
 def text(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Fits the kernel's entry of a hardware profile to timed kernel calls.
+"""Fits hardware profiles to timed kernel calls and copies, and says how far their predictions are off.
 
 For a given tile and causal efficiency, `predict.layer_work.call_seconds` is linear in what is left on a core, which
 works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative
@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...data.lengths import sample_pack
 from ...extras import require_extra
+from ...plan import ShardPlan
+from ...planning import plan_documents
+from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel, Pass
 from ...predict.layer_work import Rectangles, call_seconds
 from ...predict.model_shape import AttentionLayers
@@ -33,14 +37,8 @@ LEAST_SECONDS = 1e-18
 
 
 class Call(NamedTuple):
-    """A kernel call that was timed.
-
-    Attributes:
-        causal (`bool`): its rectangles are squares under a causal mask; else all queries see all keys.
-        rectangles (`tuple[tuple[int, int], ...]`): queries and keys of each.
-        forward (`float`): seconds.
-        backward (`float`): seconds.
-    """
+    """A kernel call that was timed: queries and keys of its rectangles, and seconds of both passes. Causal ones are
+    squares; in others all queries see all keys."""
 
     causal: bool
     rectangles: tuple[tuple[int, int], ...]
@@ -61,50 +59,32 @@ def _measured(calls: Sequence[Call]) -> np.ndarray:
 
 
 def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
-    """The kernel that predicts the calls best, and what it predicts over what was measured, (calls, 2): forward and
-    backward. For devices that work on one tile at a time, as a core does.
-
-    Raises:
-        ConfigurationError: scipy is not installed.
-    """
+    """Finds the kernel that predicts the calls best, and predicted / measured, (calls, 2) for forward and backward.
+    For devices that work on one tile at a time, as a core does."""
     measured, nnls = _measured(calls), _scipy().nnls
-    best: tuple[float, Kernel, np.ndarray] | None = None
-    for tile in TILES:
-        for efficiency in EFFICIENCIES:
-            matrix = _matrix(calls, layers, tile, float(efficiency)) / measured[..., None]
-            found, _ = nnls(matrix.reshape(len(calls) * 2, -1), np.ones(len(calls) * 2))
-            ratios = matrix @ found
-            error = float(np.square(ratios - 1).mean())
-            if best is None or error < best[0]:
-                best = error, _kernel(tile, float(efficiency), found), ratios
-    assert best is not None
-    return best[1:]
+
+    def fitted(tile: int, efficiency: float) -> tuple[Kernel, np.ndarray]:
+        matrix = _matrix(calls, layers, tile, efficiency) / measured[..., None]
+        found, _ = nnls(matrix.reshape(len(calls) * 2, -1), np.ones(len(calls) * 2))
+        return _kernel(tile, efficiency, found), matrix @ found
+
+    found = (fitted(tile, float(efficiency)) for tile in TILES for efficiency in EFFICIENCIES)
+    return min(found, key=lambda each: root_mean_square(each[1]))
 
 
 def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficiency: float) -> np.ndarray:
     """(calls, 2, 7): what multiplies, in the seconds of each call's forward and backward, the unknowns: of either
     pass seconds an operation and those times the tile's overhead in keys, without a mask and with; seconds a call."""
+    tables, causal = _tables(calls), np.array([call.causal for call in calls], dtype=int)
+    keys_only, with_overhead = (
+        _predicted(Kernel(tile, 1, 0.0, efficiency, *[Pass(1.0, overhead)] * 2), tables, layers)
+        for overhead in (0.0, 1.0)
+    )
     matrix = np.zeros((len(calls), 2, 7))
-    for row, call in zip(matrix, calls):
-        rectangles = Rectangles.of([(0, queries, 0 if call.causal else keys) for queries, keys in call.rectangles])
-        for backward, column in ((False, 0), (True, 3)):
-            keys_only, with_overhead = (
-                float(
-                    call_seconds(
-                        Kernel(tile, 1, 0.0, efficiency, Pass(1.0, overhead), Pass(1.0, overhead)),
-                        rectangles,
-                        cp_size=1,
-                        layers=layers,
-                        window=None,
-                        causal=call.causal,
-                        backward=backward,
-                    )[0]
-                )
-                for overhead in (0.0, 1.0)
-            )
-            row[int(backward), column] = keys_only
-            row[int(backward), column + 1 + call.causal] = with_overhead - keys_only
-        row[:, 6] = 1
+    for backward, column in enumerate((0, 3)):
+        matrix[:, backward, column] = keys_only[:, backward]
+        matrix[range(len(calls)), backward, column + 1 + causal] = (with_overhead - keys_only)[:, backward]
+    matrix[:, :, 6] = 1
     return matrix
 
 
@@ -116,21 +96,12 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
     return Kernel(tile, 1, float(found[6]), efficiency, *passes)
 
 
-def kernel_entry(kernel: Kernel) -> dict[str, Any]:
-    """Returns a kernel in the form of hardware profiles."""
-    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
-    return {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")} | passes
-
-
 def fit_device_kernel(
     calls: Sequence[Call], layers: AttentionLayers, *, units: int, tile: int = 128
 ) -> tuple[Kernel, np.ndarray]:
     """Like [`fit_kernel`], for a device that works on `units` tiles of `tile` queries at the same time.
 
     Calls whose times this model does not explain pull less at the fit than in plain least squares (soft L1 loss).
-
-    Raises:
-        ConfigurationError: scipy is not installed.
     """
     measured, least_squares = _measured(calls), _scipy().least_squares
     tables = _tables(calls)
@@ -185,35 +156,62 @@ def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, Rectangles]], layers
     )
 
 
-def copy_rate(
-    rows: Sequence[int], seconds: Sequence[Sequence[float]], layers: AttentionLayers, itemsize: int
-) -> float:
-    """Returns the bytes per second at which rows were merged and packed, counted as `CostModel` counts them.
+def measured_speeds(
+    kernel: Kernel,
+    products: Sequence[tuple[float, float]],
+    copies: Sequence[tuple[float, float, float]],
+    layers: AttentionLayers,
+    itemsize: int,
+) -> dict[str, Any]:
+    """The entries of a hardware profile that are measured on one device.
 
-    Args:
-        rows: how many rows each measurement copied.
-        seconds: of each measurement, those of the merge and of packing.
-        itemsize: bytes of an element of keys and values.
+    Products have floating-point operations and seconds; copies have rows, and seconds to merge and to pack these,
+    whose bytes are counted as `CostModel` counts them. `itemsize` is that of keys and values.
     """
     merged = layers.query_heads * layers.value_dim * (2 * max(itemsize, 4) + itemsize)
     packed = layers.kv_elements_per_token * 2 * itemsize
-    return sum(rows) * (merged + packed) / sum(map(sum, seconds))
+    rows, *seconds = map(sum, zip(*copies))
+    passes = {name: vars(getattr(kernel, name)) for name in ("forward", "backward")}
+    sizes = {name: getattr(kernel, name) for name in ("tile", "units", "call_seconds", "causal_efficiency")}
+    return {
+        "linear_flops_per_second": median(flops / taken for flops, taken in products),
+        "memory_bytes_per_second": rows * (merged + packed) / sum(seconds),
+        "kernel": sizes | passes,
+    }
+
+
+class Pack(NamedTuple):
+    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+
+    corpus: str
+    strategy: str
+    window: int
+    seed: int
+
+    def plan(self, cp_size: int, num_stages: int | None = None) -> ShardPlan:
+        lengths = sample_pack(self.corpus, self.window, seed=self.seed)
+        return plan_documents(lengths, cp_size, strategy=self.strategy, num_stages=num_stages)
+
+
+def model_of_layer(profile: dict[str, Any], layers: AttentionLayers, itemsize: int) -> CostModel:
+    """Predicts a model of this attention layer alone."""
+    return CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
 
 
 def error_summary(ratios: Sequence[float]) -> dict[str, float]:
-    """Returns the `median` and the `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
+    """The `median` and `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
     errors = [abs(ratio - 1) for ratio in ratios]
     within = sum(error <= 0.1 for error in errors) / len(errors)
     return {"median": median(errors), "largest": max(errors), "within_10_percent": within}
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Returns `(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
+    """`(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
     matrix = np.stack([np.ones(len(sizes)), np.array(sizes)], 1) / np.array(seconds)[:, None]
     (start, slope), _ = _scipy().nnls(matrix, np.ones(len(sizes)))
     return float(start), 1 / max(float(slope), LEAST_SECONDS)
 
 
 def root_mean_square(ratios: np.ndarray) -> float:
-    """Returns the root mean square of the relative errors."""
+    """Root mean square of the relative errors."""
     return math.sqrt(float(np.square(ratios - 1).mean()))

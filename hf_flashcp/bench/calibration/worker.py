@@ -5,6 +5,7 @@ All processes time the same at the same moment, as they do in training, because 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -22,26 +23,38 @@ from ...layout import RankPlan, Rectangle, Rows
 from ...plan import ShardPlan
 from ...planning import plan_documents
 from ..attention import DTYPES, random_inputs
+from ..kernels import Shape
 from ..turns import Run, in_turns
 
 
-Shape = tuple[int, int, int]
-"""Query heads, KV heads, head dim."""
+Work = tuple[bool, tuple[tuple[int, int], ...]]
+"""A kernel call: whether it is causal, and the queries and keys of each rectangle."""
 
 cpu_clock = time.thread_time
 """Seconds of a core that this thread has used: what other programs take from it meanwhile is not in them."""
 
 
+def _timed(*functions: Callable[[], Any], clock: Callable[[], Any] = cpu_clock) -> Run:
+    """Calls these functions one after the other and returns how long each took."""
+
+    def run() -> list[Any]:
+        times = [clock()]
+        for function in functions:
+            function()
+            times.append(clock())
+        return [after - before for before, after in zip(times, times[1:])]
+
+    return run
+
+
 def _medians(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """Returns the medians over rounds of the figures of every run."""
+    """Medians over rounds of the figures of every run."""
     return [[median(column) for column in zip(*figures)] for figures in in_turns(runs, rounds)]
 
 
-def time_calls(
-    calls: Sequence[tuple[bool, tuple[tuple[int, int], ...]]], shape: Shape, dtype: str, rounds: int
-) -> list[list[float]]:
-    """CPU seconds of each call's forward and backward. A call is whether it is causal, and (queries, keys) of its
-    rectangles; causal ones run as the local pass of a layer, with what autograd and the engine do around it."""
+def time_calls(calls: Sequence[Work], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
+    """CPU seconds of each call's forward and backward. Causal calls run as the local pass of a layer, with what
+    autograd and the engine do around it."""
     kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
     runs = []
     for causal, rectangles in calls:
@@ -49,7 +62,7 @@ def time_calls(
             plan = plan_documents([queries for queries, _ in rectangles], 1)
             runs.append(_layer(RankPlan(plan), shape, dtype, kernel, cpu_clock))
         else:
-            runs.append(_rectangles(rectangles, shape, dtype, kernel))
+            runs.append(_timed(*_rectangles(rectangles, shape, dtype, kernel)))
     return _medians(runs, rounds)
 
 
@@ -69,18 +82,12 @@ def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: in
 
 def _layer(plan: RankPlan, shape: Shape, dtype: str, kernel: AttentionKernel, clock: Callable[[], Any]) -> Run:
     *inputs, grad_out = random_inputs(plan.layout.num_tokens, shape, dtype)
-
-    def run() -> tuple[Any, Any]:
-        begin = clock()
-        out = document_attention(*inputs, plan, kernel=kernel)
-        middle = clock()
-        out.backward(grad_out)
-        end = clock()
-        for tensor in inputs:
-            tensor.grad = None
-        return middle - begin, end - middle
-
-    return run
+    outputs: list[torch.Tensor] = []
+    return _timed(
+        lambda: outputs.append(document_attention(*inputs, plan, kernel=kernel)),
+        lambda: torch.autograd.grad(outputs.pop(), inputs, grad_out),
+        clock=clock,
+    )
 
 
 def rectangles_side_by_side(sizes: Sequence[tuple[int, int]]) -> tuple[Rectangle, ...]:
@@ -93,55 +100,48 @@ def rectangles_side_by_side(sizes: Sequence[tuple[int, int]]) -> tuple[Rectangle
     return tuple(rectangles)
 
 
-def _rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kernel: AttentionKernel) -> Run:
+def _rectangles(
+    sizes: Sequence[tuple[int, int]], shape: Shape, dtype: str, kernel: AttentionKernel
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     rectangles = rectangles_side_by_side(sizes)
     query, _, _, grad_out = (tensor.detach() for tensor in random_inputs(rectangles[-1].q_stop, shape, dtype))
     _, key, value, _ = (tensor.detach() for tensor in random_inputs(rectangles[-1].k_stop, shape, dtype))
     options = ScoreOptions(causal=False, scale=shape[2] ** -0.5)
-    inputs = BackwardInputs(grad_out, query, key, value, *kernel.forward(query, key, value, rectangles, options))
+    out, lse = kernel.forward(query, key, value, rectangles, options)
+    return passes(kernel, BackwardInputs(grad_out, query, key, value, out, lse), rectangles, options)
 
-    def run() -> tuple[float, float]:
-        begin = cpu_clock()
-        kernel.forward(query, key, value, rectangles, options)
-        middle = cpu_clock()
-        kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
-        return middle - begin, cpu_clock() - middle
 
-    return run
+def passes(
+    kernel: AttentionKernel, inputs: BackwardInputs, rectangles: Sequence[Rectangle], options: ScoreOptions
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of a kernel call. Backward allocates and clears the gradients that it adds to, as a layer
+    does."""
+    tensors = inputs.query, inputs.key, inputs.value
+    return (
+        lambda: kernel.forward(*tensors, rectangles, options),
+        lambda: kernel.backward(inputs, rectangles, options, Gradients.zeros(*tensors)),
+    )
 
 
 def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
     """CPU seconds of merging so many rows into twice as many, and of packing the KV of so many."""
-    return _medians([_copies(count, shape, dtype) for count in rows], rounds)
-
-
-def _copies(count: int, shape: Shape, dtype: str) -> Run:
-    inputs = [tensor.detach() for tensor in random_inputs(2 * count, shape, dtype)[:3]]
-    merge, pack = copies(*inputs, Rows(torch.arange(count, 2 * count).numpy()))
-
-    def run() -> tuple[float, float]:
-        begin = cpu_clock()
-        merge()
-        middle = cpu_clock()
-        pack()
-        return middle - begin, cpu_clock() - middle
-
-    return run
+    runs = []
+    for count in rows:
+        inputs = (tensor.detach() for tensor in random_inputs(2 * count, shape, dtype)[:3])
+        runs.append(_timed(*copies(*inputs, Rows(np.arange(count, 2 * count)))))
+    return _medians(runs, rounds)
 
 
 def copies(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Returns two functions: one merges a partial output into some rows of the output of `query`, as the engine does,
-    the other packs the KV of those rows."""
+    """Two functions: one merges a partial output into some rows of the output of `query`, as the engine does, the
+    other packs the KV of those rows."""
     out = torch.zeros_like(query, dtype=accumulate_dtype(query.dtype))
     lse = torch.zeros(query.shape[:2], dtype=out.dtype, device=query.device)
     part, part_lse = query[:, : rows.count].clone(), torch.zeros_like(lse[:, : rows.count])
     packed = key.new_empty(rows.count, kv_width(key, value))
-    return (
-        lambda: merge_rows(out, lse, part, part_lse, rows),
-        lambda: pack_rows(key, value, rows, packed),
-    )
+    return lambda: merge_rows(out, lse, part, part_lse, rows), lambda: pack_rows(key, value, rows, packed)
 
 
 def time_transfers(bytes_moved: Sequence[int], rounds: int) -> list[list[float]]:
@@ -155,26 +155,13 @@ def _transfer(count: int) -> Run:
     sends = [count * (other == (rank - 1) % ranks) for other in range(ranks)]
     receives = [count * (other == (rank + 1) % ranks) for other in range(ranks)]
     rows = AllToAll(sent, received, sends, receives, dist.group.WORLD)
-
-    def run() -> tuple[float]:
-        begin = time.perf_counter()
-        Transfer(rows).wait()
-        return (time.perf_counter() - begin,)
-
-    return run
+    return _timed(lambda: Transfer(rows).wait(), clock=time.perf_counter)
 
 
 def time_products(tokens: int, widths: Sequence[int], dtype: str, rounds: int) -> list[list[float]]:
     """CPU seconds of a linear layer, forward, on so many tokens, from each width to as many."""
-
-    def product(width: int) -> Run:
+    runs = []
+    for width in widths:
         rows, weight = (torch.randn(size, width).to(DTYPES[dtype]) for size in (tokens, width))
-
-        def run() -> tuple[float]:
-            begin = cpu_clock()
-            torch.nn.functional.linear(rows, weight)
-            return (cpu_clock() - begin,)
-
-        return run
-
-    return _medians([product(width) for width in widths], rounds)
+        runs.append(_timed(functools.partial(torch.nn.functional.linear, rows, weight)))
+    return _medians(runs, rounds)

@@ -7,31 +7,20 @@ measured on one, and are those of the packaged profile.
 
 from __future__ import annotations
 
-from statistics import median
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ...data.lengths import sample_pack
 from ...errors import ConfigurationError
 from ...plan import ShardPlan
-from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel
 from ...predict.model_shape import AttentionLayers
-from ..calibration.fit import Call, copy_rate, error_summary, fit_device_kernel, kernel_entry, root_mean_square
+from ..calibration import fit
 from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
-from .hardware import OUT_OF_MEMORY, packaged_hardware
-from .settings import Found, Record, Run, Settings
-
-
-class Pack(NamedTuple):
-    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
-
-    corpus: str
-    strategy: str
-    window: int
-    seed: int
+from .settings import OUT_OF_MEMORY, Found, Record, Run, Settings, packaged_hardware
 
 
 _TOKENS = 16_384
@@ -69,12 +58,12 @@ GPU = Sizes(
     rounds=4,
 )
 GPU_PACKS = (
-    Pack("pile", "search", 131_072, 0),
-    Pack("pile", "per_doc", 131_072, 0),
-    Pack("wlb_llm", "search", 131_072, 1),
-    Pack("wlb_llm", "per_doc", 131_072, 1),
-    Pack("wlb_llm", "search", 131_072, 0),
-    Pack("wlb_llm", "per_doc", 131_072, 0),
+    fit.Pack("pile", "search", 131_072, 0),
+    fit.Pack("pile", "per_doc", 131_072, 0),
+    fit.Pack("wlb_llm", "search", 131_072, 1),
+    fit.Pack("wlb_llm", "per_doc", 131_072, 1),
+    fit.Pack("wlb_llm", "search", 131_072, 0),
+    fit.Pack("wlb_llm", "per_doc", 131_072, 0),
 )
 """The last two have one document of 94,000 tokens, and take the longest."""
 
@@ -92,7 +81,7 @@ REHEARSED = Sizes(
     cp_size=4,
     rounds=1,
 )
-REHEARSED_PACKS = (Pack("pile", "search", 512, 0), Pack("wlb_llm", "per_doc", 512, 0))
+REHEARSED_PACKS = (fit.Pack("pile", "search", 512, 0), fit.Pack("wlb_llm", "per_doc", 512, 0))
 
 FEWEST_CALLS = 12
 """Kernel calls without which nothing is fitted."""
@@ -106,29 +95,31 @@ def calibrate(run: Run, settings: Settings) -> Found:
     found = Found()
     sizes, packs = settings.sized((GPU, GPU_PACKS), (REHEARSED, REHEARSED_PACKS))
     (parts,) = run(1, time_parts, sizes)
-    plans = {
-        f"{pack.corpus}, {pack.strategy}, seed {pack.seed}": plan_documents(
-            sample_pack(pack.corpus, pack.window, seed=pack.seed), sizes.cp_size, strategy=pack.strategy
-        )
-        for pack in packs
-    }
+    plans = {f"{pack.corpus}, {pack.strategy}, seed {pack.seed}": pack.plan(sizes.cp_size) for pack in packs}
     (timed,) = run(1, time_layers, sizes, plans)
     found.cut += parts.pop("cut") + timed["cut"]
-    layers = [{**pack._asdict(), "cp_size": sizes.cp_size, "seconds": s} for pack, s in zip(packs, timed["layers"])]
-    found.more["measurements"] = {**parts, "layers": layers}
-    profile = _fit(found, parts, sizes)
-    _compare(found, profile, sizes, packs, list(plans.values()), timed["layers"])
+    seconds = timed["layers"]
+    rows = [{**pack._asdict(), "cp_size": sizes.cp_size, "seconds": each} for pack, each in zip(packs, seconds)]
+    found.more["measurements"] = {**parts, "layers": rows}
+    heads, kv_heads, width = sizes.shape
+    layers = AttentionLayers(1, heads, kv_heads, width, width)
+    profile = _fit(found, parts, layers)
+    model = None if profile is None else fit.model_of_layer(profile, layers, DTYPE.itemsize)
+    ratios = _compare(found, model, packs, list(plans.values()), seconds)
     if profile is not None:
-        found.more["profile"] = profile
+        error = fit.error_summary(ratios) if ratios else {}
+        found.more["profile"] = {**profile, "error": {"layers": len(ratios), "seconds": error}}
+        if error:
+            found.add(ERRORS, {name.replace("_", " "): value for name, value in error.items()})
     return found
 
 
-def _fit(found: Found, parts: dict[str, Any], sizes: Sizes) -> dict[str, Any] | None:
-    """Returns the profile, without its errors, if the parts suffice for one."""
+def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[str, Any] | None:
+    """The profile, without its errors, if the parts suffice for one."""
     calls = []
     for call in parts["calls"]:
         if "forward" in call:
-            calls.append(Call(call["causal"], call["rectangles"], call["forward"], call["backward"]))
+            calls.append(fit.Call(call["causal"], call["rectangles"], call["forward"], call["backward"]))
             continue
         queries, keys = np.sum(call["rectangles"], 0).tolist()
         shape = {"rectangles": len(call["rectangles"]), "queries": queries, "keys": keys}
@@ -136,9 +127,8 @@ def _fit(found: Found, parts: dict[str, Any], sizes: Sizes) -> dict[str, Any] | 
     if len(calls) < FEWEST_CALLS or {call.causal for call in calls} != {False, True}:
         found.cut.append(f"fit of the profile: only {len(calls)} kernel calls were timed")
         return None
-    layers = _attention(sizes)
     try:
-        kernel, ratios = fit_device_kernel(calls, layers, units=parts["units"])
+        kernel, ratios = fit.fit_device_kernel(calls, layers, units=parts["units"])
     except ConfigurationError as error:  # scipy is not installed
         found.problems.append(f"{error} The measurements are saved.")
         return None
@@ -150,7 +140,7 @@ def _fit(found: Found, parts: dict[str, Any], sizes: Sizes) -> dict[str, Any] | 
             "TFLOP/s": speed.flops_per_second / 1e12,
             "tile overhead, keys": speed.tile_overhead_keys,
             "under a causal mask, keys": speed.overhead_keys(causal=True),
-            "error of calls, rms": root_mean_square(column),
+            "error of calls, rms": fit.root_mean_square(column),
             "largest": float(abs(column - 1).max()),
         }
         found.add(KERNEL, record)
@@ -164,19 +154,13 @@ def _fit(found: Found, parts: dict[str, Any], sizes: Sizes) -> dict[str, Any] | 
     return profile
 
 
-def _attention(sizes: Sizes) -> AttentionLayers:
-    heads, kv_heads, width = sizes.shape
-    return AttentionLayers(1, heads, kv_heads, width, width)
-
-
 def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> dict[str, Any]:
     """The form of the packaged profiles, see [`HardwareProfile.from_dict`]."""
     packaged = packaged_hardware(parts["device"])
     base = HardwareProfile.load(packaged or "h100")
     assumed = f"assumed: as in {packaged}.json" if packaged else "assumed: an H100's, there is no profile of this GPU"
-    copies, products = parts["copies"], parts["products"]
-    flops = [2 * one["tokens"] * one["inputs"] * one["outputs"] / one["seconds"] for one in products]
-    moved = [(one["merge"], one["pack"]) for one in copies]
+    products = [(2 * one["tokens"] * one["inputs"] * one["outputs"], one["seconds"]) for one in parts["products"]]
+    copies = [(one["rows"], one["merge"], one["pack"]) for one in parts["copies"]]
     heads, kv_heads, width = parts["shape"]
     profile = {
         "description": (
@@ -187,18 +171,15 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
             "kernel, linear_flops_per_second, memory_bytes_per_second": "measured",
             "kernel.tile": "assumed",
             "kernel.units, memory_bytes": "reported by PyTorch",
-            **{name: assumed for name in ("peak_flops_per_second", "links", "ranks_per_node")},
+            **dict.fromkeys(("links", "ranks_per_node"), assumed),
         },
-        "linear_flops_per_second": median(flops),
-        "memory_bytes_per_second": copy_rate([one["rows"] for one in copies], moved, layers, DTYPE.itemsize),
-        "kernel": kernel_entry(kernel),
+        **fit.measured_speeds(kernel, products, copies, layers, DTYPE.itemsize),
         "links": {name: vars(getattr(base, name)) for name in ("intra_node", "inter_node")},
         "ranks_per_node": base.ranks_per_node,
     }
     if packaged:
         profile["peak_flops_per_second"] = base.peak_flops_per_second
-    else:
-        del profile["sources"]["peak_flops_per_second"]
+        profile["sources"]["peak_flops_per_second"] = assumed
     if parts["memory_bytes"]:
         profile["memory_bytes"] = parts["memory_bytes"]
     return profile
@@ -206,26 +187,21 @@ def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> 
 
 def _compare(
     found: Found,
-    profile: dict[str, Any] | None,
-    sizes: Sizes,
-    packs: tuple[Pack, ...],
-    plans: list[ShardPlan],
-    timed: list[list[float] | str],
-) -> None:
-    """Adds a record of each layer, with what the profile predicts for it if there is one, and to the profile its
-    error."""
-    model = None
-    if profile is not None:
-        layers, size = (_attention(sizes),), DTYPE.itemsize
-        model = CostModel(HardwareProfile.from_dict(profile), 0.0, layers, size, size)
+    model: CostModel | None,
+    packs: Sequence[fit.Pack],
+    plans: Sequence[ShardPlan],
+    timed: Sequence[list[float] | str],
+) -> list[float]:
+    """Adds a record of each layer. Returns predicted / measured where there is both."""
     ratios = []
     for pack, plan, seconds in zip(packs, plans, timed):
-        record: Record = {"corpus": pack.corpus, "strategy": pack.strategy}
-        record |= {"documents": len(plan.lengths), "longest": max(plan.lengths)}
-        if isinstance(seconds, str):
-            record["measured ms"] = seconds
-        else:
-            record["measured ms"] = 1000 * max(seconds)
+        record: Record = {
+            "corpus": pack.corpus,
+            "strategy": pack.strategy,
+            "documents": len(plan.lengths),
+            "longest": max(plan.lengths),
+            "measured ms": seconds if isinstance(seconds, str) else 1000 * max(seconds),
+        }
         if model is not None:
             time = model.step_time(plan)
             predicted = float((time.attention + time.copies).max())
@@ -234,8 +210,4 @@ def _compare(
                 ratios.append(predicted / max(seconds))
                 record["predicted / measured"] = ratios[-1]
         found.add(LAYERS, record)
-    if profile is not None:
-        error = error_summary(ratios) if ratios else {}
-        profile["error"] = {"layers": len(ratios), "seconds": error}
-        if ratios:
-            found.add(ERRORS, {name.replace("_", " "): value for name, value in profile["error"]["seconds"].items()})
+    return ratios

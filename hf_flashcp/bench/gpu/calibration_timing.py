@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +12,13 @@ import numpy as np
 import torch
 
 from ...attention import AttentionKernel, select_kernel
-from ...attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
 from ...layout import Rows
 from ...plan import ShardPlan
-from ..calibration.worker import Shape, copies, rectangles_side_by_side
-from ..kernels import RankWork, random_tensors
+from ..calibration.worker import Work, copies, passes, rectangles_side_by_side
+from ..kernels import RankWork, Shape, device_name, random_tensors
 from ..turns import median_seconds
-from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory
-from .settings import Found, Settings
+from .settings import OUT_OF_MEMORY, Found, Settings, fits_in_memory
 
 
 DTYPE = torch.bfloat16
@@ -31,22 +31,10 @@ WARM_UP, TIMED = 0.15, 0.3
 FOR_FIT = 3.0
 """Seconds that timing layers on a GPU leaves for the fit."""
 
-Work = tuple[bool, tuple[tuple[int, int], ...]]
-"""A kernel call: whether it is causal, and the queries and keys of each rectangle."""
-
 
 class Sizes(NamedTuple):
-    """Sizes of all that is timed.
-
-    Attributes:
-        shape (`Shape`): query heads, KV heads and head dim of all calls and layers.
-        calls (`tuple[Work, ...]`): kernel calls.
-        rows (`tuple[int, ...]`): how many rows are merged and packed at once.
-        tokens (`int`): rows that linear layers read.
-        widths (`tuple[tuple[int, int], ...]`): what linear layers read and write for each.
-        cp_size (`int`): ranks of the plans.
-        rounds (`int`): timed turns of each, fewer where time is short.
-    """
+    """Sizes of all that is timed: kernel calls and layers have query heads, KV heads and head dim of `shape`, linear
+    layers read `tokens` rows and have the `widths` in and out. `rounds` become fewer where time is short."""
 
     shape: Shape
     calls: tuple[Work, ...]
@@ -58,13 +46,8 @@ class Sizes(NamedTuple):
 
 
 def time_parts(settings: Settings, sizes: Sizes) -> dict[str, Any]:
-    """Times kernel calls, copies and linear layers, in a worker.
-
-    Returns:
-        `dict`, JSON-serializable: the `device`'s name, its `units` and `memory_bytes`, the `kernel`'s name and
-        `shape`; and with their seconds `calls`, `copies` and `products`. Calls that did not fit in memory have no
-        seconds. `cut` is as in [`Found`].
-    """
+    """Times kernel calls, copies and linear layers, in a worker. Returns plain data; calls that did not fit in memory
+    have no seconds."""
     device = settings.prepare()
     kernel = _kernel(device, sizes)
     found: dict[str, Any] = {"device": device_name(device), "units": 1, "memory_bytes": None}
@@ -89,10 +72,7 @@ def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     found = []
     for inputs, outputs in sizes.widths:
         rows, weight = (torch.randn(n, inputs, dtype=DTYPE, device=device) for n in (sizes.tokens, outputs))
-
-        def product(rows=rows, weight=weight) -> None:
-            torch.nn.functional.linear(rows, weight)
-
+        product = functools.partial(torch.nn.functional.linear, rows, weight)
         seconds = median_seconds(sizes.rounds, device, product=product)["product"]
         found.append({"tokens": sizes.tokens, "inputs": inputs, "outputs": outputs, "seconds": seconds})
     return found
@@ -149,15 +129,11 @@ class _Inputs:
     def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
         queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
         self.kernel = kernel
-        tensors = random_tensors(sizes.shape, queries, keys, DTYPE, device)
-        self.query, self.key, self.value, self.grad_out = tensors
+        self.query, self.key, self.value, self.grad_out = random_tensors(sizes.shape, queries, keys, DTYPE, device)
         self.out = torch.zeros_like(self.query)
 
-    def functions(
-        self, causal: bool, pairs: Sequence[tuple[int, int]]
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Returns forward and backward of a call, see [`Work`]. Backward allocates and clears the gradients that it
-        adds to, as a layer does."""
+    def functions(self, causal: bool, pairs: Sequence[tuple[int, int]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Forward and backward of a call, see [`Work`]."""
         rectangles = rectangles_side_by_side(pairs)
         queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
@@ -166,56 +142,34 @@ class _Inputs:
         # About what random scores give; times do not depend on it.
         lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
         options = ScoreOptions(causal, scale=query.shape[2] ** -0.5)
-        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
-
-        def forward() -> None:
-            self.kernel.forward(query, key, value, rectangles, options)
-
-        def backward() -> None:
-            self.kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
-
-        return forward, backward
+        return passes(self.kernel, BackwardInputs(grad_out, query, key, value, out, lse), rectangles, options)
 
 
 def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]) -> dict[str, Any]:
-    """Times the attention layer of every rank of some plans, by name, in a worker.
-
-    Returns:
-        `dict`, JSON-serializable: `layers`, for each plan the seconds of every rank's forward and backward, or why
-        there are none; `cut` as in [`Found`].
-    """
+    """Times the attention layer of every rank of some plans, by name, in a worker. `layers` has the seconds of every
+    rank's forward and backward for each plan, or why there are none."""
     device = settings.prepare()
     settings = settings.until(settings.deadline - settings.sized(FOR_FIT, 0.0))
     found = Found()
     kernel = _kernel(device, sizes)
-    layers = [
-        _by_rank(found, settings, plan, sizes, kernel, device, f"layer of {name}") for name, plan in plans.items()
-    ]
+
+    def by_rank(plan: ShardPlan, name: str) -> list[float] | str:
+        seconds: list[float] = []
+        needed = settings.sized(1.0, 0.05)
+        for rank in range(plan.cp_size):
+            if not found.has_time(settings, needed, name):
+                return "out of time"
+            begin = time.monotonic()
+
+            def run(rank=rank) -> None:
+                work = RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
+                seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
+
+            if not fits_in_memory(run):
+                return OUT_OF_MEMORY
+            # Ranks have about the same work: a plan that takes too long is given up after its first rank.
+            needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
+        return seconds
+
+    layers = [by_rank(plan, f"layer of {name}") for name, plan in plans.items()]
     return {"layers": layers, "cut": found.cut}
-
-
-def _by_rank(
-    found: Found,
-    settings: Settings,
-    plan: ShardPlan,
-    sizes: Sizes,
-    kernel: AttentionKernel,
-    device: torch.device,
-    name: str,
-) -> list[float] | str:
-    seconds: list[float] = []
-    needed = settings.sized(1.0, 0.05)
-    for rank in range(plan.cp_size):
-        if not found.has_time(settings, needed, name):
-            return "out of time"
-        begin = time.monotonic()
-
-        def run(rank=rank) -> None:
-            work = RankWork(plan, rank, kernel, sizes.shape, DTYPE, device)
-            seconds.append(median_seconds(sizes.rounds, device, engine=work.engine)["engine"])
-
-        if not fits_in_memory(run):
-            return OUT_OF_MEMORY
-        # Ranks have about the same work: a plan that takes too long is given up after its first rank.
-        needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
-    return seconds

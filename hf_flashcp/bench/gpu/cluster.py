@@ -29,13 +29,8 @@ ROUNDS = 5
 
 
 class Ranks(NamedTuple):
-    """The place of a rank in a launch.
-
-    Attributes:
-        group (`ProcessGroup`): the context-parallel group, of all ranks.
-        control (`ProcessGroup`): all ranks over gloo, for what they say of a step.
-        device (`torch.device`): its device.
-    """
+    """The context-parallel group, of all ranks; all ranks over gloo, for what they say of a step; this rank's
+    device."""
 
     group: dist.ProcessGroup
     control: dist.ProcessGroup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 
 import torch
@@ -33,10 +34,8 @@ def device(settings: Settings) -> Found:
 def _versions() -> list[Record]:
     found = [{"package": "Python", "version": platform.python_version()}]
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found.append({"package": name, "version": metadata.version(name)})
-        except metadata.PackageNotFoundError:
-            continue
     if torch.version.cuda:
         found.append({"package": "CUDA of PyTorch", "version": torch.version.cuda})
         found.append({"package": "cuDNN", "version": str(torch.backends.cudnn.version())})

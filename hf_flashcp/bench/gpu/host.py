@@ -6,6 +6,7 @@ A layer at few tokens is bound by launches: then the host's time is above the de
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -25,6 +26,9 @@ from .small_models import packed_batch, small_llama
 
 
 ROUNDS = 5
+LENGTHS = (300, 150, 31), (300, 151, 31)
+"""Two batches: what is built for the first does not serve the second."""
+
 _LAUNCHES = (
     "cudaLaunchKernel",
     "cudaLaunchKernelExC",
@@ -41,10 +45,13 @@ def host(settings: Settings) -> Found:
         if found.has_time(settings, settings.sized(3, 0), f"{tokens} tokens"):
             title = "One attention layer of a rank, forward and backward, seven stages"
             found.add(title, _launches(tokens, settings, device))
+    model = small_llama(128).to(device, torch.bfloat16)
+    attach(model, None)
+    sharded, whole = (iter([packed_batch(lengths, device) for lengths in LENGTHS]) for _ in range(2))
     for what, function, must in (
-        ("a layer", _layer(settings, device), True),
-        ("shard_inputs", _shard(device), False),
-        ("a model's forward and backward", _model_step(device), False),
+        ("a layer", _rank_work(settings.sized(4096, 64), settings, device).engine, True),
+        ("shard_inputs", lambda: shard_inputs(next(sharded), None), False),
+        ("a model's forward and backward", lambda: model(**next(whole)).loss.backward(), False),
     ):
         said = _first_wait(function, device)
         nowhere = settings.sized("nowhere", "a CPU does not wait")
@@ -72,13 +79,15 @@ def _launches(tokens: int, settings: Settings, device: torch.device) -> Record:
         work.engine()
         issued.append(time.perf_counter() - begin)
     _wait_for(device)
+    with _Dispatches() as dispatches:
+        work.engine()
     return {
         "tokens per rank": tokens,
         "device ms": 1000 * seconds,
         "host ms": 1000 * median(issued),
         "host / device": median(issued) / seconds,
         "launches": _count_launches(work.engine, device),
-        "dispatches": _count_dispatches(work.engine),
+        "dispatches": dispatches.count,
     }
 
 
@@ -97,16 +106,8 @@ def _count_launches(function: Callable[[], Any], device: torch.device) -> int:
     return sum(event.name in _LAUNCHES for event in profiler.events())
 
 
-def _count_dispatches(function: Callable[[], Any]) -> int:
-    with _Dispatches() as mode:
-        function()
-    return mode.count
-
-
 class _Dispatches(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
@@ -114,7 +115,7 @@ class _Dispatches(TorchDispatchMode):
 
 
 def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
-    """Returns PyTorch's error at the first operation that waits for the device, in a second call."""
+    """PyTorch's error at the first operation that waits for the device, in a second call."""
     function()
     if device.type == "cpu":
         return None
@@ -131,30 +132,7 @@ def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None
 
 def _place(error: BaseException) -> str:
     """The innermost line of this library, or of any."""
-    frames, trace = [], error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    ours = [frame for frame in frames if "hf_flashcp" in frame[0] and "bench" not in frame[0]]
-    file, line = (ours or frames)[-1]
-    return f"{'/'.join(file.split('/')[-3:])}:{line}"
-
-
-def _layer(settings: Settings, device: torch.device) -> Callable[[], Any]:
-    return _rank_work(settings.sized(4096, 64), settings, device).engine
-
-
-LENGTHS = (300, 150, 31), (300, 151, 31)
-"""Two batches: what is built for the first does not serve the second."""
-
-
-def _shard(device: torch.device) -> Callable[[], Any]:
-    batches = iter([packed_batch(lengths, device) for lengths in LENGTHS])
-    return lambda: shard_inputs(next(batches), None)
-
-
-def _model_step(device: torch.device) -> Callable[[], Any]:
-    model = small_llama(128).to(device, torch.bfloat16)
-    attach(model, None)
-    batches = iter([packed_batch(lengths, device) for lengths in LENGTHS])
-    return lambda: model(**next(batches)).loss.backward()
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "hf_flashcp" in frame.filename and "bench" not in frame.filename]
+    innermost = (ours or frames)[-1]
+    return f"{'/'.join(innermost.filename.split('/')[-3:])}:{innermost.lineno}"

@@ -94,12 +94,7 @@ def kernels(settings: Settings) -> Found:
 
 
 def _check_kernel(
-    found: Found,
-    name: str,
-    dtype: torch.dtype,
-    shapes: Sequence[Shape],
-    todo: Sequence[Case],
-    device: torch.device,
+    found: Found, name: str, dtype: torch.dtype, shapes: Sequence[Shape], todo: Sequence[Case], device: torch.device
 ) -> None:
     count, worst, over = 0, 0.0, 0.0
     wrong: list[str] = []
@@ -128,13 +123,8 @@ def _check_kernel(
 
 
 class _Layer:
-    """Random inputs of one case and what float64 makes of them.
-
-    Backward gets an output and logsumexp over more keys than its own, as after a merge.
-
-    Args:
-        shape: query heads, KV heads, width of keys, width of values.
-    """
+    """Random inputs of one case and what float64 makes of them. `shape` is query heads, KV heads, width of keys and of
+    values. Backward gets an output and logsumexp over more keys than its own, as after a merge."""
 
     def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
         self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
@@ -156,16 +146,13 @@ class _Layer:
         return all(torch.equal(a, b) for a, b in zip(first, second))
 
     def _forward(self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value, _ = inputs
-        return kernel.forward(query, key, value, self._case.rectangles, self._options)
+        return kernel.forward(*inputs[:3], self._case.rectangles, self._options)
 
     def _backward(
         self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged: tuple[torch.Tensor, torch.Tensor]
     ) -> Gradients:
-        query, key, value, grad_out = inputs
-        grads = Gradients.zeros(query, key, value)
-        needed = BackwardInputs(grad_out, query, key, value, *merged)
-        kernel.backward(needed, self._case.rectangles, self._options, grads)
+        grads = Gradients.zeros(*inputs[:3])
+        kernel.backward(BackwardInputs(inputs[3], *inputs[:3], *merged), self._case.rectangles, self._options, grads)
         return grads
 
 
@@ -173,17 +160,18 @@ class PlainKernel(EagerKernel):
     """The formulas with scores, probabilities and their gradients rounded to the dtype of the queries."""
 
     def _forward_block(self, q, k, v, keys, options):
-        scores = (q @ k.mT).to(q.dtype) * options.scale
-        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
+        scores = self._rounded((q @ k.mT).to(q.dtype), keys, options)
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v, scores.float().logsumexp(-1)
 
     def _backward_block(self, inputs, keys, options):
         do, q, k, v, o, lse = inputs
-        scores = (q @ k.mT) * options.scale
-        scores = scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
-        p = (scores.float() - lse[..., None]).exp().to(q.dtype)
+        p = (self._rounded(q @ k.mT, keys, options).float() - lse[..., None]).exp().to(q.dtype)
         ds = p * (do @ v.mT - (do.float() * o.float()).sum(-1, keepdim=True).to(q.dtype)) * options.scale
         return ds @ k, ds.mT @ q, p.mT @ do
+
+    def _rounded(self, products, keys, options):
+        scores = products * options.scale
+        return scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
 
 
 def _inputs(shape: Shape, case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

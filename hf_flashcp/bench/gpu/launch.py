@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,12 @@ from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
-    """Returns how many processes a launcher has started: 1 without one."""
+    """Processes that a launcher has started: 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Returns whether this process writes and prints."""
+    """Whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -31,32 +31,12 @@ STEP_SECONDS = 60
 """Seconds after which a collective of a step gives up waiting for a rank."""
 
 
-class Launch(NamedTuple):
-    """The processes of a launch.
-
-    Attributes:
-        control (`ProcessGroup`): all ranks over gloo, for what they say of a step.
-        device (`torch.device`): this rank's.
-        backend (`str`): that of the exchange.
-        limit (`timedelta`): how long a collective of a step waits.
-    """
-
-    control: dist.ProcessGroup
-    device: torch.device
-    backend: str
-    limit: timedelta
-
-    def ranks(self) -> Ranks:
-        """Ranks with a group of their own: after a collective that timed out a group cannot be used again."""
-        group = dist.new_group(list(range(dist.get_world_size())), backend=self.backend, timeout=self.limit)
-        return Ranks(group, self.control, self.device)
-
-
-def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Launch:
+def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Callable[[], Ranks]:
     """Joins the launch's process group. The first rank may come late: it runs the steps of one GPU before.
 
     Under gloo a collective that waits longer than `step_seconds` raises an error; under NCCL its watchdog ends the
-    process, and with it the run.
+    process, and with it the run. Every call of what is returned makes ranks with a group of their own: after a
+    collective that timed out a group cannot be used again.
     """
     device = torch.device("cpu")
     if settings.device == "cuda":
@@ -67,23 +47,25 @@ def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Launch:
     if not joined:
         dist.init_process_group(settings.sized("cpu:gloo,cuda:nccl", "gloo"), timeout=patient)
     # What a rank says of a step may come as late as others wait for it.
-    control = dist.new_group(list(range(dist.get_world_size())), backend="gloo", timeout=patient)
+    everyone = list(range(dist.get_world_size()))
+    control = dist.new_group(everyone, backend="gloo", timeout=patient)
     dist.barrier(control)
     if not joined:
         dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)
-    return Launch(control, device, settings.sized("nccl", "gloo"), limit)
+    backend = settings.sized("nccl", "gloo")
+    return lambda: Ranks(dist.new_group(everyone, backend=backend, timeout=limit), control, device)
 
 
 def run_together(
     steps: Sequence[Step],
     settings: Settings,
-    launch: Launch,
+    new_ranks: Callable[[], Ranks],
     results: Results | None,
     on_row: Callable[[Any, Row | None], None],
 ) -> None:
     """Every rank calls it; the first one has the results."""
     for step in steps:
-        begin, ranks = time.monotonic(), launch.ranks()
+        begin, ranks = time.monotonic(), new_ranks()
         found, error = Found(), None
         on_row(step, None)
         try:
@@ -91,7 +73,7 @@ def run_together(
             found = step.run(ranks, settings.until(begin + step.seconds))
         except Exception as raised:  # a step must not end the run
             error = raised
-        messages = gathered(error and f"{type(error).__name__}: {error}", launch.control)
+        messages = gathered(error and f"{type(error).__name__}: {error}", ranks.control)
         said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
             status = status_of(error, settings) if error else FAILED if said else status_of_found(found)

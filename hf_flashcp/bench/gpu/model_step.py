@@ -26,12 +26,12 @@ from ...predict.memory import estimate_memory
 from ...predict.memory_shape import MemoryShape
 from ...predict.training_setup import RankLoad, TrainingSetup
 from ...simulation.simulate import model_flops
+from ..kernels import device_name
 from ..memory import random_batch
 from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
-from .hardware import OUT_OF_MEMORY, device_name, fits_in_memory, packaged_hardware
-from .settings import Found, Record, Settings
+from .settings import OUT_OF_MEMORY, Found, Record, Settings, fits_in_memory, packaged_hardware
 
 
 CORPUS = "pile"
@@ -67,14 +67,8 @@ STEPS, MEMORY = "One training step", "Peak memory of the training step"
 
 
 class Measured(NamedTuple):
-    """One way to run the step.
-
-    Attributes:
-        seconds (`float`): median of a step.
-        peak_bytes (`int`): most memory allocated during a step; 0 on a CPU.
-        loss (`float`): mean over the batch's targets.
-        grad_norm (`float`): of the batch's gradient.
-    """
+    """One way to run the step: median seconds, most bytes allocated (0 on a CPU), mean loss of the batch's targets,
+    and the norm of the batch's gradient."""
 
     seconds: float
     peak_bytes: int
@@ -124,10 +118,7 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
         found.add(MEMORY, _memory(packed, lengths, config))
     if packed is None or alone is None:
         return
-    for name, ours, stock in (
-        ("loss", packed.loss, alone.loss),
-        ("gradient norm", packed.grad_norm, alone.grad_norm),
-    ):
+    for name, ours, stock in (("loss", packed.loss, alone.loss), ("gradient norm", packed.grad_norm, alone.grad_norm)):
         found.require(
             math.isclose(ours, stock, rel_tol=TOLERANCES["bf16"]),
             f"{name} of {tokens:,} packed tokens is {ours:.6g}, and {stock:.6g} with sdpa on the documents alone",
@@ -137,8 +128,8 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
 def _run(
     settings: Settings, trainer: Trainer, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> Measured | None:
-    """Runs a step two times, so that the optimizer has its state in the second, and then times it. Returns `None` if
-    memory runs out."""
+    """Runs a step two times, so that the optimizer has its state in the second, and then times it. `None` if memory
+    runs out."""
     on_gpu = trainer.device.type == "cuda"
     figures: dict[str, float] = {}
 

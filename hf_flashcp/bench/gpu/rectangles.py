@@ -6,6 +6,7 @@ the slowest rank stands for the layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ...data.lengths import sample_pack
 from ...layout import RankLayout, Rectangle
 from ...plan import ShardPlan
 from ...planning import plan_documents
-from ..kernels import random_tensors, time_plan
+from ..kernels import Shape, random_tensors, time_plan
 from ..turns import median_seconds
 from .settings import Found, Record, Settings, fused_kernels
 
@@ -32,38 +33,33 @@ TILE = 128
 
 def _packs(settings: Settings) -> dict[str, list[int]]:
     window = settings.sized(131072, 2048)
-    packs = {
-        "pile": sample_pack("pile", window),
-        "wlb_llm": sample_pack("wlb_llm", window),
-        "one document": [window],
-    }
-    return packs if not settings.rehearses else {"pile": packs["pile"]}
+    packs = {corpus: sample_pack(corpus, window) for corpus in settings.sized(("pile", "wlb_llm"), ("pile",))}
+    return packs if settings.rehearses else {**packs, "one document": [window]}
 
 
-def _shape(settings: Settings) -> tuple[int, int, int]:
+def _shape(settings: Settings) -> Shape:
     return settings.sized(SHAPE, (4, 2, 32))
 
 
 def plans(settings: Settings) -> Found:
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
-        for pack, lengths in _packs(settings).items():
-            for strategy in STRATEGIES:
-                # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
-                flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
-                needed = settings.sized(1 + flops / 200e12, 0)
-                if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
-                    plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
-                    record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
-                    found.add(
-                        f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
-                        f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
-                        {"pack": pack, "strategy": strategy, "kernel": name, **record},
-                    )
+        for (pack, lengths), strategy in itertools.product(_packs(settings).items(), STRATEGIES):
+            # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
+            flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
+            needed = settings.sized(1 + flops / 200e12, 0)
+            if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
+                plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
+                record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
+                found.add(
+                    f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
+                    f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
+                    {"pack": pack, "strategy": strategy, "kernel": name, **record},
+                )
     return found
 
 
-def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
     one, kernels, engine = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1).values()
     return {
         "one call ms": 1000 * max(one),
@@ -98,14 +94,14 @@ def rectangles(settings: Settings) -> Found:
     return found
 
 
-def _tensors(todo: Sequence[Rectangle], shape: tuple[int, int, int], device: torch.device) -> list[torch.Tensor]:
+def _tensors(todo: Sequence[Rectangle], shape: Shape, device: torch.device) -> list[torch.Tensor]:
     """query, key, value and grad_out for rectangles."""
     rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
     return random_tensors(shape, rows, keys, torch.bfloat16, device)
 
 
 def _speed(
-    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: tuple[int, int, int], device: torch.device
+    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: Shape, device: torch.device
 ) -> Record:
     query, key, value, grad_out = _tensors(todo, shape, device)
     options = ScoreOptions(causal, scale=shape[2] ** -0.5)
@@ -127,7 +123,7 @@ def _speed(
     }
 
 
-def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: tuple[int, int, int], device: torch.device) -> Record:
+def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
     """The rank and stage with the most blocks that have no queries, run whole and grouped by length of queries."""
     layouts = [RankLayout(plan, rank) for rank in range(plan.cp_size)]
     stages = [

@@ -10,11 +10,7 @@ from .runner import Row
 
 
 def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
-    """A summary of the steps, then what each found.
-
-    Args:
-        shows: by step what it establishes.
-    """
+    """A summary of the steps, then what each found. `shows` says what each step establishes."""
     machine = rows[0]["machine"] if rows else {}
     summary = [
         {"step": row["step"], "result": row["status"], "s": row["seconds"], "shows": shows.get(row["step"], "")}
@@ -34,7 +30,7 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> str:
-    """Returns a table of records, with the names in any of them as columns; columns of texts are on the left."""
+    """A table with all names of any record as columns; columns of texts are on the left."""
     names = list(dict.fromkeys(name for record in records for name in record))
     is_text = {name: all(isinstance(record.get(name, ""), str) for record in records) for name in names}
     rows = [[shown(record.get(name, "")) for name in names] for record in records]
@@ -42,7 +38,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as text: a number with at most four significant digits, whole ones in full."""
+    """Numbers with at most four significant digits, whole ones in full."""
     if value is None:
         return "not finite"
     if not isinstance(value, float):

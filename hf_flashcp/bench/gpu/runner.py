@@ -23,30 +23,17 @@ from .settings import Found, Settings, Step
 TOTAL_SECONDS = 540
 """Longest run; steps that would begin later are left out."""
 
-PASSED, FAILED, CUT_SHORT, OUT_OF_MEMORY, OUT_OF_TIME, CRASHED, NOT_RUN = (
-    "passed",
-    "failed",
-    "cut short",
-    "out of memory",
-    "out of time",
-    "crashed",
-    "not run",
-)
+PASSED, FAILED, CUT_SHORT, NOT_RUN = "passed", "failed", "cut short", "not run"
+OUT_OF_MEMORY, OUT_OF_TIME, CRASHED = "out of memory", "out of time", "crashed"
 
 Row = dict[str, Any]
-"""A step as it is written to `steps.jsonl`: `step`, `status`, `seconds`, `limit`, `message`, `problems`, `cut`,
-`tables`, `more`, and `machine`: where it ran."""
-
-
+"""A step as it is written to `steps.jsonl`, with `_KEYS`; `machine` says where it ran."""
 _KEYS = {"step", "status", "seconds", "limit", "message", "problems", "cut", "tables", "more", "machine"}
 
 
 class Results:
-    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone.
-
-    Raises:
-        ConfigurationError: the folder cannot be made, or its file has rows of another machine or something else.
-    """
+    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone. A file of another
+    machine, or that cannot be read, is a `ConfigurationError`."""
 
     def __init__(self, folder: Path | None, machine: dict[str, str]):
         self.machine = machine
@@ -184,9 +171,6 @@ class Pools:
 
     Workers are forked from a server that has imported everything and never touched the GPU. Where a GPU cannot be
     used like that, they are spawned.
-
-    Raises:
-        ConfigurationError: PyTorch sees no GPU.
     """
 
     def __init__(self, device: str):
@@ -211,7 +195,7 @@ class Pools:
             forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:
-        """Returns what must be equal for results to be in one file."""
+        """What must be equal for results to be in one file."""
         return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
 
     def _gpu_name(self) -> str:

@@ -1,16 +1,21 @@
-"""Arguments and results of every step of `flashcp bench gpu`."""
+"""Arguments and results of every step of `flashcp bench gpu`, and what steps ask about the GPU."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from ...attention.kernels import explain_kernels, load_kernel_library
+from ...predict import HARDWARE
 
+
+OUT_OF_MEMORY = "out of memory"
+"""Stands in a record in place of the figure that could not be measured."""
 
 Record = dict[str, Any]
 """A row of a table: by column, numbers and texts."""
@@ -18,13 +23,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a step. Workers get them with every call.
-
-    Attributes:
-        device (`str`): "cuda", or "cpu" to rehearse.
-        kernel_library (`str`, *optional*): FlashAttention-3's library, see [`load_kernel_library`].
-        deadline (`float`): `time.monotonic()`, equal in all processes of a machine, at which the step is ended.
-    """
+    """Settings of a step, which workers get with every call: "cuda", or "cpu" to rehearse; FlashAttention-3's library;
+    the `time.monotonic()`, equal in all processes of a machine, at which the step is ended."""
 
     device: str
     kernel_library: str | None = None
@@ -53,22 +53,13 @@ class Settings:
         return torch.device("cpu")
 
 
-class Run(Protocol):
-    """Calls `function(settings, *args)` in that many processes; returns results by rank."""
-
-    def __call__(self, processes: int, function: Callable[..., Any], *args: Any) -> list[Any]: ...
+Run = Callable[..., list[Any]]
+"""`run(processes, function, *args)` calls `function(settings, *args)` in that many processes; results by rank."""
 
 
 class Step(NamedTuple):
-    """A part of the run that fails alone.
-
-    Attributes:
-        name (`str`): what `--steps` takes.
-        group (`str`): "correctness", "timing" or, for several GPUs, "cluster".
-        seconds (`int`): its time limit.
-        shows (`str`): what it establishes, in a few words.
-        run (`Callable`): returns a [`Found`], given a [`Run`], or for several GPUs the ranks, and the settings.
-    """
+    """A part of the run that fails alone: `seconds` is its time limit, `shows` what it establishes, and `run` takes a
+    [`Run`], or for several GPUs the ranks, and the settings."""
 
     name: str
     group: str
@@ -78,19 +69,13 @@ class Step(NamedTuple):
 
 
 def in_worker(function: Callable[[Settings], Found]) -> Callable[[Run, Settings], Found]:
-    """Returns what runs a step that is one call in one process."""
+    """A step that is one call in one process."""
     return lambda run, settings: run(1, function)[0]
 
 
 class Found:
-    """A step's results.
-
-    Attributes:
-        tables (`dict[str, list[Record]]`): by title, in the order in which they are shown.
-        problems (`list[str]`): what is not as it should be; with any the step has failed.
-        cut (`list[str]`): what was left out because the time was over.
-        more (`dict[str, Any]`): JSON that is saved and not shown.
-    """
+    """A step's results: tables by title, problems (with any the step has failed), what was left out because the time
+    was over, and JSON that is saved and not shown."""
 
     def __init__(self) -> None:
         self.tables: dict[str, list[Record]] = {}
@@ -105,8 +90,14 @@ class Found:
         if not right:
             self.problems.append(problem)
 
+    def add_error(self, title: str, record: Record, what: str) -> None:
+        """Adds a record and requires that its `error` is within its `bound`."""
+        self.add(title, record)
+        problem = f"{what} is off by {record['error']:.1e}, more than {record['bound']:.1e}"
+        self.require(record["error"] <= record["bound"], problem)
+
     def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
-        """Returns whether so many seconds are left for `name`, and notes it as cut if not."""
+        """Whether so many seconds are left for `name`, which is noted as cut if not."""
         if settings.seconds_left() < seconds:
             self.cut.append(name)
             return False
@@ -117,3 +108,22 @@ def fused_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_
     """Kernels other than the formulas that can run such a layer here, best first."""
     explained = explain_kernels(device.type, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     return [name for name, reason in explained if reason is None and name != "eager"]
+
+
+def packaged_hardware(name: str) -> str | None:
+    """Name of the packaged profile for a GPU that PyTorch calls `name`, if there is one."""
+    words = re.findall("[a-z0-9]+", name.lower())  # so that a GH200 is not taken for an H200
+    return next((hardware for hardware in HARDWARE if hardware in words), None)
+
+
+def fits_in_memory(function: Callable[[], Any]) -> bool:
+    """Calls `function` and waits for the device. `False`, with PyTorch's cache emptied, if memory ran out."""
+    try:
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return True
+    except torch.OutOfMemoryError:
+        pass  # the cache is emptied below, when the error no longer holds the tensors of its frames
+    torch.cuda.empty_cache()
+    return False

@@ -48,11 +48,7 @@ CLUSTER_STEPS = (
 
 
 def choose(names: Iterable[str], steps: Iterable[Step]) -> list[Step]:
-    """Picks the steps with these names or of these groups, in their own order; all if there are no names.
-
-    Raises:
-        ConfigurationError: a name is neither.
-    """
+    """The steps with these names or of these groups, in their own order; all if there are no names."""
     steps, wanted = list(steps), set(names)
     known = {step.name for step in steps} | {step.group for step in steps}
     if unknown := sorted(wanted - known):

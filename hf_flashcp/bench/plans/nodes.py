@@ -14,13 +14,15 @@ from ...plan import ShardPlan, Topology
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
-from ...tables import counted, table
+from ...tables import counted, records_table
+from ..arguments import with_arguments
 
 
 DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"
 VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH)
 
 
+@with_arguments("packs", "tokens")
 def measure(
     corpora: Sequence[str],
     cp_sizes: Sequence[int],
@@ -32,16 +34,9 @@ def measure(
 ) -> dict[str, Any]:
     """Predicts steps of plans by "search".
 
-    Takes what the options of `flashcp bench nodes` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments and `cells`, each with `corpus`, `cp_size`, `window` and by
-        `VARIANTS` means of `inter_node`, tokens that the busiest rank gets from other nodes or sends to them in a
-        layer's forward, of `exposed`, the share of the step that the rank which waits longest does, and
-        `step_seconds`; `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
-
-    Raises:
-        PlanError: ranks that do not fill several nodes.
+    By `VARIANTS`, a cell has means of `inter_node` (tokens that the busiest rank gets from other nodes or sends to
+    them in a layer's forward), of `exposed` (the share of the step that the rank which waits longest does) and of
+    `step_seconds`, and `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
     """
     profile = HardwareProfile.load(hardware)
     model, topology = CostModel.from_config(config, profile), Topology(profile.ranks_per_node)
@@ -56,7 +51,7 @@ def measure(
                 rows[name].append(_step(plan, model, topology))
         variants = {name: _means(found, rows[DIRECTLY]) for name, found in rows.items()}
         cells.append({"corpus": corpus, "cp_size": cp_size, "window": cp_size * tokens, "variants": variants})
-    return {"hardware": profile.description, "packs": packs, "tokens": tokens, "cells": cells}
+    return {"hardware": profile.description, "cells": cells}
 
 
 def _step(plan: ShardPlan, model: CostModel, topology: Topology) -> dict[str, float]:
@@ -76,33 +71,21 @@ def _means(found: list[dict[str, float]], directly: list[dict[str, float]]) -> d
 def text(found: dict[str, Any]) -> str:
     """A table with a row for each variant of each cell."""
     columns = {
-        "corpus": "",
-        "ranks": ",",
-        "window": ",",
-        "plans": "",
-        "step ms": ",.0f",
-        "/ directly": ".2f",
-        "between nodes": ".3f",
-        "waiting": ".1%",
+        "corpus": ("corpus", ""),
+        "cp_size": ("ranks", ","),
+        "window": ("window", ","),
+        "plans": ("plans", ""),
+        "step_seconds": ("step ms", "ms:,.0f"),
+        "over_directly": ("/ directly", ".2f"),
+        "inter_node": ("between nodes", ".3f"),
+        "exposed": ("waiting", ".1%"),
     }
     rows = [
-        (
-            *(cell[name] for name in ("corpus", "cp_size", "window")),
-            name,
-            1000 * row["step_seconds"],
-            row["over_directly"],
-            row["inter_node"] / cell["window"],
-            row["exposed"],
-        )
+        {**cell, "plans": name, **row, "inter_node": row["inter_node"] / cell["window"]}
         for cell in found["cells"]
         for name, row in cell["variants"].items()
     ]
-    return "\n".join(
-        [
-            found["hardware"],
-            f"{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; between nodes: "
-            "tokens of the busiest rank, over the window",
-            "",
-            table(columns, rows),
-        ]
+    return (
+        f"{found['hardware']}\n{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; "
+        "between nodes: tokens of the busiest rank, over the window\n\n" + records_table(columns, rows)
     )

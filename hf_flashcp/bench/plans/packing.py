@@ -19,6 +19,7 @@ from ...planning import plan_documents
 from ...predict import CostModel
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import records_table
+from ..arguments import with_arguments
 
 
 ROUNDS = 3
@@ -28,6 +29,9 @@ PLANNED = 32
 """Packs that are planned, to compare with the sum over their documents."""
 
 
+@with_arguments(
+    "corpora", "window", "steps", "cp_size", "dp_size", "gradient_accumulation_steps", "look_ahead", "seed"
+)
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -41,13 +45,8 @@ def measure(
 ) -> dict[str, Any]:
     """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
 
-    Takes what the options of `flashcp bench packing` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `cells`, each by method with `packs`, `fill_rate`,
-        `micro_step_imbalance`, `step_imbalance`, `documents_cut`, `mean_delay` (optimizer steps; `None` where packs
-        are shuffled), `seconds` (to pack, median) and `time_error`: of packs' times as sums over documents, against
-        those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
+    `mean_delay` is in optimizer steps, `None` where packs are shuffled. `time_error` is of packs' times as sums over
+    documents, against those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
     """
     options = PackingOptions(
         window,
@@ -62,17 +61,7 @@ def measure(
         lengths = _lengths(corpus, steps * options.step_packs * window, seed)
         methods = {name: method(lengths, options, seed) for name, method in METHODS.items()}
         cells.append({"corpus": corpus, "documents": len(lengths), "methods": methods})
-    return {
-        "corpora": list(corpora),
-        "window": window,
-        "steps": steps,
-        "cp_size": cp_size,
-        "dp_size": dp_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "look_ahead": look_ahead,
-        "seed": seed,
-        "cells": cells,
-    }
+    return {"cells": cells}
 
 
 def _lengths(corpus: str, tokens: int, seed: int) -> np.ndarray:
@@ -139,12 +128,7 @@ def _ours(strategy: str) -> Callable[..., dict[str, Any]]:
     return method
 
 
-METHODS = {
-    "concatenate": _concatenated,
-    "TRL bfd": _trl,
-    "best_fit": _ours("best_fit"),
-    "balanced": _ours("balanced"),
-}
+METHODS = {"concatenate": _concatenated, "TRL bfd": _trl, "best_fit": _ours("best_fit"), "balanced": _ours("balanced")}
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -15,7 +15,8 @@ from ...data.lengths import sample_pack
 from ...plan import ShardPlan, Topology
 from ...planning import STRATEGIES, plan_documents
 from ...planning.lower_bound import kv_lower_bound
-from ...tables import counted, records_table, table
+from ...tables import counted, records_table
+from ..arguments import with_arguments
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
@@ -26,14 +27,9 @@ LINKS = ("intra_node", "inter_node")
 
 
 def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str, Any]:
-    """Returns what is compared of a plan, from its [`ShardPlan.report`] for full attention.
-
-    Returns:
-        `dict`: `kv_total` and `bottleneck` (the largest received or sent of a rank), in tokens; `pair_imbalance` and
-        `token_imbalance` (max / mean over ranks); `tokens_equal` (within one); `slices` of all ranks. With a topology
-        also `intra_node` and `inter_node`, the parts of the bottleneck: the largest received or sent of a rank inside
-        its node, and from or to others; and `inter_node_total`.
-    """
+    """What is compared of a plan, from its [`ShardPlan.report`] for full attention: KV in tokens (`bottleneck` is the
+    largest received or sent of a rank), imbalances, `tokens_equal` (within one). With a topology also the parts of the
+    bottleneck: the largest received or sent of a rank inside its node, and from or to others."""
     report = plan.report(topology=topology)
     by_link = {}
     if topology is not None:
@@ -48,6 +44,7 @@ def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str,
     }
 
 
+@with_arguments("windows", "cp_sizes", "packs", "seed", "max_imbalance", "max_token_imbalance", "ranks_per_node")
 def measure(
     corpora: str | Sequence[str],
     windows: Sequence[int],
@@ -64,34 +61,12 @@ def measure(
 ) -> dict[str, Any]:
     """Plans drawn packs with every strategy, in every cell: corpus, window and number of ranks.
 
-    Args:
-        corpora: one or more of `hf_flashcp.data.lengths.LENGTH_DISTRIBUTIONS`.
-        windows: tokens of a packed row.
-        cp_sizes: numbers of ranks.
-        packs: packs drawn in each cell, with the seeds from `seed` on; the same for all strategies and `cp_sizes`.
-        max_imbalance: cap on attention pairs, max / mean over ranks.
-        max_token_imbalance: cap on tokens, likewise; 1.0 for equal within one.
-        others: planners beside the strategies, by name.
-        least_total: whether `search` for the least KV in total is compared too.
-        ranks_per_node: if given, `search` without a topology and with one is compared in place of strategies and the
-            least total, and what travels between nodes is counted apart.
+    Packs are drawn with the seeds from `seed` on, the same for all strategies and `cp_sizes`. `others` are planners
+    beside the strategies, by name. With `least_total`, `search` for the least KV in total is compared too; with
+    `ranks_per_node` instead `search` without a topology and with one.
 
-    Returns:
-        `dict`, JSON-serializable: the arguments; `cells`, each with mean `documents`, mean `kv_bound` (tokens) and by
-        strategy, in `strategies`, the means of [`plan_quality`]'s figures with
-
-        - `bound_ratio`: KV of the packs planned within the caps over their lower bound (`None` if none is, or if the
-          bound is 0),
-        - `within_caps`: the share of packs planned within the caps, beyond which the bound says nothing,
-        - `plan_ms`: median milliseconds that a core spent planning (a pack that this process planned before may come
-          from a cache);
-
-        and `summary` by strategy: geometric means of `bound_ratio`, `kv_fraction` and `bottleneck_fraction` (multiples
-        of the window) over the `summary_cells` cells with a bound above 0, where no plan within the caps is free
-        (`None` where a strategy has no figure, or 0), means and medians over all cells of the others.
-
-    Raises:
-        PlanError: an unknown corpus or strategy, a window, cp_size or cap that cannot be planned.
+    A cell has means over packs, `kv_bound`, and by strategy `bound_ratio` (KV moved by the plans within the caps over
+    their bounds) and `within_caps` (their share); `summary` has means over cells, geometric ones of ratios.
     """
     corpora = [corpora] if isinstance(corpora, str) else list(corpora)
     caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
@@ -115,26 +90,13 @@ def measure(
                 made = planner(lengths, cp_size)
                 seconds = time.process_time() - begin
                 found[name].append({**plan_quality(made, topology), "plan_ms": 1000 * seconds})
-        cells.append(
-            {
-                "corpus": corpus,
-                "window": window,
-                "cp_size": cp_size,
-                "documents": mean(map(len, drawn)),
-                "kv_bound": mean(bounds),
-                "strategies": {name: _row(rows, bounds, **caps) for name, rows in found.items()},
-            }
-        )
+        cell = {"corpus": corpus, "window": window, "cp_size": cp_size}
+        cell |= {"documents": mean(map(len, drawn)), "kv_bound": mean(bounds)}
+        cells.append({**cell, "strategies": {name: _row(rows, bounds, **caps) for name, rows in found.items()}})
     bounded = [cell for cell in cells if cell["kv_bound"] > 0]
     return {
         "corpora": corpora,
-        "windows": list(windows),
-        "cp_sizes": list(cp_sizes),
-        "packs": packs,
-        "seed": seed,
-        **caps,
         "cells": cells,
-        "ranks_per_node": ranks_per_node,
         "summary_cells": len(bounded),
         "summary": {name: _summary(name, cells, bounded) for name in planners},
     }
@@ -179,37 +141,35 @@ def text(found: dict[str, Any]) -> str:
     if found["ranks_per_node"] is not None:
         return _nodes_text(found)
     tokens = found["max_token_imbalance"]
-    return "\n".join(
-        [
-            f"{counted(found['packs'], 'pack')} per cell, attention pairs at most {found['max_imbalance']:g} x the "
-            "mean, tokens " + ("equal" if tokens == 1 else f"at most {tokens:g} x the mean"),
-            "KV moved in all / largest received or sent of a rank, both in multiples of the window",
-            "",
-            _cells_table(found),
-            "",
-            f"all cells; first three columns: geometric means over the {found['summary_cells']} with a bound above 0",
-            "",
-            _summary_table(found["summary"]),
-        ]
+    return (
+        f"{counted(found['packs'], 'pack')} per cell, attention pairs at most {found['max_imbalance']:g} x the mean, "
+        f"tokens {'equal' if tokens == 1 else f'at most {tokens:g} x the mean'}\n"
+        "KV moved in all / largest received or sent of a rank, both in multiples of the window\n\n"
+        f"{_cells_table(found)}\n\nall cells; first three columns: geometric means over the {found['summary_cells']} "
+        f"with a bound above 0\n\n{_summary_table(found['summary'])}"
     )
 
 
-_CELL = {"corpus": "", "window": ",", "ranks": ",", "documents": ".0f"}
-
-
-def _cell(cell: dict[str, Any]) -> list[Any]:
-    return [cell[key] for key in ("corpus", "window", "cp_size", "documents")]
+_CELL = {
+    "corpus": ("corpus", ""),
+    "window": ("window", ","),
+    "cp_size": ("ranks", ","),
+    "documents": ("documents", ".0f"),
+}
 
 
 def _cells_table(found: dict[str, Any]) -> str:
-    rows = []
+    records = []
     for cell in found["cells"]:
         window = cell["window"]
-        costs = [
-            f"{row['kv_total'] / window:.2f} /{row['bottleneck'] / window:5.2f}" for row in cell["strategies"].values()
-        ]
-        rows.append((*_cell(cell), cell["kv_bound"] / window, *costs))
-    return table({**_CELL, "bound": ".2f", **dict.fromkeys(found["summary"], ">")}, rows)
+        costs = {
+            name: f"{row['kv_total'] / window:.2f} /{row['bottleneck'] / window:5.2f}"
+            for name, row in cell["strategies"].items()
+        }
+        records.append({**cell, "bound": cell["kv_bound"] / window, **costs})
+    return records_table(
+        {**_CELL, "bound": ("bound", ".2f"), **{name: (name, ">") for name in found["summary"]}}, records
+    )
 
 
 def _summary_table(summary: dict[str, Any]) -> str:
@@ -228,24 +188,27 @@ def _summary_table(summary: dict[str, Any]) -> str:
 
 
 def _nodes_text(found: dict[str, Any]) -> str:
-    rows, means = [], []
-    for name in found["summary"]:
-        figures = [_node_figures(cell, name) for cell in found["cells"]]
-        means.append(("means", "", "", "", name, *map(mean, zip(*figures))))
-    for cell in found["cells"]:
-        rows += [(*_cell(cell), name, *_node_figures(cell, name)) for name in found["summary"]]
-    columns = {**_CELL, "plans": "", "intra": ".3f", "inter": ".3f", "all inter": ".2f", "ms": ".1f"}
-    return "\n".join(
-        [
-            f"{counted(found['packs'], 'pack')} per cell, nodes of {found['ranks_per_node']} ranks; KV in windows",
-            "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all "
-            "ranks",
-            "",
-            table(columns, rows + means),
-        ]
+    columns = {
+        **_CELL,
+        "plans": ("plans", ""),
+        "intra_node": ("intra", ".3f"),
+        "inter_node": ("inter", ".3f"),
+        "inter_node_total": ("all inter", ".2f"),
+        "plan_ms": ("ms", ".1f"),
+    }
+    figures = list(columns)[-4:]
+    rows = [
+        {**cell, "plans": name, **row, **{key: row[key] / cell["window"] for key in figures[:-1]}}
+        for cell in found["cells"]
+        for name, row in cell["strategies"].items()
+    ]
+    means = [
+        {"corpus": "means", "window": "", "cp_size": "", "documents": "", "plans": name}
+        | {key: mean(row[key] for row in rows if row["plans"] == name) for key in figures}
+        for name in found["summary"]
+    ]
+    return (
+        f"{counted(found['packs'], 'pack')} per cell, nodes of {found['ranks_per_node']} ranks; KV in windows\n"
+        "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all "
+        "ranks\n\n" + records_table(columns, rows + means)
     )
-
-
-def _node_figures(cell: dict[str, Any], name: str) -> list[float]:
-    row = cell["strategies"][name]
-    return [*(row[part] / cell["window"] for part in (*LINKS, "inter_node_total")), row["plan_ms"]]

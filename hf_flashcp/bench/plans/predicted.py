@@ -16,12 +16,14 @@ from ...planning import STRATEGIES, plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import table
+from ..arguments import with_arguments
 
 
 TIMED = "search, timed"
 """The row of plans that `cost_model` chose."""
 
 
+@with_arguments("corpora", "window", "cp_sizes", "packs", "seed")
 def measure(
     corpora: Sequence[str],
     window: int,
@@ -34,12 +36,9 @@ def measure(
 ) -> dict[str, Any]:
     """Plans drawn packs and predicts their steps, with the ranks packed into nodes, and each in a node of its own.
 
-    Takes what the options of `flashcp bench predicted` set.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `cells`, each by strategy with means of `attention` (attention and
-        what it waits for on the slowest rank, over the ideal), `exposed` (the waiting alone, likewise), `step_seconds`
-        and median `plan_ms`; `summary`: by links and strategy the geometric mean of `attention` over cells.
+    By strategy, a cell has means of `attention` (attention and what it waits for on the slowest rank, over the ideal),
+    of `exposed` (the waiting alone, likewise) and of `step_seconds`, and median `plan_ms`; `summary` has the geometric
+    mean of `attention` over cells.
     """
     profile = HardwareProfile.load(hardware)
     links = {"nodes": profile, "a node each": dataclasses.replace(profile, ranks_per_node=1)}
@@ -49,7 +48,13 @@ def measure(
         drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
         for name, model in models.items():
             found = [_predictions(lengths, cp_size, model) for lengths in drawn]
-            strategies = {strategy: _row([one[strategy] for one in found]) for strategy in found[0]}
+            strategies = {
+                strategy: {
+                    key: average(one[strategy][key] for one in found)
+                    for key, average in zip(row, (mean, mean, mean, median))
+                }
+                for strategy, row in found[0].items()
+            }
             cells.append({"corpus": corpus, "cp_size": cp_size, "links": name, "strategies": strategies})
     summary = {
         name: {
@@ -60,21 +65,7 @@ def measure(
         }
         for name in links
     }
-    return {
-        "corpora": list(corpora),
-        "window": window,
-        "cp_sizes": list(cp_sizes),
-        "packs": packs,
-        "seed": seed,
-        "hardware": profile.description,
-        "cells": cells,
-        "summary": summary,
-    }
-
-
-def _row(found: list[dict[str, float]]) -> dict[str, float]:
-    means = {key: mean(row[key] for row in found) for key in ("attention", "exposed", "step_seconds")}
-    return {**means, "plan_ms": median(row["plan_ms"] for row in found)}
+    return {"hardware": profile.description, "cells": cells, "summary": summary}
 
 
 def _predictions(lengths: Sequence[int], cp_size: int, model: CostModel) -> dict[str, dict[str, float]]:
@@ -105,11 +96,7 @@ def text(found: dict[str, Any]) -> str:
         for cell in found["cells"]
     ]
     means = [("geometric mean", "", name, *row.values()) for name, row in found["summary"].items()]
-    return "\n".join(
-        [
-            found["hardware"],
-            f"{found['packs']} packs of {found['window']:,} tokens per cell; attention time / ideal, means",
-            "",
-            table(columns, [*rows, (), *means]),
-        ]
+    return (
+        f"{found['hardware']}\n{found['packs']} packs of {found['window']:,} tokens per cell; attention time / ideal, "
+        f"means\n\n{table(columns, [*rows, (), *means])}"
     )

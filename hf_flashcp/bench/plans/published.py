@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from statistics import geometric_mean, mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
 from ...simulation.baselines import BASELINES, passes
 from ...tables import table
+from ..arguments import with_arguments
 
 
 PARTS = ("copies", "forward", "backward", "all_gather", "reduce_scatter")
@@ -49,47 +50,37 @@ WINDOW, CP_SIZE = 131072, 8
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
 
 
-class Setting(NamedTuple):
-    """KV heads of the model, and ranks that share a node."""
-
-    kv_heads: int
-    ranks_per_node: int
-
-
 PAPERS = "32 KV heads"
 """The setting in which the paper measured."""
 
 _SETTINGS = {
-    PAPERS: Setting(32, 8),
-    "8 KV heads": Setting(8, 8),
-    "32 KV heads, a node each": Setting(32, 1),
-    "8 KV heads, a node each": Setting(8, 1),
+    PAPERS: (32, 8),
+    "8 KV heads": (8, 8),
+    "32 KV heads, a node each": (32, 1),
+    "8 KV heads, a node each": (8, 1),
 }
+"""KV heads of the model, and ranks that share a node."""
 
 
+@with_arguments("packs", "seed")
 def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
     """Predicts the paper's bars on drawn packs.
 
-    Takes what the options of `flashcp bench published` set.
+    `kernel_ratios` says more where packs differ. `speedups` are how many times as long as ours the rivals' attention
+    module takes, mean over mean, by setting, assumption and corpus. Ours is `search` with the cost model. What is
+    assumed:
 
-    Returns:
-        `dict`, JSON-serializable. `parts`: by corpus and scheme the predicted milliseconds, means over packs, the
-        published ones, and errors. `kernel_ratios`: what says more where packs differ, by corpus, predicted and
-        published. `sixteen`: likewise for the one pack that is known. `speedups`: by setting, assumption and corpus
-        how many times as long as ours the rivals' attention module takes, mean over mean, and the geometric mean over
-        corpora. Ours is `search` with the cost model. What is assumed:
-
-        - "predicted": everything.
-        - "copies published": rivals have the paper's copies, all else is predicted.
-        - "published": rivals are as published; ours has the kernels of the published FlashCP, and its own copies and
-          waiting as predicted.
-        - "published, ours copies as much": and ours has the copies of the published FlashCP too.
+    - "predicted": everything.
+    - "copies published": rivals have the paper's copies, all else is predicted.
+    - "published": rivals are as published; ours has the kernels of the published FlashCP, and its own copies and
+      waiting as predicted.
+    - "published, ours copies as much": and ours has the copies of the published FlashCP too.
     """
     parts: dict[str, dict[str, Any]] = {}
     speedups: dict[str, dict[str, dict[str, float]]] = {}
     cells = [*itertools.product(_SETTINGS.items(), PAPER.items())]
     for (name, setting), (corpus, published) in tqdm(cells, unit="cell", leave=False, disable=None):
-        means = _means(setting, corpus, published, range(seed, seed + packs))
+        means = _means(*setting, corpus, published, range(seed, seed + packs))
         if name == PAPERS:
             parts[corpus] = {scheme: _beside(means[scheme], published[scheme]) for scheme in published}
             parts[corpus]["ours"] = {"predicted": means["ours"]}
@@ -103,8 +94,6 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
         corpus: {kind: _kernel_ratios(parts[corpus], kind) for kind in ("predicted", "published")} for corpus in PAPER
     }
     return {
-        "packs": packs,
-        "seed": seed,
         "parts": parts,
         "kernel_ratios": ratios,
         "sixteen": {"predicted": _sixteen(), "published": SIXTEEN},
@@ -114,11 +103,11 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _means(
-    setting: Setting, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
+    kv_heads: int, ranks_per_node: int, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
 ) -> dict[str, list[float]]:
     """Predicted milliseconds of ours and of the published schemes by `PARTS`, means over drawn packs."""
-    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=setting.ranks_per_node)
-    model = CostModel.from_config({**_SIZES, "num_key_value_heads": setting.kv_heads}, profile)
+    profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=ranks_per_node)
+    model = CostModel.from_config({**_SIZES, "num_key_value_heads": kv_heads}, profile)
     drawn: dict[str, list[tuple[float, ...]]] = {scheme: [] for scheme in ("ours", *published)}
     for seed in seeds:
         lengths = sample_pack(corpus, WINDOW, seed=seed)
@@ -171,7 +160,7 @@ def _beside(predicted: list[float], published: tuple[float, ...]) -> dict[str, A
 def _ratios(
     means: dict[str, list[float]], published: dict[str, tuple[float, ...]] | None
 ) -> dict[str, dict[str, float]]:
-    """Returns by assumption how many times as long as ours the rivals take."""
+    """By assumption how many times as long as ours the rivals take."""
     ours = means["ours"]
     found = {"predicted": {rival: sum(means[rival]) / sum(ours) for rival in TARGETS}}
     if published is not None:
@@ -190,19 +179,11 @@ def _ratios(
 def text(found: dict[str, Any]) -> str:
     """Tables of the parts beside the published ones, of what kernels say, and of the speed-ups."""
     targets = ", ".join(f"{ratio} over {rival}" for rival, ratio in TARGETS.items())
-    return "\n".join(
-        [
-            f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means",
-            "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)",
-            "",
-            _parts_table(found["parts"]),
-            "",
-            _kernels_table(found),
-            "",
-            _speedups_table(found["speedups"]),
-            "",
-            f"the published FlashCP, on average over its settings: {targets}",
-        ]
+    return (
+        f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means\n"
+        "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)\n\n"
+        f"{_parts_table(found['parts'])}\n\n{_kernels_table(found)}\n\n{_speedups_table(found['speedups'])}\n\n"
+        f"the published FlashCP, on average over its settings: {targets}"
     )
 
 

@@ -10,6 +10,7 @@ from ...plan import ShardPlan
 from ...planning import STRATEGIES, plan_documents
 from ...simulation.baselines import shared_tokens
 from ...tables import records_table
+from ..arguments import with_arguments
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}
@@ -17,18 +18,14 @@ PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_
 
 
 def padded_all_gather_fraction(plan: ShardPlan) -> float:
-    """Returns FlashCP eq. 5 over eq. 4: every rank gathers from all others, padded to the largest contribution."""
+    """FlashCP eq. 5 over eq. 4: every rank gathers from all others, padded to the largest contribution."""
     return shared_tokens(plan) * plan.cp_size / plan.num_tokens
 
 
+@with_arguments("corpus", "window", "cp_size", "packs")
 def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -> dict[str, Any]:
-    """Plans drawn packs with every strategy.
-
-    Returns:
-        `dict`, JSON-serializable: the arguments, `strategies`, for each the means over packs of the share of an
-        all-gather's traffic that it saves by eq. 5 and by exact exchange, and of imbalances (max / mean over ranks),
-        and what the `paper` reports.
-    """
+    """Plans drawn packs with every strategy: means of the share of an all-gather's traffic that it saves by eq. 5 and
+    by exact exchange, and of imbalances (max / mean over ranks)."""
     drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
     rows = {}
     for strategy in STRATEGIES:
@@ -41,15 +38,7 @@ def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -
             "token_imbalance": mean(report["token_imbalance"] for report in reports),
             "plan_ms": 1000 * mean(plan.planning_seconds for plan in plans),
         }
-    return {
-        "corpus": corpus,
-        "window": window,
-        "cp_size": cp_size,
-        "packs": packs,
-        "documents": mean(map(len, drawn)),
-        "strategies": rows,
-        "paper": PAPER,
-    }
+    return {"documents": mean(map(len, drawn)), "strategies": rows, "paper": PAPER}
 
 
 def text(found: dict[str, Any]) -> str:
