@@ -47,7 +47,7 @@ class Engine(NamedTuple):
     kernel: AttentionKernel
     scale: float
     softcap: float | None
-    keep_received: bool
+    keep_received_kv: bool
 
     @deterministic_algorithms(False)
     def forward(
@@ -63,7 +63,7 @@ class Engine(NamedTuple):
         received = []
         for number, (stage, transfer) in enumerate(zip(stages, transfers), 1):
             keys = _ordered(transfer.wait(), stage)
-            if self.keep_received:
+            if self.keep_received_kv:
                 received.append(keys)
             if stage.rectangles:
                 with named_range(f"stage {number}"):
@@ -93,13 +93,13 @@ class Engine(NamedTuple):
         dtype = accumulate_dtype(query.dtype)
         grad_keys = key.new_zeros(key.shape[1], kv_width(key, value), dtype=dtype)
         grads = Gradients(torch.zeros_like(query, dtype=dtype), *split_rows(grad_keys, key, value))
-        fetched = [] if self.keep_received else send_kv(key, value, self.layout, self.group)
+        fetched = [] if self.keep_received_kv else send_kv(key, value, self.layout, self.group)
         if fetched:
             self._local_backward(inputs, grads)
         home = key.new_empty(self.layout.send_rows(key.device).count if stages else 0, grad_keys.shape[1])
         transfers = []
         for index, stage in enumerate(stages):
-            keys = received[index] if self.keep_received else _ordered(fetched[index].wait(), stage)
+            keys = received[index] if self.keep_received_kv else _ordered(fetched[index].wait(), stage)
             with named_range(f"stage {index + 1}, backward"):
                 wire, grad_local = self._stage_backward(stage, keys, inputs, grads.query)
             if keys_need_grad:

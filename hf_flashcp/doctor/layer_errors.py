@@ -27,7 +27,7 @@ class LayerCase(NamedTuple):
         window (`int`, *optional*): keys that a query sees.
         strategy (`str`), num_stages (`int`, *optional*): see [`plan_documents`].
         ranks_per_node (`int`, *optional*): with it KV crosses to each node once.
-        keep_received (`bool`, *optional*): whether received KV is kept for backward, see [`document_attention`].
+        keep_received_kv (`bool`, *optional*): whether received KV is kept for backward, see [`document_attention`].
         debug (`bool`): whether debug mode compares the layer.
     """
 
@@ -39,7 +39,7 @@ class LayerCase(NamedTuple):
     strategy: str = "per_doc"
     num_stages: int | None = None
     ranks_per_node: int | None = None
-    keep_received: bool | None = None
+    keep_received_kv: bool | None = None
     debug: bool = False
 
 
@@ -61,7 +61,7 @@ def layer_errors(
         *leaves,
         bound,
         window=case.window,
-        keep_received=case.keep_received,
+        keep_received_kv=case.keep_received_kv,
         kernel=kernel,
         check_as="the layer" if case.debug else None,
     )

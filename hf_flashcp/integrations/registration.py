@@ -106,7 +106,7 @@ def flashcp_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux if s_aux is None else s_aux.flatten(),
-        keep_received=True if getattr(module, "layer_idx", None) in plan.layers_run_again else None,
+        keep_received_kv=True if getattr(module, "layer_idx", None) in plan.layers_run_again else None,
         check_as=_name(module) if _is_checked(module, plan) else None,
     )
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None

@@ -14,10 +14,7 @@ from ...errors import ConfigurationError, UnsupportedModelError
 from .base import AttentionKernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
-from .flash_attn2 import FlashAttn2Kernel
-from .flash_attn3 import FlashAttn3Kernel
-from .flash_attn4 import FlashAttn4Kernel
-from .torch_flash import TorchFlashKernel
+from .flash_attention import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel, TorchFlashKernel
 
 
 TESTED = "tested"
@@ -30,30 +27,17 @@ _ALL = (*_HALF, torch.float32, torch.float64)
 @dataclass(frozen=True)
 class Capability:
     """What a kernel can do. All of them take windows, and value heads of another width than key heads. Sinks are not
-    their concern: they enter the logsumexp after the merge.
+    their concern: they enter the logsumexp after the merge."""
 
-    Attributes:
-        make (`Callable`): makes the kernel, given whether its gradients must be bitwise reproducible.
-        devices (`tuple[str, ...]`): device types; empty for all.
-        dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
-        max_head_dim (`int`, *optional*): the widest head of keys or values, `None` if there is no limit.
-        softcap (`bool`): whether it takes one.
-        status (`str`): whether the test suite has passed on the device.
-        missing (`Callable`): returns why it cannot run on this machine, `None` if it can.
-        max_deterministic_head_dim (`int`, *optional*): the widest head whose gradients it can make bitwise
-            reproducible; `None` if that is no limit.
-        max_head_dim_by_gpu (`Mapping[int, int]`): the widest head where it is less, by major compute capability.
-    """
-
-    make: Callable[[bool], AttentionKernel]
-    devices: tuple[str, ...] = ()
+    make: Callable[[bool], AttentionKernel]  # given whether its gradients must be bitwise reproducible
+    devices: tuple[str, ...] = ()  # device types; empty for all
     dtypes: tuple[torch.dtype, ...] = _ALL
-    max_head_dim: int | None = None
+    max_head_dim: int | None = None  # of keys and values
     softcap: bool = False
-    status: str = TESTED
-    missing: Callable[[], str | None] = lambda: None
-    max_deterministic_head_dim: int | None = None
-    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)
+    status: str = TESTED  # whether the test suite has passed on the device
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine, `None` if it can
+    max_deterministic_head_dim: int | None = None  # the widest head whose gradients can be bitwise reproducible
+    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)  # where it is less, by compute capability
 
     def reason_against(
         self,
@@ -175,15 +159,8 @@ def explain_kernels(
     value_dim: int | None = None,
     deterministic: bool = False,
 ) -> list[tuple[str, str | None]]:
-    """Returns `(name, reason)` of every kernel, best first: why it cannot run such a layer, `None` if it can.
-
-    Args:
-        device_type (`str`): `"cpu"` or `"cuda"`; this machine need not have it.
-        softcap (`float`, *optional*): the layer's, `None` if it has none.
-        dtype (`torch.dtype`, *optional*): dtype of queries, keys and values, `None` if not known.
-        key_dim, value_dim (`int`, *optional*): width of their heads, `None` if not known.
-        deterministic (`bool`, *optional*): whether gradients must be bitwise equal from run to run.
-    """
+    """Returns `(name, reason)` of every kernel, best first, see [`Capability.reason_against`]. `device_type` is "cpu"
+    or "cuda"; this machine need not have it."""
     return [
         (name, capability.reason_against(device_type, softcap, dtype, key_dim, value_dim, deterministic))
         for name, capability in CAPABILITIES.items()
@@ -225,11 +202,7 @@ def select_kernel(
 
 
 def check_activated_kernel() -> None:
-    """Checks that what the user activated in PyTorch runs on this machine's GPU.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
+    """Raises a `ConfigurationError` if what the user activated in PyTorch does not run on this machine's GPU."""
     name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
     reason = name and CAPABILITIES[name].missing()
     if reason:

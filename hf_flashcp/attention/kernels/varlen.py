@@ -50,10 +50,8 @@ class VarlenKernel:
     batch do not wait for the host. Heads are padded with zeros to a common width that is a multiple of 8.
 
     A subclass makes the calls, in shapes (rows, heads, D) with the last dimension contiguous, rows and heads aligned
-    to `ALIGNMENT` bytes, and logsumexp (H_q, rows) contiguous.
-
-    Args:
-        deterministic (`bool`, *optional*, defaults to `False`): backward bitwise equal from run to run.
+    to `ALIGNMENT` bytes, and logsumexp (H_q, rows) contiguous. With `deterministic` its backward is bitwise equal from
+    run to run.
     """
 
     name: str
@@ -118,24 +116,11 @@ class VarlenKernel:
                 rows.add(total.transpose(0, 1), grad[..., : total.shape[-1]])
 
 
-def window_sizes(options: ScoreOptions, unbounded: int | None) -> dict[str, int | None]:
-    """Keys to the left and right of the aligned one that a query sees; `unbounded` stands for all of them."""
-    return {
-        "window_size_left": unbounded if options.window is None else options.window - 1,
-        "window_size_right": 0 if options.causal else unbounded,
-    }
-
-
-def empty_gradients(inputs: BackwardInputs) -> list[torch.Tensor]:
-    """Contiguous tensors for kernels that write the gradients of query, key and value into what they are given."""
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.query, inputs.key, inputs.value)]
-
-
 def _rows_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(heads, T, D) tensors as (T, heads, width), the last dimension contiguous and every row of a head aligned."""
     width = max(tensor.shape[-1] for tensor in tensors)
     tensors = pad_heads(-(-width // 8) * 8, *(tensor.transpose(0, 1) for tensor in tensors))
-    return tuple(tensor if _is_aligned(tensor) else _copied(tensor) for tensor in tensors)
+    return tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -143,10 +128,6 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     be: with 3 heads of 12 they begin at byte 72."""
     steps = [tensor.storage_offset(), *(step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1)]
     return tensor.stride(-1) == 1 and all(step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Entry(NamedTuple):
@@ -158,7 +139,6 @@ class _Entry(NamedTuple):
 
 @lru_cache(maxsize=64)
 def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
-    """The rounds of a kernel call, with their index tensors on `device`."""
     dealt: list[list[_Entry]] = []
     row = 0
     for rectangle in rectangles:
