@@ -44,10 +44,8 @@ class WorkerPool:
     """Processes on this machine, started when they are first needed. `close` ends them, and so does the end of the
     process that made the pool.
 
-    Args:
-        start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
-        device: "cpu", or "cuda" for workers that use this machine's GPUs, which they share if there are fewer GPUs
-            than workers.
+    With device "cuda" they use this machine's GPUs, which they share if there are fewer GPUs than workers. The
+    `start_method` of `multiprocessing` defaults to "forkserver" where the device allows it, else to "spawn".
     """
 
     def __init__(self, start_method: str | None = None, device: str = "cpu"):
@@ -90,10 +88,7 @@ class WorkerPool:
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
-        for seconds in (
-            TIMEOUT,
-            timeout,
-        ):  # the function is imported, then its outcome
+        for seconds in (TIMEOUT, timeout):  # until the function is imported, then until its outcome
             deadline = time.monotonic() + seconds
             outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
             if any(kind == "lost" for *_, kind in outcomes):

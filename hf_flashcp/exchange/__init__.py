@@ -3,8 +3,7 @@
 from .all_to_all import AllToAll
 from .checksums import debug_mode
 from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows
-from .ranges import named_range
-from .transfer import Transfer, seconds_waited
+from .transfer import Transfer, named_range, seconds_waited
 
 
 __all__ = [

@@ -15,20 +15,11 @@ KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 
 
 class AllToAll(NamedTuple):
-    """What one rank sends and receives in one all-to-all.
+    """What one rank sends and receives in one all-to-all."""
 
-    Attributes:
-        sent (`torch.Tensor`): (n_sent, width), contiguous, destination rank after destination rank.
-        received (`torch.Tensor`): (n_received, width), where what arrives is written, source rank after source rank.
-        send_splits (`list[int]`): rows of `sent` for each rank of the group.
-        recv_splits (`list[int]`): rows of `received` from each.
-        group (`ProcessGroup`): the ranks that take part.
-        what (`str`): names the rows for errors and profilers.
-    """
-
-    sent: torch.Tensor
-    received: torch.Tensor
-    send_splits: list[int]
-    recv_splits: list[int]
+    sent: torch.Tensor  # (n_sent, width), contiguous, destination rank after destination rank
+    received: torch.Tensor  # (n_received, width), where what arrives is written, source rank after source rank
+    send_splits: list[int]  # rows of `sent` for each rank of the group
+    recv_splits: list[int]  # rows of `received` from each
     group: ProcessGroup
-    what: str = KEYS
+    what: str = KEYS  # names the rows for errors and profilers

@@ -28,14 +28,8 @@ def debug_mode() -> bool:
 
 
 class CheckedExchange:
-    """What ranks know of one all-to-all; made before it starts, on every rank.
-
-    Args:
-        rows (`AllToAll`): what this rank sends and receives.
-
-    Raises:
-        ConfigurationError: on every rank, if what one sends is not what another expects.
-    """
+    """What ranks know of one all-to-all. It is made before that starts, on every rank, and raises a
+    `ConfigurationError` on all of them if what one sends is not what another expects."""
 
     def __init__(self, rows: AllToAll):
         self._rows = rows
@@ -71,11 +65,8 @@ class CheckedExchange:
             )
 
     def compare(self) -> None:
-        """To be called on every rank when the all-to-all is done.
-
-        Raises:
-            FlashCPError: on every rank, if a piece arrived otherwise than it was sent, or has changed at its sender.
-        """
+        """Called on every rank when the all-to-all is done: raises a `FlashCPError` on all of them if a piece arrived
+        otherwise than it was sent, or has changed at its sender."""
         rows = self._rows
         me, size = rows.group.rank(), rows.group.size()
         arrived = checksums(rows.received, rows.recv_splits)
@@ -105,14 +96,9 @@ class CheckedExchange:
 
 
 def checksums(rows: torch.Tensor, splits: list[int]) -> list[int]:
-    """A checksum of each part: its bits as integers of 16 or 32 bits, each times an odd number that depends on the
-    place, added modulo 2**64. A change of one number always shows; changes of several, or rows that change places,
-    show except by chance.
-
-    Args:
-        rows (`torch.Tensor`): (n, width), part after part.
-        splits (`list[int]`): rows of each part.
-    """
+    """A checksum of each part of rows (n, width): its bits as integers of 16 or 32 bits, each times an odd number that
+    depends on the place, added modulo 2**64. A change of one number always shows; changes of several, or rows that
+    change places, show except by chance."""
     bits = rows.detach().contiguous().view(torch.int16 if rows.element_size() == 2 else torch.int32)
     return torch.stack([_checksum(part.flatten()) for part in bits.split(splits)]).tolist()
 

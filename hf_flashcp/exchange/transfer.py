@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
@@ -10,10 +11,18 @@ import torch.distributed as dist
 from ..distributed.liveness import naming
 from .all_to_all import AllToAll
 from .checksums import CheckedExchange, debug_mode
-from .ranges import named_range
 
 
+_NOTHING = contextlib.nullcontext()
 _seconds_waited: float | None = None
+
+
+def named_range(name: str) -> contextlib.AbstractContextManager:
+    """`torch.profiler.record_function("flashcp: NAME")` while a profiler runs (an NVTX range under
+    `torch.autograd.profiler.emit_nvtx`), else nothing."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"flashcp: {name}")
+    return _NOTHING
 
 
 def seconds_waited() -> float | None:
@@ -24,11 +33,7 @@ def seconds_waited() -> float | None:
 
 class Transfer:
     """An all-to-all under way, to be awaited once. Until then it holds both buffers, which must live that long.
-
-    Args:
-        rows (`AllToAll`): what travels.
-        result (`torch.Tensor`, *optional*): the buffer whose first rows are `rows.received`, if it has more rows.
-    """
+    `result` is the buffer whose first rows are `rows.received`, if it has more rows."""
 
     def __init__(self, rows: AllToAll, result: torch.Tensor | None = None):
         self._checked = CheckedExchange(rows) if debug_mode() else None

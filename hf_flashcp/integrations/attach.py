@@ -227,13 +227,8 @@ class ContextParallelHandle:
         # A cache would hold part of the keys or a document's state for the next one, and grow when a layer runs again.
         batch["use_cache"] = False
         if self.plan.group is not None:
-            require_agreement(
-                "the batch",
-                _description_of_batch(self.plan),
-                self.plan.group,
-                advice=_SAME_BATCH,
-                error=BatchError,
-            )
+            description = _description_of_batch(self.plan)
+            require_agreement("the batch", description, self.plan.group, advice=_SAME_BATCH, error=BatchError)
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         self._share_loss(model, batch)
@@ -357,8 +352,4 @@ def _accelerator_mesh(accelerator: Accelerator) -> tuple[DeviceMesh | None, Flas
             f"The Accelerator has a {type(config).__name__}. Give it "
             "parallelism_config=FlashCPPlugin(cp_size=...) instead."
         )
-    if config is None or config.cp_size == 1:
-        mesh = None
-    else:
-        mesh = accelerator.torch_device_mesh
-    return mesh, config
+    return (accelerator.torch_device_mesh if config is not None and config.cp_size > 1 else None), config

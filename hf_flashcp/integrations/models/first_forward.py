@@ -19,10 +19,8 @@ def check_first_forward(model: PreTrainedModel, forward: ShardedForward) -> None
 
 
 def _require_all_layers(model: PreTrainedModel, forward: ShardedForward) -> None:
-    if needs_whole_documents(model):
-        expected = count_attention_modules(model)
-    else:
-        expected = model.config.get_text_config().num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
+    expected = count_attention_modules(model) if needs_whole_documents(model) else layers
     if len(forward.attention_modules) != expected:
         raise UnsupportedModelError(
             f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with the "

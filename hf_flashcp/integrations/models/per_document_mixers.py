@@ -149,12 +149,9 @@ class _PerDocument:
                     "parallelism."
                 )
             return None
-        bounds, num_tokens = [], 0
-        for _, start, stop, row in self._plan.layout.slices:
-            bounds.append((row, row + stop - start))
-            num_tokens = row + stop - start
+        layout = self._plan.layout
         first, *self._calls = [
-            _cut((args, kwargs), num_tokens, document_start, document_stop) for document_start, document_stop in bounds
+            _cut((args, kwargs), layout.num_tokens, piece.row, piece.row + piece.tokens) for piece in layout.slices
         ]
         return first
 

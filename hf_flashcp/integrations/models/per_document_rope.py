@@ -90,8 +90,8 @@ class _PerDocumentCalls:
     def _positions_of_calls(self, position_ids: torch.Tensor, plan: RankPlan) -> Iterator[torch.Tensor]:
         """(..., T) positions split by document, each with the document's largest position appended."""
         held = [0] * len(plan.plan.lengths)
-        for document, start, stop, _ in plan.layout.slices:
-            held[document] += stop - start
+        for piece in plan.layout.slices:
+            held[piece.document] += piece.tokens
         first = 0
         for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: self._group(entry[0] + 1)):
             largest, counts = zip(*documents)

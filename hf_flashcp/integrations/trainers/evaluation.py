@@ -24,22 +24,11 @@ class EvaluationPass:
 
     accelerate gives every data-parallel group as many batches, and fills the last ones up with rows from the
     beginning. Batch s of group g holds the rows from (s * groups + g) * rows per batch on: those beyond the dataset's
-    end have been counted before, so their targets are masked.
+    end have been counted before, so their targets are masked. With cp_size 1, rows that cannot be told apart, such as
+    those of a dataset without a length, all count, as they do in transformers; above 1 they are refused.
 
-    Args:
-        dataset: of the evaluation; without a length no row can be told from a repeated one.
-        accelerator (`Accelerator`): of the trainer.
-        cp_size (`int`): ranks that share a batch. With 1, rows that cannot be told apart all count, as they do in
-            transformers; above 1 they are refused.
-        batch_size (`int`): dataset rows per batch.
-        preprocess (`Callable`, *optional*): `preprocess_logits_for_metrics` of transformers' Trainer.
-        filter_nan (`bool`): leave batches without a finite loss out of the mean.
-
-    Attributes:
-        rows (`int`): rows of the last batch's tensors.
-        kept_rows (`int`): dataset rows of the last batch that come before the first repeated one.
-        kept_tokens (`int`): tokens of those rows.
-        loss_is_a_metric (`bool`): whether `compute_metrics` returned a "loss", which replaces this one.
+    `batch_size` counts dataset rows, `preprocess` is `preprocess_logits_for_metrics` of transformers' Trainer, and
+    with `filter_nan` batches without a finite loss are left out of the mean.
     """
 
     def __init__(
@@ -60,10 +49,10 @@ class EvaluationPass:
         self._filter_nan = filter_nan
         self._step = 0
         self._rows_per_batch: int | None = None
-        self._losses: torch.Tensor | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)  # loss and targets
-        self.rows = self.kept_rows = self.kept_tokens = 0
-        self.loss_is_a_metric = False
+        self.rows = self.kept_rows = self.kept_tokens = 0  # of the last batch; kept ones come before repeated ones
+        self.losses: torch.Tensor | None = None  # (documents,), for this step's one loss in the evaluation loop
+        self.loss_is_a_metric = False  # `compute_metrics` returned a "loss", which replaces this one
 
     def mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The next full batch, without targets in rows that stand in for others. To be called once per batch."""
@@ -93,13 +82,8 @@ class EvaluationPass:
         return {**inputs, **masked}
 
     def add(self, share: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        """Adds a batch, and returns its mean loss (0 without targets), fp64 and the same on its group's ranks.
-
-        Args:
-            share: scalar: this rank's share of the batch's summed loss.
-            targets: scalar: of the whole batch.
-            group: the ranks that share the batch.
-        """
+        """Adds a batch: this rank's `share` of its summed loss, and its `targets` on all ranks of `group`, which share
+        it. Returns its mean loss (0 without targets), fp64 and the same on these ranks."""
         loss_sum = torch.where(targets > 0, share.double(), 0.0)  # nothing but prompts: may be 0 / 0
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
@@ -125,16 +109,10 @@ class EvaluationPass:
         loss_sum, targets = self._accelerator.reduce(self._sums.to(self._accelerator.device), "sum").tolist()
         return loss_sum / targets if targets else float("nan")
 
-    def set_losses(self, losses: torch.Tensor) -> None:
-        """(documents,): what stands for this step's losses in the evaluation loop, which repeats one number."""
-        self._losses = losses
-
     def gathered(self, tensors: Tree) -> Tree:
         """The trainer's `gather_function`: the loop asks for losses first, and the rest has been gathered already."""
-        if self._losses is None:
-            return tensors
-        losses, self._losses = self._losses, None
-        return losses
+        losses, self.losses = self.losses, None
+        return tensors if losses is None else losses
 
     def gather(self, tree: Tree) -> Tree:
         """Rows of all data-parallel groups in the order of the dataset, from any number per group; the ranks of a

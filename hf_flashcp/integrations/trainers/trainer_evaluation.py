@@ -113,7 +113,7 @@ class EvaluatingTrainerMixin:
         predictions, label_ids = self._predictions(outputs, labels, batch, shard, ignore_keys)
         if loss is not None and "loss" in self.args.include_for_metrics:
             documents = len(label_ids[0] if isinstance(label_ids, tuple) else label_ids)
-            evaluation.set_losses(evaluation.gather(loss.expand(documents)))
+            evaluation.losses = evaluation.gather(loss.expand(documents))
         if "inputs" in self.args.include_for_metrics:  # the loop reads them from the batch that it has passed
             shown = self._inputs_for_metrics(batch, shard)
             inputs.clear()
