@@ -82,12 +82,8 @@ class Engine(NamedTuple):
     @deterministic_algorithms(False)
     def backward(self, inputs: BackwardInputs, received: Sequence[torch.Tensor], keys_need_grad: bool) -> Gradients:
         """Returns dQ, and dK and dV of this rank's tokens summed over the queries of all ranks, in the accumulate
-        dtype.
-
-        Args:
-            received: the keys of each stage, as forward returned them; fetched again if they were not kept.
-            keys_need_grad: the same on every rank; without it no gradient travels, and dK and dV mean nothing.
-        """
+        dtype, from the keys of each stage as forward returned them; they are fetched again if they were not kept.
+        Without `keys_need_grad`, the same on every rank, no gradient travels, and dK and dV mean nothing."""
         _, query, key, value, _, _ = inputs
         stages = self.layout.stages(query.device)
         dtype = accumulate_dtype(query.dtype)

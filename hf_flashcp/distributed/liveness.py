@@ -104,15 +104,12 @@ def naming(waited_for: str) -> Iterator[None]:
         if not is_failed_collective(error):
             raise
         place = f" of {_activity()}" if _activities else ""
+        timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
+        how = "timed out waiting for" if timed_out else "lost the connection while waiting for"
         raise FlashCPError(
-            f"R{_name(dist.get_rank())[1:]} {_how(error)} {waited_for}{place}. {find_missing_ranks()} "
+            f"R{_name(dist.get_rank())[1:]} {how} {waited_for}{place}. {find_missing_ranks()} "
             f"{_ADVICE} The backend said: {_first_line(error)}"
         ) from error
-
-
-def _how(error: BaseException) -> str:
-    timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
-    return "timed out waiting for" if timed_out else "lost the connection while waiting for"
 
 
 def find_missing_ranks() -> str:

@@ -91,13 +91,14 @@ class WorkerPool:
         for seconds in (TIMEOUT, timeout):  # until the function is imported, then until its outcome
             deadline = time.monotonic() + seconds
             outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
-            if any(kind == "lost" for *_, kind in outcomes):
+            lost = any(isinstance(value, LostWorker) for _, value, _ in outcomes)
+            if lost:
                 break
-        if any(kind == "lost" for *_, kind in outcomes):
+        if lost:
             self.close()
         elif not all(ok for ok, *_ in outcomes):
             self._world = None  # a failed rank may have left the others' collectives half done
-        return [outcome[:3] for outcome in outcomes]
+        return outcomes
 
     def _port(self):
         if self._store is None:
@@ -125,14 +126,14 @@ class WorkerPool:
         process, connection, log = self._workers[rank]
         try:
             if connection.poll(max(deadline - time.monotonic(), 0)):
-                return (*pickle.loads(connection.recv_bytes()), "answered")
+                return pickle.loads(connection.recv_bytes())
             reason = "did not answer in time"
         except EOFError:
             process.join(5)
             reason = f"died with exit code {process.exitcode}"
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         text = f"worker {rank} {reason}; the end of its output:\n{tail}"
-        return False, LostWorker(text), text, "lost"
+        return False, LostWorker(text), text
 
 
 def _end_workers(workers):
@@ -207,14 +208,8 @@ def _join_world(rank, device, world_size, port, name):
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.cuda.init()  # in a process without CUDA a DeviceMesh would take the local rank as the number of its GPU
@@ -223,10 +218,6 @@ def _join_world(rank, device, world_size, port, name):
         os.environ.pop("ACCELERATE_USE_CPU", None)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False)),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -37,12 +37,7 @@ from .models.model_support import check_model
 from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
 from .models.per_document_rope import hook_length_dependent_rope
 from .models.router_loss import scale_mean_terms, share_router_losses
-from .models.sharded_forward import (
-    ShardedForward,
-    current_sharded_forward,
-    enter_sharded_forward,
-    leave_sharded_forward,
-)
+from .models.sharded_forward import ShardedForward, current_sharded_forward, set_sharded_forward
 from .plugin import FlashCPPlugin
 
 
@@ -179,11 +174,6 @@ class ContextParallelHandle:
         padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
         return not (has_cache(batch) or padded_on_one_rank)
 
-    def _losses_are_averaged(self, batch: dict[str, Any]) -> bool:
-        """Whether the batch's loss is the mean of the ranks' losses, or else their sum."""
-        count, own = batch.get("num_items_in_batch"), self.plan.target_count
-        return count is None or count is own or not self.losses_add_up
-
     @torch.compiler.disable
     def _keep_count(self, model, args, kwargs):
         """Keeps the count as it was before FSDP2 casts tensors of floats to its param_dtype."""
@@ -246,14 +236,16 @@ class ContextParallelHandle:
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
         """Enters the sharded forward, in which terms of the loss that are no sums over targets are this rank's share
         of them."""
-        plan, averaged = self.plan, self._losses_are_averaged(batch)
+        plan, count = self.plan, batch.get("num_items_in_batch")
+        # The batch's loss is the mean of the ranks' losses, or else their sum.
+        averaged = count is None or count is plan.target_count or not self.losses_add_up
         ranks = plan.plan.cp_size
         tokens = plan.layout.num_tokens / plan.plan.num_tokens
         self._stock_coefficients = scale_mean_terms(model, tokens * ranks if averaged else tokens)
         group = plan.group
         if self._global_router_loss and model.training and dist.is_initialized():
             group, ranks = dist.group.WORLD, dist.get_world_size()
-        enter_sharded_forward(
+        set_sharded_forward(
             ShardedForward(model, plan, not self._checked, group, router_weight=1.0 if averaged else 1 / ranks)
         )
         if batch.get("labels") is None or batch.get("shift_labels") is None:
@@ -270,7 +262,7 @@ class ContextParallelHandle:
         forward = current_sharded_forward()
         if forward is None or forward.model is not model:
             return
-        leave_sharded_forward()
+        set_sharded_forward(None)
         for name, coefficient in self._stock_coefficients.items():
             setattr(model, name, coefficient)
         if (check := self._loss_check) is not None:

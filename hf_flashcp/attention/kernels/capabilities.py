@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -42,10 +43,10 @@ class Capability:
     def reason_against(
         self,
         device_type: str,
-        softcap: float | None,
-        dtype: torch.dtype | None,
-        key_dim: int | None,
-        value_dim: int | None,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
         deterministic: bool = False,
     ) -> str | None:
         """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. Dtype
@@ -150,31 +151,13 @@ CAPABILITIES: dict[str, Capability] = {
 """The kernels, best first."""
 
 
-def explain_kernels(
-    device_type: str,
-    softcap: float | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    key_dim: int | None = None,
-    value_dim: int | None = None,
-    deterministic: bool = False,
-) -> list[tuple[str, str | None]]:
-    """Returns `(name, reason)` of every kernel, best first, see [`Capability.reason_against`]. `device_type` is "cpu"
-    or "cuda"; this machine need not have it."""
-    return [
-        (name, capability.reason_against(device_type, softcap, dtype, key_dim, value_dim, deterministic))
-        for name, capability in CAPABILITIES.items()
-    ]
+def explain_kernels(device_type: str, *layer: Any, **known: Any) -> list[tuple[str, str | None]]:
+    """Returns `(name, reason)` of every kernel, best first, for what [`Capability.reason_against`] takes. The
+    device type is "cpu" or "cuda"; this machine need not have it."""
+    return [(name, each.reason_against(device_type, *layer, **known)) for name, each in CAPABILITIES.items()]
 
 
-def select_kernel(
-    device: torch.device,
-    softcap: float | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    key_dim: int | None = None,
-    value_dim: int | None = None,
-) -> AttentionKernel:
+def select_kernel(device: torch.device, *layer: Any, **known: Any) -> AttentionKernel:
     """Returns the best kernel for a layer on `device`, see [`explain_kernels`]. Its gradients are deterministic if
     `torch.are_deterministic_algorithms_enabled()`, which makes the fused kernels of CUDA slower. Logs once why a GPU
     has to do without a fused kernel.
@@ -184,9 +167,7 @@ def select_kernel(
         ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    explained = explain_kernels(
-        device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim, deterministic=deterministic
-    )
+    explained = explain_kernels(device.type, *layer, deterministic=deterministic, **known)
     if device.type == "cuda":
         check_activated_kernel()
     for name, reason in explained:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 
 from ...layout import Rectangle
-from .base import ScoreOptions, cut, hidden, pad_heads
+from .base import cut, hidden, pad_heads
 from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 
@@ -45,7 +44,9 @@ class CPUFlashKernel(BlockKernel):
             rows = min(rows, max(64, options.window // 2))
         for rectangle in rectangles:
             if not options.causal:
-                yield from self._unmasked(rectangle, fold, options)
+                blocks = max(1, round(rectangle.queries * fold / self._FULL_ROWS))
+                for part in cut(rectangle, -(-rectangle.queries // blocks), options):
+                    yield QueryBlock(part.q_start, part.q_stop, [KeyBlock(part.k_start, part.k_stop)], fold)
                 continue
             flagged = self._flagged_rows(rectangle, fold, options.window, backward)
             if flagged:
@@ -66,11 +67,6 @@ class CPUFlashKernel(BlockKernel):
         few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
         # In backward, blocks of 4 heads and more are as fast as the flag at any length, and dK and dV more exact.
         return rows if rows <= few or (rows > many and not (backward and fold >= 4)) else 0
-
-    def _unmasked(self, rectangle: Rectangle, fold: int, options: ScoreOptions) -> Iterator[QueryBlock]:
-        blocks = max(1, round(rectangle.queries * fold / self._FULL_ROWS))
-        for part in cut(rectangle, -(-rectangle.queries // blocks), options):
-            yield QueryBlock(part.q_start, part.q_stop, [KeyBlock(part.k_start, part.k_stop)], fold)
 
     def _masked(self, part: Rectangle, rows: int, fold: int, window: int | None, dtype: torch.dtype) -> list[KeyBlock]:
         """The keys of a causal block of at most `rows` queries; each query sees a key of each."""

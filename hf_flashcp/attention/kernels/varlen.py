@@ -60,12 +60,7 @@ class VarlenKernel:
         self.deterministic = deterministic
 
     def _forward_call(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        options: ScoreOptions,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, options: ScoreOptions
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns out (rows, H_q, D) and logsumexp (H_q, rows)."""
         raise NotImplementedError
@@ -130,37 +125,29 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.stride(-1) == 1 and all(step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
 
 
-class _Entry(NamedTuple):
-    """A rectangle, and where its output begins among that of all rectangles."""
-
-    rectangle: Rectangle
-    row: int
-
-
 @lru_cache(maxsize=64)
 def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
-    dealt: list[list[_Entry]] = []
+    dealt: list[list[tuple[Rectangle, int]]] = []  # with the row at which a rectangle's output begins among all
     row = 0
     for rectangle in rectangles:
         for entries in dealt:
-            if entries[-1].rectangle.k_stop <= rectangle.k_start:
-                entries.append(_Entry(rectangle, row))
+            if entries[-1][0].k_stop <= rectangle.k_start:
+                entries.append((rectangle, row))
                 break
         else:
-            dealt.append([_Entry(rectangle, row)])
+            dealt.append([(rectangle, row)])
         row += rectangle.queries
     return tuple(_round(entries, device) for entries in dealt)
 
 
-def _round(entries: list[_Entry], device: torch.device) -> Round:
-    queries = [entry.rectangle.queries for entry in entries]
-    keys = [entry.rectangle.keys for entry in entries]
+def _round(entries: list[tuple[Rectangle, int]], device: torch.device) -> Round:
+    queries, keys = [each.queries for each, _ in entries], [each.keys for each, _ in entries]
     # A longest of 1 query would send flash-attn down its decoding path, which trades rows for heads.
     longest = max(2, *queries), max(keys)
     return Round(
-        Rows(row_numbers((entry.rectangle.q_start, entry.rectangle.q_stop) for entry in entries), device),
-        Rows(row_numbers((entry.rectangle.k_start, entry.rectangle.k_stop) for entry in entries), device),
-        Rows(row_numbers((entry.row, entry.row + entry.rectangle.queries) for entry in entries), device),
+        Rows(row_numbers((each.q_start, each.q_stop) for each, _ in entries), device),
+        Rows(row_numbers((each.k_start, each.k_stop) for each, _ in entries), device),
+        Rows(row_numbers((row, row + each.queries) for each, row in entries), device),
         Sequences(_cumulative(queries, device), _cumulative(keys, device), *longest),
     )
 

@@ -50,14 +50,9 @@ def current_sharded_forward() -> ShardedForward | None:
     return _current.get()
 
 
-def enter_sharded_forward(forward: ShardedForward) -> None:
+def set_sharded_forward(forward: ShardedForward | None) -> None:
+    """Enters a sharded forward, or leaves it."""
     global _forwards, is_running
-    _forwards += 1
-    is_running = True
+    is_running = forward is not None
+    _forwards += is_running
     _current.set(forward)
-
-
-def leave_sharded_forward() -> None:
-    global is_running
-    is_running = False
-    _current.set(None)

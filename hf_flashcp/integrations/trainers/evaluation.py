@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils.operations import recursively_apply
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
-from .predictions import Tree, filled_up, map_tensors, token_shape
+from .predictions import Tree, filled_up, token_shape
 
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class EvaluationPass:
     def gather(self, tree: Tree) -> Tree:
         """Rows of all data-parallel groups in the order of the dataset, from any number per group; the ranks of a
         group have the same ones."""
-        return tree if self._accelerator.num_processes == 1 else map_tensors(self._gather_tensor, tree)
+        return tree if self._accelerator.num_processes == 1 else recursively_apply(self._gather_tensor, tree)
 
     def _gather_tensor(self, rows: torch.Tensor) -> torch.Tensor:
         shapes = self._accelerator.gather(torch.tensor([(*rows.shape, 1)[:2]], device=rows.device))

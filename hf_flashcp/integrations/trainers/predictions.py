@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils.operations import honor_type
+from accelerate.utils.operations import honor_type, recursively_apply
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
@@ -44,8 +43,8 @@ def whole_documents(
     predictions, targets = [], []
     # At least one, for the shape of what `preprocess` makes of it.
     for start, stop in pairwise(accumulate(lengths[: max(kept, 1)], initial=0)):
-        document = map_tensors(partial(_document, plan=plan, places=places, start=start, stop=stop), outputs)
-        document_labels = map_tensors(partial(_tokens, start=start, stop=stop), labels)
+        document = recursively_apply(_document, outputs, plan, places, start, stop)
+        document_labels = recursively_apply(_tokens, labels, start, stop)
         predictions.append(document if preprocess is None else preprocess(document, document_labels))
         targets.append(document_labels)
     return _rows_if(kept, stacked(predictions), stacked(targets))
@@ -76,7 +75,7 @@ def whole_rows(
 
 def first_rows(tree: Tree, count: int, rows: int) -> Tree:
     """The first `count` rows of tensors that have `rows` of them."""
-    return map_tensors(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == rows else tensor, tree)
+    return recursively_apply(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == rows else tensor, tree)
 
 
 def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | None) -> Tree:
@@ -90,7 +89,7 @@ def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | No
         other = [key for key, value in found.items() if not _is_per_token(value, tokens)]
         if other:
             refuse_outputs(other)
-    values = map_tensors(torch.Tensor.detach, tuple(found.values()))
+    values = recursively_apply(torch.Tensor.detach, tuple(found.values()))
     return values[0] if len(values) == 1 else values
 
 
@@ -137,22 +136,13 @@ def filled_up(rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
     return larger
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> Tree:
-    if isinstance(tree, Mapping):
-        return type(tree)({key: map_tensors(function, value) for key, value in tree.items()})
-    if isinstance(tree, (list, tuple)):
-        return honor_type(tree, (map_tensors(function, value) for value in tree))
-    return function(tree) if isinstance(tree, torch.Tensor) else tree
-
-
 def _tokens(labels: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """(1, stop - start, ...)."""
     return labels.flatten(0, 1)[start:stop][None]
 
 
 def _rows_if(kept: int, *trees: Tree) -> tuple[Tree, Tree]:
     """Both trees, without rows if none is kept."""
-    return trees if kept else map_tensors(lambda rows: rows[:0], trees)
+    return trees if kept else recursively_apply(lambda rows: rows[:0], trees)
 
 
 def _document(values: torch.Tensor, plan: RankPlan, places: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:

@@ -177,17 +177,12 @@ class EvaluatingTrainerMixin:
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # With cp_size 1 an option can ask for the evaluation of the class behind this one.
+        as_stock = self._own_prediction_step() is not None or self.args.eval_use_gather_object
         with self.plan_metrics.paused():
-            if self._evaluates_as_stock and not self._losses_by_document:
+            if as_stock and self.get_cp_size() == 1 and not self._losses_by_document:
                 return super().evaluation_loop(*arguments)
             return self._evaluation_loop(*arguments)
-
-    @property
-    def _evaluates_as_stock(self) -> bool:
-        """With cp_size 1 only: whether an option asks for the evaluation of the class behind this one."""
-        return self.get_cp_size() == 1 and (
-            self._own_prediction_step() is not None or self.args.eval_use_gather_object
-        )
 
     def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any) -> EvalLoopOutput:
         evaluation = EvaluationPass(
