@@ -1,17 +1,9 @@
 """One layer's attention on one rank: which kernel runs when, what travels meanwhile, and how results are added up.
 
-Forward, with two stages; sends depend on nothing but local KV, so everything is posted at once:
-
-    compute   pack | local pass | stage 1, merge | stage 2, merge
-    wire           | KV of stage 1 | KV of stage 2 |
-
-Backward runs the same rectangles with the merged output and logsumexp, remote ones first, so that their dK and dV
-travel while the next stage and at last the local pass are computed:
-
-    compute   stage 1 | stage 2 | local pass       | add what came home
-    wire              | dKV of 1 | dKV of 2 |
-
-Where the received KV was not kept it is fetched again, and the local pass goes first, while that travels.
+Sends depend on nothing but local KV, so forward posts all of them before the local pass, then awaits and merges stage
+after stage. Backward runs the same rectangles with the merged output and logsumexp, remote ones first, so that their
+dK and dV travel while the next stage and at last the local pass are computed. Where the received KV was not kept it is
+fetched again, and the local pass goes first, while that travels. The README beside this file draws both.
 
 Partial outputs of rows that merge more than once, dQ, dK and dV are summed in the accumulate dtype (at least fp32), in
 one order on every run and device. Nothing here waits for a device: sizes and rectangles are known to the host.

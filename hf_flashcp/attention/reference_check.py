@@ -44,7 +44,7 @@ class CheckedEngine:
 
     def forward(self, query, key, value, sinks):
         results = out, lse, _ = self._engine.forward(query, key, value, sinks)
-        reference, deviations = self._reference(query.dtype), _Deviations(self._plan, query.dtype)
+        reference, deviations = self._begin(query.dtype)
         for head in reference.heads(key, value, len(query)):
             for block in reference.scores(head, query):
                 deviations.compare("the output", out, reference.output(head, block))
@@ -55,7 +55,7 @@ class CheckedEngine:
     def backward(self, inputs, received, keys_need_grad):
         grads = self._engine.backward(inputs, received, keys_need_grad)
         query = inputs.query
-        reference, deviations = self._reference(query.dtype), _Deviations(self._plan, query.dtype)
+        reference, deviations = self._begin(query.dtype)
         for head in reference.heads(inputs.key, inputs.value, len(query)):
             sums = KeySums(head)
             for block in reference.scores(head, query):
@@ -67,10 +67,9 @@ class CheckedEngine:
         deviations.report(self._layer, query.device)
         return grads
 
-    def _reference(self, dtype: torch.dtype) -> Reference:
-        engine = self._engine
-        options = ScoreOptions(True, engine.scale, engine.layout.window, engine.softcap)
-        return Reference(self._plan, options, self._sinks, dtype)
+    def _begin(self, dtype: torch.dtype) -> tuple[Reference, _Deviations]:
+        options = ScoreOptions(True, self._engine.scale, self._engine.layout.window, self._engine.softcap)
+        return Reference(self._plan, options, self._sinks, dtype), _Deviations(self._plan, dtype)
 
 
 class _Deviation(NamedTuple):
@@ -86,8 +85,6 @@ class _Deviation(NamedTuple):
 
 
 class _Deviations:
-    """The largest deviation on this rank."""
-
     def __init__(self, plan: RankPlan, dtype: torch.dtype):
         self._plan, self._dtype = plan, dtype
         self._worst = _Deviation()

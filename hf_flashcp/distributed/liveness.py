@@ -177,8 +177,6 @@ def watch_liveness() -> _Watch:
 
 
 class _Watch:
-    """This process's part in liveness checks."""
-
     def __init__(self, shared_store: dist.Store):
         # A connection of its own, on which nobody waits: a wait on the shared one blocks all others.
         self.shared_store, self.store = shared_store, shared_store.clone()

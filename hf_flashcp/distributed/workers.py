@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cached_property
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ class WorkerPool:
         self._start_method, self._device = start_method or _default_start_method(device), device
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
-        self._store = None
         self._world = None
         self._workers = []
         # At exit too, before multiprocessing waits for them, and they for the next function.
@@ -84,7 +84,7 @@ class WorkerPool:
         while len(self._workers) < world_size:
             self._start_worker(len(self._workers), function.__module__)
         if self._world is None or self._world[0] != world_size:
-            self._world = (world_size, self._port(), f"world-{next(self._worlds)}")
+            self._world = (world_size, self._store.port, f"world-{next(self._worlds)}")
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
@@ -100,12 +100,11 @@ class WorkerPool:
             self._world = None  # a failed rank may have left the others' collectives half done
         return outcomes
 
-    def _port(self):
-        if self._store is None:
-            from torch.distributed import TCPStore
+    @cached_property
+    def _store(self):
+        from torch.distributed import TCPStore
 
-            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        return self._store.port
+        return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def close(self):
         _end_workers(self._workers)

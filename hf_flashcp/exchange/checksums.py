@@ -8,14 +8,17 @@ what any of them found. That takes two blocking gathers, of 3 N + 2 and 2 N numb
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.gather import gather_numbers
 from ..errors import ConfigurationError, FlashCPError
-from .all_to_all import AllToAll
 
+
+if TYPE_CHECKING:
+    from .transfer import AllToAll
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _AT_ONCE = 2**22  # elements, for which 64 MB of whole numbers are made
@@ -23,7 +26,6 @@ _MIX = 0x9E3779B97F4A7C15 - 2**64
 
 
 def debug_mode() -> bool:
-    """Whether `FLASHCP_DEBUG` is 1."""
     return os.environ.get("FLASHCP_DEBUG") == "1"
 
 
@@ -43,14 +45,11 @@ class CheckedExchange:
         self._sends, expects, self._sums = (
             [view[2 + part * size : 2 + (part + 1) * size] for view in views] for part in range(3)
         )
-        self._refuse_what_does_not_fit(formats, expects)
-
-    def _refuse_what_does_not_fit(self, formats: list[str], expects: list[list[int]]) -> None:
         ranks = self._ranks
         problems = [
             f"rank {ranks[a]} sends {self._sends[a][b]} rows to rank {ranks[b]}, which expects {expects[b][a]}"
-            for a in range(len(ranks))
-            for b in range(len(ranks))
+            for a in range(size)
+            for b in range(size)
             if self._sends[a][b] != expects[b][a]
         ]
         problems += [

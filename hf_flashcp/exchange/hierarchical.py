@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import Stage
-from .all_to_all import GRADIENTS, KEYS, AllToAll
-from .transfer import Transfer
+from .transfer import GRADIENTS, KEYS, AllToAll, Transfer
 
 
 if TYPE_CHECKING:

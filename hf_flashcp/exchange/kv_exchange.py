@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage
-from .all_to_all import GRADIENTS, AllToAll
 from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
-from .transfer import Transfer, named_range
+from .transfer import GRADIENTS, AllToAll, Transfer, named_range
 
 
 if TYPE_CHECKING:

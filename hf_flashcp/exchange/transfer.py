@@ -1,18 +1,22 @@
-"""One all-to-all of rows under way."""
+"""`AllToAll`, the rows of one uneven all-to-all, and `Transfer`, which posts and awaits them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.liveness import naming
-from .all_to_all import AllToAll
 from .checksums import CheckedExchange, debug_mode
 
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 _NOTHING = contextlib.nullcontext()
 _seconds_waited: float | None = None
 
@@ -29,6 +33,17 @@ def seconds_waited() -> float | None:
     """How long this process has waited for rows of other ranks, because computation did not hide their transfer or
     because those ranks were slow. `None` before the first exchange, and on GPUs, where the host does not wait."""
     return _seconds_waited
+
+
+class AllToAll(NamedTuple):
+    """What one rank sends and receives in one all-to-all."""
+
+    sent: torch.Tensor  # (n_sent, width), contiguous, destination rank after destination rank
+    received: torch.Tensor  # (n_received, width), where what arrives is written, source rank after source rank
+    send_splits: list[int]  # rows of `sent` for each rank of the group
+    recv_splits: list[int]  # rows of `received` from each
+    group: ProcessGroup
+    what: str = KEYS  # names the rows for errors and profilers
 
 
 class Transfer:

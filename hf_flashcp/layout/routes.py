@@ -29,7 +29,6 @@ class LocalSlice(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
         return self.stop - self.start
 
 
@@ -72,7 +71,6 @@ class StageTraffic:
         self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
-        """Whether no rank needs anything."""
         return not any(
             self._meet(source, target) and overlaps(start, stop, intervals)
             for source, slices in enumerate(self.plan.slices)

@@ -40,7 +40,6 @@ class Rows:
             self.index = torch.from_numpy(numbers).to(device, non_blocking=True)
 
     def to(self, device: torch.device) -> Rows:
-        """The same rows for buffers on `device`."""
         return self if device == self._device else Rows(self._numbers, device)
 
     def pieces(self, longest: int | None = None) -> Iterator[tuple[slice, slice]]:

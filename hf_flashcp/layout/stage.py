@@ -19,12 +19,10 @@ class Rectangle(NamedTuple):
 
     @property
     def queries(self) -> int:
-        """Number of queries."""
         return self.q_stop - self.q_start
 
     @property
     def keys(self) -> int:
-        """Number of keys."""
         return self.k_stop - self.k_start
 
 

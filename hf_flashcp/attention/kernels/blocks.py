@@ -41,13 +41,7 @@ class BlockKernel:
     """
 
     def _blocks(
-        self,
-        query: torch.Tensor,
-        groups: int,
-        rectangles: Sequence[Rectangle],
-        options: ScoreOptions,
-        *,
-        backward: bool,
+        self, query: torch.Tensor, groups: int, rectangles: Sequence[Rectangle], options: ScoreOptions, backward: bool
     ) -> Iterable[QueryBlock]:
         raise NotImplementedError
 

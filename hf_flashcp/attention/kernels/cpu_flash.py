@@ -37,7 +37,7 @@ class CPUFlashKernel(BlockKernel):
     # longer than the second, where blocks save little: with 1 head in the rows, 2 or 3, more.
     _FLAG_BY_FOLD = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
 
-    def _blocks(self, query, groups, rectangles, options, *, backward):
+    def _blocks(self, query, groups, rectangles, options, backward):
         fold = _fold(query.shape[0], groups)
         rows = min(self._ROWS, max(64, 4 * self._ROWS // fold))
         if options.window and options.window < rows:

@@ -31,5 +31,4 @@ def has_cache(batch: Mapping[str, Any]) -> bool:
 
 
 def media(batch: Mapping[str, Any]) -> list[str]:
-    """The names under which a batch has images, video or audio."""
     return sorted(key for key, value in batch.items() if value is not None and MEDIA.search(key))

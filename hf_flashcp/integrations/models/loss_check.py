@@ -46,7 +46,6 @@ class LossCheck:
         model.loss_function = self
 
     def restore(self) -> None:
-        """Gives the model its own loss function back."""
         if self._own_function is None:
             del self._model._loss_function
         else:

@@ -22,11 +22,7 @@ from .sharded_forward import current_sharded_forward
 
 
 def hook_length_dependent_rope(model: PreTrainedModel) -> list[Any]:
-    """Puts hooks on the model's rotary modules where they need it, and returns their handles.
-
-    Raises:
-        UnsupportedModelError: the config asks for such a RoPE, but no module says that it computes one.
-    """
+    """Puts hooks on the model's rotary modules where they need it, and returns their handles."""
     config = model.config.get_text_config()
     lengths = list(_original_lengths(getattr(config, "rope_parameters", None), config))
     if not lengths:

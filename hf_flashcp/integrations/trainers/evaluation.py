@@ -17,7 +17,7 @@ from .predictions import Tree, filled_up, token_shape
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from transformers import Trainer
 
 
 class EvaluationPass:
@@ -27,27 +27,17 @@ class EvaluationPass:
     beginning. Batch s of group g holds the rows from (s * groups + g) * rows per batch on: those beyond the dataset's
     end have been counted before, so their targets are masked. With cp_size 1, rows that cannot be told apart, such as
     those of a dataset without a length, all count, as they do in transformers; above 1 they are refused.
-
-    `batch_size` counts dataset rows, `preprocess` is `preprocess_logits_for_metrics` of transformers' Trainer, and
-    with `filter_nan` batches without a finite loss are left out of the mean.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        accelerator: Accelerator,
-        cp_size: int,
-        batch_size: int,
-        preprocess: Callable[[Tree, Tree], Tree] | None = None,
-        filter_nan: bool = False,
-    ):
-        self._groups, self._group = accelerator.num_processes // cp_size, accelerator.process_index // cp_size
-        if cp_size > 1:
+    def __init__(self, trainer: Trainer, dataset: Any):
+        self._accelerator, self._cp_size = trainer.accelerator, trainer.get_cp_size()
+        self._batch_size, self._filter_nan = trainer.args.eval_batch_size, trainer.args.logging_nan_inf_filter
+        self.preprocess: Callable[[Tree, Tree], Tree] | None = trainer.preprocess_logits_for_metrics
+        self._groups = self._accelerator.num_processes // self._cp_size
+        self._group = self._accelerator.process_index // self._cp_size
+        if self._cp_size > 1:
             require_length(dataset, self._groups)
         self._dataset_rows = len(dataset) if self._groups > 1 and isinstance(dataset, Sized) else None
-        self._accelerator, self._cp_size, self._batch_size = accelerator, cp_size, batch_size
-        self.preprocess = preprocess
-        self._filter_nan = filter_nan
         self._step = 0
         self._rows_per_batch: int | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)  # loss and targets

@@ -22,11 +22,7 @@ Tree = Any
 
 
 def whole_documents(
-    outputs: Tree,
-    labels: Tree,
-    plan: RankPlan,
-    kept_tokens: int,
-    preprocess: Callable[[Tree, Tree], Tree] | None,
+    outputs: Tree, labels: Tree, plan: RankPlan, kept_tokens: int, preprocess: Callable[[Tree, Tree], Tree] | None
 ) -> tuple[Tree, Tree]:
     """Predictions of a sharded batch, as a padded batch with a row per document on one device would give them, from
     outputs (1, T_r, ...) of this rank's tokens and labels of the whole batch, not shifted, (1, C) or rows of it.

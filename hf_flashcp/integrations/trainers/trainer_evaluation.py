@@ -185,14 +185,7 @@ class EvaluatingTrainerMixin:
             return self._evaluation_loop(*arguments)
 
     def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any) -> EvalLoopOutput:
-        evaluation = EvaluationPass(
-            dataloader.dataset,
-            self.accelerator,
-            self.get_cp_size(),
-            self.args.eval_batch_size,
-            preprocess=self.preprocess_logits_for_metrics,
-            filter_nan=self.args.logging_nan_inf_filter,
-        )
+        evaluation = EvaluationPass(self, dataloader.dataset)
         compute_metrics, gather_for_metrics = self.compute_metrics, self.accelerator.gather_for_metrics
         self._pass, self.preprocess_logits_for_metrics = evaluation, None  # called for each document
         self.gather_function = evaluation.gathered
