@@ -28,9 +28,7 @@ from ..layout.rank_layout import token_index
 from .kernels.base import ScoreOptions, accumulate_dtype, cut, hidden
 
 
-MOST_SCORES = 2**24
-"""Scores that exist at a time."""
-
+MOST_SCORES = 2**24  # that exist at a time
 _ROUNDINGS = 16
 _MATMUL_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 

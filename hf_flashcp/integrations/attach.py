@@ -193,9 +193,8 @@ class ContextParallelHandle:
     @torch.compiler.disable
     def _before_forward(self, model, args, kwargs):
         batch = {**dict(zip(self._parameters, args)), **kwargs}
-        wanted = model.training or any(
-            batch.get(key) is not None for key in ("flashcp_plan", "labels", "shift_labels")
-        )
+        asking = ("flashcp_plan", "labels", "shift_labels")
+        wanted = model.training or any(batch.get(key) is not None for key in asking)
         if not (wanted and self._can_shard(batch)):
             if self.mesh is not None and batch.get("labels") is not None and has_cache(batch):
                 raise BatchError(

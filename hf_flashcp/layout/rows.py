@@ -87,9 +87,6 @@ class Rows:
         for there, here in self.pieces():
             target[there].add_(values[here])
 
-    def __repr__(self) -> str:
-        return f"Rows({self.ranges if self.index is None else self.index.tolist()})"
-
 
 class Group(NamedTuple):
     """The part `span` of a list of row numbers, in which no row comes twice."""

@@ -12,8 +12,7 @@ from ...layout.rows import row_numbers
 from .base import BackwardInputs, ScoreOptions, accumulate_dtype, pad_heads
 
 
-ALIGNMENT = 16
-"""Bytes that FlashAttention's kernels load at a time."""
+ALIGNMENT = 16  # bytes that FlashAttention's kernels load at a time
 
 
 class Sequences(NamedTuple):

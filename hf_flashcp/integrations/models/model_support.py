@@ -14,7 +14,6 @@ from .per_document_mixers import needs_whole_documents
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
 _FROM_PADDING = "counts positions from pad_token_id + 1 and not from 0, which a sharded batch's position_ids do not"
 POSITIONS_OF_THEIR_OWN = {
     **dict.fromkeys(
@@ -23,8 +22,6 @@ POSITIONS_OF_THEIR_OWN = {
     ),
     "llama4_text": "scales queries by their place in the row that a rank holds and not by position_ids",
 }
-
-
 _NOT_A_LANGUAGE_MODEL = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 

@@ -89,15 +89,13 @@ class _PerDocumentCalls:
         for piece in plan.layout.slices:
             held[piece.document] += piece.tokens
         first = 0
-        for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: self._group(entry[0] + 1)):
+        # Neighbours of one length, or all with the original frequencies, share a call.
+        longest = self._original_length - 2
+        for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: max(entry[0], longest)):
             largest, counts = zip(*documents)
             local = position_ids[..., first : first + sum(counts)]
             first += sum(counts)
             yield torch.cat((local, local.new_full((*local.shape[:-1], 1), max(largest))), dim=-1)
-
-    def _group(self, length: int) -> int:
-        """Neighbours of one length, or all with the original frequencies, share a call."""
-        return 0 if length < self._original_length else length
 
 
 def _largest_positions(plan: RankPlan) -> list[int]:

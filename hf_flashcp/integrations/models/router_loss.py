@@ -27,15 +27,9 @@ from ...errors import UnsupportedModelError
 from .sharded_forward import ShardedForward, current_sharded_forward
 
 
-FUNCTION = "load_balancing_loss_func"
-"""The name in transformers' modeling files, and in those that import it from there."""
-
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-"""What models multiply it by, an attribute of the model or of its config."""
-
-MEAN_COEFFICIENTS = ("z_loss_coefficient",)
-"""Attributes of models: factors of loss terms that are means over all tokens of the forward."""
-
+FUNCTION = "load_balancing_loss_func"  # in transformers' modeling files, and in those that import it from there
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models multiply it by, theirs or their config's
+MEAN_COEFFICIENTS = ("z_loss_coefficient",)  # models' factors of loss terms that are means over the forward's tokens
 _TOLERANCE = 1e-4  # relative: transformers adds up in fp32
 
 
