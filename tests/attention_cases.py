@@ -62,7 +62,7 @@ def local_rows(bound, inputs):
 
 
 def sharded_attention(
-    plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received=None
+    plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received_kv=None
 ):
     """This rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
@@ -71,7 +71,7 @@ def sharded_attention(
     if sinks:
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
     options = {"window": window, "softcap": softcap, "sinks": leaves[3] if sinks else None}
-    out = document_attention(*leaves[:3], bound, kernel=kernel, keep_received=keep_received, **options)
+    out = document_attention(*leaves[:3], bound, kernel=kernel, keep_received_kv=keep_received_kv, **options)
     out.backward(grad_out)
     return [out.detach(), *(leaf.grad for leaf in leaves)], bound.layout.token_index.to(DEVICE)
 
@@ -91,13 +91,13 @@ def attention_error(
     offset_groups=None,
     seed=0,
     options=None,
-    keep_received=None,
+    keep_received_kv=None,
 ):
     """Largest relative error of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
     options = options or {}
     inputs, reference = _inputs_and_reference(plan.lengths, shape, dtype, seed, tuple(options.items()))
     ours, index = sharded_attention(
-        plan, inputs, make_kernel(kernel), offset_groups, keep_received=keep_received, **options
+        plan, inputs, make_kernel(kernel), offset_groups, keep_received_kv=keep_received_kv, **options
     )
     return [relative_error(a, b) for a, b in zip(gathered(ours, index, reference), reference)]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LENGTHS = [70, 9, 33]
-OPTIONS = ({}, {"window": 6}, {"softcap": 2.0}, {"sinks": True}, {"keep_received": False}, {"frozen_kv": True})
+OPTIONS = ({}, {"window": 6}, {"softcap": 2.0}, {"sinks": True}, {"keep_received_kv": False}, {"frozen_kv": True})
 
 
 def plan_of(lengths, cp_size, staged=False, strategy="per_doc"):

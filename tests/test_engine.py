@@ -288,7 +288,7 @@ def test_saved_bytes_are_the_documented_ones(pool, keep, window):
     """Of function.py's formula; e = 2, E = 4."""
     plan = plan_documents([40, 24], 3, strategy="per_doc")
     heads, kv_heads, key_dim, value_dim = 4, 2, 8, 12
-    args = (plan, (heads, kv_heads, key_dim, value_dim), "bfloat16", {"keep_received": keep, "window": window})
+    args = (plan, (heads, kv_heads, key_dim, value_dim), "bfloat16", {"keep_received_kv": keep, "window": window})
     report = plan.report(window=window)
     for rank, found in enumerate(pool.run(3, engine_cases.saved_bytes, *args)):
         tokens, received = report["tokens"][rank], report["kv_received"][rank]
@@ -315,7 +315,7 @@ def test_peak_memory_of_a_layer(pool, stages, keep):
     plan = plan.with_offset_groups(STAGES["all"](cp_size)) if stages == "all" else plan
     report = plan.report()
     kv, outputs = 2 * (32 + 32), 4 * 32 * sum(lengths) / cp_size
-    results = pool.run(cp_size, engine_cases.peak_memory, plan, shape, {"keep_received": keep})
+    results = pool.run(cp_size, engine_cases.peak_memory, plan, shape, {"keep_received_kv": keep})
     for rank, (peak, largest) in enumerate(results):
         received, sent = report["kv_received"][rank] * kv, report["kv_sent"][rank] * kv
         more = received * (2 + 4 + 2 + 2) + sent * (2 + 4) + (4 * outputs if stages == "all" else 0)
@@ -328,7 +328,7 @@ def test_keys_fetched_again_are_exact(pool, stages):
     groups = STAGES[stages] and STAGES[stages](4)
     plans = [ODD_PLAN, *(plan_documents(KNOWN_PACKS["three"], 4, strategy=strategy) for strategy in STRATEGIES)]
     todo = [
-        ((plan, (4, 2, 8, 12)), {"offset_groups": groups, "options": options, "keep_received": False})
+        ((plan, (4, 2, 8, 12)), {"offset_groups": groups, "options": options, "keep_received_kv": False})
         for plan in plans
         for options in ({}, {"window": 9}, {"sinks": True})
     ]

@@ -88,7 +88,7 @@ def test_attention_is_exact(pool, cp_size, size):
     todo = [
         (
             (plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy).with_ranks_per_node(size), (4, 2, 8, 12)),
-            {"offset_groups": groups, "keep_received": kept, "options": options},
+            {"offset_groups": groups, "keep_received_kv": kept, "options": options},
         )
         for name, strategy in (("seven", "per_doc"), ("giant_and_tiny", "search"))
         for groups, kept, options in ((None, True, {}), (one_by_one, False, {}), (None, False, {"window": 20}))

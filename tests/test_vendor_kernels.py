@@ -69,7 +69,7 @@ def test_layers_over_ranks_are_exact_through_every_vendors_kernel(pool, kernel, 
         for shape in ((4, 2, 8, 8), (3, 3, 12, 16))
         for more in (
             {},
-            {"offset_groups": stages, "keep_received": False},
+            {"offset_groups": stages, "keep_received_kv": False},
             {"options": {"window": 9, "sinks": True}},
         )
     ]

@@ -1,17 +1,9 @@
 """One layer's attention on one rank: which kernel runs when, what travels meanwhile, and how results are added up.
 
-Forward, with two stages; sends depend on nothing but local KV, so everything is posted at once:
-
-    compute   pack | local pass | stage 1, merge | stage 2, merge
-    wire           | KV of stage 1 | KV of stage 2 |
-
-Backward runs the same rectangles with the merged output and logsumexp, remote ones first, so that their dK and dV
-travel while the next stage and at last the local pass are computed:
-
-    compute   stage 1 | stage 2 | local pass       | add what came home
-    wire              | dKV of 1 | dKV of 2 |
-
-Where the received KV was not kept it is fetched again, and the local pass goes first, while that travels.
+Sends depend on nothing but local KV, so forward posts all of them before the local pass, then awaits and merges stage
+after stage. Backward runs the same rectangles with the merged output and logsumexp, remote ones first, so that their
+dK and dV travel while the next stage and at last the local pass are computed. Where the received KV was not kept it is
+fetched again, and the local pass goes first, while that travels. The README beside this file draws both.
 
 Partial outputs of rows that merge more than once, dQ, dK and dV are summed in the accumulate dtype (at least fp32), in
 one order on every run and device. Nothing here waits for a device: sizes and rectangles are known to the host.
@@ -47,7 +39,7 @@ class Engine(NamedTuple):
     kernel: AttentionKernel
     scale: float
     softcap: float | None
-    keep_received: bool
+    keep_received_kv: bool
 
     @deterministic_algorithms(False)
     def forward(
@@ -63,7 +55,7 @@ class Engine(NamedTuple):
         received = []
         for number, (stage, transfer) in enumerate(zip(stages, transfers), 1):
             keys = _ordered(transfer.wait(), stage)
-            if self.keep_received:
+            if self.keep_received_kv:
                 received.append(keys)
             if stage.rectangles:
                 with named_range(f"stage {number}"):
@@ -82,24 +74,20 @@ class Engine(NamedTuple):
     @deterministic_algorithms(False)
     def backward(self, inputs: BackwardInputs, received: Sequence[torch.Tensor], keys_need_grad: bool) -> Gradients:
         """Returns dQ, and dK and dV of this rank's tokens summed over the queries of all ranks, in the accumulate
-        dtype.
-
-        Args:
-            received: the keys of each stage, as forward returned them; fetched again if they were not kept.
-            keys_need_grad: the same on every rank; without it no gradient travels, and dK and dV mean nothing.
-        """
+        dtype, from the keys of each stage as forward returned them; they are fetched again if they were not kept.
+        Without `keys_need_grad`, the same on every rank, no gradient travels, and dK and dV mean nothing."""
         _, query, key, value, _, _ = inputs
         stages = self.layout.stages(query.device)
         dtype = accumulate_dtype(query.dtype)
         grad_keys = key.new_zeros(key.shape[1], kv_width(key, value), dtype=dtype)
         grads = Gradients(torch.zeros_like(query, dtype=dtype), *split_rows(grad_keys, key, value))
-        fetched = [] if self.keep_received else send_kv(key, value, self.layout, self.group)
+        fetched = [] if self.keep_received_kv else send_kv(key, value, self.layout, self.group)
         if fetched:
             self._local_backward(inputs, grads)
         home = key.new_empty(self.layout.send_rows(key.device).count if stages else 0, grad_keys.shape[1])
         transfers = []
         for index, stage in enumerate(stages):
-            keys = received[index] if self.keep_received else _ordered(fetched[index].wait(), stage)
+            keys = received[index] if self.keep_received_kv else _ordered(fetched[index].wait(), stage)
             with named_range(f"stage {index + 1}, backward"):
                 wire, grad_local = self._stage_backward(stage, keys, inputs, grads.query)
             if keys_need_grad:

@@ -28,26 +28,18 @@ from ..layout.rank_layout import token_index
 from .kernels.base import ScoreOptions, accumulate_dtype, cut, hidden
 
 
-MOST_SCORES = 2**24
-"""Scores that exist at a time."""
-
+MOST_SCORES = 2**24  # that exist at a time
 _ROUNDINGS = 16
 _MATMUL_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 class Expected(NamedTuple):
-    """What float64 gives for some rows of a result in some heads.
-
-    Attributes:
-        heads, rows (`slice`): which, of the result (heads, T_r, D).
-        values (`torch.Tensor`): (H, n, D).
-        limits (`torch.Tensor`): (H, n), by how much rounding may move each row, in the 2-norm.
-    """
+    """What float64 gives for some rows of a result (heads, T_r, D) in some heads."""
 
     heads: slice
     rows: slice
-    values: torch.Tensor
-    limits: torch.Tensor
+    values: torch.Tensor  # (H, n, D)
+    limits: torch.Tensor  # (H, n), by how much rounding may move each row, in the 2-norm
 
 
 class Head(NamedTuple):
@@ -61,38 +53,22 @@ class Head(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """`rows` n of the local sequence in H query heads against `keys` m of the packed row, all that they see.
-
-    Attributes:
-        query (`torch.Tensor`): (H, n, D_k).
-        scores (`torch.Tensor`): (H, n, m), 0 where hidden.
-        share (`torch.Tensor`): (H, n, m), of each in the softmax.
-        lse (`torch.Tensor`): (H, n), the logsumexp.
-        out (`torch.Tensor`): (H, n, D_v).
-        sum_roundoff (`float`): w (sqrt(keys) + ...) of the module's formula.
-        roundoff (`float`): u more.
-    """
+    """`rows` n of the local sequence in H query heads against `keys` m of the packed row, all that they see."""
 
     rows: slice
     keys: slice
-    query: torch.Tensor
-    scores: torch.Tensor
-    share: torch.Tensor
-    lse: torch.Tensor
-    out: torch.Tensor
-    sum_roundoff: float
-    roundoff: float
+    query: torch.Tensor  # (H, n, D_k)
+    scores: torch.Tensor  # (H, n, m), 0 where hidden
+    share: torch.Tensor  # (H, n, m), of each in the softmax
+    lse: torch.Tensor  # (H, n)
+    out: torch.Tensor  # (H, n, D_v)
+    sum_roundoff: float  # w (sqrt(keys) + ...) of the module's formula
+    roundoff: float  # u more
 
 
 class Reference:
-    """The formulas in float64, for this rank's queries. Every rank of the group calls it.
-
-    Args:
-        plan (`RankPlan`): what the layer runs under.
-        options (`ScoreOptions`): the layer's, causal.
-        sinks (`torch.Tensor`, *optional*): (H_q,) of the layer.
-        dtype (`torch.dtype`): dtype of the results that are compared.
-    """
+    """The formulas in float64, for this rank's queries of one layer with (H_q,) `sinks`, whose results have `dtype`.
+    Every rank of the group calls it."""
 
     def __init__(self, plan: RankPlan, options: ScoreOptions, sinks: torch.Tensor | None, dtype: torch.dtype):
         self._plan, self._options, self._sinks, self._dtype = plan, options, sinks, dtype
@@ -143,12 +119,10 @@ class Reference:
         return Scores(rows, keys, q, scores.masked_fill(mask, 0), share, lse, out, sum_roundoff, unit + sum_roundoff)
 
     def output(self, head: Head, block: Scores) -> Expected:
-        """(H, n, D_v)."""
         spread = _root_sum(self._normal(block.share), head.value[block.keys])
         return Expected(head.queries, block.rows, block.out, self._limit(block.roundoff, block.out, spread))
 
     def logsumexp(self, head: Head, block: Scores) -> Expected:
-        """(H, n, 1)."""
         limit = _ROUNDINGS * (block.roundoff + block.sum_roundoff * block.lse.abs())
         return Expected(head.queries, block.rows, block.lse[..., None], limit)
 

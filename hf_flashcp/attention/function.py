@@ -29,7 +29,7 @@ def document_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    keep_received: bool | None = None,
+    keep_received_kv: bool | None = None,
     kernel: AttentionKernel | None = None,
     check_as: str | None = None,
 ) -> torch.Tensor:
@@ -38,40 +38,31 @@ def document_attention(
     Every rank of the plan's group calls it, in forward and in backward.
 
     Args:
-        query (`torch.Tensor`): (H_q, T_r, D_k).
-        key (`torch.Tensor`): (H_kv, T_r, D_k); H_q is a multiple of H_kv.
-        value (`torch.Tensor`): (H_kv, T_r, D_v).
-        plan (`RankPlan`): the plan bound to this rank.
-        scale (`float`, *optional*): factor of the scores, defaults to D_k ** -0.5.
-        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
-        softcap (`float`, *optional*): scores become softcap * tanh(scores / softcap).
-        sinks (`torch.Tensor`, *optional*): (H_q,) a score per head that takes its share of every softmax and has no
-            value. Its gradient is that of this rank's tokens alone.
-        keep_received (`bool`, *optional*): whether backward finds the KV that forward received, or fetches it again;
-            the same on every rank. Defaults to the plan's, see [`RankPlan`].
-        kernel (`AttentionKernel`, *optional*): defaults to the best for the device and the layer.
-        check_as (`str`, *optional*): the layer's name, on every rank or none: its results are compared with those of
-            the formulas in float64, see [`CheckedEngine`].
+        query, key, value: (H_q, T_r, D_k), (H_kv, T_r, D_k) and (H_kv, T_r, D_v); H_q is a multiple of H_kv.
+        scale: factor of the scores, defaults to D_k ** -0.5.
+        window: keys that a query sees, itself included; all before it if `None`.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: (H_q,) a score per head that takes its share of every softmax and has no value. Its gradient is that of
+            this rank's tokens alone.
+        keep_received_kv: the same on every rank; defaults to the plan's, see [`RankPlan`].
+        kernel: defaults to the best for the device and the layer.
+        check_as: the layer's name, on every rank or none: its results are compared with those of the formulas in
+            float64, see [`CheckedEngine`].
 
-    Returns:
-        `torch.Tensor`: (H_q, T_r, D_v), as if every document had been attended to alone on one device.
+    Returns (H_q, T_r, D_v), as if every document had been attended to alone on one device.
     """
+    dims = {"key_dim": query.shape[-1], "value_dim": value.shape[-1]}
     engine = Engine(
         plan.group,
         plan.layout_for(window),
-        kernel or _select(query, value, softcap),
+        kernel or select_kernel(query.device, softcap, dtype=query.dtype, **dims),
         query.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
-        plan.keep_received_kv if keep_received is None else keep_received,
+        plan.keep_received_kv if keep_received_kv is None else keep_received_kv,
     )
     if check_as is not None:
         engine = CheckedEngine(engine, plan, check_as, sinks)
     return _DocumentAttention.apply(query, key, value, sinks, engine)
-
-
-def _select(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> AttentionKernel:
-    known = {"dtype": query.dtype, "key_dim": query.shape[-1], "value_dim": value.shape[-1]}
-    return select_kernel(query.device, softcap, **known)
 
 
 class _DocumentAttention(torch.autograd.Function):

@@ -13,15 +13,8 @@ _ROWS_AT_ONCE_ON_CPU = 256  # whose intermediates stay in the cache: measured th
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: Rows) -> None:
-    """Merges a partial result into some rows by their logsumexp (FlashAttention's combine step).
-
-    Args:
-        out (`torch.Tensor`): (H_q, T, D_v), changed in place.
-        lse (`torch.Tensor`): (H_q, T), changed in place.
-        part (`torch.Tensor`): (H_q, n, D_v) over other keys than `out`.
-        part_lse (`torch.Tensor`): (H_q, n).
-        rows (`Rows`): the n rows.
-    """
+    """Merges a partial result, part (H_q, n, D_v) and part_lse (H_q, n) over other keys, into `rows` of out (H_q, T,
+    D_v) and lse (H_q, T) by their logsumexp, in place (FlashAttention's combine step)."""
     with named_range("merge"):
         if rows.index is None:
             for there, here in rows.pieces(_ROWS_AT_ONCE_ON_CPU if out.device.type == "cpu" else None):

@@ -26,11 +26,7 @@ _NAMES = ("the output", "the logsumexp", "dQ", "dK", "dV")
 
 def layer_to_check(forward: int, layers: int) -> int | None:
     """Returns which of a model's `layers` is checked in its sharded forward number `forward`, from 0, and in the
-    backward of that: one in every `FLASHCP_DEBUG_EVERY`th, each time the next.
-
-    Raises:
-        ConfigurationError: the variable is no whole number from 1.
-    """
+    backward of that: one in every `FLASHCP_DEBUG_EVERY`th, each time the next."""
     every = os.environ.get("FLASHCP_DEBUG_EVERY", str(DEFAULT_EVERY))
     if not every.isdecimal() or int(every) == 0:
         raise ConfigurationError(f"FLASHCP_DEBUG_EVERY is {every!r}: it must be a whole number of forwards, from 1.")
@@ -39,17 +35,8 @@ def layer_to_check(forward: int, layers: int) -> int | None:
 
 
 class CheckedEngine:
-    """An [`Engine`] whose results are compared. Every rank of the group calls it.
-
-    Args:
-        engine (`Engine`): what runs.
-        plan (`RankPlan`): what it runs under.
-        layer (`str`): its name, for errors.
-        sinks (`torch.Tensor`, *optional*): (H_q,) of the layer.
-
-    Raises:
-        FlashCPError: on every rank, in forward or in backward, with the largest deviation of each rank that has one.
-    """
+    """An [`Engine`] whose results are compared. Every rank of the group calls it; in forward or in backward it raises
+    a `FlashCPError` on all of them with the `layer` and the largest deviation of each rank that has one."""
 
     def __init__(self, engine: Engine, plan: RankPlan, layer: str, sinks: torch.Tensor | None):
         self._engine, self._plan, self._layer = engine, plan, layer
@@ -57,7 +44,7 @@ class CheckedEngine:
 
     def forward(self, query, key, value, sinks):
         results = out, lse, _ = self._engine.forward(query, key, value, sinks)
-        reference, deviations = self._reference(query.dtype), _Deviations(self._plan, query.dtype)
+        reference, deviations = self._begin(query.dtype)
         for head in reference.heads(key, value, len(query)):
             for block in reference.scores(head, query):
                 deviations.compare("the output", out, reference.output(head, block))
@@ -68,7 +55,7 @@ class CheckedEngine:
     def backward(self, inputs, received, keys_need_grad):
         grads = self._engine.backward(inputs, received, keys_need_grad)
         query = inputs.query
-        reference, deviations = self._reference(query.dtype), _Deviations(self._plan, query.dtype)
+        reference, deviations = self._begin(query.dtype)
         for head in reference.heads(inputs.key, inputs.value, len(query)):
             sums = KeySums(head)
             for block in reference.scores(head, query):
@@ -80,34 +67,24 @@ class CheckedEngine:
         deviations.report(self._layer, query.device)
         return grads
 
-    def _reference(self, dtype: torch.dtype) -> Reference:
-        engine = self._engine
-        options = ScoreOptions(True, engine.scale, engine.layout.window, engine.softcap)
-        return Reference(self._plan, options, self._sinks, dtype)
+    def _begin(self, dtype: torch.dtype) -> tuple[Reference, _Deviations]:
+        options = ScoreOptions(True, self._engine.scale, self._engine.layout.window, self._engine.softcap)
+        return Reference(self._plan, options, self._sinks, dtype), _Deviations(self._plan, dtype)
 
 
 class _Deviation(NamedTuple):
-    """By how much one row of one result is off; all numbers, so that ranks can exchange them.
+    """By how much one row of one result is off; all numbers, so that ranks can exchange them."""
 
-    Attributes:
-        excess (`float`): error / limit, 0 where there is no deviation.
-        name (`float`): the result, as an index of `_NAMES`.
-        document, position, head (`float`): the row.
-        error, limit (`float`): in the 2-norm.
-    """
-
-    excess: float = 0.0
-    name: float = 0.0
+    excess: float = 0.0  # error / limit, 0 where there is no deviation
+    name: float = 0.0  # the result, as an index of `_NAMES`
     document: float = 0.0
     position: float = 0.0
     head: float = 0.0
-    error: float = 0.0
+    error: float = 0.0  # in the 2-norm, like `limit`
     limit: float = 0.0
 
 
 class _Deviations:
-    """The largest deviation on this rank."""
-
     def __init__(self, plan: RankPlan, dtype: torch.dtype):
         self._plan, self._dtype = plan, dtype
         self._worst = _Deviation()
@@ -140,11 +117,7 @@ class _Deviations:
         )
 
     def report(self, layer: str, device: torch.device) -> None:
-        """Gathers the deviations of all ranks; raises the same error on each if there is any.
-
-        Raises:
-            FlashCPError: with the deviation of each rank that has one.
-        """
+        """Gathers the deviations of all ranks; raises the same error on each if there is any."""
         group = self._plan.group
         ranks = [0] if group is None else torch.distributed.get_process_group_ranks(group)
         found = [_Deviation(*numbers) for numbers in gather_numbers(self._worst, device, group)]

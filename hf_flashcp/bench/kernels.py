@@ -109,7 +109,7 @@ class RankWork:
     ):
         self.layout = RankLayout(plan, rank)
         self.kernel, self.scale = kernel, shape[2] ** -0.5
-        self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received=True)
+        self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received_kv=True)
         tokens = self.layout.num_tokens
         self.query, self.key, self.value, self.grad_out = random_tensors(shape, tokens, tokens, dtype, device)
         self.stages = self.layout.stages(device)

@@ -35,19 +35,12 @@ def require_agreement(
     error: type[FlashCPError] = ConfigurationError,
     timeout: timedelta | None = None,
 ) -> None:
-    """Returns when all ranks of `group` have called it with equal `values`; costs a write and two reads of the store.
+    """Returns when all ranks of `group` have called it, in the same order, with equal JSON-serializable `values`;
+    costs a write and two reads of the store.
 
-    Args:
-        what (`str`): what the values are, for the message and to tell calls apart.
-        values (`dict`): JSON-serializable.
-        group (`ProcessGroup`): every rank of it calls, in the same order.
-        advice (`str`): what to change, the end of the message.
-        error: what is raised.
-        timeout (`timedelta`, *optional*): defaults to that of the group's collectives.
-
-    Raises:
-        FlashCPError: on every rank, naming the values that differ and who has which; or, after `timeout` or as soon as
-            another rank has told of a failure, the ranks that did not come.
+    Raises an `error` on every rank otherwise, which ends with `advice`: it names the values that differ and who has
+    which; or, after `timeout` (by default that of the group's collectives) or as soon as another rank has told of a
+    failure, the ranks that did not come. `what` the values are also tells calls apart.
     """
     watch_liveness()
     store = dist.distributed_c10d._get_default_store()

@@ -104,15 +104,12 @@ def naming(waited_for: str) -> Iterator[None]:
         if not is_failed_collective(error):
             raise
         place = f" of {_activity()}" if _activities else ""
+        timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
+        how = "timed out waiting for" if timed_out else "lost the connection while waiting for"
         raise FlashCPError(
-            f"R{_name(dist.get_rank())[1:]} {_how(error)} {waited_for}{place}. {find_missing_ranks()} "
+            f"R{_name(dist.get_rank())[1:]} {how} {waited_for}{place}. {find_missing_ranks()} "
             f"{_ADVICE} The backend said: {_first_line(error)}"
         ) from error
-
-
-def _how(error: BaseException) -> str:
-    timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
-    return "timed out waiting for" if timed_out else "lost the connection while waiting for"
 
 
 def find_missing_ranks() -> str:
@@ -180,19 +177,12 @@ def watch_liveness() -> _Watch:
 
 
 class _Watch:
-    """This process's part in liveness checks.
-
-    Attributes:
-        store (`Store`): a connection of its own, on which nobody waits: a wait on the shared one blocks all others.
-        hosts (`dict[int, str]`): of the ranks that have told it.
-        run (`int`): how many outermost [`name_missing_ranks`] were left; each has a check of its own.
-    """
-
     def __init__(self, shared_store: dist.Store):
+        # A connection of its own, on which nobody waits: a wait on the shared one blocks all others.
         self.shared_store, self.store = shared_store, shared_store.clone()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.hosts: dict[int, str] = {}
-        self.run = 0
+        self.hosts: dict[int, str] = {}  # of the ranks that have told it
+        self.run = 0  # how many outermost `name_missing_ranks` were left; each has a check of its own
         self._results: dict[int, str] = {}
         self._answered: set[str] = set()
         self._end = threading.Event()
@@ -304,9 +294,9 @@ def _conclude(watch: _Watch, answers: dict[int, dict[str, Any]]) -> str:
     silent = [rank for rank in watch.others if rank not in answers]
     known = [rank for rank in silent if watch.store.check([_host_key(rank)])]
     if known:
-        return f"Missing: {_names(known)}, which {_do(known)} not answer: killed, or stopped."
+        return f"Missing: {_do_not_answer(known)}: killed, or stopped."
     if silent:
-        return f"Missing: {_names(silent)}, which {_do(silent)} not answer and never came as far as hf_flashcp."
+        return f"Missing: {_do_not_answer(silent)} and never came as far as hf_flashcp."
     elsewhere = {rank: answer["at"] for rank, answer in answers.items() if not answer["waits"]}
     if elsewhere:
         texts = [f"{_name(rank)}, which is at {at}" for rank, at in elsewhere.items()]
@@ -330,10 +320,7 @@ def _location() -> dict[str, Any]:
     if innermost is None:
         return {"at": "no line of Python", "waits": False}
     path, function = innermost.f_code.co_filename.replace(os.sep, "/"), innermost.f_code.co_name
-    waits = function == "_engine_run_backward" or any(
-        part in path
-        for part in ("/torch/distributed/", "/torch/nn/parallel/", "/hf_flashcp/exchange/", "/hf_flashcp/distributed/")
-    )
+    waits = function == "_engine_run_backward" or any(part in path for part in _WAITING_CODE)
     at = f"{shown.f_code.co_filename}:{shown.f_lineno} in {shown.f_code.co_name}"
     return {"at": f"{at} ({_activity()})" if _activities else at, "waits": waits}
 
@@ -356,17 +343,14 @@ def _name(rank: int) -> str:
     return f"rank {rank}" + (f" (host {host})" if host else "")
 
 
-def _names(ranks: list[int]) -> str:
-    return ", ".join(_shortened([_name(rank) for rank in ranks]))
-
-
 def _shortened(texts: list[str]) -> list[str]:
     more = len(texts) - _MOST_NAMED
     return texts if more <= 0 else [*texts[:_MOST_NAMED], f"and {more} more"]
 
 
-def _do(ranks: list[int]) -> str:
-    return "does" if len(ranks) == 1 else "do"
+def _do_not_answer(ranks: list[int]) -> str:
+    names = ", ".join(_shortened([_name(rank) for rank in ranks]))
+    return f"{names}, which {'does' if len(ranks) == 1 else 'do'} not answer"
 
 
 def _first_line(error: BaseException) -> str:

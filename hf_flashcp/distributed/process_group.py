@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def context_parallel_group(mesh: DeviceMesh | None) -> tuple[ProcessGroup | None, int, int]:
-    """`(group, rank in it, size)` of a 1-D mesh or a mesh's "cp" dimension; `(None, 0, 1)` without a mesh.
-
-    Raises:
-        ConfigurationError: several dimensions and none of them is called "cp".
-    """
+    """`(group, rank in it, size)` of a 1-D mesh or a mesh's "cp" dimension; `(None, 0, 1)` without a mesh."""
     if mesh is None:
         return None, 0, 1
     if mesh.ndim > 1:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cached_property
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,14 @@ class WorkerPool:
     """Processes on this machine, started when they are first needed. `close` ends them, and so does the end of the
     process that made the pool.
 
-    Args:
-        start_method: of `multiprocessing`; defaults to "forkserver" where the device allows it, else to "spawn".
-        device: "cpu", or "cuda" for workers that use this machine's GPUs, which they share if there are fewer GPUs
-            than workers.
+    With device "cuda" they use this machine's GPUs, which they share if there are fewer GPUs than workers. The
+    `start_method` of `multiprocessing` defaults to "forkserver" where the device allows it, else to "spawn".
     """
 
     def __init__(self, start_method: str | None = None, device: str = "cpu"):
         self._start_method, self._device = start_method or _default_start_method(device), device
         self._directory = tempfile.TemporaryDirectory(prefix="flashcp-pool-")
         self._worlds = itertools.count()
-        self._store = None
         self._world = None
         self._workers = []
         # At exit too, before multiprocessing waits for them, and they for the next function.
@@ -86,30 +84,27 @@ class WorkerPool:
         while len(self._workers) < world_size:
             self._start_worker(len(self._workers), function.__module__)
         if self._world is None or self._world[0] != world_size:
-            self._world = (world_size, self._port(), f"world-{next(self._worlds)}")
+            self._world = (world_size, self._store.port, f"world-{next(self._worlds)}")
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
-        for seconds in (
-            TIMEOUT,
-            timeout,
-        ):  # the function is imported, then its outcome
+        for seconds in (TIMEOUT, timeout):  # until the function is imported, then until its outcome
             deadline = time.monotonic() + seconds
             outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
-            if any(kind == "lost" for *_, kind in outcomes):
+            lost = any(isinstance(value, LostWorker) for _, value, _ in outcomes)
+            if lost:
                 break
-        if any(kind == "lost" for *_, kind in outcomes):
+        if lost:
             self.close()
         elif not all(ok for ok, *_ in outcomes):
             self._world = None  # a failed rank may have left the others' collectives half done
-        return [outcome[:3] for outcome in outcomes]
+        return outcomes
 
-    def _port(self):
-        if self._store is None:
-            from torch.distributed import TCPStore
+    @cached_property
+    def _store(self):
+        from torch.distributed import TCPStore
 
-            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        return self._store.port
+        return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def close(self):
         _end_workers(self._workers)
@@ -130,14 +125,14 @@ class WorkerPool:
         process, connection, log = self._workers[rank]
         try:
             if connection.poll(max(deadline - time.monotonic(), 0)):
-                return (*pickle.loads(connection.recv_bytes()), "answered")
+                return pickle.loads(connection.recv_bytes())
             reason = "did not answer in time"
         except EOFError:
             process.join(5)
             reason = f"died with exit code {process.exitcode}"
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         text = f"worker {rank} {reason}; the end of its output:\n{tail}"
-        return False, LostWorker(text), text, "lost"
+        return False, LostWorker(text), text
 
 
 def _end_workers(workers):
@@ -212,14 +207,8 @@ def _join_world(rank, device, world_size, port, name):
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.cuda.init()  # in a process without CUDA a DeviceMesh would take the local rank as the number of its GPU
@@ -228,10 +217,6 @@ def _join_world(rank, device, world_size, port, name):
         os.environ.pop("ACCELERATE_USE_CPU", None)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False)),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -31,7 +31,7 @@ class LayerCase(NamedTuple):
     strategy: str = "per_doc"
     num_stages: int | None = None
     ranks_per_node: int | None = None
-    keep_received: bool | None = None
+    keep_received_kv: bool | None = None
     debug: bool = False
 
 
@@ -53,7 +53,7 @@ def layer_errors(
         *leaves,
         bound,
         window=case.window,
-        keep_received=case.keep_received,
+        keep_received_kv=case.keep_received_kv,
         kernel=kernel,
         check_as="the layer" if case.debug else None,
     )

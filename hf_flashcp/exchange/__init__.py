@@ -1,10 +1,8 @@
 """Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
 
-from .all_to_all import AllToAll
 from .checksums import debug_mode
 from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows
-from .ranges import named_range
-from .transfer import Transfer, seconds_waited
+from .transfer import AllToAll, Transfer, named_range, seconds_waited
 
 
 __all__ = [

@@ -8,14 +8,17 @@ what any of them found. That takes two blocking gathers, of 3 N + 2 and 2 N numb
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.gather import gather_numbers
 from ..errors import ConfigurationError, FlashCPError
-from .all_to_all import AllToAll
 
+
+if TYPE_CHECKING:
+    from .transfer import AllToAll
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _AT_ONCE = 2**22  # elements, for which 64 MB of whole numbers are made
@@ -23,19 +26,12 @@ _MIX = 0x9E3779B97F4A7C15 - 2**64
 
 
 def debug_mode() -> bool:
-    """Whether `FLASHCP_DEBUG` is 1."""
     return os.environ.get("FLASHCP_DEBUG") == "1"
 
 
 class CheckedExchange:
-    """What ranks know of one all-to-all; made before it starts, on every rank.
-
-    Args:
-        rows (`AllToAll`): what this rank sends and receives.
-
-    Raises:
-        ConfigurationError: on every rank, if what one sends is not what another expects.
-    """
+    """What ranks know of one all-to-all. It is made before that starts, on every rank, and raises a
+    `ConfigurationError` on all of them if what one sends is not what another expects."""
 
     def __init__(self, rows: AllToAll):
         self._rows = rows
@@ -49,14 +45,11 @@ class CheckedExchange:
         self._sends, expects, self._sums = (
             [view[2 + part * size : 2 + (part + 1) * size] for view in views] for part in range(3)
         )
-        self._refuse_what_does_not_fit(formats, expects)
-
-    def _refuse_what_does_not_fit(self, formats: list[str], expects: list[list[int]]) -> None:
         ranks = self._ranks
         problems = [
             f"rank {ranks[a]} sends {self._sends[a][b]} rows to rank {ranks[b]}, which expects {expects[b][a]}"
-            for a in range(len(ranks))
-            for b in range(len(ranks))
+            for a in range(size)
+            for b in range(size)
             if self._sends[a][b] != expects[b][a]
         ]
         problems += [
@@ -71,11 +64,8 @@ class CheckedExchange:
             )
 
     def compare(self) -> None:
-        """To be called on every rank when the all-to-all is done.
-
-        Raises:
-            FlashCPError: on every rank, if a piece arrived otherwise than it was sent, or has changed at its sender.
-        """
+        """Called on every rank when the all-to-all is done: raises a `FlashCPError` on all of them if a piece arrived
+        otherwise than it was sent, or has changed at its sender."""
         rows = self._rows
         me, size = rows.group.rank(), rows.group.size()
         arrived = checksums(rows.received, rows.recv_splits)
@@ -105,14 +95,9 @@ class CheckedExchange:
 
 
 def checksums(rows: torch.Tensor, splits: list[int]) -> list[int]:
-    """A checksum of each part: its bits as integers of 16 or 32 bits, each times an odd number that depends on the
-    place, added modulo 2**64. A change of one number always shows; changes of several, or rows that change places,
-    show except by chance.
-
-    Args:
-        rows (`torch.Tensor`): (n, width), part after part.
-        splits (`list[int]`): rows of each part.
-    """
+    """A checksum of each part of rows (n, width): its bits as integers of 16 or 32 bits, each times an odd number that
+    depends on the place, added modulo 2**64. A change of one number always shows; changes of several, or rows that
+    change places, show except by chance."""
     bits = rows.detach().contiguous().view(torch.int16 if rows.element_size() == 2 else torch.int32)
     return torch.stack([_checksum(part.flatten()) for part in bits.split(splits)]).tolist()
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import Stage
-from .all_to_all import GRADIENTS, KEYS, AllToAll
-from .transfer import Transfer
+from .transfer import GRADIENTS, KEYS, AllToAll, Transfer
 
 
 if TYPE_CHECKING:
@@ -25,14 +24,9 @@ _ON_KEYS, _ON_GRADIENTS = f"{KEYS} handed on inside nodes", f"{GRADIENTS} handed
 
 
 class HierarchicalTransfer:
-    """Two transfers, the second of what the first brings; awaited like a [`Transfer`].
-
-    Args:
-        first (`Transfer`): the first step.
-        follow (`Callable`): posts the second step of the rows that arrived, waits for it and returns the result.
-        held (`tuple[torch.Tensor, ...]`): the tensors that both use: the allocator must not reuse the memory of one
-            stream while another reads it.
-    """
+    """Two transfers, awaited like one [`Transfer`]: `follow` posts the second step of the rows that the first one
+    brought, waits for it and returns the result. `held` are the tensors that both use: the allocator must not reuse
+    the memory of one stream while another reads it."""
 
     def __init__(
         self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], held: tuple[torch.Tensor, ...]
@@ -67,13 +61,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def send_kv_over_nodes(
     packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor
 ) -> HierarchicalTransfer:
-    """Posts the rows of a stage.
-
-    Args:
-        packed (`torch.Tensor`): (n, width), what the first step sends.
-        received (`torch.Tensor`): (n_needed, width), where what the rank needs is put, source after source.
-        result (`torch.Tensor`): what to return when all of it has arrived.
-    """
+    """Posts the rows of a stage: `packed` (n, width) in the first step. What the rank needs is put into `received`
+    (n_needed, width), source after source; `result` is returned when all of it has arrived."""
     step = stage.second_step
     assert step is not None
     arrived = packed.new_empty(sum(stage.recv_splits), packed.shape[1])
@@ -94,12 +83,8 @@ def send_grads_over_nodes(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> HierarchicalTransfer:
     """Posts the gradients of what [`send_kv_over_nodes`] brought, along the same ways back. A rank that handed rows on
-    adds up what comes back for each, at least in fp32, rank after rank.
-
-    Args:
-        grad (`torch.Tensor`): (n_needed, width), contiguous.
-        home (`torch.Tensor`): (n, width), where the gradients of the rows that the rank sent arrive.
-    """
+    adds up what comes back for each, at least in fp32, rank after rank. `grad` (n_needed, width) is contiguous; in
+    `home` (n, width) the gradients of the rows that the rank sent arrive."""
     step = stage.second_step
     assert step is not None
     back = grad.new_empty(step.handed_on.count, grad.shape[1])

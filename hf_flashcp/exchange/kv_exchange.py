@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage
-from .all_to_all import GRADIENTS, AllToAll
 from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
-from .ranges import named_range
-from .transfer import Transfer
+from .transfer import GRADIENTS, AllToAll, Transfer, named_range
 
 
 if TYPE_CHECKING:
@@ -24,16 +22,11 @@ if TYPE_CHECKING:
 def send_kv(
     key: torch.Tensor, value: torch.Tensor, layout: RankLayout, group: ProcessGroup
 ) -> list[Transfer | HierarchicalTransfer]:
-    """Posts the KV rows that other ranks need, for all stages: packed at once, since they depend on nothing that the
-    stages compute.
+    """Posts the rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) that other ranks need, for all stages: packed
+    at once, since they depend on nothing that the stages compute.
 
-    Args:
-        key (`torch.Tensor`): (H_kv, T_r, D_k).
-        value (`torch.Tensor`): (H_kv, T_r, D_v).
-
-    Returns:
-        `list[Transfer | HierarchicalTransfer]`: one per stage, of rows (n, H_kv * (D_k + D_v)) as [`pack_rows`] makes
-        them: those received, and the local ones that the stage joins to them.
+    Returns one transfer per stage, of rows (n, H_kv * (D_k + D_v)) as [`pack_rows`] makes them: those received, and
+    the local ones that the stage joins to them.
     """
     stages = layout.stages(key.device)
     if not stages:
@@ -82,12 +75,8 @@ def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 def send_grads_home(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> Transfer | HierarchicalTransfer:
-    """Posts the gradients of what `send_kv` received in a stage, in the order it was received.
-
-    Args:
-        grad (`torch.Tensor`): (n_received, width), contiguous.
-        home (`torch.Tensor`): (n_sent, width), where the gradients of this rank's tokens arrive.
-    """
+    """Posts the gradients `grad` (n_received, width), contiguous, of what `send_kv` received in a stage, in the order
+    it was received. Those of this rank's tokens arrive in `home` (n_sent, width)."""
     if stage.second_step is not None:
         return send_grads_over_nodes(grad, home, stage, group)
     return Transfer(AllToAll(grad, home, stage.recv_splits, stage.send_splits, group, GRADIENTS))

@@ -1,19 +1,32 @@
-"""One all-to-all of rows under way."""
+"""`AllToAll`, the rows of one uneven all-to-all, and `Transfer`, which posts and awaits them."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.liveness import naming
-from .all_to_all import AllToAll
 from .checksums import CheckedExchange, debug_mode
-from .ranges import named_range
 
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
+_NOTHING = contextlib.nullcontext()
 _seconds_waited: float | None = None
+
+
+def named_range(name: str) -> contextlib.AbstractContextManager:
+    """`torch.profiler.record_function("flashcp: NAME")` while a profiler runs (an NVTX range under
+    `torch.autograd.profiler.emit_nvtx`), else nothing."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"flashcp: {name}")
+    return _NOTHING
 
 
 def seconds_waited() -> float | None:
@@ -22,13 +35,20 @@ def seconds_waited() -> float | None:
     return _seconds_waited
 
 
+class AllToAll(NamedTuple):
+    """What one rank sends and receives in one all-to-all."""
+
+    sent: torch.Tensor  # (n_sent, width), contiguous, destination rank after destination rank
+    received: torch.Tensor  # (n_received, width), where what arrives is written, source rank after source rank
+    send_splits: list[int]  # rows of `sent` for each rank of the group
+    recv_splits: list[int]  # rows of `received` from each
+    group: ProcessGroup
+    what: str = KEYS  # names the rows for errors and profilers
+
+
 class Transfer:
     """An all-to-all under way, to be awaited once. Until then it holds both buffers, which must live that long.
-
-    Args:
-        rows (`AllToAll`): what travels.
-        result (`torch.Tensor`, *optional*): the buffer whose first rows are `rows.received`, if it has more rows.
-    """
+    `result` is the buffer whose first rows are `rows.received`, if it has more rows."""
 
     def __init__(self, rows: AllToAll, result: torch.Tensor | None = None):
         self._checked = CheckedExchange(rows) if debug_mode() else None

@@ -37,12 +37,7 @@ from .models.model_support import check_model
 from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
 from .models.per_document_rope import hook_length_dependent_rope
 from .models.router_loss import scale_mean_terms, share_router_losses
-from .models.sharded_forward import (
-    ShardedForward,
-    current_sharded_forward,
-    enter_sharded_forward,
-    leave_sharded_forward,
-)
+from .models.sharded_forward import ShardedForward, current_sharded_forward, set_sharded_forward
 from .plugin import FlashCPPlugin
 
 
@@ -179,11 +174,6 @@ class ContextParallelHandle:
         padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
         return not (has_cache(batch) or padded_on_one_rank)
 
-    def _losses_are_averaged(self, batch: dict[str, Any]) -> bool:
-        """Whether the batch's loss is the mean of the ranks' losses, or else their sum."""
-        count, own = batch.get("num_items_in_batch"), self.plan.target_count
-        return count is None or count is own or not self.losses_add_up
-
     @torch.compiler.disable
     def _keep_count(self, model, args, kwargs):
         """Keeps the count as it was before FSDP2 casts tensors of floats to its param_dtype."""
@@ -203,9 +193,8 @@ class ContextParallelHandle:
     @torch.compiler.disable
     def _before_forward(self, model, args, kwargs):
         batch = {**dict(zip(self._parameters, args)), **kwargs}
-        wanted = model.training or any(
-            batch.get(key) is not None for key in ("flashcp_plan", "labels", "shift_labels")
-        )
+        asking = ("flashcp_plan", "labels", "shift_labels")
+        wanted = model.training or any(batch.get(key) is not None for key in asking)
         if not (wanted and self._can_shard(batch)):
             if self.mesh is not None and batch.get("labels") is not None and has_cache(batch):
                 raise BatchError(
@@ -227,13 +216,8 @@ class ContextParallelHandle:
         # A cache would hold part of the keys or a document's state for the next one, and grow when a layer runs again.
         batch["use_cache"] = False
         if self.plan.group is not None:
-            require_agreement(
-                "the batch",
-                _description_of_batch(self.plan),
-                self.plan.group,
-                advice=_SAME_BATCH,
-                error=BatchError,
-            )
+            description = _description_of_batch(self.plan)
+            require_agreement("the batch", description, self.plan.group, advice=_SAME_BATCH, error=BatchError)
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         self._share_loss(model, batch)
@@ -251,14 +235,16 @@ class ContextParallelHandle:
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
         """Enters the sharded forward, in which terms of the loss that are no sums over targets are this rank's share
         of them."""
-        plan, averaged = self.plan, self._losses_are_averaged(batch)
+        plan, count = self.plan, batch.get("num_items_in_batch")
+        # The batch's loss is the mean of the ranks' losses, or else their sum.
+        averaged = count is None or count is plan.target_count or not self.losses_add_up
         ranks = plan.plan.cp_size
         tokens = plan.layout.num_tokens / plan.plan.num_tokens
         self._stock_coefficients = scale_mean_terms(model, tokens * ranks if averaged else tokens)
         group = plan.group
         if self._global_router_loss and model.training and dist.is_initialized():
             group, ranks = dist.group.WORLD, dist.get_world_size()
-        enter_sharded_forward(
+        set_sharded_forward(
             ShardedForward(model, plan, not self._checked, group, router_weight=1.0 if averaged else 1 / ranks)
         )
         if batch.get("labels") is None or batch.get("shift_labels") is None:
@@ -275,7 +261,7 @@ class ContextParallelHandle:
         forward = current_sharded_forward()
         if forward is None or forward.model is not model:
             return
-        leave_sharded_forward()
+        set_sharded_forward(None)
         for name, coefficient in self._stock_coefficients.items():
             setattr(model, name, coefficient)
         if (check := self._loss_check) is not None:
@@ -357,8 +343,4 @@ def _accelerator_mesh(accelerator: Accelerator) -> tuple[DeviceMesh | None, Flas
             f"The Accelerator has a {type(config).__name__}. Give it "
             "parallelism_config=FlashCPPlugin(cp_size=...) instead."
         )
-    if config is None or config.cp_size == 1:
-        mesh = None
-    else:
-        mesh = accelerator.torch_device_mesh
-    return mesh, config
+    return (accelerator.torch_device_mesh if config is not None and config.cp_size > 1 else None), config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,17 +35,17 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
     model.eval()
     try:
         for batch in batches:
-            router = _RouterTerm(model, inner, batch)
+            router = _router_term(model, inner, batch)
             for input_ids, position_ids, shift_labels in _documents(batch):
-                if (shift_labels == IGNORE_INDEX).all() and not router.coefficient:
+                if (shift_labels == IGNORE_INDEX).all() and router is None:
                     continue
                 output = _alone(model, input_ids, position_ids)
                 logits = output.logits
                 loss = inner.loss_function(
                     logits, None, logits.shape[-1], num_items_in_batch=targets, shift_labels=shift_labels
                 )
-                if router.coefficient:
-                    loss = loss + router.of_document(output.router_logits)
+                if router is not None:
+                    loss = loss + router(output)
                 for name, grad in zip(
                     parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 ):
@@ -68,28 +68,23 @@ def _alone(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.
     return model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
 
 
-class _RouterTerm:
-    """What each document adds to the router loss of its batch (router_loss.py): the loss is linear in the documents'
-    probabilities, once it is known how many tokens of the batch each expert has."""
+def _router_term(
+    model: torch.nn.Module, inner: torch.nn.Module, batch: Mapping[str, Any]
+) -> Callable[[Any], torch.Tensor] | None:
+    """What each document adds to the router loss of its batch (router_loss.py), given its output: the loss is linear
+    in the documents' probabilities, once it is known how many tokens of the batch each expert has."""
+    asked = getattr(inner.config.get_text_config(), "output_router_logits", False)
+    coefficient = max(router_coefficients(inner), default=0.0) if asked else 0.0
+    if not coefficient:
+        return None
 
-    def __init__(self, model: torch.nn.Module, inner: torch.nn.Module, batch: Mapping[str, Any]):
-        self.coefficient = 0.0
-        if getattr(inner.config.get_text_config(), "output_router_logits", False):
-            self.coefficient = max(router_coefficients(inner), default=0.0)
-        if not self.coefficient:
-            return
-        self._experts, self._top_k = inner.num_experts, inner.num_experts_per_tok
-        with torch.no_grad():
-            outputs = (_alone(model, ids, position_ids) for ids, position_ids, _ in _documents(batch))
-            found = [self._statistics(output.router_logits) for output in outputs]
-        self._counts, _, self._rows = (sum(parts) for parts in zip(*found))
+    def statistics(output: Any) -> tuple[torch.Tensor, ...]:
+        return router_statistics(output.router_logits, inner.num_experts, inner.num_experts_per_tok)
 
-    def _statistics(self, gate_logits: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return router_statistics(gate_logits, self._experts, self._top_k)
-
-    def of_document(self, gate_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        _, probabilities, _ = self._statistics(gate_logits)
-        return self.coefficient * self._experts * (self._counts / self._rows * probabilities / self._rows).sum()
+    with torch.no_grad():
+        found = [statistics(_alone(model, ids, position_ids)) for ids, position_ids, _ in _documents(batch)]
+    counts, _, rows = (sum(parts) for parts in zip(*found))
+    return lambda output: coefficient * inner.num_experts * (counts / rows * statistics(output)[1] / rows).sum()
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float | torch.Tensor = 0.0) -> float:

@@ -27,52 +27,22 @@ if TYPE_CHECKING:
 
 BACKEND = "flashcp"
 _SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
-_PLAN_SETTINGS = (
-    "cp_size",
-    "strategy",
-    "hardware",
-    "topology",
-    "max_imbalance",
-    "max_token_imbalance",
-    "num_stages",
-)
-_ANY = object()
-_REFUSED_ARGUMENTS = (
-    (
-        "auto_find_batch_size",
-        _ANY,
-        "a rank out of memory would start again alone, while the others wait for its keys and values. Choose "
-        "per_device_train_batch_size",
-    ),
-    (
-        "neftune_noise_alpha",
-        _ANY,
-        "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so that it would grow "
-        "with cp_size. Leave it out",
-    ),
-    (
-        "label_smoothing_factor",
-        _ANY,
-        "it needs full labels beside full logits, and each rank has the logits of its own tokens. Leave it out",
-    ),
-    (
-        "predict_with_generate",
-        _ANY,
-        "it generates from a batch's rows, which are packed documents. Leave it out, and call model.generate yourself",
-    ),
-    (
-        "eval_use_gather_object",
-        _ANY,
-        "each rank has a part of a document's predictions, and Python objects cannot be put together from parts. "
-        "Leave it out",
-    ),
-    (
-        "train_sampling_strategy",
-        "batch_rebalance",
-        "its sampler gives every process a batch of its own, but cp_size of them share one. Leave it out: documents "
-        "are not padded here",
-    ),
-)
+_PLAN_SETTINGS = ("cp_size", "strategy", "hardware", "topology", "max_imbalance", "max_token_imbalance", "num_stages")
+_REFUSED_ARGUMENTS = {
+    "auto_find_batch_size": "a rank out of memory would start again alone, while the others wait for its keys and "
+    "values. Choose per_device_train_batch_size",
+    "neftune_noise_alpha": "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so "
+    "that it would grow with cp_size. Leave it out",
+    "label_smoothing_factor": "it needs full labels beside full logits, and each rank has the logits of its own "
+    "tokens. Leave it out",
+    "predict_with_generate": "it generates from a batch's rows, which are packed documents. Leave it out, and call "
+    "model.generate yourself",
+    "eval_use_gather_object": "each rank has a part of a document's predictions, and Python objects cannot be put "
+    "together from parts. Leave it out",
+    "train_sampling_strategy": "its sampler gives every process a batch of its own, but cp_size of them share one. "
+    "Leave it out: documents are not padded here",
+}
+_REFUSED_VALUES = {"train_sampling_strategy": "batch_rebalance"}  # of the others all that are set
 
 
 @dataclass(repr=False)
@@ -175,12 +145,8 @@ class FlashCPPlugin(ParallelismConfig):
     def build_device_mesh(self, device_type: str):
         if PartialState().num_processes > 1:
             sizes = {name: getattr(self, name) for name in ("cp_size", "dp_replicate_size", "dp_shard_size")}
-            require_agreement(
-                "parallelism",
-                sizes,
-                dist.group.WORLD,
-                advice="Give every process the same FlashCPPlugin and config file.",
-            )
+            advice = "Give every process the same FlashCPPlugin and config file."
+            require_agreement("parallelism", sizes, dist.group.WORLD, advice=advice)
         self._fit_processes(PartialState().num_processes)
         groups_before = set(_process_groups())
         mesh = super().build_device_mesh(device_type)
@@ -244,7 +210,7 @@ def _process_groups() -> list[dist.ProcessGroup]:
 def require_exact_arguments(args: TrainingArguments) -> None:
     """Raises a `ConfigurationError` for options of `TrainingArguments` that fail or change under context parallelism,
     with a cp_size above 1."""
-    for option, refused, reason in _REFUSED_ARGUMENTS:
+    for option, reason in _REFUSED_ARGUMENTS.items():
         value = getattr(args, option, None)
-        if value and refused in (_ANY, value):
+        if value and value == _REFUSED_VALUES.get(option, value):
             raise ConfigurationError(f"{option} cannot be used under context parallelism: {reason}.")

@@ -97,6 +97,7 @@ def flashcp_attention(
         forward.attention_modules.add(id(module))
         forward.attention_windows.add(sliding_window)
     query, key, value = _same_dtype(query, key, value)
+    layer = getattr(module, "layer_idx", None)
     out = document_attention(
         query[0],
         key[0],
@@ -106,14 +107,10 @@ def flashcp_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux if s_aux is None else s_aux.flatten(),
-        keep_received=True if getattr(module, "layer_idx", None) in plan.layers_run_again else None,
-        check_as=_name(module) if _is_checked(module, plan) else None,
+        keep_received_kv=True if layer in plan.layers_run_again else None,
+        check_as=_name(module) if layer is not None and layer == plan.checked_layer else None,
     )
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
-
-
-def _is_checked(module: torch.nn.Module | None, plan: RankPlan) -> bool:
-    return plan.checked_layer is not None and getattr(module, "layer_idx", None) == plan.checked_layer
 
 
 def _bound(plan: RankPlan | ShardPlan) -> RankPlan:
@@ -267,7 +264,6 @@ def _find_no_packed_documents(find: Callable) -> Callable:
     Inside a sharded forward the plan says where documents start, and the cuts of a rank's slices, like positions that
     skip inside a document, would be taken for more of them."""
 
-    @functools.wraps(find)
     def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
         if torch.compiler.is_compiling():  # dynamo cannot trace a ContextVar
             return None if sharded_forward.is_running else find(position_ids)
@@ -276,8 +272,16 @@ def _find_no_packed_documents(find: Callable) -> Callable:
             return None
         return find(position_ids)
 
-    find_packed_sequence_indices._flashcp = True
     return find_packed_sequence_indices
+
+
+def _replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -> Callable:
+    """What `replace` makes of a function of transformers, unless it is that already."""
+    if getattr(function, "_flashcp", False):
+        return function
+    ours = functools.wraps(function)(replace(function))
+    ours._flashcp = True
+    return ours
 
 
 def _internal_name(implementation: Any) -> Any:
@@ -291,27 +295,19 @@ def register() -> None:
     """Makes the name known to transformers. Called on `import hf_flashcp`; calling it again changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_mask)
-    find = masking_utils.find_packed_sequence_indices
-    if not getattr(find, "_flashcp", False):
-        masking_utils.find_packed_sequence_indices = _find_no_packed_documents(find)
+    masking_utils.find_packed_sequence_indices = _replaced_once(
+        masking_utils.find_packed_sequence_indices, _find_no_packed_documents
+    )
     # The two doors through which a user's choice enters: `from_pretrained(attn_implementation=...)`, `from_config` and
     # config classes set this property (configuration_utils.py), `set_attn_implementation` does not.
     names = PreTrainedConfig._attn_implementation
-    if not getattr(names.fset, "_flashcp", False):
-
-        @functools.wraps(names.fset)
-        def set_name(config, value):
-            names.fset(config, _internal_name(value))
-
-        set_name._flashcp = True
-        PreTrainedConfig._attn_implementation = property(names.fget, set_name, names.fdel, names.__doc__)
-
-    set_on_model = PreTrainedModel.set_attn_implementation
-    if not getattr(set_on_model, "_flashcp", False):
-
-        @functools.wraps(set_on_model)
-        def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-            return set_on_model(self, _internal_name(attn_implementation), *args, **kwargs)
-
-        set_attn_implementation._flashcp = True
-        PreTrainedModel.set_attn_implementation = set_attn_implementation
+    set_name = _replaced_once(names.fset, lambda stock: lambda config, value: stock(config, _internal_name(value)))
+    PreTrainedConfig._attn_implementation = property(names.fget, set_name, names.fdel, names.__doc__)
+    PreTrainedModel.set_attn_implementation = _replaced_once(
+        PreTrainedModel.set_attn_implementation,
+        lambda stock: (
+            lambda self, attn_implementation, *args, **kwargs: stock(
+                self, _internal_name(attn_implementation), *args, **kwargs
+            )
+        ),
+    )

@@ -24,7 +24,6 @@ from .stage import SecondStep
 
 
 def hierarchical_routes(traffic: StageTraffic, rank: int) -> Routes:
-    """The routes of a plan with `ranks_per_node`."""
     return _TwoSteps(traffic, rank).routes()
 
 
@@ -79,7 +78,6 @@ class _TwoSteps:
         )
 
     def _node(self, rank: int) -> range:
-        """The ranks of a rank's node."""
         first = rank - rank % self._size
         return range(first, first + self._size)
 

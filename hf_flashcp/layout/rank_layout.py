@@ -43,20 +43,13 @@ from ..plan import ShardPlan
 from ..plan.calls import KeyPiece, key_ranges
 from ..plan.traffic import needed_keys
 from .hierarchical import hierarchical_routes
-from .routes import Needed, Routes, StageTraffic, direct_routes, local_slices
+from .routes import Routes, StageTraffic, direct_routes, local_slices
 from .rows import Group, Rows, concatenated, distinct_groups, row_numbers
 from .stage import Rectangle, Stage
 
 
 class StageKeys(NamedTuple):
-    """How a rank's queries find their keys in a stage.
-
-    Attributes:
-        rectangles (`tuple[Rectangle, ...]`): local rows against rows of the ordered keys.
-        order (`np.ndarray`, *optional*): (n,) int64 the received rows followed by the local ones, in the order of the
-            keys; `None` as they arrive.
-        local_rows (`Rows`, *optional*): rows of the rank's own KV that join the received ones.
-    """
+    """How a rank's queries find their keys, see [`Stage`]: `order` (n,) int64 is its `key_order`."""
 
     rectangles: tuple[Rectangle, ...]
     order: np.ndarray | None
@@ -64,19 +57,11 @@ class StageKeys(NamedTuple):
 
 
 class RankLayout:
-    """Index maps of one rank under one plan, for full-attention layers.
+    """Index maps of one rank under one valid plan, for full-attention layers.
 
-    Args:
-        plan (`ShardPlan`): a valid plan. Its `offset_groups` are the stages; a group in which no rank needs anything
-            makes none.
-        rank (`int`): rank within the context-parallel group.
-        window (`int`, *optional*): for [`WindowLayout`].
-
-    Attributes:
-        token_index (`torch.Tensor`): (T_r,) int64 positions of this rank's tokens in the packed row.
-        local (`tuple[Rectangle, ...]`): what needs no exchange, in rows of the local sequence: causal, aligned
-            bottom-right.
-        merges_again (`bool`): whether some row is covered by several stages.
+    The plan's `offset_groups` are the stages; a group in which no rank needs anything makes none. `local` needs no
+    exchange: rectangles in rows of the local sequence, causal, aligned bottom-right. `merges_again` says whether some
+    row is covered by several stages. `window` is for [`WindowLayout`].
     """
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):
@@ -96,6 +81,7 @@ class RankLayout:
 
     @cached_property
     def token_index(self) -> torch.Tensor:
+        """(T_r,) int64 positions of this rank's tokens in the packed row."""
         return torch.from_numpy(token_index(self._plan, self._rank))
 
     def stages(self, device: torch.device) -> tuple[Stage, ...]:
@@ -136,13 +122,9 @@ class RankLayout:
             squares[piece.document] = Rectangle(first, stop, first, stop)
         return tuple(squares.values())
 
-    def _needed_keys(self) -> Needed:
-        """The tokens that each rank is sent."""
-        return needed_keys(self._plan.slices, self.window)
-
     def _routes(self) -> list[Routes]:
         """Those of each stage in which some rank needs something."""
-        plan, needed = self._plan, self._needed_keys()
+        plan, needed = self._plan, needed_keys(self._plan.slices, self.window)
         groups = plan.stage_offsets if self.window is None else [range(1, plan.cp_size)]
         stages = [StageTraffic(plan, offsets, needed) for offsets in groups]
         routes = direct_routes if plan.ranks_per_node is None else hierarchical_routes

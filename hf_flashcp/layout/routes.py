@@ -29,7 +29,6 @@ class LocalSlice(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
         return self.stop - self.start
 
 
@@ -65,20 +64,13 @@ def key_pieces(slices: Iterable[LocalSlice], offset: int) -> Iterator[KeyPiece]:
 
 
 class StageTraffic:
-    """What ranks need of one another in one stage.
-
-    Args:
-        plan (`ShardPlan`): a valid plan.
-        offsets (`Sequence[int]`): the ring offsets of the stage.
-        needed (`Needed`): what each rank is sent in all stages.
-    """
+    """What ranks need of one another in the stage with these ring offsets; `needed` is what each is sent in all."""
 
     def __init__(self, plan: ShardPlan, offsets: Sequence[int], needed: Needed):
         self.plan, self._offsets, self._needed = plan, frozenset(offsets), needed
         self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
-        """Whether no rank needs anything."""
         return not any(
             self._meet(source, target) and overlaps(start, stop, intervals)
             for source, slices in enumerate(self.plan.slices)
@@ -107,26 +99,17 @@ class StageTraffic:
 
 
 class Routes(NamedTuple):
-    """How the rows of one stage travel to and from one rank.
+    """How the rows of one stage travel to and from one rank; the splits are those of the first step of two."""
 
-    Attributes:
-        sent (`np.ndarray`): (n,) int64 local rows that the rank sends (in the first step), destination after
-            destination.
-        send_splits (`list[int]`): rows of `sent` for each rank of the group.
-        recv_splits (`list[int]`): rows that arrive (in the first step) from each.
-        received (`list[KeyPiece]`): what the rank needs, source after source.
-        second_step (`SecondStep`, *optional*): the second step of a hierarchical exchange.
-    """
-
-    sent: np.ndarray
+    sent: np.ndarray  # (n,) int64 local rows that the rank sends, destination after destination
     send_splits: list[int]
     recv_splits: list[int]
-    received: list[KeyPiece]
-    second_step: SecondStep | None
+    received: list[KeyPiece]  # what the rank needs, source after source
+    second_step: SecondStep | None = None
 
 
 def direct_routes(traffic: StageTraffic, rank: int) -> Routes:
     """Every row goes from the rank that holds it to each that needs it."""
     sent = [rows_of_slices(traffic.slices(rank, target)) for target in range(traffic.plan.cp_size)]
     received, counts = traffic.received(rank)
-    return Routes(concatenated(sent), [len(rows) for rows in sent], counts, received, None)
+    return Routes(concatenated(sent), [len(rows) for rows in sent], counts, received)

@@ -19,35 +19,23 @@ class Rectangle(NamedTuple):
 
     @property
     def queries(self) -> int:
-        """Number of queries."""
         return self.q_stop - self.q_start
 
     @property
     def keys(self) -> int:
-        """Number of keys."""
         return self.k_stop - self.k_start
 
 
 class SecondStep(NamedTuple):
-    """What a rank does in the second step of a hierarchical exchange, and with what both steps have brought.
+    """What a rank does in the second step of a hierarchical exchange, and with what both steps have brought."""
 
-    Attributes:
-        handed_on (`Rows`): rows that the first step brought, for one rank of the node after the other.
-        parts (`tuple[Group, ...]`): `handed_on` by rank.
-        send_splits (`list[int]`): rows of `handed_on` for each rank of the group.
-        recv_splits (`list[int]`): rows that the second step brings from each.
-        needed (`Rows`): rows that the first step brought and the rank itself needs.
-        first (`Rows`): their places among all that the rank needs, source after source.
-        second (`Rows`): the places there of what the second step brings, in its order.
-    """
-
-    handed_on: Rows
-    parts: tuple[Group, ...]
-    send_splits: list[int]
-    recv_splits: list[int]
-    needed: Rows
-    first: Rows
-    second: Rows
+    handed_on: Rows  # rows that the first step brought, for one rank of the node after the other
+    parts: tuple[Group, ...]  # `handed_on` by rank
+    send_splits: list[int]  # rows of `handed_on` for each rank of the group
+    recv_splits: list[int]  # rows that the second step brings from each
+    needed: Rows  # rows that the first step brought and the rank itself needs
+    first: Rows  # their places among all that the rank needs, source after source
+    second: Rows  # the places there of what the second step brings, in its order
 
     def to(self, device: torch.device) -> SecondStep:
         return self._replace(
@@ -62,34 +50,21 @@ class SecondStep(NamedTuple):
 class Stage(NamedTuple):
     """One uneven all-to-all of KV, or two for a hierarchical exchange, and the attention that waits for it.
 
-    Attributes:
-        sent (`slice`): its rows in what the rank packs for all stages together, destination after destination, in
-            document order.
-        send_splits (`list[int]`): rows for each rank of the group.
-        recv_splits (`list[int]`): rows from each rank of the group.
-        second_step (`SecondStep`, *optional*): the second step of a hierarchical exchange, of which `sent`,
-            `send_splits` and `recv_splits` are the first.
-        local_rows (`Rows`, *optional*): rows of the rank's own KV, which join the received ones behind them.
-        key_order (`Rows`, *optional*): the received rows followed by the local ones in the order in which the
-            rectangles find their keys; a row may be named twice where there are local ones, else each comes once.
-            `None` where the rectangles find them as they arrive.
-        order_groups (`tuple[Group, ...]`): `key_order` in groups in which no row comes twice.
-        rectangles (`tuple[Rectangle, ...]`): local rows against rows of the ordered keys. Query ranges are disjoint
-            and ascending.
-        causal (`bool`): whether the rectangles are causal, aligned bottom-right; without a mask if not.
-        rows (`Rows`): the local rows that the rectangles cover.
+    `key_order` has the received rows followed by the local ones in the order in which the rectangles find their keys;
+    a row may be named twice where there are local ones, else each comes once. It is `None` where the rectangles find
+    them as they arrive.
     """
 
-    sent: slice
-    send_splits: list[int]
-    recv_splits: list[int]
-    second_step: SecondStep | None
-    local_rows: Rows | None
+    sent: slice  # its rows in what the rank packs for all stages, by destination, in document order
+    send_splits: list[int]  # rows for each rank of the group
+    recv_splits: list[int]  # rows from each rank of the group
+    second_step: SecondStep | None  # of a hierarchical exchange, whose first step the fields above describe
+    local_rows: Rows | None  # rows of the rank's own KV, which join the received ones behind them
     key_order: Rows | None
-    order_groups: tuple[Group, ...]
-    rectangles: tuple[Rectangle, ...]
-    causal: bool
-    rows: Rows
+    order_groups: tuple[Group, ...]  # `key_order` in groups in which no row comes twice
+    rectangles: tuple[Rectangle, ...]  # local rows against rows of the ordered keys; disjoint, ascending queries
+    causal: bool  # whether the rectangles are, aligned bottom-right; without a mask if not
+    rows: Rows  # the local rows that the rectangles cover
 
     @property
     def received(self) -> int:

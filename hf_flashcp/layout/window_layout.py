@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..plan import ShardPlan
 from ..plan.calls import KeyPiece
 from ..plan.traffic import Interval, overlaps
 from .rank_layout import RankLayout, StageKeys
@@ -45,18 +44,11 @@ class Band(NamedTuple):
 class WindowLayout(RankLayout):
     """Index maps of one rank under one plan, for layers whose queries see `window` keys, themselves included.
 
-    There is one stage at most. Its rectangles and the local ones are causal, aligned bottom-right, with the window.
-
-    Args:
-        plan (`ShardPlan`): a valid plan.
-        rank (`int`): rank within the context-parallel group.
-        window (`int`): at least 1, in tokens: the `sliding_window` of transformers.
+    There is one stage at most. Its rectangles and the local ones are causal, aligned bottom-right, with the window,
+    which is at least 1, in tokens: the `sliding_window` of transformers.
     """
 
     window: int
-
-    def __init__(self, plan: ShardPlan, rank: int, window: int):
-        super().__init__(plan, rank, window)
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
         return tuple(

@@ -4,11 +4,8 @@ from .base import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accu
 from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, check_activated_kernel, explain_kernels, select_kernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
-from .flash_attn2 import FlashAttn2Kernel
-from .flash_attn3 import FlashAttn3Kernel
-from .flash_attn4 import FlashAttn4Kernel
+from .flash_attention import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel, TorchFlashKernel
 from .library import load_kernel_library
-from .torch_flash import TorchFlashKernel
 from .varlen import VarlenKernel
 
 

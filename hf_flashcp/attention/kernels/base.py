@@ -21,21 +21,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class ScoreOptions(NamedTuple):
-    """What shapes the scores of one kernel call.
-
-    Attributes:
-        causal (`bool`): whether rectangles are causal, aligned bottom-right: the last query sees all keys, the query
-            before it all but the last, and so on.
-        scale (`float`): factor of the product of query and key.
-        window (`int`, *optional*): a query sees no more than the last `window` of the keys that `causal` leaves it;
-            set only with `causal`.
-        softcap (`float`, *optional*): scores are softcap * tanh(scaled scores / softcap).
-    """
+    """What shapes the scores of one kernel call. Causal rectangles are aligned bottom-right: the last query sees all
+    keys, the query before it all but the last, and so on."""
 
     causal: bool
     scale: float
-    window: int | None = None
-    softcap: float | None = None
+    window: int | None = None  # only with `causal`: a query sees the last `window` of the keys that this leaves it
+    softcap: float | None = None  # scores are softcap * tanh(scaled scores / softcap)
 
     @property
     def only_causal(self) -> bool:
@@ -44,14 +36,8 @@ class ScoreOptions(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """The tensors that a backward pass reads.
-
-    Attributes:
-        grad_out (`torch.Tensor`): (H_q, T, D_v).
-        query, key, value (`torch.Tensor`): as forward received them.
-        out (`torch.Tensor`): (H_q, T, D_v).
-        lse (`torch.Tensor`): (H_q, T), the logsumexp, in the accumulate dtype.
-    """
+    """The tensors that a backward pass reads: (H_q, T, D_v) `grad_out` and `out`, (H_q, T) `lse` in the accumulate
+    dtype, the others as forward received them."""
 
     grad_out: torch.Tensor
     query: torch.Tensor

@@ -12,18 +12,12 @@ from .base import BackwardInputs, ScoreOptions, accumulate_dtype, merge_logsumex
 
 
 class KeyBlock(NamedTuple):
-    """Keys [start, stop) that one call takes, and what hides them from the rows of its block.
-
-    Attributes:
-        start, stop (`int`): rows of the keys.
-        mask (`torch.Tensor`, *optional*): (rows, keys), `None` if nothing is hidden or `causal` hides it.
-        causal (`bool`): whether rows and keys are a square of which the kernel hides the upper triangle itself.
-    """
+    """Keys [start, stop) that one call takes, and what hides them from the rows of its block."""
 
     start: int
     stop: int
-    mask: torch.Tensor | None = None
-    causal: bool = False
+    mask: torch.Tensor | None = None  # (rows, keys), `None` if nothing is hidden or `causal` hides it
+    causal: bool = False  # rows and keys are a square of which the kernel hides the upper triangle itself
 
 
 class QueryBlock(NamedTuple):
@@ -47,13 +41,7 @@ class BlockKernel:
     """
 
     def _blocks(
-        self,
-        query: torch.Tensor,
-        groups: int,
-        rectangles: Sequence[Rectangle],
-        options: ScoreOptions,
-        *,
-        backward: bool,
+        self, query: torch.Tensor, groups: int, rectangles: Sequence[Rectangle], options: ScoreOptions, backward: bool
     ) -> Iterable[QueryBlock]:
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -14,10 +15,7 @@ from ...errors import ConfigurationError, UnsupportedModelError
 from .base import AttentionKernel
 from .cpu_flash import CPUFlashKernel
 from .eager import EagerKernel
-from .flash_attn2 import FlashAttn2Kernel
-from .flash_attn3 import FlashAttn3Kernel
-from .flash_attn4 import FlashAttn4Kernel
-from .torch_flash import TorchFlashKernel
+from .flash_attention import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel, TorchFlashKernel
 
 
 TESTED = "tested"
@@ -30,38 +28,25 @@ _ALL = (*_HALF, torch.float32, torch.float64)
 @dataclass(frozen=True)
 class Capability:
     """What a kernel can do. All of them take windows, and value heads of another width than key heads. Sinks are not
-    their concern: they enter the logsumexp after the merge.
+    their concern: they enter the logsumexp after the merge."""
 
-    Attributes:
-        make (`Callable`): makes the kernel, given whether its gradients must be bitwise reproducible.
-        devices (`tuple[str, ...]`): device types; empty for all.
-        dtypes (`tuple[torch.dtype, ...]`): dtypes of queries, keys and values.
-        max_head_dim (`int`, *optional*): the widest head of keys or values, `None` if there is no limit.
-        softcap (`bool`): whether it takes one.
-        status (`str`): whether the test suite has passed on the device.
-        missing (`Callable`): returns why it cannot run on this machine, `None` if it can.
-        max_deterministic_head_dim (`int`, *optional*): the widest head whose gradients it can make bitwise
-            reproducible; `None` if that is no limit.
-        max_head_dim_by_gpu (`Mapping[int, int]`): the widest head where it is less, by major compute capability.
-    """
-
-    make: Callable[[bool], AttentionKernel]
-    devices: tuple[str, ...] = ()
+    make: Callable[[bool], AttentionKernel]  # given whether its gradients must be bitwise reproducible
+    devices: tuple[str, ...] = ()  # device types; empty for all
     dtypes: tuple[torch.dtype, ...] = _ALL
-    max_head_dim: int | None = None
+    max_head_dim: int | None = None  # of keys and values
     softcap: bool = False
-    status: str = TESTED
-    missing: Callable[[], str | None] = lambda: None
-    max_deterministic_head_dim: int | None = None
-    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)
+    status: str = TESTED  # whether the test suite has passed on the device
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine, `None` if it can
+    max_deterministic_head_dim: int | None = None  # the widest head whose gradients can be bitwise reproducible
+    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)  # where it is less, by compute capability
 
     def reason_against(
         self,
         device_type: str,
-        softcap: float | None,
-        dtype: torch.dtype | None,
-        key_dim: int | None,
-        value_dim: int | None,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
         deterministic: bool = False,
     ) -> str | None:
         """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. Dtype
@@ -166,38 +151,13 @@ CAPABILITIES: dict[str, Capability] = {
 """The kernels, best first."""
 
 
-def explain_kernels(
-    device_type: str,
-    softcap: float | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    key_dim: int | None = None,
-    value_dim: int | None = None,
-    deterministic: bool = False,
-) -> list[tuple[str, str | None]]:
-    """Returns `(name, reason)` of every kernel, best first: why it cannot run such a layer, `None` if it can.
-
-    Args:
-        device_type (`str`): `"cpu"` or `"cuda"`; this machine need not have it.
-        softcap (`float`, *optional*): the layer's, `None` if it has none.
-        dtype (`torch.dtype`, *optional*): dtype of queries, keys and values, `None` if not known.
-        key_dim, value_dim (`int`, *optional*): width of their heads, `None` if not known.
-        deterministic (`bool`, *optional*): whether gradients must be bitwise equal from run to run.
-    """
-    return [
-        (name, capability.reason_against(device_type, softcap, dtype, key_dim, value_dim, deterministic))
-        for name, capability in CAPABILITIES.items()
-    ]
+def explain_kernels(device_type: str, *layer: Any, **known: Any) -> list[tuple[str, str | None]]:
+    """Returns `(name, reason)` of every kernel, best first, for what [`Capability.reason_against`] takes. The
+    device type is "cpu" or "cuda"; this machine need not have it."""
+    return [(name, each.reason_against(device_type, *layer, **known)) for name, each in CAPABILITIES.items()]
 
 
-def select_kernel(
-    device: torch.device,
-    softcap: float | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    key_dim: int | None = None,
-    value_dim: int | None = None,
-) -> AttentionKernel:
+def select_kernel(device: torch.device, *layer: Any, **known: Any) -> AttentionKernel:
     """Returns the best kernel for a layer on `device`, see [`explain_kernels`]. Its gradients are deterministic if
     `torch.are_deterministic_algorithms_enabled()`, which makes the fused kernels of CUDA slower. Logs once why a GPU
     has to do without a fused kernel.
@@ -207,9 +167,7 @@ def select_kernel(
         ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    explained = explain_kernels(
-        device.type, softcap, dtype=dtype, key_dim=key_dim, value_dim=value_dim, deterministic=deterministic
-    )
+    explained = explain_kernels(device.type, *layer, deterministic=deterministic, **known)
     if device.type == "cuda":
         check_activated_kernel()
     for name, reason in explained:
@@ -225,11 +183,7 @@ def select_kernel(
 
 
 def check_activated_kernel() -> None:
-    """Checks that what the user activated in PyTorch runs on this machine's GPU.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
+    """Raises a `ConfigurationError` if what the user activated in PyTorch does not run on this machine's GPU."""
     name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
     reason = name and CAPABILITIES[name].missing()
     if reason:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 
 from ...layout import Rectangle
-from .base import ScoreOptions, cut, hidden, pad_heads
+from .base import cut, hidden, pad_heads
 from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 
@@ -38,14 +37,16 @@ class CPUFlashKernel(BlockKernel):
     # longer than the second, where blocks save little: with 1 head in the rows, 2 or 3, more.
     _FLAG_BY_FOLD = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
 
-    def _blocks(self, query, groups, rectangles, options, *, backward):
+    def _blocks(self, query, groups, rectangles, options, backward):
         fold = _fold(query.shape[0], groups)
         rows = min(self._ROWS, max(64, 4 * self._ROWS // fold))
         if options.window and options.window < rows:
             rows = min(rows, max(64, options.window // 2))
         for rectangle in rectangles:
             if not options.causal:
-                yield from self._unmasked(rectangle, fold, options)
+                blocks = max(1, round(rectangle.queries * fold / self._FULL_ROWS))
+                for part in cut(rectangle, -(-rectangle.queries // blocks), options):
+                    yield QueryBlock(part.q_start, part.q_stop, [KeyBlock(part.k_start, part.k_stop)], fold)
                 continue
             flagged = self._flagged_rows(rectangle, fold, options.window, backward)
             if flagged:
@@ -66,11 +67,6 @@ class CPUFlashKernel(BlockKernel):
         few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
         # In backward, blocks of 4 heads and more are as fast as the flag at any length, and dK and dV more exact.
         return rows if rows <= few or (rows > many and not (backward and fold >= 4)) else 0
-
-    def _unmasked(self, rectangle: Rectangle, fold: int, options: ScoreOptions) -> Iterator[QueryBlock]:
-        blocks = max(1, round(rectangle.queries * fold / self._FULL_ROWS))
-        for part in cut(rectangle, -(-rectangle.queries // blocks), options):
-            yield QueryBlock(part.q_start, part.q_stop, [KeyBlock(part.k_start, part.k_stop)], fold)
 
     def _masked(self, part: Rectangle, rows: int, fold: int, window: int | None, dtype: torch.dtype) -> list[KeyBlock]:
         """The keys of a causal block of at most `rows` queries; each query sees a key of each."""

@@ -15,7 +15,7 @@ class EagerKernel(BlockKernel):
     name = "eager"
     _MAX_SCORES = 2**25
 
-    def _blocks(self, query, groups, rectangles, options, *, backward):
+    def _blocks(self, query, groups, rectangles, options, backward):
         for rectangle in rectangles:
             rows = max(1, self._MAX_SCORES // (query.shape[0] * rectangle.keys))
             # Wider than a window makes little sense: what a block sees grows with its rows.

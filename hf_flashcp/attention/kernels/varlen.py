@@ -12,8 +12,7 @@ from ...layout.rows import row_numbers
 from .base import BackwardInputs, ScoreOptions, accumulate_dtype, pad_heads
 
 
-ALIGNMENT = 16
-"""Bytes that FlashAttention's kernels load at a time."""
+ALIGNMENT = 16  # bytes that FlashAttention's kernels load at a time
 
 
 class Sequences(NamedTuple):
@@ -50,10 +49,8 @@ class VarlenKernel:
     batch do not wait for the host. Heads are padded with zeros to a common width that is a multiple of 8.
 
     A subclass makes the calls, in shapes (rows, heads, D) with the last dimension contiguous, rows and heads aligned
-    to `ALIGNMENT` bytes, and logsumexp (H_q, rows) contiguous.
-
-    Args:
-        deterministic (`bool`, *optional*, defaults to `False`): backward bitwise equal from run to run.
+    to `ALIGNMENT` bytes, and logsumexp (H_q, rows) contiguous. With `deterministic` its backward is bitwise equal from
+    run to run.
     """
 
     name: str
@@ -62,12 +59,7 @@ class VarlenKernel:
         self.deterministic = deterministic
 
     def _forward_call(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        options: ScoreOptions,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, options: ScoreOptions
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns out (rows, H_q, D) and logsumexp (H_q, rows)."""
         raise NotImplementedError
@@ -118,24 +110,11 @@ class VarlenKernel:
                 rows.add(total.transpose(0, 1), grad[..., : total.shape[-1]])
 
 
-def window_sizes(options: ScoreOptions, unbounded: int | None) -> dict[str, int | None]:
-    """Keys to the left and right of the aligned one that a query sees; `unbounded` stands for all of them."""
-    return {
-        "window_size_left": unbounded if options.window is None else options.window - 1,
-        "window_size_right": 0 if options.causal else unbounded,
-    }
-
-
-def empty_gradients(inputs: BackwardInputs) -> list[torch.Tensor]:
-    """Contiguous tensors for kernels that write the gradients of query, key and value into what they are given."""
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.query, inputs.key, inputs.value)]
-
-
 def _rows_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(heads, T, D) tensors as (T, heads, width), the last dimension contiguous and every row of a head aligned."""
     width = max(tensor.shape[-1] for tensor in tensors)
     tensors = pad_heads(-(-width // 8) * 8, *(tensor.transpose(0, 1) for tensor in tensors))
-    return tuple(tensor if _is_aligned(tensor) else _copied(tensor) for tensor in tensors)
+    return tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -145,42 +124,29 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.stride(-1) == 1 and all(step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-class _Entry(NamedTuple):
-    """A rectangle, and where its output begins among that of all rectangles."""
-
-    rectangle: Rectangle
-    row: int
-
-
 @lru_cache(maxsize=64)
 def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
-    """The rounds of a kernel call, with their index tensors on `device`."""
-    dealt: list[list[_Entry]] = []
+    dealt: list[list[tuple[Rectangle, int]]] = []  # with the row at which a rectangle's output begins among all
     row = 0
     for rectangle in rectangles:
         for entries in dealt:
-            if entries[-1].rectangle.k_stop <= rectangle.k_start:
-                entries.append(_Entry(rectangle, row))
+            if entries[-1][0].k_stop <= rectangle.k_start:
+                entries.append((rectangle, row))
                 break
         else:
-            dealt.append([_Entry(rectangle, row)])
+            dealt.append([(rectangle, row)])
         row += rectangle.queries
     return tuple(_round(entries, device) for entries in dealt)
 
 
-def _round(entries: list[_Entry], device: torch.device) -> Round:
-    queries = [entry.rectangle.queries for entry in entries]
-    keys = [entry.rectangle.keys for entry in entries]
+def _round(entries: list[tuple[Rectangle, int]], device: torch.device) -> Round:
+    queries, keys = [each.queries for each, _ in entries], [each.keys for each, _ in entries]
     # A longest of 1 query would send flash-attn down its decoding path, which trades rows for heads.
     longest = max(2, *queries), max(keys)
     return Round(
-        Rows(row_numbers((entry.rectangle.q_start, entry.rectangle.q_stop) for entry in entries), device),
-        Rows(row_numbers((entry.rectangle.k_start, entry.rectangle.k_stop) for entry in entries), device),
-        Rows(row_numbers((entry.row, entry.row + entry.rectangle.queries) for entry in entries), device),
+        Rows(row_numbers((each.q_start, each.q_stop) for each, _ in entries), device),
+        Rows(row_numbers((each.k_start, each.k_stop) for each, _ in entries), device),
+        Rows(row_numbers((row, row + each.queries) for each, row in entries), device),
         Sequences(_cumulative(queries, device), _cumulative(keys, device), *longest),
     )
 

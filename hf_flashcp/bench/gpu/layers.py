@@ -30,9 +30,9 @@ def cases(rehearses: bool) -> dict[str, LayerCase]:
     found = {
         "per_doc": base,
         "search": base._replace(strategy="search"),
-        "stages, KV fetched again": base._replace(num_stages=3, keep_received=False),
+        "stages, KV fetched again": base._replace(num_stages=3, keep_received_kv=False),
         "window": base._replace(window=window),
-        "window, KV fetched again": base._replace(window=window, keep_received=False),
+        "window, KV fetched again": base._replace(window=window, keep_received_kv=False),
         "nodes of two ranks": base._replace(ranks_per_node=2),
         "debug mode": base._replace(debug=True),
         "heads that are not aligned": base._replace(heads=3, kv_heads=3, head_dim=20),

@@ -30,11 +30,8 @@ def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any] | None =
 
 
 def layers_run_again(model: torch.nn.Module) -> frozenset[int]:
-    """The `layer_idx` of attention modules that backward runs again and that hold nothing until then.
-
-    Left out are those under a `context_fn` (`save_attention_context_fn`): results that it keeps are held from forward
-    on, as without checkpointing.
-    """
+    """The `layer_idx` of attention modules that backward runs again and that hold nothing until then: not those under
+    a `context_fn` (`save_attention_context_fn`), whose results are held from forward on, as without checkpointing."""
     return frozenset(
         module.layer_idx
         for layer in _checkpointed(model)

@@ -13,43 +13,28 @@ from .sharded_forward import ShardedForward
 def check_first_forward(model: PreTrainedModel, forward: ShardedForward) -> None:
     """Raises an `UnsupportedModelError` on every rank if a layer attended without the plan, or if a mask would be
     dropped."""
-    _require_all_layers(model, forward)
-    _refuse_other_masks(model, forward)
-    _refuse_dropped_windows(model, forward)
-
-
-def _require_all_layers(model: PreTrainedModel, forward: ShardedForward) -> None:
-    if needs_whole_documents(model):
-        expected = count_attention_modules(model)
-    else:
-        expected = model.config.get_text_config().num_hidden_layers
+    name, config = type(model).__name__, model.config.get_text_config()
+    expected = count_attention_modules(model) if needs_whole_documents(model) else config.num_hidden_layers
     if len(forward.attention_modules) != expected:
         raise UnsupportedModelError(
-            f"{len(forward.attention_modules)} attention layers of {type(model).__name__} called flashcp with the "
-            f"batch's plan, but the model has {expected}. The others attended to this rank's tokens only, or did not "
-            "attend at all: the gradients would be wrong. This model cannot be trained with context parallelism."
+            f"{len(forward.attention_modules)} attention layers of {name} called flashcp with the batch's plan, but "
+            f"the model has {expected}. The others attended to this rank's tokens only, or did not attend at all: the "
+            "gradients would be wrong. This model cannot be trained with context parallelism."
         )
-
-
-def _refuse_other_masks(model: PreTrainedModel, forward: ShardedForward) -> None:
-    """Masks can depend on tokens, which ranks share, so one rank alone may see what is wrong."""
-    advice = "They depend on the batch; train this model with cp_size 1."
+    # Masks can depend on tokens, which ranks share, so one rank alone may see what is wrong.
     if forward.plan.group is not None:
         found = {"a mask over the causal one": forward.has_other_mask}
+        advice = "They depend on the batch; train this model with cp_size 1."
         require_agreement("the model's masks", found, forward.plan.group, advice=advice, error=UnsupportedModelError)
     if forward.has_other_mask:
         raise UnsupportedModelError(
-            f"{type(model).__name__} builds a mask of its own over the causal one, which context parallelism with "
-            'flashcp does not compute. Train it with attn_implementation="sdpa" and cp_size 1.'
+            f"{name} builds a mask of its own over the causal one, which context parallelism with flashcp does not "
+            'compute. Train it with attn_implementation="sdpa" and cp_size 1.'
         )
-
-
-def _refuse_dropped_windows(model: PreTrainedModel, forward: ShardedForward) -> None:
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ["sliding_attention"]
     dropped = forward.mask_windows - forward.attention_windows
-    if dropped and "sliding_attention" in layer_types:
+    if dropped and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         raise UnsupportedModelError(
-            f"{type(model).__name__} builds masks for a sliding window of {max(dropped)} tokens, but none of its "
-            "attention layers asks for that window: it would be dropped. This model cannot be trained with context "
-            "parallelism, unless its config turns the window off."
+            f"{name} builds masks for a sliding window of {max(dropped)} tokens, but none of its attention layers "
+            "asks for that window: it would be dropped. This model cannot be trained with context parallelism, unless "
+            "its config turns the window off."
         )

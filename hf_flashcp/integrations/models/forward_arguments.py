@@ -13,9 +13,8 @@ from typing import Any
 from transformers import Cache
 
 
+# Key-value caches and recurrent states of earlier calls; transformers 5.24 calls all of them `cache`.
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Key-value caches and recurrent states of earlier calls; transformers 5.24 calls all of them `cache`."""
-
 MEDIA = re.compile(
     "pixel|image|video|audio|patch|input_features|input_values|spatial_shapes|bbox|qformer|perceiver|protein|"
     "aspect_ratio|per_grid|feature_attention_mask|cross_attention_states|mm_encoder_outputs"
@@ -31,5 +30,4 @@ def has_cache(batch: Mapping[str, Any]) -> bool:
 
 
 def media(batch: Mapping[str, Any]) -> list[str]:
-    """The names under which a batch has images, video or audio."""
     return sorted(key for key, value in batch.items() if value is not None and MEDIA.search(key))

@@ -31,12 +31,8 @@ _ADVICE = "Use transformers' own loss, or one that takes shift_labels (docs/turn
 class LossCheck:
     """Stands in for the loss function of `model` during one forward.
 
-    Args:
-        model (`PreTrainedModel`): the model whose forward begins.
-        batch (`dict`): its keyword arguments. If the forward seems to compute the loss by itself, `shift_labels` is
-            replaced by a tensor that records whether it is used. Only then, because compiled layers are compiled again
-            for another type of tensor.
-        watch (`bool`): replace `shift_labels` in any case.
+    If that seems to compute the loss by itself, or with `watch`, the batch's `shift_labels` are replaced by a tensor
+    that records whether it is used. Only then, because compiled layers are compiled again for another type of tensor.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Any], watch: bool):
@@ -50,7 +46,6 @@ class LossCheck:
         model.loss_function = self
 
     def restore(self) -> None:
-        """Gives the model its own loss function back."""
         if self._own_function is None:
             del self._model._loss_function
         else:

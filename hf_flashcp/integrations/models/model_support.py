@@ -4,10 +4,9 @@ that asks for something we do not compute, or attention layers that never call u
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..registration import INTERNAL_NAME, NAME
@@ -15,7 +14,6 @@ from .per_document_mixers import needs_whole_documents
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
 _FROM_PADDING = "counts positions from pad_token_id + 1 and not from 0, which a sharded batch's position_ids do not"
 POSITIONS_OF_THEIR_OWN = {
     **dict.fromkeys(
@@ -24,8 +22,6 @@ POSITIONS_OF_THEIR_OWN = {
     ),
     "llama4_text": "scales queries by their place in the row that a rank holds and not by position_ids",
 }
-
-
 _NOT_A_LANGUAGE_MODEL = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
@@ -48,8 +44,9 @@ def check_model(model: PreTrainedModel) -> None:
             f'{name} runs with attn_implementation="{config._attn_implementation}". Load it with '
             f'attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}").'
         )
-    for sub_config in _vision_and_audio_configs(model.config):
-        if sub_config._attn_implementation == INTERNAL_NAME:
+    for key in model.config.sub_configs:
+        sub_config = getattr(model.config, key, None) if "vision" in key or "audio" in key else None
+        if sub_config is not None and sub_config._attn_implementation == INTERNAL_NAME:
             raise UnsupportedModelError(
                 f"{name} has flashcp in its {type(sub_config).__name__} too, but only text is sharded. Load it with "
                 'attn_implementation={"text_config": "flashcp", "vision_config": "sdpa"} (a name for each sub-config).'
@@ -57,13 +54,6 @@ def check_model(model: PreTrainedModel) -> None:
     reason = _reason_against(model, config)
     if reason:
         raise UnsupportedModelError(f"{name} {reason}. Train it with cp_size 1 and another attn_implementation.")
-
-
-def _vision_and_audio_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    for key in config.sub_configs:
-        sub_config = getattr(config, key, None)
-        if sub_config is not None and ("vision" in key or "audio" in key):
-            yield sub_config
 
 
 def _reason_against(model: PreTrainedModel, config: Any) -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from transformers import PreTrainedModel
 
 from ...errors import BatchError, UnsupportedModelError
@@ -149,12 +150,10 @@ class _PerDocument:
                     "parallelism."
                 )
             return None
-        bounds, num_tokens = [], 0
-        for _, start, stop, row in self._plan.layout.slices:
-            bounds.append((row, row + stop - start))
-            num_tokens = row + stop - start
+        layout = self._plan.layout
         first, *self._calls = [
-            _cut((args, kwargs), num_tokens, document_start, document_stop) for document_start, document_stop in bounds
+            recursively_apply(_cut, (args, kwargs), layout.num_tokens, piece.row, piece.row + piece.tokens)
+            for piece in layout.slices
         ]
         return first
 
@@ -166,16 +165,9 @@ class _PerDocument:
         return output if len(outputs) == 1 else _joined(outputs)
 
 
-def _cut(value: Any, num_tokens: int, start: int, stop: int) -> Any:
-    """Every tensor (1, T, ...) in nested tuples and dicts cut to [start, stop); anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        per_token = value.dim() >= 2 and value.shape[:2] == (1, num_tokens)
-        return value[:, start:stop] if per_token else value
-    if isinstance(value, tuple):
-        return tuple(_cut(part, num_tokens, start, stop) for part in value)
-    if isinstance(value, dict):
-        return {key: _cut(part, num_tokens, start, stop) for key, part in value.items()}
-    return value
+def _cut(tensor: torch.Tensor, num_tokens: int, start: int, stop: int) -> torch.Tensor:
+    """[start, stop) of a tensor (1, T, ...); any other as it is."""
+    return tensor[:, start:stop] if tensor.dim() >= 2 and tensor.shape[:2] == (1, num_tokens) else tensor
 
 
 def _joined(outputs: list[Any]) -> Any:

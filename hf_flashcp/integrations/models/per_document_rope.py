@@ -22,11 +22,7 @@ from .sharded_forward import current_sharded_forward
 
 
 def hook_length_dependent_rope(model: PreTrainedModel) -> list[Any]:
-    """Puts hooks on the model's rotary modules where they need it, and returns their handles.
-
-    Raises:
-        UnsupportedModelError: the config asks for such a RoPE, but no module says that it computes one.
-    """
+    """Puts hooks on the model's rotary modules where they need it, and returns their handles."""
     config = model.config.get_text_config()
     lengths = list(_original_lengths(getattr(config, "rope_parameters", None), config))
     if not lengths:
@@ -90,18 +86,16 @@ class _PerDocumentCalls:
     def _positions_of_calls(self, position_ids: torch.Tensor, plan: RankPlan) -> Iterator[torch.Tensor]:
         """(..., T) positions split by document, each with the document's largest position appended."""
         held = [0] * len(plan.plan.lengths)
-        for document, start, stop, _ in plan.layout.slices:
-            held[document] += stop - start
+        for piece in plan.layout.slices:
+            held[piece.document] += piece.tokens
         first = 0
-        for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: self._group(entry[0] + 1)):
+        # Neighbours of one length, or all with the original frequencies, share a call.
+        longest = self._original_length - 2
+        for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: max(entry[0], longest)):
             largest, counts = zip(*documents)
             local = position_ids[..., first : first + sum(counts)]
             first += sum(counts)
             yield torch.cat((local, local.new_full((*local.shape[:-1], 1), max(largest))), dim=-1)
-
-    def _group(self, length: int) -> int:
-        """Neighbours of one length, or all with the original frequencies, share a call."""
-        return 0 if length < self._original_length else length
 
 
 def _largest_positions(plan: RankPlan) -> list[int]:

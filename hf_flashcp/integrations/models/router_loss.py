@@ -27,15 +27,9 @@ from ...errors import UnsupportedModelError
 from .sharded_forward import ShardedForward, current_sharded_forward
 
 
-FUNCTION = "load_balancing_loss_func"
-"""The name in transformers' modeling files, and in those that import it from there."""
-
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-"""What models multiply it by, an attribute of the model or of its config."""
-
-MEAN_COEFFICIENTS = ("z_loss_coefficient",)
-"""Attributes of models: factors of loss terms that are means over all tokens of the forward."""
-
+FUNCTION = "load_balancing_loss_func"  # in transformers' modeling files, and in those that import it from there
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models multiply it by, theirs or their config's
+MEAN_COEFFICIENTS = ("z_loss_coefficient",)  # models' factors of loss terms that are means over the forward's tokens
 _TOLERANCE = 1e-4  # relative: transformers adds up in fp32
 
 
@@ -69,17 +63,11 @@ def _shared(stock: Callable) -> Callable:
 def router_loss(
     gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """The load balancing loss over the tokens of all ranks of `group`.
+    """The load balancing loss over the tokens of all ranks of `group`, each of which calls with the (T_r, E) logits of
+    its own tokens, one per layer.
 
-    Args:
-        gate_logits (`tuple[torch.Tensor, ...]`): (T_r, E) of this rank's tokens, one per layer.
-        num_experts (`int`): E.
-        top_k (`int`): experts per token.
-        group (`ProcessGroup`, *optional*): every rank of it calls.
-
-    Returns:
-        `torch.Tensor`: a number, the same on every rank, in fp32, or fp64 where the logits are. The mean over ranks of
-        their gradients is its gradient.
+    The number is the same on every rank, in fp32, or fp64 where the logits are. The mean over ranks of their gradients
+    is its gradient.
     """
     counts, probabilities, rows = router_statistics(gate_logits, num_experts, top_k)
     if group is not None:

@@ -48,13 +48,13 @@ class FlashCPCallback(TrainerCallback):
             )
         if config.cp_size > 1:
             require_exact_arguments(args)
-        if config.cp_size > 1 and args.eval_strategy != IntervalStrategy.NO:
-            self._refuse_evaluation()
-        if config.cp_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
-            raise ConfigurationError(
-                "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
-                'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
-            )
+            if args.eval_strategy != IntervalStrategy.NO:
+                self._refuse_evaluation()
+            if isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
+                raise ConfigurationError(
+                    "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
+                    'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+                )
         self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
         self.handle = attach(model, mesh, plugin=config, on_plan=self.plan_metrics.add)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils.operations import recursively_apply
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
-from .predictions import Tree, filled_up, map_tensors, token_shape
+from .predictions import Tree, filled_up, token_shape
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from transformers import Trainer
 
 
 class EvaluationPass:
@@ -24,46 +25,25 @@ class EvaluationPass:
 
     accelerate gives every data-parallel group as many batches, and fills the last ones up with rows from the
     beginning. Batch s of group g holds the rows from (s * groups + g) * rows per batch on: those beyond the dataset's
-    end have been counted before, so their targets are masked.
-
-    Args:
-        dataset: of the evaluation; without a length no row can be told from a repeated one.
-        accelerator (`Accelerator`): of the trainer.
-        cp_size (`int`): ranks that share a batch. With 1, rows that cannot be told apart all count, as they do in
-            transformers; above 1 they are refused.
-        batch_size (`int`): dataset rows per batch.
-        preprocess (`Callable`, *optional*): `preprocess_logits_for_metrics` of transformers' Trainer.
-        filter_nan (`bool`): leave batches without a finite loss out of the mean.
-
-    Attributes:
-        rows (`int`): rows of the last batch's tensors.
-        kept_rows (`int`): dataset rows of the last batch that come before the first repeated one.
-        kept_tokens (`int`): tokens of those rows.
-        loss_is_a_metric (`bool`): whether `compute_metrics` returned a "loss", which replaces this one.
+    end have been counted before, so their targets are masked. With cp_size 1, rows that cannot be told apart, such as
+    those of a dataset without a length, all count, as they do in transformers; above 1 they are refused.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        accelerator: Accelerator,
-        cp_size: int,
-        batch_size: int,
-        preprocess: Callable[[Tree, Tree], Tree] | None = None,
-        filter_nan: bool = False,
-    ):
-        self._groups, self._group = accelerator.num_processes // cp_size, accelerator.process_index // cp_size
-        if cp_size > 1:
+    def __init__(self, trainer: Trainer, dataset: Any):
+        self._accelerator, self._cp_size = trainer.accelerator, trainer.get_cp_size()
+        self._batch_size, self._filter_nan = trainer.args.eval_batch_size, trainer.args.logging_nan_inf_filter
+        self.preprocess: Callable[[Tree, Tree], Tree] | None = trainer.preprocess_logits_for_metrics
+        self._groups = self._accelerator.num_processes // self._cp_size
+        self._group = self._accelerator.process_index // self._cp_size
+        if self._cp_size > 1:
             require_length(dataset, self._groups)
         self._dataset_rows = len(dataset) if self._groups > 1 and isinstance(dataset, Sized) else None
-        self._accelerator, self._cp_size, self._batch_size = accelerator, cp_size, batch_size
-        self.preprocess = preprocess
-        self._filter_nan = filter_nan
         self._step = 0
         self._rows_per_batch: int | None = None
-        self._losses: torch.Tensor | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)  # loss and targets
-        self.rows = self.kept_rows = self.kept_tokens = 0
-        self.loss_is_a_metric = False
+        self.rows = self.kept_rows = self.kept_tokens = 0  # of the last batch; kept ones come before repeated ones
+        self.losses: torch.Tensor | None = None  # (documents,), for this step's one loss in the evaluation loop
+        self.loss_is_a_metric = False  # `compute_metrics` returned a "loss", which replaces this one
 
     def mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The next full batch, without targets in rows that stand in for others. To be called once per batch."""
@@ -93,13 +73,8 @@ class EvaluationPass:
         return {**inputs, **masked}
 
     def add(self, share: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        """Adds a batch, and returns its mean loss (0 without targets), fp64 and the same on its group's ranks.
-
-        Args:
-            share: scalar: this rank's share of the batch's summed loss.
-            targets: scalar: of the whole batch.
-            group: the ranks that share the batch.
-        """
+        """Adds a batch: this rank's `share` of its summed loss, and its `targets` on all ranks of `group`, which share
+        it. Returns its mean loss (0 without targets), fp64 and the same on these ranks."""
         loss_sum = torch.where(targets > 0, share.double(), 0.0)  # nothing but prompts: may be 0 / 0
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
@@ -125,21 +100,15 @@ class EvaluationPass:
         loss_sum, targets = self._accelerator.reduce(self._sums.to(self._accelerator.device), "sum").tolist()
         return loss_sum / targets if targets else float("nan")
 
-    def set_losses(self, losses: torch.Tensor) -> None:
-        """(documents,): what stands for this step's losses in the evaluation loop, which repeats one number."""
-        self._losses = losses
-
     def gathered(self, tensors: Tree) -> Tree:
         """The trainer's `gather_function`: the loop asks for losses first, and the rest has been gathered already."""
-        if self._losses is None:
-            return tensors
-        losses, self._losses = self._losses, None
-        return losses
+        losses, self.losses = self.losses, None
+        return tensors if losses is None else losses
 
     def gather(self, tree: Tree) -> Tree:
         """Rows of all data-parallel groups in the order of the dataset, from any number per group; the ranks of a
         group have the same ones."""
-        return tree if self._accelerator.num_processes == 1 else map_tensors(self._gather_tensor, tree)
+        return tree if self._accelerator.num_processes == 1 else recursively_apply(self._gather_tensor, tree)
 
     def _gather_tensor(self, rows: torch.Tensor) -> torch.Tensor:
         shapes = self._accelerator.gather(torch.tensor([(*rows.shape, 1)[:2]], device=rows.device))

@@ -83,12 +83,9 @@ class ReliableTrainerMixin:
                     _put_in_place(staged, final)
                 self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                best = self.state.best_model_checkpoint
+                limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(
-                    output_dir=run_dir,
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=best,
-                    use_mtime=True,
+                    output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
                 )
             if self.args.push_to_hub:
                 self._push_from_checkpoint(final)
@@ -118,9 +115,7 @@ class StopTogetherCallback(JITCheckpointCallback):
         super().__init__()
         self.trainer, self.jit_manager = stock.trainer, stock.jit_manager
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         requested = torch.tensor(float(self.jit_manager.is_checkpoint_requested), device=args.device)
         if args.world_size > 1:
             dist.all_reduce(requested, op=dist.ReduceOp.MAX)

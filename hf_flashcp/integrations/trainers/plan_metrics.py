@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from ...exchange import seconds_waited
 from ...plan import ShardPlan
 from ...plan.report import plan_costs
+
+
+_COSTS = ("kv_total", "kv_all_gather", "token_imbalance", "pair_imbalance")
 
 
 class PlanMetrics:
@@ -60,10 +64,7 @@ class PlanMetrics:
 
 class _Sums:
     def __init__(self):
-        self.packs = self.tokens = 0
-        self.reported = {"kv_total": 0, "kv_all_gather": 0, "token_imbalance": 0.0, "pair_imbalance": 0.0}
-        self.timed = 0
-        self.planning_seconds = 0.0
+        self.sums: Counter[str] = Counter()
         self.begun: float | None = None
         self.ended: float | None = None
         self.waited_before = 0.0
@@ -80,25 +81,22 @@ class _Sums:
         if self.begun is None:
             self.begin()
         self.ended = None
-        self.packs += 1
-        self.tokens += plan.num_tokens
-        for key in self.reported:
-            self.reported[key] += costs[key]
+        self.sums.update({key: costs[key] for key in _COSTS}, packs=1, tokens=plan.num_tokens)
         if plan.planning_seconds is not None:
-            self.timed += 1
-            self.planning_seconds += plan.planning_seconds
+            self.sums.update(timed=1, planning_seconds=plan.planning_seconds)
 
     def means(self, groups: int) -> dict[str, float]:
-        if not self.packs:
+        sums, packs = self.sums, self.sums["packs"]
+        if not packs:
             return {}
         means = {
-            "flashcp_kv_fraction": self.reported["kv_total"] / max(self.reported["kv_all_gather"], 1),
-            "flashcp_token_imbalance": self.reported["token_imbalance"] / self.packs,
-            "flashcp_pair_imbalance": self.reported["pair_imbalance"] / self.packs,
-            "flashcp_tokens_per_second": groups * self.tokens / ((self.ended or time.perf_counter()) - self.begun),
+            "flashcp_kv_fraction": sums["kv_total"] / max(sums["kv_all_gather"], 1),
+            "flashcp_token_imbalance": sums["token_imbalance"] / packs,
+            "flashcp_pair_imbalance": sums["pair_imbalance"] / packs,
+            "flashcp_tokens_per_second": groups * sums["tokens"] / ((self.ended or time.perf_counter()) - self.begun),
         }
-        if self.timed:
-            means["flashcp_plan_ms"] = 1000 * self.planning_seconds / self.timed
+        if sums["timed"]:
+            means["flashcp_plan_ms"] = 1000 * sums["planning_seconds"] / sums["timed"]
         if (waited := seconds_waited()) is not None:
-            means["flashcp_exposed_transfer_ms"] = 1000 * (waited - self.waited_before) / self.packs
+            means["flashcp_exposed_transfer_ms"] = 1000 * (waited - self.waited_before) / packs
         return means

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils.operations import honor_type
+from accelerate.utils.operations import honor_type, recursively_apply
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
@@ -23,28 +22,16 @@ Tree = Any
 
 
 def whole_documents(
-    outputs: Tree,
-    labels: Tree,
-    plan: RankPlan,
-    kept_tokens: int,
-    preprocess: Callable[[Tree, Tree], Tree] | None,
+    outputs: Tree, labels: Tree, plan: RankPlan, kept_tokens: int, preprocess: Callable[[Tree, Tree], Tree] | None
 ) -> tuple[Tree, Tree]:
-    """Predictions of a sharded batch, as a padded batch with a row per document on one device would give them.
+    """Predictions of a sharded batch, as a padded batch with a row per document on one device would give them, from
+    outputs (1, T_r, ...) of this rank's tokens and labels of the whole batch, not shifted, (1, C) or rows of it.
 
-    Documents are put together one by one, so that of the full logits only one document's are there at a time where
-    `preprocess` makes them smaller.
+    Every rank of the plan's group calls. Documents are put together one by one, so that of the full logits only one
+    document's are there at a time where `preprocess` makes them smaller. Those from `kept_tokens` on are left out.
 
-    Args:
-        outputs: tensors (1, T_r, ...) of this rank's tokens.
-        labels: tensors of the whole batch, not shifted: (1, C) or rows of it.
-        plan: of the batch. Every rank of its group calls.
-        kept_tokens: documents from there on are left out.
-        preprocess: `preprocess_logits_for_metrics` of transformers' Trainer, given tensors (1, tokens, ...) and
-            (1, tokens).
-
-    Returns:
-        `tuple`: predictions (documents, longest, ...), or what `preprocess` makes of them, and labels
-        (documents, longest), on every rank of the group; -100 behind the end of a document.
+    Returns predictions (documents, longest, ...), or what `preprocess` makes of them, and labels (documents, longest),
+    on every rank of the group; -100 behind the end of a document.
     """
     lengths, cp_size = plan.plan.lengths, plan.plan.cp_size
     places = [torch.from_numpy(token_index(plan.plan, rank)) for rank in range(cp_size)]
@@ -52,12 +39,11 @@ def whole_documents(
     predictions, targets = [], []
     # At least one, for the shape of what `preprocess` makes of it.
     for start, stop in pairwise(accumulate(lengths[: max(kept, 1)], initial=0)):
-        document = map_tensors(partial(_document, plan=plan, places=places, start=start, stop=stop), outputs)
-        document_labels = map_tensors(partial(_tokens, start=start, stop=stop), labels)
+        document = recursively_apply(_document, outputs, plan, places, start, stop)
+        document_labels = recursively_apply(_tokens, labels, start, stop)
         predictions.append(document if preprocess is None else preprocess(document, document_labels))
         targets.append(document_labels)
-    rows, label_rows = stacked(predictions), stacked(targets)
-    return (rows, label_rows) if kept else (map_tensors(_no_rows, rows), map_tensors(_no_rows, label_rows))
+    return _rows_if(kept, stacked(predictions), stacked(targets))
 
 
 def documents_of(inputs: Mapping[str, Any], plan: RankPlan, kept_tokens: int) -> dict[str, torch.Tensor]:
@@ -80,24 +66,17 @@ def whole_rows(
         outputs, labels = (first_rows(tree, max(kept, 1), rows) for tree in (outputs, labels))
     if preprocess is not None:
         outputs = preprocess(outputs, labels)
-    outputs = stacked([outputs])
-    return (outputs, labels) if kept else (map_tensors(_no_rows, outputs), map_tensors(_no_rows, labels))
+    return _rows_if(kept, stacked([outputs]), labels)
 
 
 def first_rows(tree: Tree, count: int, rows: int) -> Tree:
     """The first `count` rows of tensors that have `rows` of them."""
-    return map_tensors(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == rows else tensor, tree)
+    return recursively_apply(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == rows else tensor, tree)
 
 
 def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | None) -> Tree:
-    """What transformers' Trainer takes for predictions: the model's outputs but for the loss and `ignore_keys`.
-
-    Args:
-        tokens: of this rank, if the batch was packed.
-
-    Raises:
-        ConfigurationError: some of a packed batch's outputs have no value per token.
-    """
+    """What transformers' Trainer takes for predictions: the model's outputs but for the loss and `ignore_keys`. Those
+    of a packed batch, of which the rank has `tokens`, must have a value for each."""
     if isinstance(outputs, Mapping):
         found = {key: value for key, value in outputs.items() if key not in (*ignore_keys, "loss")}
     else:
@@ -106,7 +85,7 @@ def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | No
         other = [key for key, value in found.items() if not _is_per_token(value, tokens)]
         if other:
             refuse_outputs(other)
-    values = map_tensors(torch.Tensor.detach, tuple(found.values()))
+    values = recursively_apply(torch.Tensor.detach, tuple(found.values()))
     return values[0] if len(values) == 1 else values
 
 
@@ -153,21 +132,13 @@ def filled_up(rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
     return larger
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> Tree:
-    if isinstance(tree, Mapping):
-        return type(tree)({key: map_tensors(function, value) for key, value in tree.items()})
-    if isinstance(tree, (list, tuple)):
-        return honor_type(tree, (map_tensors(function, value) for value in tree))
-    return function(tree) if isinstance(tree, torch.Tensor) else tree
-
-
 def _tokens(labels: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """(1, stop - start, ...)."""
     return labels.flatten(0, 1)[start:stop][None]
 
 
-def _no_rows(rows: torch.Tensor) -> torch.Tensor:
-    return rows[:0]
+def _rows_if(kept: int, *trees: Tree) -> tuple[Tree, Tree]:
+    """Both trees, without rows if none is kept."""
+    return trees if kept else recursively_apply(lambda rows: rows[:0], trees)
 
 
 def _document(values: torch.Tensor, plan: RankPlan, places: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
@@ -193,17 +164,9 @@ def token_shape(inputs: Mapping[str, Any]) -> torch.Size:
 def losses_by_document(
     logits: torch.Tensor, shift_labels: torch.Tensor, plan: RankPlan, kept_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and number of targets of each document of a sharded batch.
-
-    Args:
-        logits: (1, T_r, V) of this rank's tokens.
-        shift_labels: (1, T_r).
-        plan: of the batch. Every rank of its group calls.
-        kept_tokens: documents from there on are left out.
-
-    Returns:
-        two tensors (documents, 1), float64 and int64, on every rank of the group.
-    """
+    """Summed loss and number of targets of each document of a sharded batch, from logits (1, T_r, V) and shift_labels
+    (1, T_r) of this rank's tokens; without documents from `kept_tokens` on. Every rank of the plan's group calls, and
+    gets two tensors (documents, 1), float64 and int64."""
     stops = torch.tensor(plan.plan.lengths).cumsum(0)
     documents = torch.searchsorted(stops, torch.from_numpy(token_index(plan.plan, plan.rank)), right=True)
     sums = torch.zeros(2, len(stops), dtype=torch.float64, device=logits.device)

@@ -117,11 +117,6 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         """Data-parallel groups."""
         return self.args.world_size // self.get_cp_size()
 
-    @property
-    def _dp_rank(self) -> int:
-        """The group of this process."""
-        return self.args.process_index // self.get_cp_size()
-
     def _refuse_options(self) -> None:
         if self.get_cp_size() == 1:
             return
@@ -155,7 +150,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         inner = getattr(loader, "base_dataloader", loader)
         if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
             # Trainer seeds every process's workers apart, but those of a group must draw alike.
-            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": self._dp_rank})
+            group = self.args.process_index // self.get_cp_size()
+            inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
         inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
         return loader
 

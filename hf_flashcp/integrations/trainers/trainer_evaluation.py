@@ -113,7 +113,7 @@ class EvaluatingTrainerMixin:
         predictions, label_ids = self._predictions(outputs, labels, batch, shard, ignore_keys)
         if loss is not None and "loss" in self.args.include_for_metrics:
             documents = len(label_ids[0] if isinstance(label_ids, tuple) else label_ids)
-            evaluation.set_losses(evaluation.gather(loss.expand(documents)))
+            evaluation.losses = evaluation.gather(loss.expand(documents))
         if "inputs" in self.args.include_for_metrics:  # the loop reads them from the batch that it has passed
             shown = self._inputs_for_metrics(batch, shard)
             inputs.clear()
@@ -177,27 +177,15 @@ class EvaluatingTrainerMixin:
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # With cp_size 1 an option can ask for the evaluation of the class behind this one.
+        as_stock = self._own_prediction_step() is not None or self.args.eval_use_gather_object
         with self.plan_metrics.paused():
-            if self._evaluates_as_stock and not self._losses_by_document:
+            if as_stock and self.get_cp_size() == 1 and not self._losses_by_document:
                 return super().evaluation_loop(*arguments)
             return self._evaluation_loop(*arguments)
 
-    @property
-    def _evaluates_as_stock(self) -> bool:
-        """With cp_size 1 only: whether an option asks for the evaluation of the class behind this one."""
-        return self.get_cp_size() == 1 and (
-            self._own_prediction_step() is not None or self.args.eval_use_gather_object
-        )
-
     def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any) -> EvalLoopOutput:
-        evaluation = EvaluationPass(
-            dataloader.dataset,
-            self.accelerator,
-            self.get_cp_size(),
-            self.args.eval_batch_size,
-            preprocess=self.preprocess_logits_for_metrics,
-            filter_nan=self.args.logging_nan_inf_filter,
-        )
+        evaluation = EvaluationPass(self, dataloader.dataset)
         compute_metrics, gather_for_metrics = self.compute_metrics, self.accelerator.gather_for_metrics
         self._pass, self.preprocess_logits_for_metrics = evaluation, None  # called for each document
         self.gather_function = evaluation.gathered

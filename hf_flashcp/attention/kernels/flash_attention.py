@@ -1,0 +1,164 @@
+"""FlashAttention: the 2 that PyTorch carries, and 2, 3 and 4 from packages of their own.
+
+All of them: CUDA, fp16 and bf16, heads up to 256 wide, windows, grouped queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..determinism import deterministic_algorithms
+from .base import BackwardInputs, ScoreOptions
+from .varlen import Sequences, VarlenKernel
+
+
+class TorchFlashKernel(VarlenKernel):
+    """`aten::_flash_attention_forward` and its backward, which `torch.nn.attention.varlen` calls too: no softcap. It
+    needs no other package.
+
+    `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention-3 or 4 behind the same operators; then
+    [`FlashAttn3Kernel`] or [`FlashAttn4Kernel`] calls those directly, and this kernel is not used."""
+
+    name = "torch_flash"
+
+    def _forward_call(self, query, key, value, sequences, options):
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            *sequences,
+            0.0,  # dropout
+            options.only_causal,
+            False,  # return_debug_mask
+            scale=options.scale,
+            **_window_sizes(options, unbounded=None),
+        )
+        return out, lse
+
+    def _backward_call(self, inputs, sequences, options):
+        # Read with dropout only.
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=inputs.query.device)
+        unused = torch.empty(0, device=inputs.query.device)
+        # Backward takes its deterministic path where PyTorch's global switch is on
+        # (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+        with deterministic_algorithms(self.deterministic):
+            return torch.ops.aten._flash_attention_backward(
+                *inputs,
+                *sequences,
+                0.0,
+                options.only_causal,
+                rng_state,
+                unused,
+                scale=options.scale,
+                **_window_sizes(options, unbounded=None),
+            )
+
+
+class FlashAttn2Kernel(VarlenKernel):
+    """The package flash-attn, from 2.7 on, which has softcap too."""
+
+    name = "flash_attn_2"
+
+    def _forward_call(self, query, key, value, sequences, options):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, *_ = _flash_attn_varlen_forward(
+            query, key, value, dropout_p=0.0, **self._arguments(sequences, options)
+        )
+        return out, lse
+
+    def _backward_call(self, inputs, sequences, options):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        grads = _empty_gradients(inputs)
+        _flash_attn_varlen_backward(
+            *inputs,
+            *grads,
+            dropout_p=0.0,
+            alibi_slopes=None,
+            deterministic=self.deterministic,
+            **self._arguments(sequences, options),
+        )
+        return grads
+
+    @staticmethod
+    def _arguments(sequences: Sequences, options: ScoreOptions) -> dict[str, Any]:
+        return {**_arguments(sequences, options), "causal": options.causal, "softcap": options.softcap or 0.0}
+
+
+class FlashAttn3Kernel(VarlenKernel):
+    """`flash_attn_3::fwd` and `::bwd`, on Hopper GPUs.
+
+    The operators are registered by importing `flash_attn_interface`, by PyTorch's
+    `activate_flash_attention_impl("FA3")`, or by [`load_kernel_library`]. Arguments go by the names in the operators'
+    schema (hopper/flash_api_stable.cpp of flash-attention, as in xformers 0.0.34).
+    """
+
+    name = "flash_attn_3"
+
+    def _forward_call(self, query, key, value, sequences, options):
+        arguments = _arguments(sequences, options, causal="is_causal")
+        # Split keys would need a second pass to combine.
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(query, key, value, num_splits=1, **arguments)
+        return out, lse
+
+    def _backward_call(self, inputs, sequences, options):
+        # What backward returns differs from build to build; the tensors that it writes into do not.
+        grads, arguments = _empty_gradients(inputs), _arguments(sequences, options, causal="is_causal")
+        torch.ops.flash_attn_3.bwd(*inputs, *grads, deterministic=self.deterministic, **arguments)
+        return grads
+
+
+class FlashAttn4Kernel(VarlenKernel):
+    """The package flash-attn-4 (4.0.0b10 to b36), on Hopper and Blackwell GPUs.
+
+    It is called directly. PyTorch's own route to it (torch/nn/attention/_fa4.py) unpacks two results, while the
+    package returns four from 4.0.0b20 and five from 4.0.0b36 on, and in PyTorch 2.11 it refuses every window.
+    A side without a bound is `None`: -1 would be a bound, see `_resolve_causal_local_window` there.
+    """
+
+    name = "flash_attn_4"
+
+    def _forward_call(self, query, key, value, sequences, options):
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        arguments = _arguments(sequences, options, unbounded=None)
+        out, lse, *_ = _flash_attn_fwd(query, key, value, return_lse=True, **arguments)
+        return out, lse
+
+    def _backward_call(self, inputs, sequences, options):
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        grad_out, query, key, value, out, lse = inputs
+        arguments = _arguments(sequences, options, unbounded=None)
+        grads = _flash_attn_bwd(query, key, value, out, grad_out, lse, deterministic=self.deterministic, **arguments)
+        return tuple(grads[:3])
+
+
+def _arguments(
+    sequences: Sequences, options: ScoreOptions, *, causal: str = "causal", unbounded: int | None = -1
+) -> dict[str, Any]:
+    """Keyword arguments of the packages' functions, where `causal` is the name of that one."""
+    return {
+        **sequences._asdict(),
+        "softmax_scale": options.scale,
+        causal: options.only_causal,
+        **_window_sizes(options, unbounded),
+    }
+
+
+def _window_sizes(options: ScoreOptions, unbounded: int | None) -> dict[str, int | None]:
+    """Keys to the left and right of the aligned one that a query sees; `unbounded` stands for all of them."""
+    return {
+        "window_size_left": unbounded if options.window is None else options.window - 1,
+        "window_size_right": 0 if options.causal else unbounded,
+    }
+
+
+def _empty_gradients(inputs: BackwardInputs) -> tuple[torch.Tensor, ...]:
+    """Contiguous tensors for kernels that write the gradients of query, key and value into what they are given."""
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.query, inputs.key, inputs.value)
+    )
