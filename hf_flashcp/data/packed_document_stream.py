@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,17 @@ class PackedDocumentStream(PackedRows, IterableDataset):
     Raises:
         ConfigurationError: several loader workers.
     """
+
+    def __init__(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, window, bad_rows, per_token_keys, kwargs)
 
     def _reset(self) -> None:
         self._to_skip = 0

@@ -27,18 +27,17 @@ class PackedRows:
         self,
         dataset: Any,
         window: int,
-        *,
-        bad_rows: str = "error",
-        per_token_keys: Sequence[str] = (),
-        **kwargs: Any,
+        bad_rows: str,
+        per_token_keys: Sequence[str],
+        options: dict[str, Any],
     ):
         if bad_rows not in ("error", "skip"):
             raise BatchError(f'bad_rows is {bad_rows!r}: choose "error" or "skip".')
         self.dataset, self.per_token_keys = dataset, tuple(per_token_keys)
         self.skip_bad_rows = bad_rows == "skip"
-        self._given = {name: kwargs.pop(name, None) for name in OF_THE_RUN}
-        known = {name: value for name, value in self._given.items() if value is not None}
-        self.options = PackingOptions(window, **kwargs, **known)
+        self._given = {name: options.get(name) for name in OF_THE_RUN}
+        known = {name: value for name, value in options.items() if name not in OF_THE_RUN or value is not None}
+        self.options = PackingOptions(window, **known)
         # Shared with loader workers that outlive an epoch.
         self._epoch = torch.tensor(0).share_memory_()
         self._reset()
@@ -65,7 +64,7 @@ class PackedRows:
         self._epoch.fill_(epoch)
 
     def metrics(self) -> dict[str, float]:
-        """Returns numbers for logs; empty while nothing is packed."""
+        """Numbers for logs; empty while nothing is packed."""
         report = self.report()
         names = ("fill_rate", "micro_step_imbalance", "step_imbalance", "mean_delay")
         return {f"flashcp_{name}": report[name] for name in names if report.get("packs")}

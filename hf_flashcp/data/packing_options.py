@@ -34,11 +34,7 @@ class DocumentPart(NamedTuple):
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """Options of [`pack_lengths`], checked, and what follows from them.
-
-    Raises:
-        PlanError: an option that [`pack_lengths`] does not list, or a number out of range.
-    """
+    """Options of [`pack_lengths`], checked, and what follows from them."""
 
     window: int
     strategy: str = "balanced"
@@ -85,8 +81,8 @@ class PackingOptions:
         return SPARE_PACKS[self.strategy]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
-        """Returns how many packs have room for documents in whatever order they come, with a share of them to spare;
-        those of whole steps if there are documents for them."""
+        """How many packs have room for documents in whatever order they come, with a share of them to spare; those of
+        whole steps if there are documents for them."""
         least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
         steps = math.ceil(least * (1 + (self.spare if spare is None else spare)) / self.step_packs)
         return max(least, min(steps * self.step_packs, len(documents)))
@@ -101,12 +97,12 @@ class PackingOptions:
         return None
 
     def step_packer(self) -> StepPacker:
-        """Makes a packer of documents as they come."""
+        """Packer of documents as they come."""
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `(seconds, heavy)`, (n,) each: predicted seconds of documents on one device, and whether they wait
-        for others like them."""
+        """`(seconds, heavy)`, (n,) each: predicted seconds of documents on one device, and whether they wait for
+        others."""
         model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
         different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
         linear, attention = model.document_times(different)
@@ -114,11 +110,7 @@ class PackingOptions:
         return (linear + attention)[which[:-1]], heavy[which[:-1]]
 
     def parts(self, document: int, length: int) -> list[DocumentPart]:
-        """Cuts a document to the parts that are packed; none if it is dropped.
-
-        Raises:
-            PlanError: it is too long, and `overlong` is "error".
-        """
+        """Cuts a document to the parts that are packed; none if it is dropped."""
         longest = self.longest
         if length <= longest:
             return [DocumentPart(document, 0, length)]

@@ -141,8 +141,8 @@ def tokenize_chats(
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
-    """Returns the chat templates, with marks, that rows of such a dataset can get: transformers takes "tool_use" for
-    rows with tools, where there is one."""
+    """The chat templates, with marks, that rows of such a dataset can get: transformers takes "tool_use" for rows with
+    tools, where there is one."""
     given = tokenizer.chat_template
     named = given if isinstance(given, Mapping) else {"default": given}
     names = ["default", *(["tool_use"] if "tools" in column_names else [])]
@@ -307,7 +307,7 @@ def _tokenize_chats(
 def _encoded(
     index: int, messages: list[dict], arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
+    """The tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
     try:
         encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, **arguments

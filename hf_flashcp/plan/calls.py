@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 
 class Calls(NamedTuple):
-    """Calls of each rank, forward and backward together.
-
-    Attributes:
-        collectives (`list[int]`): the same on every rank.
-        kernel_calls (`list[int]`): of a kernel that takes any number of sequences.
-        copies (`list[int]`): passes over rows, K and V together.
-    """
+    """Calls of each rank, forward and backward together."""
 
     collectives: list[int]
     kernel_calls: list[int]
@@ -37,16 +31,9 @@ class KeyPiece(NamedTuple):
 
 
 def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tuple[int, int]] | None:
-    """Where each slice finds the keys before it among what has arrived.
-
-    Args:
-        arrived: pieces, one behind the other in a buffer whatever their `offset`, none straddling a slice.
-        slices: of the rank that they came to.
-
-    Returns:
-        `list[tuple[int, int]]`: rows of the buffer for each slice, `(0, 0)` for a slice that needs none; `None` if a
-        slice's keys are not in one range.
-    """
+    """Rows of a buffer where each slice finds the keys before it, `(0, 0)` for one that needs none; `None` if a
+    slice's keys are not in one range. The pieces that have arrived lie one behind the other, whatever their `offset`,
+    and none straddles a slice."""
     pieces: dict[int, list[KeyPiece]] = defaultdict(list)
     offset = 0
     for document, start, tokens, _ in arrived:

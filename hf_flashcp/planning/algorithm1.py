@@ -34,16 +34,10 @@ def flashcp(caps: Caps) -> Slices:
 def algorithm1(
     caps: Caps, total: float = math.inf, bottleneck: float = math.inf, most_work: float = math.inf
 ) -> Slices | None:
-    """The first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest first.
+    """The first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest first, or `None`.
 
-    Args:
-        caps (`Caps`): what ranks may hold.
-        total, bottleneck (`float`, *optional*): tokens whose KV travels in all, and to or from the busiest rank. The
-            search ends at plans that certainly reach both.
-        most_work (`float`, *optional*): slices that may be built before the search is given up.
-
-    Returns:
-        Slices of every rank, or `None` if no plan is found.
+    The search ends at plans that certainly reach both `total` and `bottleneck` (tokens whose KV travels in all, and to
+    or from the busiest rank), and is given up after `most_work` slices that were built.
     """
     longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
     found, work = None, 0
@@ -110,11 +104,9 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
 
 
 def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:
-    """Moves pieces and heads of pieces until no rank has more than its share, in place.
-
-    Only whole documents and what is left of them can move; a rank above its share always has enough of them, since the
-    Per-Doc documents' tokens are equal within one on all ranks.
-    """
+    """Moves pieces and heads of pieces until no rank has more than its share, in place. Only whole documents and what
+    is left of them can move; a rank above its share always has enough of them, since the Per-Doc documents' tokens are
+    equal within one on all ranks."""
     above = [(share - held, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held > share]
     below = [(held - share, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held < share]
     heapq.heapify(above)

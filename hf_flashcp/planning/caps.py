@@ -13,22 +13,9 @@ from .items import Item
 
 
 class Caps:
-    """The documents of a batch and how much of them a rank may hold.
-
-    Args:
-        lengths (`tuple[int, ...]`): tokens of each document.
-        cp_size (`int`): number of ranks.
-        max_imbalance (`float`): the most attention pairs of a rank, as a multiple of the mean over ranks.
-        max_token_imbalance (`float`): the most tokens of a rank, likewise; where that leaves no room, tokens are equal
-            within one.
-
-    Attributes:
-        total_tokens, total_pairs (`int`): tokens and attention pairs of the batch.
-        most_pairs (`int`): attention pairs that a rank may hold.
-        most_tokens (`int`): tokens that a rank may hold.
-        ranks_with_most (`int`): how many ranks may hold `most_tokens`; all others one less.
-        token_room (`bool`): whether ranks may differ by more than one token.
-    """
+    """The documents of a batch and how much of them a rank may hold: attention pairs and tokens, given as multiples of
+    the mean over ranks. Where that leaves no `token_room`, tokens are equal within one: `ranks_with_most` ranks hold
+    up to `most_tokens`, all others one less."""
 
     def __init__(self, lengths: Lengths, cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0):
         self.lengths, self.cp_size = lengths, cp_size

@@ -35,8 +35,7 @@ nodes."""
 
 
 class Timed(NamedTuple):
-    """A plan, its attention pairs above the cap, its predicted step time in seconds, and whether it is made for
-    nodes."""
+    """A plan, its attention pairs above the cap, its predicted step time, and whether it is made for nodes."""
 
     beyond: int
     seconds: float

@@ -77,24 +77,9 @@ class LowPositions:
 def kv_lower_bound(
     lengths: Iterable[int], cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0
 ) -> int:
-    """KV that every plan within the caps moves in the forward of one full-attention layer (derived in the module's
-    docstring; the FlashCP paper has none).
-
-    Args:
-        lengths (`Iterable[int]`): tokens of each document.
-        cp_size (`int`): number of context-parallel ranks.
-        max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs of a rank, as a multiple of the
-            mean over ranks.
-        max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens of a rank, as a multiple of the
-            mean; 1.0 means equal within one token.
-
-    Returns:
-        `int`: tokens whose K and V travel, summed over ranks: at most a plan's `report()["kv_total"]`. It says nothing
-        about plans outside the caps, nor where none is within them.
-
-    Raises:
-        PlanError: lengths or cp_size that no plan can have.
-    """
+    """KV that every plan within the caps moves in the forward of one full-attention layer, in tokens summed over
+    ranks: at most a plan's `report()["kv_total"]` (derived in the module's docstring; the FlashCP paper has none). It
+    says nothing about plans outside the caps, nor where none is within them."""
     return least_kv(Caps(*check_lengths(lengths, cp_size), max_imbalance, max_token_imbalance))
 
 

@@ -94,12 +94,7 @@ def plan_documents(
 
 
 def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
-    """[`plan_documents`] with options that have been checked.
-
-    Raises:
-        PlanError: no documents, an empty document, fewer tokens than ranks.
-        ConfigurationError: settings with `hardware` before a model is known.
-    """
+    """[`plan_documents`] with options that have been checked; `hardware` needs a model by now."""
     begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, settings.cp_size)
     caps = settings.max_imbalance, settings.max_token_imbalance
@@ -160,8 +155,7 @@ def _fastest(
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
-    """Tokens can always be equal within one; pairs cannot, where documents are short or there is only one cut to
-    make."""
+    """Tokens can always be equal within one; pairs cannot, where documents are short or there is little to cut."""
     pairs = rank_pairs(plan.slices)
     imbalance = max(pairs) * plan.cp_size / sum(pairs)
     if imbalance > max_imbalance:

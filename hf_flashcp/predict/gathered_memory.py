@@ -9,8 +9,8 @@ from .training_setup import TrainingSetup
 
 
 class Gathered(NamedTuple):
-    """Bytes of copies of weights and gradients beside those of the optimizer, by moment, and those that forward keeps
-    for backward."""
+    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps for
+    backward."""
 
     forward: float
     loss_backward: float

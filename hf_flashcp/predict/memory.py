@@ -36,12 +36,8 @@ PARTS = (
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device, at the moments of a step.
-
-    Args:
-        moments (`dict`): by moment the bytes of each of [`PARTS`].
-        kept (`float`): bytes that forward keeps for backward: activations, logits, received KV, gathered weights.
-    """
+    """Bytes on one device: by moment of a step those of each of [`PARTS`], and what forward keeps for backward
+    (activations, logits, received KV, gathered weights)."""
 
     moments: dict[str, dict[str, float]]
     kept: float
@@ -71,15 +67,8 @@ def estimate_memory(
     shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
 ) -> MemoryEstimate:
     """Predicts the memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has
-    as default.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        setup (`TrainingSetup`): how it is trained.
-        load (`RankLoad`): what the plan loads on the device's rank.
-        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
-            library does.
-    """
+    as default. `kept` says whether a layer keeps the KV it received until its backward; by default as this library
+    does."""
     if kept is None:
         kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
     step = _Step(shape, setup, load, kept)
@@ -104,8 +93,7 @@ def estimate_memory(
 
 
 class _Moment(NamedTuple):
-    """Memory at one moment of a step, the constant parts left out: the number of parameters that have a gradient, and
-    bytes of the other parts."""
+    """Memory at one moment of a step but for the constant parts: parameters that have a gradient, and bytes."""
 
     parameters: float
     activations: float = 0
@@ -124,16 +112,7 @@ class _Held(NamedTuple):
 
 
 class _Step:
-    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest.
-
-    Attributes:
-        kept (`_Held`): kept by each layer from forward to its backward.
-        repeated (`_Held`): computed again by the layer in backward beside what it kept.
-        head (`float`), rope (`float`): bytes per token that final norm and head keep, and of sines and cosines.
-        stack (`float`), all_kv (`float`): bytes of the activations and of the received KV of all layers.
-        logits (`float`), softcap (`float`): number of logits, and bytes that softcapping them keeps.
-        in_layer (`BackwardPoint`): the point with the most bytes in a layer's backward.
-    """
+    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest."""
 
     def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
         self.shape, self.setup, self.tokens = shape, setup, load.tokens
@@ -217,21 +196,13 @@ class _Step:
 
 
 class _Layer(NamedTuple):
-    """Bytes per token of one layer.
+    """Bytes per token of one layer."""
 
-    Attributes:
-        kept: what backward needs.
-        attention_result: of that, attention's output and logsumexp.
-        shared_input: of that, the layer's input.
-        backward: what backward has at most beside it, in the feed-forward block, weight gradients apart.
-        block: of `kept`, what the feed-forward block and its norm keep, which their backward frees.
-    """
-
-    kept: float
-    attention_result: float
-    shared_input: float
-    backward: float
-    block: float
+    kept: float  # what backward needs
+    attention_result: float  # of that, attention's output and logsumexp
+    shared_input: float  # of that, the layer's input
+    backward: float  # what backward has at most beside it, in the feed-forward block, weight gradients apart
+    block: float  # of `kept`, what the feed-forward block and its norm keep, which their backward frees
 
 
 def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
@@ -272,16 +243,8 @@ def largest_window(
     *,
     multiple: int = 1024,
 ) -> int:
-    """Returns the most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        setup (`TrainingSetup`): how it is trained.
-        cp_size (`int`): ranks that share the row.
-        memory_bytes (`float`): bytes that a device has for training.
-        load (`RankLoad`): what a rank holds and moves of some row, longer or shorter ones in proportion.
-        multiple (`int`): step of the search, in tokens.
-    """
+    """The most tokens of a packed row that fit in `memory_bytes`, a multiple of `multiple`; 0 if not even that many
+    do. `load` is that of some row, which longer and shorter ones have in proportion."""
 
     def fits(units: int) -> bool:
         scaled = load.scaled(units * multiple / cp_size, batch_tokens=units * multiple)

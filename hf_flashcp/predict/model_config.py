@@ -36,13 +36,8 @@ _LARGEST = 2**24
 
 
 class Latents(NamedTuple):
-    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
-
-    Attributes:
-        query_rank (`int`): width of the queries' latents, 0 if queries have none.
-        kv_rank (`int`): width of the latents that keys and values share.
-        rope_dim (`int`): elements of a key head that are rotated and shared by all heads.
-    """
+    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); `query_rank` is 0 if queries have no
+    latents, `rope_dim` the elements of a key head that are rotated and shared by all heads."""
 
     query_rank: int
     kv_rank: int
@@ -50,21 +45,13 @@ class Latents(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """Widths of a model's feed-forward blocks.
+    """Widths of a model's feed-forward blocks."""
 
-    Attributes:
-        dense (`int`): width of a block without experts.
-        chosen (`int`): experts that a token is sent to; 0 in dense models.
-        expert (`int`): width of an expert.
-        shared (`int`): width of the experts that every token meets, together.
-        first_dense (`int`): leading layers without experts.
-    """
-
-    dense: int
-    chosen: int
+    dense: int  # of a block without experts
+    chosen: int  # experts that a token is sent to; 0 in dense models
     expert: int
-    shared: int
-    first_dense: int
+    shared: int  # of the experts that every token meets, together
+    first_dense: int  # leading layers without experts
 
     def met(self, layers: int) -> int:
         """Width that a token meets in all layers together."""
@@ -74,8 +61,8 @@ class FeedForward(NamedTuple):
 
 
 def config_value(config: Any, name: str) -> Any:
-    """Returns an attribute of a transformers config, or an entry of the dict in a config.json. `None` where there is
-    none, or one per layer, which transformers answers with an error of its own."""
+    """An attribute of a transformers config, or an entry of the dict in a config.json. `None` where there is none, or
+    one per layer, which transformers answers with an error of its own."""
     if isinstance(config, Mapping):
         return config.get(name)
     try:
@@ -87,12 +74,9 @@ def config_value(config: Any, name: str) -> Any:
 class ModelConfig:
     """A model's config with its values checked and its defaults filled in; of several models, that of the text model.
 
-    Args:
-        config: a transformers config, or the dict in a config.json: of dense and mixture-of-experts decoders with
-            grouped-query or multi-head latent attention.
-
-    Raises:
-        ConfigurationError: sizes that are needed are missing; on reading, a value of the wrong kind or range.
+    It is a transformers config or the dict in a config.json: of dense and mixture-of-experts decoders with
+    grouped-query or multi-head latent attention. A `ConfigurationError` says what is missing, or on reading, of the
+    wrong kind.
     """
 
     def __init__(self, config: Any):
@@ -176,8 +160,7 @@ class ModelConfig:
         return next(filter(None, counts), self.feed_forward.chosen)
 
     def windows(self) -> list[int | None]:
-        """Returns the sliding window of each layer with attention, `None` for full attention. Layers of other types
-        (recurrent ones) are left out."""
+        """Sliding window of each layer with attention, `None` for full attention. Recurrent layers are left out."""
         window, types = self.read("sliding_window"), self.read("layer_types")
         if types:
             kinds = [kind for kind in types if kind in ("full_attention", "sliding_attention")]

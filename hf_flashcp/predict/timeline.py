@@ -15,25 +15,18 @@ import numpy as np
 
 
 class PassTimes(NamedTuple):
-    """Seconds of one attention layer's forward or backward, by rank.
-
-    Attributes:
-        attention (`np.ndarray`): (cp_size,) attention kernels.
-        copies (`np.ndarray`): (cp_size,) packing, merging and adding what travels.
-        exposed (`np.ndarray`): (cp_size,) waiting for what travels: the rest of the time until everything has ended.
-        transfer (`np.ndarray`): (cp_size,) time on the wire, whether it is waited for or not.
-    """
+    """Seconds, (cp_size,) each, of one attention layer's forward or backward."""
 
     attention: np.ndarray
-    copies: np.ndarray
-    exposed: np.ndarray
-    transfer: np.ndarray
+    copies: np.ndarray  # packing, merging and adding what travels
+    exposed: np.ndarray  # waiting for what travels: the rest of the time until everything has ended
+    transfer: np.ndarray  # on the wire, whether it is waited for or not
 
 
 class Timeline:
     """Schedules the work of all ranks in one pass. Every rank begins at 0.
 
-    Methods that add work take the (cp_size,) seconds that it needs on each rank, and the ends of the earlier work that
+    Methods that add work take the (cp_size,) seconds that it needs on each rank and the ends of the earlier work that
     a rank has to finish first; they return the (cp_size,) seconds at which the work ends.
     """
 

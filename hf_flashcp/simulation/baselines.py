@@ -35,7 +35,8 @@ _FP32 = 4
 
 
 class Layer(LayerCosts):
-    """One attention layer under a plan, with the costs of collectives between equal nodes."""
+    """One attention layer under a plan, with the costs of collectives between equal nodes. Received bytes are (2,
+    cp_size), inside nodes and between them."""
 
     @property
     def ranks_in_node(self) -> int:
@@ -52,23 +53,21 @@ class Layer(LayerCosts):
         return -(-self.plan.num_tokens // self.cp_size)
 
     def copy_seconds(self, bytes_touched: float) -> np.ndarray:
-        """Returns the (cp_size,) seconds of reading and writing so many bytes in all."""
+        """Reading and writing so many bytes in all."""
         return np.full(self.cp_size, bytes_touched / self.model.hardware.memory_bytes_per_second)
 
     def gathered(self, bytes_each: float) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive, inside nodes and between them, when each gives the same
-        to all: they cross to a node once."""
+        """Bytes that ranks receive when each gives the same to all: they cross to a node once."""
         crossing = self.cp_size // self.ranks_in_node - 1
         return np.outer([self.cp_size - 1 - crossing, crossing], np.full(self.cp_size, bytes_each))
 
     def exchanged(self, bytes_each: float) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive when each gives so many to every other, to each its
-        own."""
+        """Bytes that ranks receive when each gives so many to every other, to each its own."""
         inside = self.ranks_in_node - 1
         return np.outer([inside, self.cp_size - 1 - inside], np.full(self.cp_size, bytes_each))
 
     def hop(self, bytes_each: np.ndarray) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive when the rank before gives them so many (cp_size,)."""
+        """Bytes that ranks receive when the rank before gives them so many (cp_size,)."""
         enters = (np.arange(self.cp_size) % self.ranks_in_node == 0) & (self.ranks_in_node < self.cp_size)
         return np.array([bytes_each * ~enters, bytes_each * enters])
 
@@ -80,31 +79,25 @@ class Exchange(Protocol):
         """Predicts one pass."""
 
     def received(self, layer: Layer) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive in a forward, inside nodes and between them."""
+        """Bytes that ranks receive in a forward, (2, cp_size)."""
 
     def held(self, layer: Layer) -> int:
-        """Returns the tokens of other ranks whose KV a rank holds at a time."""
+        """Tokens of other ranks whose KV a rank holds at a time."""
 
 
 class Baseline(NamedTuple):
-    """Another way to run attention under context parallelism.
-
-    Attributes:
-        title (`str`): name in tables.
-        slices (`Callable`): lengths and cp_size to the tokens whose linear layers each rank computes.
-        exchange (`Exchange`): the exchange in a layer, and the kernels around it.
-        kept (`bool`): whether ranks hold the KV of others until backward, in every layer.
-    """
+    """Another way to run attention under context parallelism; `slices` are the tokens whose linear layers ranks
+    compute."""
 
     title: str
     slices: Callable[[Lengths, int], Slices]
     exchange: Exchange
-    kept: bool = False
+    kept: bool = False  # whether ranks hold the KV of others until backward, in every layer
 
 
 def shared_tokens(plan: ShardPlan) -> int:
-    """Returns what each rank gives to the padded all-gather of FlashCP eq. 5, the most that any rank has to give. A
-    document's last shard, which nobody after it needs, stays home. A slice is a shard here."""
+    """What each rank gives to the padded all-gather of FlashCP eq. 5, the most that any has to. A document's last
+    shard (a slice is a shard here), which nobody after it needs, stays home."""
     return max(
         sum(piece.tokens for piece in held if piece.stop != plan.lengths[piece.document]) for held in plan.slices
     )
@@ -113,17 +106,13 @@ def shared_tokens(plan: ShardPlan) -> int:
 @dataclass(frozen=True)
 class AllGather:
     """Gathers what each rank gives, brings it into the order of documents, and computes each slice against all of its
-    document before it; in backward gradients of the gathered KV go the other way.
-
-    Args:
-        shared_alone (`bool`): ranks pack and give the tokens that others need, padded to the same number, instead of
-            all that they hold.
-    """
+    document before it; in backward gradients of the gathered KV go the other way. With `shared_alone` ranks pack and
+    give the tokens that others need, padded to the same number, instead of all that they hold."""
 
     shared_alone: bool = False
 
     def given(self, layer: Layer) -> int:
-        """Returns the tokens that each rank gives."""
+        """Tokens that each rank gives."""
         return shared_tokens(layer.plan) if self.shared_alone else layer.most_tokens
 
     def received(self, layer: Layer) -> np.ndarray:
@@ -161,12 +150,8 @@ def in_order(lengths: Lengths, cp_size: int) -> Slices:
 
 
 class RingPieces(NamedTuple):
-    """Tokens of each rank's pieces of each document, along which ranks go up, then down.
-
-    Attributes:
-        early (`np.ndarray`): (documents, cp_size) int64, tokens of the pieces on the way up.
-        late (`np.ndarray`): (documents, cp_size) int64, tokens of the pieces on the way down.
-    """
+    """Tokens of each rank's pieces of each document, along which ranks go up, then down: (documents, cp_size)
+    int64."""
 
     early: np.ndarray
     late: np.ndarray
@@ -182,14 +167,14 @@ class RingPieces(NamedTuple):
         return cls(*both)
 
     def local(self) -> Rectangles:
-        """Returns the causal squares of each rank's own tokens."""
+        """The causal squares of each rank's own tokens."""
         tokens = self.early + self.late
         documents, ranks = np.nonzero(tokens)
         return Rectangles(ranks, tokens[documents, ranks], np.zeros_like(ranks))
 
     def remote(self, step: int) -> Rectangles:
-        """Returns what ranks compute when KV has made `step` hops. All of a rank's queries see the first piece of an
-        earlier rank's block; the second piece sees all of a later rank's block."""
+        """What ranks compute when KV has made `step` hops. All of a rank's queries see the first piece of an earlier
+        rank's block; the second piece sees all of a later rank's block."""
         ranks = np.arange(self.early.shape[1])
         from_before = ranks >= step
         queries = self.late + self.early * from_before
@@ -235,8 +220,7 @@ class Ring:
         return layer.model.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
 
     def _adding_seconds(self, layer: Layer, block: Rectangles, tokens: np.ndarray) -> np.ndarray:
-        """Returns the (cp_size,) seconds of adding the gradients of a block of `tokens` (cp_size,) to the sums of the
-        steps before."""
+        """Adding the gradients of a block of `tokens` (cp_size,) to the sums of the steps before."""
         layers, model = layer.layers, layer.model
         queries = np.bincount(block.ranks, block.queries, layer.cp_size) * layers.query_heads * layers.key_dim
         elements = queries + tokens * layers.kv_elements_per_token
@@ -272,8 +256,8 @@ class Ulysses:
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
-        """Returns the bytes of a token's queries, keys and values of one rank's heads. Where KV heads are fewer than
-        ranks, several ranks get the same one."""
+        """Bytes of a token's queries, keys and values of one rank's heads. Several ranks get the same KV head where
+        these are fewer than ranks."""
         sizes, kv_heads = layer.layers, max(layer.layers.kv_heads / layer.cp_size, 1)
         elements = sizes.query_heads / layer.cp_size * sizes.key_dim + kv_heads * (sizes.key_dim + sizes.value_dim)
         return elements * layer.model.itemsize

@@ -21,13 +21,7 @@ WITHIN = 1.1
 
 
 class Candidate:
-    """A plan with what it costs.
-
-    Attributes:
-        count (`int`): number of slices.
-        total (`int`): tokens whose KV travels.
-        bottleneck (`int`): those that the busiest rank receives or sends.
-    """
+    """A plan, its number of slices, and the tokens whose KV travels: in all, and to or from the busiest rank."""
 
     def __init__(self, slices: Slices, construction: Construction | None = None):
         self.slices, self.construction = slices, construction
@@ -37,12 +31,7 @@ class Candidate:
 
 
 class Candidates:
-    """Plans of one batch within its caps, collected setting by setting.
-
-    Attributes:
-        limits (`Caps`): what plans have to meet: the caps, raised where nothing meets them.
-        found (`list[Candidate]`): plans that do.
-    """
+    """Plans of one batch, collected setting by setting, within `limits`: its caps, raised where nothing meets them."""
 
     def __init__(self, caps: Caps):
         self.caps = self.limits = caps

@@ -53,13 +53,8 @@ MANY = 1000
 def search_in_nodes(caps: Caps, topology: Topology) -> Slices:
     """Slices of every rank: of the plans tried, within the caps, the one whose busiest links take the shortest when
     rows cross to each node once, a row between nodes counted `inter_node_cost` times. Never busier than [`search`]'s,
-    nor less balanced than that where it does not meet the caps. Pure and deterministic.
-
-    Args:
-        caps (`Caps`): documents and what ranks may hold.
-        topology (`Topology`): full nodes of the ranks. With all of them in one node, or each in its own, the plan is
-            `search`'s.
-    """
+    nor less balanced than that where it does not meet the caps. With all ranks in one node, or each in its own, the
+    plan is `search`'s. Pure and deterministic."""
     flat = search(caps)
     found = [flat, *node_plans(flat, caps, topology.ranks_per_node)]
     return min(found, key=lambda slices: busiest(slices, topology))

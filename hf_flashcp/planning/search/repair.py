@@ -42,15 +42,8 @@ class Unit:
 
 
 class Pool:
-    """What two ranks hold.
-
-    Attributes:
-        units (`list[Unit]`): what is to be shared out.
-        kept (`tuple`): for each rank, what stays there because there is too much to try.
-        tokens (`int`): of the first rank.
-        pairs (`int`): of both ranks.
-        most_pairs (`int`): what a rank may hold.
-    """
+    """What two ranks hold: units to be shared out, and for each rank what stays there because there is too much to
+    try. `tokens` are of the first rank, `pairs` of both."""
 
     def __init__(self, held: tuple[list[Slice], list[Slice]], caps: Caps):
         self.most_pairs = caps.most_pairs
@@ -260,15 +253,10 @@ def _excess(held: list[Slice], caps: Caps) -> int:
     return max(_held_pairs(held) - caps.most_pairs, 0)
 
 
-def shared_cost(first: list[Slice], second: list[Slice]) -> int:
-    """What two ranks receive because documents are split between them."""
-    return _gains([first, second])[0, 1]
-
-
 def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], int]:
     """What pairs of ranks receive because documents are split between them, and the other pairs of ranks of which one
     has too many attention pairs."""
-    gains = _gains(slices)
+    gains = shared_costs(slices)
     for rank, excess in enumerate(over):
         if excess:
             for other in range(len(slices)):
@@ -277,7 +265,7 @@ def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], in
     return gains
 
 
-def _gains(slices: Slices) -> dict[tuple[int, int], int]:
+def shared_costs(slices: Slices) -> dict[tuple[int, int], int]:
     """What pairs of ranks receive because documents are split between them."""
     ends: dict[int, dict[int, int]] = defaultdict(dict)
     for rank, held in enumerate(slices):

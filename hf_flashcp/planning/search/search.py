@@ -34,17 +34,15 @@ class Limits(NamedTuple):
 
 
 def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
-    """Slices of every rank: little KV in all, and little on the rank with the most of it.
+    """Slices of every rank: little KV in all, and little on the rank with the most of it. Pure and deterministic.
 
     Never above Algorithm 1 at the same caps in total, nor (but for `minimize_total`) in what the busiest rank receives
-    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Pure and deterministic.
+    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Where nothing meets the cap
+    on pairs, plans have no more than the better balanced of Per-Doc with and without rotated ranks.
 
-    Args:
-        caps (`Caps`): documents and what ranks may hold. Where nothing meets the cap on pairs, plans have no more than
-            the better balanced of Per-Doc with and without rotated ranks.
-        minimize_total (`bool`): whether the total counts first; never above what is found without, and takes a few
-            times as long. Else, of the plans within 10% of the least total, the one whose busiest rank has least,
-            then the one of the fewest slices.
+    With `minimize_total` the total counts first; it is never above what is found without, and takes a few times as
+    long. Else, of the plans within 10% of the least total, the one whose busiest rank has least, then the one of the
+    fewest slices.
     """
     return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _searched(caps, minimize_total)
 

@@ -13,11 +13,8 @@ from .unplaced import Range
 
 
 class TailRank(OpenRank):
-    """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that.
-
-    Attributes:
-        tail (`int`): tokens of the longest tail that the rank can take beside what it holds already.
-    """
+    """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that. `tail`
+    is the number of tokens of the longest that it can take beside what it holds already."""
 
     def __init__(self, plan: Unfinished, item: Item):
         super().__init__(plan)
@@ -192,11 +189,9 @@ class TailRank(OpenRank):
 
 def tail_beside_head(stop: int, head_start: int, tokens: int, pairs: int) -> int | None:
     """The longest tail of a document up to `stop` that fits in `pairs` together with a head that starts at
-    `head_start` (of the same document or another), both together of exactly `tokens` tokens.
-
-    Growing the tail by a token and shrinking the head by one adds `stop - head_start - tokens` pairs, a constant, so
-    this is the solution of a linear equation.
-    """
+    `head_start` (of the same document or another), both together of exactly `tokens` tokens: growing the tail by a
+    token and shrinking the head by one adds `stop - head_start - tokens` pairs, a constant, so this is the solution of
+    a linear equation."""
     slope = stop - head_start - tokens
     spare = pairs - attention_pairs(head_start, head_start + tokens)
     if spare < 0:

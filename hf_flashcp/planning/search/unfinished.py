@@ -26,20 +26,10 @@ Tails = dict[int, list[Tail]]
 class Unfinished:
     """What the ranks of a plan hold so far, and what is still to be placed.
 
-    Args:
-        caps (`Caps`): documents and what ranks may hold.
-        settings (`Settings`): how to build.
-        target (`float`): the most that a rank should receive or send. Met by own heads in place of short documents.
-        before (`dict`, *optional*): `tails` of an earlier construction, from which the number of each document's
-            holders is foreseen.
-        spreading (`float`): how much of the low positions to spread as heads, against what `before` suggests.
-
-    Attributes:
-        slices (`list[list[Slice]]`): of the ranks that are filled.
-        ranks_left (`int`): ranks that hold nothing yet.
-        most, needed (`int`): the most and the fewest tokens of the next rank.
-        tokens_left, pairs_left (`int`): tokens and attention pairs that are still to be placed.
-        tails (`dict`): the tails that were cut off each document.
+    No rank should receive or send more than `target`, which own heads meet in place of short documents. `before` are
+    the tails of an earlier construction, from which the number of each document's holders is foreseen; `spreading` is
+    how much of the low positions to spread as heads, against what they suggest. The next rank takes `needed` to `most`
+    tokens.
     """
 
     def __init__(
@@ -86,13 +76,7 @@ class Unfinished:
 
 
 class OpenRank:
-    """The next rank: what it holds, and what it may hold besides.
-
-    Attributes:
-        held (`list[Slice]`): its slices.
-        tokens, needed (`int`): the most and the fewest tokens that it may take besides.
-        pairs (`int`): the most attention pairs that it may take besides.
-    """
+    """The next rank: what it holds, and what it may take besides: up to `tokens`, at least `needed`, up to `pairs`."""
 
     def __init__(self, plan: Unfinished):
         self.held: list[Slice] = []

@@ -19,12 +19,8 @@ class Range(NamedTuple):
 
 
 class Unplaced:
-    """The documents and pieces that no rank holds yet.
-
-    Attributes:
-        whole (`list[Item]`): documents in ascending order, of which `first` to `last` (half-open) are untouched.
-        loose (`list[Item]`): what is left of documents that were cut.
-    """
+    """The documents and pieces that no rank holds yet: of `whole`, in ascending order, those from `first` to `last`
+    (half-open), and the `loose` rests of documents that were cut."""
 
     def __init__(self, caps: Caps):
         self.caps = caps
