@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import BatchError, ConfigurationError
-from .features import read_documents
+from .features import joined, read_documents
 from .packing_options import PackingOptions
 
 
@@ -98,9 +98,5 @@ def cut(document: Mapping[str, list], start: int, stop: int) -> dict[str, list]:
 
 def join(documents: Sequence[Mapping[str, list]]) -> dict[str, list]:
     """Joins documents to a packed row."""
-    row: dict[str, list] = {}
-    for key in {key: None for document in documents for key in document}:
-        # Only position_ids can be missing.
-        parts = (document.get(key, range(tokens_of(document))) for document in documents)
-        row[key] = [value for part in parts for value in part]
+    row = {key: joined(documents, key) for key in {key: None for document in documents for key in document}}
     return {**row, "seq_lengths": [tokens_of(document) for document in documents]}

@@ -128,39 +128,31 @@ class Counts:
     """Counts of documents and tokens: those that came in are packed, dropped or, for tokens, truncated."""
 
     def __init__(self):
-        names = ("packed", "dropped", "truncated", "split")
-        self.documents = dict.fromkeys(("in", *names), 0)
-        self.tokens = dict.fromkeys(("in", *names[:3]), 0)
+        names = ("in", "packed", "dropped", "truncated")
+        self.documents, self.tokens = dict.fromkeys((*names, "split"), 0), dict.fromkeys(names, 0)
+
+    def count(self, name: str, documents: int, tokens: int) -> None:
+        self.documents[name] += documents
+        self.tokens[name] += tokens
+
+    def add_whole(self, documents: int, tokens: int) -> None:
+        """Counts documents that are packed whole."""
+        self.count("in", documents, tokens)
+        self.count("packed", documents, tokens)
 
     def add(self, length: int, parts: Sequence[DocumentPart]) -> None:
         """Counts a document of `length` tokens of which `parts` are packed."""
         packed = sum(part.stop - part.start for part in parts)
-        if packed == length:
-            self.add_whole(1, packed)
-        else:
-            self._add_cut(length, packed)
+        self.count("in", 1, length)
+        self.count("packed", int(packed > 0), packed)
+        if packed < length:
+            self.count("truncated" if packed else "dropped", 1, length - packed)
         self.documents["split"] += len(parts) > 1
-
-    def add_whole(self, documents: int, tokens: int) -> None:
-        """Counts documents that are packed whole."""
-        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
-            counts["in"] += number
-            counts["packed"] += number
-
-    def _add_cut(self, length: int, packed: int) -> None:
-        self.documents["in"] += 1
-        self.tokens["in"] += length
-        self.tokens["packed"] += packed
-        self.tokens["truncated" if packed else "dropped"] += length - packed
-        self.documents["dropped"] += not packed
-        self.documents["packed"] += packed > 0
-        self.documents["truncated"] += packed > 0
 
     def drop(self, documents: int, tokens: int) -> None:
         """Counts documents as dropped that were counted as packed."""
-        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
-            counts["packed"] -= number
-            counts["dropped"] += number
+        self.count("packed", -documents, -tokens)
+        self.count("dropped", documents, tokens)
 
     def to_dict(self) -> dict[str, int]:
         both = (("documents", self.documents), ("tokens", self.tokens))

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 
 from ..plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
-from .caps import Caps
+from .caps import Caps, assign_shares
 from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
 
 
@@ -90,7 +90,7 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
         pieces[rank].append(Slice(document, 0, length))
         tokens[rank] += length
         pairs[rank] += length * (length + 1) // 2
-    shares = caps.shares_of(tokens)
+    shares = assign_shares(caps.shares, tokens)
     # Ranks above their share only give, and heads of together g tokens have at most g (g + 1) / 2 pairs.
     given = [max(held - share, 0) for held, share in zip(tokens, shares)]
     least_pairs = max(held - attention_pairs(0, tokens_given) for held, tokens_given in zip(pairs, given))

@@ -60,10 +60,6 @@ class Caps:
         with_less = self.cp_size - self.ranks_with_most
         return [self.most_tokens] * self.ranks_with_most + [self.most_tokens - 1] * with_less
 
-    def shares_of(self, tokens: list[int]) -> list[int]:
-        """The most tokens of each rank, the largest shares for the ranks that hold the most `tokens`."""
-        return assign_shares(self.shares, tokens)
-
     @cached_property
     def ascending(self) -> list[Item]:
         """Every document as one item, the shortest first."""

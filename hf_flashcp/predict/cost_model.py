@@ -182,7 +182,7 @@ class LayerCosts:
         elements = rows * self.layers.query_heads * self.layers.value_dim
         return elements * (8 + self.model.itemsize) / self.model.hardware.memory_bytes_per_second
 
-    def pack_seconds(self, tokens: np.ndarray, backward: bool) -> np.ndarray:
+    def pack_seconds(self, tokens: np.ndarray | int, backward: bool) -> np.ndarray:
         """Packing tokens: KV to send is read and written once, gradients that come home are added to fp32 ones."""
         bytes_per_element = 8 + self.model.grad_itemsize if backward else 2 * self.model.itemsize
         elements = tokens * self.layers.kv_elements_per_token
@@ -198,7 +198,7 @@ class LayerCosts:
     def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
         """All transfers are posted at once and arrive one after the other. A window's results need no merging."""
         line = Timeline(self.cp_size)
-        packed = line.copy(self.pack_seconds(_copied(stages), backward=False))
+        packed = line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=False))
         arrivals = [line.transfer(self.stage_seconds(stage, backward=False), packed) for stage in stages]
         line.kernel(self.kernel_seconds(local, causal=True, backward=False))
         for stage, arrived in zip(stages, arrivals):
@@ -216,12 +216,8 @@ class LayerCosts:
             seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=True)
             home = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
         line.kernel(self.kernel_seconds(local, causal=True, backward=True))
-        line.copy(self.pack_seconds(_copied(stages), backward=True), home)
+        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), home)
         return line.times()
-
-
-def _copied(stages: Sequence[StageWork]) -> np.ndarray | int:
-    return sum(stage.copied for stage in stages)
 
 
 def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:

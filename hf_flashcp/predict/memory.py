@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
-from .gathered_memory import gathered_memory
 from .memory_shape import MemoryShape
 from .training_setup import RankLoad, TrainingSetup
 
@@ -134,7 +133,7 @@ class _Step:
         self.all_kv = shape.layers * self.kept.received_kv
         self.logits = load.tokens * shape.vocabulary
         self.softcap = c * self.logits * shape.softcapped
-        self.gathered = gathered_memory(shape, setup)
+        self.gathered = (_by_fsdp2 if setup.sharding == "fsdp2" else _by_ddp)(shape, setup)
         in_block = BackwardPoint(load.tokens * layer.backward)
         in_attention = attention_backward(shape, setup, load, kept=keeps_kv, freed=load.tokens * layer.block)
         self.in_layer = max((in_block, *in_attention), key=lambda point: point.total)
@@ -232,6 +231,57 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     # The gradients of both factors of the gated product stand beside them.
     backward = (2 if shape.gated else 1) * c * shape.intermediate + 2 * s * shape.hidden
     return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
+
+
+class _Gathered(NamedTuple):
+    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps for
+    backward."""
+
+    forward: float
+    loss_backward: float
+    backward: float
+    first_layer: float
+    embedding: float
+    optimizer: float
+    kept: float
+
+
+def _by_fsdp2(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
+    """FSDP2 as accelerate wraps it: embedding, every layer, and final norm with head (which stays gathered until its
+    backward); a layer is gathered ahead, and in backward a layer's gradients are reduced while the next computes."""
+    of_layer = setup.compute_bytes * shape.layer_parameters
+    tail = setup.compute_bytes * shape.embedding_parameters
+    backward = 4 * of_layer + (2 * tail if shape.tied else 0)
+    return _Gathered(
+        forward=tail + 2 * of_layer,
+        loss_backward=tail + of_layer,
+        backward=backward,
+        first_layer=backward,
+        embedding=2 * tail + 2 * of_layer,
+        optimizer=0,
+        kept=tail,
+    )
+
+
+def _by_ddp(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
+    """DDP's buckets hold all gradients once more. Autocast keeps what it casts until its layer's backward, or under
+    checkpointing until forward ends."""
+    buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
+    head = setup.compute_bytes * shape.embedding_parameters * setup.autocasts
+    of_layer = setup.compute_bytes * shape.layer_parameters * setup.autocasts
+    casts = setup.compute_bytes * (shape.layers * shape.layer_parameters + shape.embedding_parameters)
+    casts *= setup.autocasts
+    checkpointing = setup.gradient_checkpointing != "none"
+    kept = head if checkpointing else casts
+    return _Gathered(
+        forward=buckets + casts,
+        loss_backward=buckets + kept,
+        backward=buckets + (of_layer if checkpointing else casts - head),
+        first_layer=buckets + of_layer,
+        embedding=buckets,
+        optimizer=buckets,
+        kept=kept,
+    )
 
 
 def largest_window(

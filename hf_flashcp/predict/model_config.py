@@ -13,25 +13,7 @@ from ..plan.lengths import MOST_TOKENS
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED_WITH_LATENTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_SIZES = (
-    *_NEEDED,
-    *_NEEDED_WITH_LATENTS,
-    "first_k_dense_replace",
-    "head_dim",
-    "intermediate_size",
-    "kv_lora_rank",
-    "moe_intermediate_size",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_key_value_heads",
-    "num_local_experts",
-    "q_lora_rank",
-    "shared_expert_intermediate_size",
-    "sliding_window",
-    "vocab_size",
-)
+_NOT_SIZES = ("final_logit_softcapping", "model_type", "tie_word_embeddings", "use_sliding_window")
 _LARGEST = 2**24
 
 
@@ -97,13 +79,13 @@ class ModelConfig:
     def read(self, name: str) -> Any:
         """Returns the value of a name, `None` where the config has none."""
         value = config_value(self._config, name)
-        if name in _SIZES:
+        if name == "layer_types":
+            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
+        elif name in _NOT_SIZES:
+            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
+        else:
             most = MOST_TOKENS if name == "sliding_window" else _LARGEST
             sound, kind = type(value) is int and 0 <= value <= most, f"a whole number from 0 to {most:,}"
-        elif name == "layer_types":
-            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
-        else:
-            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
         if value is not None and not sound:
             raise ConfigurationError(f"The model's config has {name} = {reprlib.repr(value)}: it must be {kind}.")
         return value

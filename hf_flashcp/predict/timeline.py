@@ -38,45 +38,40 @@ class Timeline:
     def kernel(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Runs an attention kernel."""
         self._attention = self._attention + seconds
-        return self._run_on_device(seconds, after)
+        self._device_end = _latest(self._device_end, after) + seconds
+        return self._device_end
 
     def copy(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Copies or adds rows."""
         self._copies = self._copies + seconds
-        return self._run_on_device(seconds, after)
+        self._device_end = _latest(self._device_end, after) + seconds
+        return self._device_end
 
     def transfer(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows as soon as the rank itself is ready."""
-        return self._run_on_link(seconds, self._link_start(after))
+        return self._move(seconds, _latest(self._link_end, after))
 
     def hop(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows from each rank to the next one, as soon as both are ready."""
-        start = self._link_start(after)
-        return self._run_on_link(seconds, np.maximum(start, np.roll(start, 1)))
+        start = _latest(self._link_end, after)
+        return self._move(seconds, np.maximum(start, np.roll(start, 1)))
 
     def collective(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows between all ranks, as soon as all are ready."""
-        return self._run_on_link(seconds, self._link_start(after).max())
+        return self._move(seconds, _latest(self._link_end, after).max())
 
     def times(self) -> PassTimes:
         """Sums up the pass."""
         end = np.maximum(self._device_end, self._link_end)
         return PassTimes(self._attention, self._copies, end - self._attention - self._copies, self._transfer)
 
-    def _run_on_device(self, seconds: np.ndarray, after: tuple[np.ndarray, ...]) -> np.ndarray:
-        start = self._device_end
-        for end in after:
-            start = np.maximum(start, end)
-        self._device_end = start + seconds
-        return self._device_end
-
-    def _link_start(self, after: tuple[np.ndarray, ...]) -> np.ndarray:
-        start = self._link_end
-        for end in after:
-            start = np.maximum(start, end)
-        return start
-
-    def _run_on_link(self, seconds: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def _move(self, seconds: np.ndarray, start: np.ndarray) -> np.ndarray:
         self._transfer = self._transfer + seconds
         self._link_end = start + seconds
         return self._link_end
+
+
+def _latest(free: np.ndarray, after: tuple[np.ndarray, ...]) -> np.ndarray:
+    for end in after:
+        free = np.maximum(free, end)
+    return free

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,29 +70,6 @@ class Layer(LayerCosts):
         """Bytes that ranks receive when the rank before gives them so many (cp_size,)."""
         enters = (np.arange(self.cp_size) % self.ranks_in_node == 0) & (self.ranks_in_node < self.cp_size)
         return np.array([bytes_each * ~enters, bytes_each * enters])
-
-
-class Exchange(Protocol):
-    """A baseline's exchange in one attention layer."""
-
-    def run(self, layer: Layer, backward: bool) -> PassTimes:
-        """Predicts one pass."""
-
-    def received(self, layer: Layer) -> np.ndarray:
-        """Bytes that ranks receive in a forward, (2, cp_size)."""
-
-    def held(self, layer: Layer) -> int:
-        """Tokens of other ranks whose KV a rank holds at a time."""
-
-
-class Baseline(NamedTuple):
-    """Another way to run attention under context parallelism; `slices` are the tokens whose linear layers ranks
-    compute."""
-
-    title: str
-    slices: Callable[[Lengths, int], Slices]
-    exchange: Exchange
-    kept: bool = False  # whether ranks hold the KV of others until backward, in every layer
 
 
 def shared_tokens(plan: ShardPlan) -> int:
@@ -265,6 +242,17 @@ class Ulysses:
     def _output_bytes(self, layer: Layer) -> float:
         """Returns the bytes of a token's output of one rank's heads."""
         return layer.layers.query_heads / layer.cp_size * layer.layers.value_dim * layer.model.itemsize
+
+
+class Baseline(NamedTuple):
+    """Another way to run attention under context parallelism; `slices` are what ranks compute of the linear layers.
+    An exchange predicts one pass (`run`), the bytes that ranks receive in a forward, (2, cp_size), and how many tokens
+    of other ranks are `held` at a time."""
+
+    title: str
+    slices: Callable[[Lengths, int], Slices]
+    exchange: AllGather | Ring | Ulysses
+    kept: bool = False  # whether ranks hold the KV of others until backward, in every layer
 
 
 BASELINES = {

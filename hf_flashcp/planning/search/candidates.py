@@ -21,10 +21,11 @@ WITHIN = 1.1
 
 
 class Candidate:
-    """A plan, its number of slices, and the tokens whose KV travels: in all, and to or from the busiest rank."""
+    """A plan, its number of slices, and the tokens whose KV travels: in all, and to or from the busiest rank. One that
+    was constructed has its settings, and the tails that were cut off."""
 
-    def __init__(self, slices: Slices, construction: Construction | None = None):
-        self.slices, self.construction = slices, construction
+    def __init__(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None):
+        self.slices, self.settings, self.tails = slices, settings, tails
         self.count = sum(map(len, slices))
         received, sent = full_attention_traffic(slices)
         self.total, self.bottleneck = sum(received), max(max(received), max(sent))
@@ -42,26 +43,27 @@ class Candidates:
     def lower_bound(self) -> int:
         return least_kv(self.caps)
 
-    def keep(self, slices: Slices, construction: Construction | None = None) -> Candidate | None:
+    def keep(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None) -> Candidate | None:
         """Measures a plan and keeps it if it is within the limits."""
         give_empty_ranks_a_token(slices)
         candidate = None
         if self.limits.allow(slices):
-            candidate = Candidate(slices, construction)
+            candidate = Candidate(slices, settings, tails)
             self.found.append(candidate)
         return candidate
 
     def build(
-        self,
-        settings: Settings,
-        target: float = math.inf,
-        before: Tails | None = None,
-        spreading: float = 1.0,
+        self, settings: Settings, target: float = math.inf, before: Tails | None = None, spreading: float = 1.0
     ) -> Candidate | None:
         """Builds a plan and keeps it: arguments of [`Construction`]."""
         construction = Construction(self.limits, settings, target, before, spreading)
         slices = construction.run()
-        return None if slices is None else self.keep(slices, construction)
+        return None if slices is None else self.keep(slices, settings, construction.tails)
+
+    def build_like(self, base: Candidate, target: float, spreading: float) -> Candidate | None:
+        """Builds a plan like a constructed one, in which ranks should not receive or send more than `target`."""
+        assert base.settings is not None, "a plan that was constructed"
+        return self.build(base.settings._replace(load_weight=1.0), target, base.tails, spreading)
 
     def build_next(self, count: int, near: float) -> None:
         """Builds plans of little total by the next `count` settings, more where none is found, fewer where one is

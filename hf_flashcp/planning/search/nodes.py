@@ -8,8 +8,6 @@ all ranks of each of them, zigzag, so that they share what crosses; whole docume
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ...plan.hierarchical_traffic import hierarchical_traffic
@@ -20,31 +18,16 @@ from ..caps import Caps
 from ..sharding import per_doc
 from .candidates import Candidate, Candidates
 from .search import search
-from .settings import SETTINGS, Settings
-from .spread import spread
+from .settings import SETTINGS
 
 
-class Base(NamedTuple):
-    """A plan of nodes that is made first, under a cap on attention pairs of 1 plus `part` of what the user allows
-    above 1: the rest is room for the ranks of a node."""
+BASES = ((SETTINGS[0], 0.9), (SETTINGS[2], 0.6))
+"""Settings of the plans of nodes that are made first, and how much of what the user allows above 1 is their cap on
+attention pairs: the rest is room for the ranks of a node."""
 
-    settings: Settings
-    part: float
-
-
-BASES = (Base(SETTINGS[0], 0.9), Base(SETTINGS[2], 0.6))
-
-
-class Target(NamedTuple):
-    """A plan like a base whose busiest node should receive and send `share` times as much, with so much `spreading` of
-    low positions."""
-
-    share: float
-    spreading: float
-
-
-TARGETS = (Target(0.6, 2.5), Target(0.7, 4.0), Target(0.5, 4.0))
-"""Like the bases in the order of what each adds to those before it, on drawn packs."""
+TARGETS = ((0.6, 2.5), (0.7, 4.0), (0.5, 4.0))
+"""Shares of what a base's busiest node receives and sends that plans like it should have at most, and how much low
+positions are spread in them: in the order of what each adds to those before it, on drawn packs, as the bases are."""
 
 MANY = 1000
 """Documents beyond which only the first of each is made."""
@@ -96,9 +79,9 @@ def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
         most_tokens = min(of_nodes.most_tokens, caps.cp_size // nodes * caps.most_tokens)
         candidates = Candidates(of_nodes.with_most(tokens=most_tokens))
         base = candidates.build(settings)
-        if base is not None and base.construction is not None:
+        if base is not None:
             for share, spreading in TARGETS[:few]:
-                spread(candidates, base.construction, share * base.bottleneck, spreading)
+                candidates.build_like(base, share * base.bottleneck, spreading)
         found += candidates.found
     return found
 
