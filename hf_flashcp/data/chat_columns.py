@@ -35,7 +35,6 @@ _NOT_FOR_ROWS = {
 
 
 def is_mentioned(name: str, templates: Iterable[str]) -> bool:
-    """Whether a template has the name as a word."""
     return any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates)
 
 

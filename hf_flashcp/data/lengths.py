@@ -88,7 +88,6 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
 
 
 def _lengths_in_line(line: str, column: str | None) -> list[int]:
-    """Returns the lengths in a line of text, or of JSON with a column."""
     if column is None:
         return [int(word) for word in line.replace(",", " ").split()]
     if not line.strip():

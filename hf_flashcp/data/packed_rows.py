@@ -87,12 +87,10 @@ class PackedRows:
 
 
 def tokens_of(document: Mapping[str, list]) -> int:
-    """Returns the number of a document's tokens."""
     return len(document["input_ids"])
 
 
 def cut(document: Mapping[str, list], start: int, stop: int) -> dict[str, list]:
-    """Returns tokens [start, stop) of a document."""
     return {key: values[start:stop] for key, values in document.items()}
 
 

@@ -67,17 +67,14 @@ class PackingOptions:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document that is packed whole."""
         return self.max_length or self.window
 
     @property
     def step_packs(self) -> int:
-        """Packs of an optimizer step."""
         return self.dp_size * self.gradient_accumulation_steps
 
     @property
     def spare(self) -> float:
-        """Share of packs to spare, see `SPARE_PACKS`."""
         return SPARE_PACKS[self.strategy]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
@@ -97,7 +94,6 @@ class PackingOptions:
         return None
 
     def step_packer(self) -> StepPacker:
-        """Packer of documents as they come."""
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,6 @@ class StepPacker:
         self._heavy: list[Waiting] = []
 
     def add(self, item: int, tokens: int, seconds: float, heavy: bool) -> None:
-        """Takes a document."""
         document = Waiting(seconds, item, tokens, self.steps)
         if heavy and self.balanced and self.look_ahead:
             bisect.insort(self._heavy, document)
@@ -75,7 +74,6 @@ class StepPacker:
         return found
 
     def take_rest(self) -> list[Waiting]:
-        """Removes and returns all documents without a pack."""
         rest = self._left + self._pool + self._heavy
         self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
         return rest
@@ -191,5 +189,4 @@ def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_
 
 
 def pack_seconds(pack: Sequence[Waiting]) -> float:
-    """Predicted seconds of a pack on one device."""
     return sum(document.seconds for document in pack)

@@ -13,12 +13,9 @@ if TYPE_CHECKING:
     from .shard_plan import ShardPlan
 
 
-class Calls(NamedTuple):
-    """Calls of each rank, forward and backward together."""
-
-    collectives: list[int]
-    kernel_calls: list[int]
-    copies: list[int]
+Calls = dict[str, list[int]]
+"""Of each rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` of a kernel that
+takes any number of sequences, and `copies`, passes over rows, K and V together."""
 
 
 class KeyPiece(NamedTuple):
@@ -74,7 +71,7 @@ def full_attention_calls(plan: ShardPlan) -> Calls:
                 documents = [from_ranks[source] for source in sources]
                 copies[receiver] += 1 if _arrive_in_order(receiver, sources, documents, held) else 3
         collectives += 2 * exists
-    return Calls([collectives] * cp_size, kernel_calls, copies)
+    return {"collectives": [collectives] * cp_size, "kernel_calls": kernel_calls, "copies": copies}
 
 
 def window_calls(plan: ShardPlan, window: int) -> Calls:
@@ -88,7 +85,8 @@ def window_calls(plan: ShardPlan, window: int) -> Calls:
         local = any(start == 0 or stop - start >= window for _, start, stop in rank_slices)
         kernel_calls.append(2 * (waits + local))
         copies.append((2 if rows else 0) + 5 * waits)
-    return Calls([2 if any(sent) else 0] * plan.cp_size, kernel_calls, copies)
+    collectives = [2 if any(sent) else 0] * plan.cp_size
+    return {"collectives": collectives, "kernel_calls": kernel_calls, "copies": copies}
 
 
 def _travelling_documents(held: dict[int, list[HeldSlice]], cp_size: int) -> list[dict[int, list[int]]]:

@@ -38,7 +38,7 @@ def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None)
     """See [`ShardPlan.report`]; traffic is counted by link where `ranks_per_node` is given."""
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
-    report = {**plan_costs(plan, window), **calls._asdict()}
+    report = {**plan_costs(plan, window), **calls}
     if plan.ranks_per_node is not None:
         report["collectives"] = [2 * count for count in report["collectives"]]
     if ranks_per_node is not None:

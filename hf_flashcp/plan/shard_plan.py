@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import PlanError
 from .lengths import check_lengths
 from .report import plan_report
-from .slices import Slice
+from .slices import Slice, slices_by_document
 from .topology import Topology
 from .traffic import full_attention_traffic, traffic_matrix
 
@@ -150,7 +150,6 @@ class ShardPlan:
         """
         if len(self.slices) != self.cp_size:
             raise PlanError(f"The plan has slices for {len(self.slices)} ranks, but cp_size is {self.cp_size}.")
-        pieces = []
         for rank, rank_slices in enumerate(self.slices):
             if not rank_slices:
                 raise PlanError(f"Rank {rank} holds no tokens: every rank needs at least one.")
@@ -165,25 +164,19 @@ class ShardPlan:
                         f"Rank {rank} holds tokens [{start}, {stop}) of document {document}, "
                         f"which has {self.lengths[document]} tokens."
                     )
-                pieces.append((document, start, stop, rank))
-        pieces.sort()
-        position = 0
-        for index, (document, start, stop, rank) in enumerate(pieces):
-            if index == 0 or pieces[index - 1][0] != document:
-                position = 0
-            if start > position:
-                raise PlanError(f"Tokens [{position}, {start}) of document {document} are on no rank.")
-            if start < position:
-                raise PlanError(f"Tokens of document {document} from {start} are on rank {rank} and on another rank.")
-            position = stop
-            last_of_document = index + 1 == len(pieces) or pieces[index + 1][0] != document
-            if last_of_document and position < self.lengths[document]:
-                raise PlanError(
-                    f"Tokens [{position}, {self.lengths[document]}) of document {document} are on no rank."
-                )
-        missing = set(range(len(self.lengths))) - {document for document, *_ in pieces}
-        if missing:
-            raise PlanError(f"Document {min(missing)} is on no rank.")
+        held = slices_by_document(self.slices)
+        for document, length in enumerate(self.lengths):
+            if document not in held:
+                raise PlanError(f"Document {document} is on no rank.")
+            position = 0
+            for start, stop, rank in (*held[document], (length, length, -1)):
+                if start > position:
+                    raise PlanError(f"Tokens [{position}, {start}) of document {document} are on no rank.")
+                if rank >= 0 and start < position:
+                    raise PlanError(
+                        f"Tokens of document {document} from {start} are on rank {rank} and on another rank."
+                    )
+                position = stop
         return self
 
     def report(self, window: int | None = None, topology: Topology | None = None) -> dict[str, Any]:

@@ -54,7 +54,6 @@ def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
 
 
 def rank_tokens(slices: Sequence[Sequence[Slice]]) -> list[int]:
-    """Tokens of each rank."""
     return [sum(stop - start for _, start, stop in held) for held in slices]
 
 

@@ -1,4 +1,4 @@
-"""`Caps`: what ranks may hold of one batch."""
+"""`Caps`: what ranks may hold of one batch; `Item`: a slice that is still to be placed on a rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, repeat
+from typing import NamedTuple
 
 from ..plan.slices import Lengths, Slice, attention_pairs
-from .items import Item
+
+
+class Item(NamedTuple):
+    """A slice with its attention pairs and tokens, both looked up too often to be counted each time. Items sort by
+    pairs."""
+
+    pairs: int
+    piece: Slice
+    tokens: int
+
+
+def item_of(document: int, start: int, stop: int) -> Item:
+    """The item of tokens [start, stop) of a document."""
+    tokens = stop - start
+    return Item(tokens * (stop + start + 1) // 2, Slice(document, start, stop), tokens)
 
 
 class Caps:
@@ -44,7 +59,6 @@ class Caps:
         return changed
 
     def allow(self, slices: Sequence[Sequence[Slice]]) -> bool:
-        """Whether no rank holds too many tokens or pairs."""
         for held in slices:
             tokens = pairs = 0
             for _, start, stop in held:
@@ -76,7 +90,6 @@ class Caps:
 
     @cached_property
     def pairs_up_to(self) -> list[int]:
-        """Attention pairs of the shortest 0, 1, 2, ... documents."""
         return list(accumulate((item.pairs for item in self.ascending), initial=0))
 
     def most_together(self, ranks: int) -> int:

@@ -149,7 +149,6 @@ def _fastest(
     cost_model: CostModel,
     num_stages: int | None,
 ) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
-    """Slices, offset groups and ranks per node."""
     plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 

@@ -43,7 +43,6 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> str:
-        """The moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -57,7 +56,7 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form, in whole bytes."""
+        """JSON-serializable, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
         return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
 
@@ -140,11 +139,9 @@ class _Step:
 
     @property
     def kept_bytes(self) -> float:
-        """Bytes that forward keeps for backward."""
         return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
-        """Returns the moments of the step by name."""
         shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
         everything, embedding = shape.parameters, shape.embedding_parameters
         row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden

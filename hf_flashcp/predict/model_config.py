@@ -36,7 +36,6 @@ class FeedForward(NamedTuple):
     first_dense: int  # leading layers without experts
 
     def met(self, layers: int) -> int:
-        """Width that a token meets in all layers together."""
         if not self.chosen:
             return layers * self.dense
         return self.first_dense * self.dense + (layers - self.first_dense) * (self.chosen * self.expert + self.shared)
@@ -118,7 +117,6 @@ class ModelConfig:
 
     @property
     def projection_parameters(self) -> int:
-        """Parameters of one layer's attention projections."""
         heads, key_dim, value_dim = self.query_heads, self.key_dim, self.value_dim
         if self.latents is None:
             return self.hidden * key_dim * 2 * (heads + self.kv_heads)
@@ -137,7 +135,6 @@ class ModelConfig:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer."""
         counts = map(self.read, ("num_local_experts", "num_experts", "n_routed_experts"))
         return next(filter(None, counts), self.feed_forward.chosen)
 

@@ -36,7 +36,6 @@ class Timeline:
         self._device_end = self._link_end = self._attention = self._copies = self._transfer = self.nothing
 
     def kernel(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Runs an attention kernel."""
         self._attention = self._attention + seconds
         self._device_end = _latest(self._device_end, after) + seconds
         return self._device_end
@@ -61,7 +60,6 @@ class Timeline:
         return self._move(seconds, _latest(self._link_end, after).max())
 
     def times(self) -> PassTimes:
-        """Sums up the pass."""
         end = np.maximum(self._device_end, self._link_end)
         return PassTimes(self._attention, self._copies, end - self._attention - self._copies, self._transfer)
 

@@ -77,7 +77,6 @@ class RankLoad(NamedTuple):
 
     @property
     def largest_stage(self) -> float:
-        """Tokens whose KV the largest stage attends to."""
         return self.received if self.stage_keys is None else self.stage_keys
 
     def scaled(self, tokens: float, batch_tokens: int) -> RankLoad:

@@ -44,7 +44,6 @@ class Layer(LayerCosts):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of a token's keys and values."""
         return self.layers.kv_elements_per_token * self.model.itemsize
 
     @property
@@ -89,7 +88,6 @@ class AllGather:
     shared_alone: bool = False
 
     def given(self, layer: Layer) -> int:
-        """Tokens that each rank gives."""
         return shared_tokens(layer.plan) if self.shared_alone else layer.most_tokens
 
     def received(self, layer: Layer) -> np.ndarray:
@@ -144,7 +142,6 @@ class RingPieces(NamedTuple):
         return cls(*both)
 
     def local(self) -> Rectangles:
-        """The causal squares of each rank's own tokens."""
         tokens = self.early + self.late
         documents, ranks = np.nonzero(tokens)
         return Rectangles(ranks, tokens[documents, ranks], np.zeros_like(ranks))
@@ -240,7 +237,6 @@ class Ulysses:
         return elements * layer.model.itemsize
 
     def _output_bytes(self, layer: Layer) -> float:
-        """Returns the bytes of a token's output of one rank's heads."""
         return layer.layers.query_heads / layer.cp_size * layer.layers.value_dim * layer.model.itemsize
 
 

@@ -51,7 +51,6 @@ class Choice:
     exposed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form."""
         return {**vars(self), "memory": self.memory.to_dict()}
 
 

@@ -9,7 +9,7 @@ between own head and tail is one more item to place.
 from __future__ import annotations
 
 from ...plan.slices import Slices, attention_pairs
-from ..items import Item
+from ..caps import Item
 from .pack import pack
 from .tail import TailRank
 from .unfinished import OpenRank, Unfinished

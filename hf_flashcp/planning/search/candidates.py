@@ -79,7 +79,6 @@ class Candidates:
             self.keep(repaired)
 
     def least(self) -> Candidate:
-        """The plan of the least total."""
         return best_of(self.found, minimize_total=True)
 
     def is_within(self, factor: float) -> bool:

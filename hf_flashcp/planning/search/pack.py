@@ -10,8 +10,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ...plan.slices import Slices, attention_pairs
-from ..caps import assign_shares
-from ..items import Item, item_of
+from ..caps import Item, assign_shares, item_of
 
 
 _COMPARED = 16

@@ -84,7 +84,6 @@ class Pool:
         return list(dict.fromkeys(singles[:2] + from_start[:_CUT]))[:_CUT]
 
     def slices(self, share: Share) -> tuple[list[Slice], list[Slice]]:
-        """What the two ranks hold if the pool is shared out so."""
         first, second = list(self.kept[0]), list(self.kept[1])
         others = [unit for index, unit in enumerate(self.units) if index != share.cut]
         for place, unit in enumerate(others):
@@ -122,9 +121,9 @@ def _whole_and_parts(held: list[Slice], caps: Caps) -> tuple[list[Slice], dict[i
 
 
 class Share(NamedTuple):
-    """One way to share out a pool: pairs above the cap, KV on top of what the two receive if no document is split
-    between them; which unit is cut, which others (by bits) the first rank holds; who gets the outer parts of the cut
-    unit, and their tokens."""
+    """One way to share out a pool: which unit is cut, which others the first rank holds (by bits), and who gets how
+    many tokens of the cut unit's outer parts. `cost` is KV on top of what the two receive if no document is split
+    between them."""
 
     excess: int
     cost: int
@@ -162,8 +161,8 @@ def _cut(pool: Pool, cut: int) -> Share | None:
 
 class Outer(NamedTuple):
     """The rank that gets the outer parts of the cut unit, for each subset of the other units on the first rank: the
-    tokens of these parts, the pairs of what the rank holds besides, and where the last pieces end that it and the
-    other rank hold of the document that is cut."""
+    tokens of these parts, the pairs of what it holds besides, and where its and the other rank's last pieces of the
+    cut document end."""
 
     first: bool
     tokens: np.ndarray

@@ -58,6 +58,5 @@ EFFORTS = (
 
 
 def effort_for(caps: Caps) -> Effort:
-    """How much is tried for a batch of this size."""
     size = len(caps.lengths) + 4 * caps.cp_size
     return next(effort for effort in EFFORTS if size <= effort.most_size)

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 
 from ...plan.slices import attention_pairs
-from ..items import Item
+from ..caps import Item
 from .pack import longest_tail
 from .unfinished import OpenRank, Tail, Unfinished
 from .unplaced import Range

@@ -6,8 +6,7 @@ import math
 from typing import NamedTuple
 
 from ...plan.slices import Slice, Slices, attention_pairs
-from ..caps import Caps
-from ..items import Item
+from ..caps import Caps, Item
 from .settings import Settings
 from .unplaced import Range, Unplaced
 

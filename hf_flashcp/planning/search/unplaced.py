@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from typing import NamedTuple
 
-from ..caps import Caps
-from ..items import Item, item_of
+from ..caps import Caps, Item, item_of
 
 
 class Range(NamedTuple):
@@ -52,7 +51,6 @@ class Unplaced:
             self.take_range(self.range(index, index + 1))
 
     def range(self, start: int, stop: int) -> Range:
-        """The untouched documents `start` to `stop` of the ascending list."""
         tokens = self.tokens_up_to[stop] - self.tokens_up_to[start]
         return Range(start, stop, tokens, self.pairs_up_to[stop] - self.pairs_up_to[start])
 
