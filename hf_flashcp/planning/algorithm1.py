@@ -40,17 +40,17 @@ def algorithm1(
     or from the busiest rank), and is given up after `most_work` slices that were built.
     """
     longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
-    found, work = None, 0
-    if caps.most_pairs * caps.cp_size >= caps.total_pairs and (total > 0 or bottleneck > 0):
-        for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck):
-            if num_per_doc < len(longest_first):
-                work += 2 * caps.cp_size * num_per_doc + len(longest_first)
-            if work > most_work:
-                break
-            found = _round(caps, longest_first[:num_per_doc], longest_first[num_per_doc:])
-            if found:
-                break
-    return found
+    if caps.most_pairs * caps.cp_size < caps.total_pairs or total <= 0 and bottleneck <= 0:
+        return None
+    work = 0
+    for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck):
+        if num_per_doc < len(longest_first):
+            work += 2 * caps.cp_size * num_per_doc + len(longest_first)
+        if work > most_work:
+            break
+        if found := _round(caps, longest_first[:num_per_doc], longest_first[num_per_doc:]):
+            return found
+    return None
 
 
 def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottleneck: float) -> Iterator[int]:
@@ -94,13 +94,13 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
     # Ranks above their share only give, and heads of together g tokens have at most g (g + 1) / 2 pairs.
     given = [max(held - share, 0) for held, share in zip(tokens, shares)]
     least_pairs = max(held - attention_pairs(0, tokens_given) for held, tokens_given in zip(pairs, given))
-    hopeless = least_pairs > most_pairs and len(whole_documents) >= cp_size
-    if not hopeless:
-        equalize_tokens(pieces, tokens, shares)
-        for rank_pieces, rank_slices in zip(pieces, slices):
-            rank_slices += rank_pieces
-        give_empty_ranks_a_token(slices)
-    return None if hopeless or max(rank_pairs(slices)) > most_pairs else slices
+    if least_pairs > most_pairs and len(whole_documents) >= cp_size:
+        return None
+    equalize_tokens(pieces, tokens, shares)
+    for rank_pieces, rank_slices in zip(pieces, slices):
+        rank_slices += rank_pieces
+    give_empty_ranks_a_token(slices)
+    return None if max(rank_pairs(slices)) > most_pairs else slices
 
 
 def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:

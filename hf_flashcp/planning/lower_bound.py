@@ -58,13 +58,8 @@ class LowPositions:
     def cheapest_without(self, document: int, tokens: int) -> int:
         """Pairs of the so many cheapest tokens of all documents but one of length `document`."""
         own = bisect_right(self.lengths, document) - 1
-        low, high = 0, len(self.lengths)
-        while low < high:
-            middle = (low + high) // 2
-            if self.below[middle] - min(self.lengths[middle], document) <= tokens:
-                low = middle + 1
-            else:
-                high = middle
+        places = range(len(self.lengths))
+        low = bisect_right(places, tokens, key=lambda at: self.below[at] - min(self.lengths[at], document))
         documents = len(self.lengths) - low - (own >= low)
         tokens_below = self.tokens[low] - (document if own < low else 0)
         pairs_below = self.pairs[low] - (attention_pairs(0, document) if own < low else 0)
@@ -101,11 +96,8 @@ def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
     ends = []
     whole = attention_pairs(0, length)
     for ranks in range(1, caps.cp_size):
-        most_pairs, most_tokens, needed = (
-            ranks * caps.most_pairs,
-            caps.most_together(ranks),
-            caps.least_together(ranks),
-        )
+        most_pairs, most_tokens = ranks * caps.most_pairs, caps.most_together(ranks)
+        needed = caps.least_together(ranks)
         if length <= most_tokens:
             if whole + low.cheapest_without(length, max(needed - length, 0)) <= most_pairs:
                 break

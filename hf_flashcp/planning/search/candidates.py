@@ -13,7 +13,7 @@ from ..sharding import give_empty_ranks_a_token
 from .build import Construction
 from .repair import repair
 from .settings import SETTINGS, Settings
-from .unfinished import Tails
+from .tail import Tails
 
 
 WITHIN = 1.1

@@ -131,12 +131,12 @@ def _whole_inside(whole: list[Slice], beside: Slices, caps: Caps) -> Slices | No
     """A plan of a node's whole documents on its ranks, which hold other slices beside them; documents are numbered as
     in `whole`."""
     ranks, lengths = len(beside), tuple(piece.tokens for piece in whole)
-    built = None
-    if sum(lengths) >= ranks:
-        mean_pairs = sum(attention_pairs(0, length) for length in lengths) / ranks
-        pairs = (caps.most_pairs - max(rank_pairs(beside))) / mean_pairs
-        tokens = (caps.most_tokens - max(rank_tokens(beside))) * ranks / sum(lengths) if caps.token_room else 1.0
-        built = Candidates(Caps(lengths, ranks, max(pairs, 1.0), max(tokens, 1.0))).build(SETTINGS[0])
+    if sum(lengths) < ranks:
+        return None
+    mean_pairs = sum(attention_pairs(0, length) for length in lengths) / ranks
+    pairs = (caps.most_pairs - max(rank_pairs(beside))) / mean_pairs
+    tokens = (caps.most_tokens - max(rank_tokens(beside))) * ranks / sum(lengths) if caps.token_room else 1.0
+    built = Candidates(Caps(lengths, ranks, max(pairs, 1.0), max(tokens, 1.0))).build(SETTINGS[0])
     return None if built is None else list(built.slices)
 
 

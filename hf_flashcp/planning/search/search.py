@@ -35,10 +35,8 @@ def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
     long. Else, of the plans within 10% of the least total, the one whose busiest rank has least, then the one of the
     fewest slices.
     """
-    return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _searched(caps, minimize_total)
-
-
-def _searched(caps: Caps, minimize_total: bool) -> Slices:
+    if caps.cp_size == 1:
+        return per_doc(caps.lengths, 1)
     candidates, effort = Candidates(caps), effort_for(caps)
     candidates.build_next(effort.settings, NEAR)
     candidates.build_next(effort.targets - effort.settings, FAR)

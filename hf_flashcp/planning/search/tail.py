@@ -1,22 +1,63 @@
-"""Fills a rank with the tail of a long document, and what the rank can hold beside it."""
+"""Fills a rank (`OpenRank`) with the tail of a long document, and what it can hold beside it."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...plan.slices import attention_pairs
+from ...plan.slices import Slice, attention_pairs
 from ..caps import Item
 from .pack import longest_tail
-from .unfinished import OpenRank, Tail, Unfinished
 from .unplaced import Range
+
+
+if TYPE_CHECKING:
+    from .build import Construction
+
+
+class Tail(NamedTuple):
+    """The last `tokens` tokens, from `start` on, of what was left of a document when a rank took them."""
+
+    start: int
+    tokens: int
+
+
+Tails = dict[int, list[Tail]]
+"""The tails that were cut off each document, the last tokens first."""
+
+
+class OpenRank:
+    """The next rank: what it holds, and what it may take besides: up to `tokens`, at least `needed`, up to `pairs`."""
+
+    def __init__(self, plan: Construction):
+        self.held: list[Slice] = []
+        self.tokens, self.needed, self.pairs = plan.most, plan.needed, plan.caps.most_pairs
+
+    def hold(self, item: Item) -> None:
+        self.held.append(item.piece)
+        self.tokens -= item.tokens
+        self.needed -= item.tokens
+        self.pairs -= item.pairs
+
+    def hold_slice(self, document: int, start: int, stop: int) -> None:
+        self.held.append(Slice(document, start, stop))
+        self.tokens -= stop - start
+        self.needed -= stop - start
+        self.pairs -= attention_pairs(start, stop)
+
+    def hold_range(self, documents: Range, items: list[Item]) -> None:
+        self.held += [item.piece for item in items]
+        self.tokens -= documents.tokens
+        self.needed -= documents.tokens
+        self.pairs -= documents.pairs
 
 
 class TailRank(OpenRank):
     """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that. `tail`
     is the number of tokens of the longest that it can take beside what it holds already."""
 
-    def __init__(self, plan: Unfinished, item: Item):
+    def __init__(self, plan: Construction, item: Item):
         super().__init__(plan)
         self.plan, self.unplaced, self.target = plan, plan.unplaced, plan.target
         self.document, self.start, self.stop = item.piece
