@@ -48,8 +48,7 @@ def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
 
 
 def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`, parsed and
-    checked."""
+    """Checked arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`."""
     arguments = {name: _parsed(index, name, value) for name, value in columns.items()}
     for name, value in arguments.items():
         if not (value is None or _fits(name, value)):

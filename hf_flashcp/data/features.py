@@ -23,8 +23,7 @@ _WHOLE = (*TOKEN_COLUMNS, "seq_lengths")
 
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
-    """The checked documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
-    `per_token_keys`."""
+    """Documents of feature `index`, checked: `input_ids`, `labels`, any `position_ids`, and `per_token_keys`."""
     if not isinstance(feature, Mapping):
         raise BatchError(
             f"Feature {index} is of type {type(feature).__name__}, not a mapping of columns: pass a list of rows."

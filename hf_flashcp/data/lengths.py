@@ -97,8 +97,7 @@ def _lengths_in_line(line: str, column: str | None) -> list[int]:
 
 
 def draw_pack(lengths: Sequence[int], window: int, *, seed: int = 0) -> list[int]:
-    """Takes documents of a dataset in random order, each at most once, until a window is full; the last is
-    truncated."""
+    """Fills a window with documents in random order, each at most once; the last is truncated."""
     space = _whole_number("window", window, at_least=1)
     if sum(lengths) < space:
         raise PlanError(f"{len(lengths)} documents with {sum(lengths):,} tokens do not fill a window of {space:,}.")

@@ -223,8 +223,7 @@ class EpochPacker:
         return self._packing(packs)
 
     def _steps(self, order: list[int], packs: int) -> tuple[list[list[list[Waiting]]], list[Waiting]]:
-        """The packs of each step, at most `packs` in all, of documents in this order, and the documents that had no
-        room."""
+        """The packs of each step, at most `packs` in all, of documents in this order, and those without room."""
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
         tokens = sum(self._tokens[unit] for unit in order)
@@ -286,8 +285,7 @@ class EpochPacker:
 
 
 def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
-    """The unit of each part, (n,) int64. Parts of a unit stay together; those that are long enough for a pack are
-    alone."""
+    """The unit of each part, (n,) int64. Its parts stay together; those long enough for a pack are alone."""
     short = tokens < options.cp_size
     unit = np.cumsum(~short) - 1
     units, held = int((~short).sum()), 0

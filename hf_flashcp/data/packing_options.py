@@ -97,8 +97,7 @@ class PackingOptions:
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(seconds, heavy)`, (n,) each: predicted seconds of documents on one device, and whether they wait for
-        others."""
+        """Predicted seconds of documents on one device, (n,), and whether they wait for others like them."""
         model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
         different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
         linear, attention = model.document_times(different)

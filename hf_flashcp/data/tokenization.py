@@ -141,8 +141,8 @@ def tokenize_chats(
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
-    """The chat templates, with marks, that rows of such a dataset can get: transformers takes "tool_use" for rows with
-    tools, where there is one."""
+    """The chat templates, with marks, for rows of such a dataset: "tool_use", where there is one, for rows with
+    tools."""
     given = tokenizer.chat_template
     named = given if isinstance(given, Mapping) else {"default": given}
     names = ["default", *(["tool_use"] if "tools" in column_names else [])]
@@ -255,8 +255,8 @@ def _tokenize_texts(
 
 
 def _with_ends_once(document: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Puts the end token behind a document, and leaves it and the beginning token once where text and tokenizer both
-    have them."""
+    """Ends a document with the end token; it and the beginning token stand once where text and tokenizer both have
+    them."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, stop = 0, len(document)
     while begin is not None and document[start : start + 2] == [begin, begin]:

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
-    """The report but for what each rank calls: in a time that grows with the number of slices alone, where there is no
-    window."""
+    """The report but for calls: without a window in a time that grows with the number of slices alone."""
     tokens, pairs = rank_tokens(plan.slices), rank_pairs(plan.slices, window)
     received, sent = plan.kv_moved(window)
     kv_total, kv_all_gather = sum(received), (plan.cp_size - 1) * plan.num_tokens

@@ -74,8 +74,7 @@ def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int]
 
 
 def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None) -> np.ndarray:
-    """(cp_size, cp_size) int64: tokens whose K and V go from rank to rank in the forward of one layer,
-    [sender][receiver]; zero on the diagonal."""
+    """Tokens whose K and V travel in the forward of one layer: (cp_size, cp_size) int64, [sender][receiver]."""
     cp_size = len(slices)
     traffic = np.zeros((cp_size, cp_size), dtype=np.int64)
     if window is None:
@@ -97,8 +96,7 @@ def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None)
 
 
 def by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(received, sent)`, (2, cp_size) each, of traffic [sender][receiver]: inside the rank's node, and from and to
-    other nodes."""
+    """Received and sent tokens of traffic [sender][receiver], (2, cp_size) each: inside nodes and between them."""
     node = np.arange(len(traffic)) // ranks_per_node
     inside = node[:, None] == node
     parts = [traffic * which for which in (inside, ~inside)]

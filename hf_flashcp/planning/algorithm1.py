@@ -26,8 +26,7 @@ from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
 
 
 def flashcp(caps: Caps) -> Slices:
-    """Slices of every rank with tokens and attention pairs under the caps; all documents Per-Doc where no plan of
-    Algorithm 1 meets them."""
+    """The slices of [`algorithm1`], or of [`per_doc`] where no plan of Algorithm 1 meets the caps."""
     return algorithm1(caps) or per_doc(caps.lengths, caps.cp_size)
 
 
@@ -54,8 +53,7 @@ def algorithm1(
 
 
 def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottleneck: float) -> Iterator[int]:
-    """Numbers of Per-Doc documents that may meet the caps, as long as these documents alone stay below `total` or
-    `bottleneck`."""
+    """Numbers of Per-Doc documents that may meet the caps, while these alone stay below `total` or `bottleneck`."""
     lengths, cp_size, least_share = caps.lengths, caps.cp_size, caps.shares[-1]
     split_tokens = split_pairs = split_total = split_bottleneck = 0
     for num_per_doc, document in enumerate(longest_first):

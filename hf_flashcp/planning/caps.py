@@ -13,7 +13,7 @@ from ..plan.slices import Lengths, Slice, attention_pairs
 
 
 class Item(NamedTuple):
-    """A slice with its attention pairs and tokens, both looked up too often to be counted each time. Items sort by
+    """A slice with its attention pairs and tokens, which are looked up too often to be counted. Items sort by
     pairs."""
 
     pairs: int

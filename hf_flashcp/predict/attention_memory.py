@@ -52,7 +52,7 @@ def backward_buffers(
 def backward_workspace(
     shape: MemoryShape, queries: float, keys: float, sequences: float = 1, itemsize: int = 2
 ) -> float:
-    """Sum of [`backward_buffers`], or 0 where FlashAttention-2 cannot run: in fp32, and with heads wider than
+    """Sum of [`backward_buffers`]; 0 where FlashAttention-2 cannot run: in fp32, and with heads above
     [`WIDEST_HEAD`]."""
     if itemsize > 2 or max(shape.key_dim, shape.value_dim) > WIDEST_HEAD:
         return 0

@@ -176,8 +176,7 @@ class LayerCosts:
         )
 
     def merge_seconds(self, rectangles: Rectangles) -> np.ndarray:
-        """Merging the results of rectangles: partial outputs in fp32 are read and written, the received part's
-        read."""
+        """Partial outputs in fp32 are read and written, the received part's output is read."""
         rows = np.bincount(rectangles.ranks, rectangles.queries, self.cp_size)
         elements = rows * self.layers.query_heads * self.layers.value_dim
         return elements * (8 + self.model.itemsize) / self.model.hardware.memory_bytes_per_second

@@ -49,8 +49,8 @@ class StageWork(NamedTuple):
 
 
 def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[Rectangles, list[StageWork]]:
-    """`(local, stages)`: the local rectangles, under a causal mask, and what each stage brings. Stages in which
-    nothing travels are left out; windowed layers have one."""
+    """The local rectangles, under a causal mask, and the stages in which something travels; windowed layers have
+    one."""
     groups = plan.offset_groups
     local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
     if window is not None or groups is None or len(groups) < 2:
@@ -82,8 +82,8 @@ def _stage(
 
 
 def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
-    """`(keys, sequences)`: the most keys that a stage attends to, and the most rectangles in one kernel call, on any
-    rank and in any of the layers."""
+    """The most keys that a stage attends to and the most rectangles in a kernel call, on any rank in any of the
+    layers."""
     keys, sequences = [0], [0]
     for window in {plan.hiding_window(each.window) for each in layers}:
         if window is None:
@@ -155,8 +155,7 @@ def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[Rectangles, Rec
 
 
 def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[Rectangles, Rectangles]:
-    """Returns the same for a window: the rows of a slice that see nothing before it, and those that wait for their
-    band."""
+    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
     local, remote = [], []
     for rank, held in enumerate(slices):
         for _, start, stop in held:

@@ -231,8 +231,7 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
 
 
 class _Gathered(NamedTuple):
-    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps for
-    backward."""
+    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps."""
 
     forward: float
     loss_backward: float

@@ -42,8 +42,8 @@ class FeedForward(NamedTuple):
 
 
 def config_value(config: Any, name: str) -> Any:
-    """An attribute of a transformers config, or an entry of the dict in a config.json. `None` where there is none, or
-    one per layer, which transformers answers with an error of its own."""
+    """A value of a transformers config or of the dict in a config.json; `None` where there is none, or one per
+    layer."""
     if isinstance(config, Mapping):
         return config.get(name)
     try:

@@ -125,8 +125,7 @@ def in_order(lengths: Lengths, cp_size: int) -> Slices:
 
 
 class RingPieces(NamedTuple):
-    """Tokens of each rank's pieces of each document, along which ranks go up, then down: (documents, cp_size)
-    int64."""
+    """Tokens of ranks' pieces of documents, along which ranks go up, then down: (documents, cp_size) int64."""
 
     early: np.ndarray
     late: np.ndarray
@@ -230,8 +229,7 @@ class Ulysses:
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
-        """Bytes of a token's queries, keys and values of one rank's heads. Several ranks get the same KV head where
-        these are fewer than ranks."""
+        """Of a token's queries, keys and values of one rank's heads. Ranks share a KV head where these are fewer."""
         sizes, kv_heads = layer.layers, max(layer.layers.kv_heads / layer.cp_size, 1)
         elements = sizes.query_heads / layer.cp_size * sizes.key_dim + kv_heads * (sizes.key_dim + sizes.value_dim)
         return elements * layer.model.itemsize

@@ -152,8 +152,7 @@ def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
 
 
 def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
-    """Returns, of the sizes that fit, the smallest whose predicted throughput is within [`AS_FAST`] of the highest,
-    and why; `None` if nothing fits."""
+    """The smallest size that fits and is within [`AS_FAST`] of the highest throughput, if any, and why."""
     fitting = [choice for choice in found if choice.fits]
     if not fitting:
         return None, "nothing fits"

@@ -66,8 +66,8 @@ class Candidates:
         return self.build(base.settings._replace(load_weight=1.0), target, base.tails, spreading)
 
     def build_next(self, count: int, near: float) -> None:
-        """Builds plans of little total by the next `count` settings, more where none is found, fewer where one is
-        within `near` times the lower bound."""
+        """Builds plans of little total by the next `count` settings, or until one is found and `near` the lower
+        bound."""
         while self.untried and (count > 0 or not self.found) and not self.is_within(near):
             self.build(self.untried.pop(0))
             count -= 1

@@ -87,8 +87,7 @@ def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
-    """The same slices on other ranks: rank after rank trades places with the one that spares most traffic between
-    nodes, as long as any does."""
+    """Moves slices between ranks: each trades places with the one that spares most traffic between nodes, if any."""
     traffic = traffic_matrix(slices)
     traffic = traffic + traffic.T
     ranks = np.arange(len(slices))
@@ -128,8 +127,7 @@ def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:
 
 
 def _whole_inside(whole: list[Slice], beside: Slices, caps: Caps) -> Slices | None:
-    """A plan of a node's whole documents on its ranks, which hold other slices beside them; documents are numbered as
-    in `whole`."""
+    """A plan of a node's whole documents, numbered as in `whole`, on its ranks, which hold others `beside` them."""
     ranks, lengths = len(beside), tuple(piece.tokens for piece in whole)
     if sum(lengths) < ranks:
         return None

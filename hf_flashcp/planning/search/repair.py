@@ -253,8 +253,7 @@ def _excess(held: list[Slice], caps: Caps) -> int:
 
 
 def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], int]:
-    """What pairs of ranks receive because documents are split between them, and the other pairs of ranks of which one
-    has too many attention pairs."""
+    """[`shared_costs`], with all pairs of ranks of which one has too many attention pairs."""
     gains = shared_costs(slices)
     for rank, excess in enumerate(over):
         if excess:

@@ -81,8 +81,7 @@ def _algorithm1_below(caps: Caps, total: float, bottleneck: float) -> Candidate 
 
 
 def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
-    """Where nothing known meets the cap on pairs: raises it to that of the best balanced plan, which is returned, and
-    builds plans under it."""
+    """Where nothing meets the cap on pairs: raises it to the best balanced plan's, returns that and builds others."""
     caps = candidates.caps
     known = [Candidate(per_doc(caps.lengths, caps.cp_size, rotate_ranks)) for rotate_ranks in (False, True)]
     balanced = min(known, key=lambda plan: (max(rank_pairs(plan.slices)), plan.total, plan.bottleneck, plan.count))
@@ -93,8 +92,7 @@ def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
 
 
 def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) -> None:
-    """Looks for plans like the built one of the least total, with less on the busiest rank: their targets follow what
-    has been reached."""
+    """Looks for less on the busiest rank than in the best built plan: targets follow what has been reached."""
     built = [plan for plan in candidates.found if plan.settings]
     if not built:
         return

@@ -103,8 +103,7 @@ class TailRank(OpenRank):
             self.tail = min(longest_tail(self.start, self.stop, self.pairs), self.tokens, self.most_tail)
 
     def take_head(self) -> bool:
-        """Takes the head that fills the rank together with a tail, if one is needed. Returns whether the rank is
-        full."""
+        """Takes the head that fills the rank together with a tail, if one is needed; says whether the rank is full."""
         if self.tail >= self.needed:
             return True
         choice = self._tail_and_head(self.unplaced.heads()) or self._tail_and_head(self.unplaced.loose)
@@ -134,8 +133,7 @@ class TailRank(OpenRank):
         self.start += tokens
 
     def _balancing_head(self) -> int:
-        """How much of the document's head the rank should hold so that no rank receives or sends more than the
-        target."""
+        """How much of the document's head to hold so that no rank receives or sends more than the target."""
         start, stop, tails = self.start, self.stop, len(self.tails)
         before = self.plan.before.get(self.document, ())
         receivers = max(len(before), tails + 1)

@@ -75,8 +75,7 @@ class Unplaced:
         return self.pairs_up_to[max(up_to, self.first)] - self.pairs_up_to[self.first]
 
     def leftover(self, document: int, most_tokens: int, most_pairs: int) -> Item | None:
-        """The longest loose piece of another document, of up to `most_tokens` and with fewer pairs per token than the
-        average."""
+        """The longest fitting loose piece of another document, with fewer pairs per token than the average."""
         best, most = None, 0
         for item in self.loose:
             if most < item.tokens <= most_tokens and item.pairs <= most_pairs and item.piece.document != document:
