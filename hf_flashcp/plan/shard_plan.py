@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import operator
@@ -137,9 +138,11 @@ class ShardPlan:
         return self._exchanged(self.offset_groups, ranks_per_node)
 
     def _exchanged(self, offset_groups: Sequence[Sequence[int]] | None, ranks_per_node: int | None) -> ShardPlan:
-        plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups, ranks_per_node)
-        for name in ("planning_seconds", "content_digest", "row_lengths"):
-            setattr(plan, name, getattr(self, name))
+        plan = copy.copy(self)
+        plan.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
+        plan.ranks_per_node = _check_nodes(ranks_per_node, self.cp_size)
+        plan._moved, plan._traffic = self._moved, self._traffic
+        vars(plan).pop("digest", None)
         return plan
 
     def validate(self) -> ShardPlan:
