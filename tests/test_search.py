@@ -11,7 +11,7 @@ from hf_flashcp.planning import ShardPlan, plan_documents
 from hf_flashcp.planning.algorithm1 import algorithm1, equalize_tokens, flashcp
 from hf_flashcp.planning.caps import Caps
 from hf_flashcp.planning.lower_bound import kv_lower_bound
-from hf_flashcp.planning.search.repair import Pool, repair, share_out, shared_cost
+from hf_flashcp.planning.search.repair import Pool, repair, share_out, shared_costs
 from hf_flashcp.planning.search.search import search
 from hf_flashcp.planning.sharding import assign_whole, give_empty_ranks_a_token, per_doc
 from tests.independent_plan_checker import assert_caps, check_plan, costs
@@ -306,5 +306,5 @@ def test_repair_keeps_tokens_and_caps_and_counts_what_it_saves(case, rotate_rank
     share = share_out(pool)
     held = pool.slices(share)
     counts = check_plan(lengths, cp_size, [*held, *slices[2:]])
-    assert share.cost == shared_cost(*held)
-    assert costs(before)[0] - costs(counts)[0] == shared_cost(slices[0], slices[1]) - share.cost
+    assert share.cost == shared_costs(held)[0, 1]
+    assert costs(before)[0] - costs(counts)[0] == shared_costs(slices[:2])[0, 1] - share.cost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,8 @@ def shard_inputs(
     batch = {key: value for key, value in batch.items() if key not in _ROW_KEYS}
     tokens = _token_tensor(batch)
     if batch.get("position_ids") is None:
-        batch["position_ids"] = _positions(plan.lengths, tokens.device).view(shape)
+        positions = torch.cat([torch.arange(length) for length in plan.lengths])
+        batch["position_ids"] = positions.to(tokens.device).view(shape)
     elif batch["position_ids"].shape == (1, shape[1]):
         batch["position_ids"] = batch["position_ids"].expand(shape)
     target_count = None
@@ -81,7 +83,10 @@ def shard_inputs(
         if batch.get("num_items_in_batch") is None:
             target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
             batch["num_items_in_batch"] = target_count
-    bound = RankPlan(plan, rank, group, target_count, _full_row(batch["position_ids"], shape))
+    position_ids = batch["position_ids"]
+    # Positions of another shape are not sharded.
+    full_row = position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
+    bound = RankPlan(plan, rank, group, target_count, full_row)
     index = bound.layout.token_index.to(tokens.device)
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound
@@ -137,30 +142,18 @@ def _check_mask(mask: Any) -> None:
 
 
 def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
-    num_rows, row_length = shape
     cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()
         if bounds[:1] != [0] or bounds[-1] != shape.numel():
             ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "nothing to nothing"
             raise BatchError(f"cu_seq_lens_q runs from {ends}, but the batch has tokens 0 to {shape.numel()}.")
-        return [stop - start for start, stop in zip(bounds, bounds[1:])]
-    position_ids = batch.get("position_ids")
-    if position_ids is None:
-        return [row_length] * num_rows
-    if position_ids.dim() == 3:
-        position_ids = position_ids[0]
-    bounds = [*begins_document(position_ids).flatten().nonzero().flatten().tolist(), shape.numel()]
-    return [stop - start for start, stop in zip(bounds, bounds[1:])]
-
-
-def _full_row(position_ids: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-    """(..., C), the row that the B rows become; `None` for positions of another shape, which are not sharded."""
-    return position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
-
-
-def _positions(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths]).to(device)
+    elif (position_ids := batch.get("position_ids")) is None:
+        bounds = range(0, shape.numel() + 1, shape[1])
+    else:
+        first = position_ids[0] if position_ids.dim() == 3 else position_ids
+        bounds = [*begins_document(first).flatten().nonzero().flatten().tolist(), shape.numel()]
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _shard(key: str, value: Any, shape: torch.Size, index: torch.Tensor) -> Any:

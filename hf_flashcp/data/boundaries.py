@@ -28,10 +28,7 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 
 def shift_inside_documents(labels: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """[`shift`] of rows (B, T) that hold documents one after the other; done before rows are cut, on whole documents.
-
-    Raises:
-        BatchError: the label of a document's first token would become the target of the document before it.
-    """
+    A `BatchError` says where a document's first token would become the target of the document before it."""
     starts = _starts(lengths, labels.device)
     starts = starts[starts % labels.shape[1] != 0]
     crossing = (labels.flatten()[starts] != IGNORE_INDEX).nonzero().flatten()

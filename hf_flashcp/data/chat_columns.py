@@ -35,12 +35,11 @@ _NOT_FOR_ROWS = {
 
 
 def is_mentioned(name: str, templates: Iterable[str]) -> bool:
-    """Returns whether a template has the name as a word."""
     return any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates)
 
 
 def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
-    """Returns the columns of a dataset that the templates take."""
+    """The columns of a dataset that the templates take."""
     return [
         name
         for name in names
@@ -49,11 +48,7 @@ def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
 
 
 def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`.
-
-    Raises:
-        BatchError: a value that does not parse or is of another kind, or an argument that a row cannot set.
-    """
+    """Checked arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`."""
     arguments = {name: _parsed(index, name, value) for name, value in columns.items()}
     for name, value in arguments.items():
         if not (value is None or _fits(name, value)):
@@ -71,8 +66,8 @@ def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]
 
 
 def without_filled(value: Any, feature: Any) -> Any:
-    """Returns `value` without the keys that are None because other rows have them: an Arrow struct has the same keys
-    in every row. Values stored as JSON keep their nulls."""
+    """`value` without the keys that are None because other rows have them: an Arrow struct has the same keys in every
+    row. Values stored as JSON keep their nulls."""
     if isinstance(feature, dict) and isinstance(value, dict):
         return {key: without_filled(each, feature.get(key)) for key, each in value.items() if each is not None}
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)

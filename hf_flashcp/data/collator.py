@@ -16,7 +16,7 @@ from ..planning import PlanSettings, plan_with
 from ..planning.settings import current_settings
 from .batch import content_digest
 from .boundaries import IGNORE_INDEX, shift
-from .features import read_documents
+from .features import joined, read_documents
 
 
 MOST_PADDING = 2**24
@@ -123,16 +123,18 @@ class FlashCPCollator(DataCollatorWithFlattening):
         row_lengths = tuple(len(feature["input_ids"]) for feature in features)
         padding = -sum(row_lengths) % (self.pad_to_multiple_of or 1)
         if padding:
-            documents.append(self._padding(padding))
+            zeros = {key: [0] * padding for key in self.per_token_keys}
+            ids, labels = [self.pad_token_id] * padding, [IGNORE_INDEX] * padding
+            documents.append({"input_ids": ids, "labels": labels, **zeros})
         plan = plan_with(self.settings, [len(document["input_ids"]) for document in documents])
         batch = super().__call__(documents, return_tensors="pt", **kwargs)
         if padding:
             batch["labels"][:, -padding:] = IGNORE_INDEX
         batch["shift_labels"] = shift(batch["labels"])
         if any("position_ids" in document for document in documents) and self.return_position_ids:
-            batch["position_ids"] = _joined(documents, "position_ids")
+            batch["position_ids"] = torch.tensor([joined(documents, "position_ids")])
         for key in self.per_token_keys:
-            batch[key] = _joined(documents, key)
+            batch[key] = torch.tensor([joined(documents, key)])
         plan.content_digest = content_digest(batch)
         plan.row_lengths = row_lengths
         batch["flashcp_plan"] = plan
@@ -151,13 +153,3 @@ class FlashCPCollator(DataCollatorWithFlattening):
                 "FlashCPCollator(), without cp_size and settings: it takes the plugin's."
             )
         self.settings = settings
-
-    def _padding(self, tokens: int) -> dict[str, Any]:
-        zeros = {key: [0] * tokens for key in self.per_token_keys}
-        return {"input_ids": [self.pad_token_id] * tokens, "labels": [IGNORE_INDEX] * tokens, **zeros}
-
-
-def _joined(documents: Sequence[Mapping[str, Any]], key: str) -> torch.Tensor:
-    """(1, C)."""
-    values = [document.get(key, range(len(document["input_ids"]))) for document in documents]
-    return torch.tensor([value for each in values for value in each])[None]

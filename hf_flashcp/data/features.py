@@ -23,12 +23,7 @@ _WHOLE = (*TOKEN_COLUMNS, "seq_lengths")
 
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
-    """Returns the documents of feature `index` of a batch: `input_ids`, `labels`, `position_ids` if it has any, and
-    `per_token_keys`.
-
-    Raises:
-        BatchError: columns that are missing, padded, or do not fit the tokens.
-    """
+    """Documents of feature `index`, checked: `input_ids`, `labels`, any `position_ids`, and `per_token_keys`."""
     if not isinstance(feature, Mapping):
         raise BatchError(
             f"Feature {index} is of type {type(feature).__name__}, not a mapping of columns: pass a list of rows."
@@ -54,10 +49,18 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
                 "are shifted later."
             )
     _require_no_padding(index, row.get("attention_mask"))
-    row["labels"] = _labels(row.get("labels", row["input_ids"]), [row.get(key) for key in LOSS_MASKS])
+    labels = row.get("labels", row["input_ids"])
+    for mask in filter(None, map(row.get, LOSS_MASKS)):
+        labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, mask)]
+    row["labels"] = labels
     bounds = [*pairwise(accumulate(_lengths(index, feature, row), initial=0))]
     kept = ("input_ids", "labels", "position_ids", *per_token_keys)
     return [{key: row[key][start:stop] for key in kept if key in row} for start, stop in bounds]
+
+
+def joined(documents: Sequence[Mapping[str, list]], key: str) -> list:
+    """A column of documents one after the other. Only position_ids can be missing."""
+    return [value for each in documents for value in each.get(key, range(len(each["input_ids"])))]
 
 
 def _require_no_padding(index: int, mask: list[int] | None) -> None:
@@ -72,13 +75,6 @@ def _require_no_padding(index: int, mask: list[int] | None) -> None:
         f"Feature {index} has an attention_mask that masks {mask.count(0)} of {len(mask)} tokens, but nothing is "
         "padded or masked here. Tokenize without padding."
     )
-
-
-def _labels(labels: list[int], masks: list[list[int] | None]) -> list[int]:
-    for mask in masks:
-        if mask is not None:
-            labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, mask)]
-    return labels
 
 
 def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) -> list[int]:

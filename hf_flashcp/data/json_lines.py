@@ -60,8 +60,7 @@ def _load(files: Sequence[str | os.PathLike]) -> Dataset:
 
 
 def _decode(file: Path) -> None:
-    """Raises a `UnicodeDecodeError` where a file is not UTF-8: pyarrow lets such bytes pass, and reading the row
-    fails."""
+    """Fails where a file is not UTF-8: pyarrow lets such bytes pass, and reading the row fails."""
     with file.open(encoding="utf-8") as text:
         while text.read(1 << 20):
             pass

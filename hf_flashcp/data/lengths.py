@@ -63,17 +63,9 @@ def sample_pack(name: str, window: int, *, seed: int = 0) -> list[int]:
 
 
 def read_lengths(path: str | Path, column: str = "length") -> list[int]:
-    """Reads the document lengths of a dataset that is tokenized already.
-
-    Args:
-        path (`str` or path): a `.jsonl` file with one document per line, or any other text with whole numbers between
-            spaces, commas or line ends.
-        column (`str`, *optional*, defaults to `"length"`): key of a `.jsonl` file's lines that holds a number of
-            tokens, or the tokens.
-
-    Raises:
-        PlanError: a file that cannot be read, or a line without a length of at least 1.
-    """
+    """Reads the document lengths of a dataset that is tokenized already, from a `.jsonl` file with one document per
+    line, whose `column` holds a number of tokens or the tokens, or from any other text with whole numbers between
+    spaces, commas or line ends."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,7 +88,6 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
 
 
 def _lengths_in_line(line: str, column: str | None) -> list[int]:
-    """Returns the lengths in a line of text, or of JSON with a column."""
     if column is None:
         return [int(word) for word in line.replace(",", " ").split()]
     if not line.strip():
@@ -106,11 +97,7 @@ def _lengths_in_line(line: str, column: str | None) -> list[int]:
 
 
 def draw_pack(lengths: Sequence[int], window: int, *, seed: int = 0) -> list[int]:
-    """Takes documents of a dataset in random order, each at most once, until a window is full; the last is truncated.
-
-    Raises:
-        PlanError: fewer tokens than the window.
-    """
+    """Fills a window with documents in random order, each at most once; the last is truncated."""
     space = _whole_number("window", window, at_least=1)
     if sum(lengths) < space:
         raise PlanError(f"{len(lengths)} documents with {sum(lengths):,} tokens do not fill a window of {space:,}.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,17 @@ class PackedDocumentStream(PackedRows, IterableDataset):
     Raises:
         ConfigurationError: several loader workers.
     """
+
+    def __init__(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, window, bad_rows, per_token_keys, kwargs)
 
     def _reset(self) -> None:
         self._to_skip = 0
@@ -93,17 +105,17 @@ class PackedDocumentStream(PackedRows, IterableDataset):
     def _packs(self) -> Iterator[list[dict[str, list]]]:
         options, packer = self.options, self.options.step_packer()
         held: dict[int, list[dict[str, list]]] = {}
-        times: dict[int, tuple[float, bool]] = {}
+
+        @cache
+        def times(tokens: int) -> tuple[float, bool]:
+            seconds, heavy = options.times(np.array([tokens]))
+            return float(seconds[0]), bool(heavy[0])
+
         tokens_of_step = options.step_packs * options.window * (1 - options.spare)
         for number, unit in enumerate(self._units()):
             held[number] = unit
-            weights = []
-            for length in map(tokens_of, unit):
-                if length not in times:
-                    seconds, heavy = options.times(np.array([length]))
-                    times[length] = (float(seconds[0]), bool(heavy[0]))
-                weights.append(times[length])
-            packer.add(number, sum(map(tokens_of, unit)), sum(each for each, _ in weights), any(h for _, h in weights))
+            seconds, heavy = zip(*(times(tokens_of(document)) for document in unit))
+            packer.add(number, sum(map(tokens_of, unit)), sum(seconds), any(heavy))
             while packer.tokens >= tokens_of_step and packer.documents >= options.step_packs:
                 yield from self._come_out(packer.step(options.step_packs), held)
         if rest := packer.take_rest():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,17 @@ class PackedDocuments(PackedRows, Dataset):
         PlanError: see [`pack_lengths`].
     """
 
-    def __init__(self, dataset: Any, window: int, *, seed: int = 0, **kwargs: Any):
-        super().__init__(dataset, window, **kwargs)
+    def __init__(
+        self,
+        dataset: Any,
+        window: int,
+        *,
+        bad_rows: str = "error",
+        per_token_keys: Sequence[str] = (),
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(dataset, window, bad_rows, per_token_keys, kwargs)
         self.seed = seed
         self._lengths: np.ndarray | None = None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import BatchError, ConfigurationError
-from .features import read_documents
+from .features import joined, read_documents
 from .packing_options import PackingOptions
 
 
@@ -27,18 +27,17 @@ class PackedRows:
         self,
         dataset: Any,
         window: int,
-        *,
-        bad_rows: str = "error",
-        per_token_keys: Sequence[str] = (),
-        **kwargs: Any,
+        bad_rows: str,
+        per_token_keys: Sequence[str],
+        options: dict[str, Any],
     ):
         if bad_rows not in ("error", "skip"):
             raise BatchError(f'bad_rows is {bad_rows!r}: choose "error" or "skip".')
         self.dataset, self.per_token_keys = dataset, tuple(per_token_keys)
         self.skip_bad_rows = bad_rows == "skip"
-        self._given = {name: kwargs.pop(name, None) for name in OF_THE_RUN}
-        known = {name: value for name, value in self._given.items() if value is not None}
-        self.options = PackingOptions(window, **kwargs, **known)
+        self._given = {name: options.get(name) for name in OF_THE_RUN}
+        known = {name: value for name, value in options.items() if name not in OF_THE_RUN or value is not None}
+        self.options = PackingOptions(window, **known)
         # Shared with loader workers that outlive an epoch.
         self._epoch = torch.tensor(0).share_memory_()
         self._reset()
@@ -65,7 +64,7 @@ class PackedRows:
         self._epoch.fill_(epoch)
 
     def metrics(self) -> dict[str, float]:
-        """Returns numbers for logs; empty while nothing is packed."""
+        """Numbers for logs; empty while nothing is packed."""
         report = self.report()
         names = ("fill_rate", "micro_step_imbalance", "step_imbalance", "mean_delay")
         return {f"flashcp_{name}": report[name] for name in names if report.get("packs")}
@@ -88,20 +87,14 @@ class PackedRows:
 
 
 def tokens_of(document: Mapping[str, list]) -> int:
-    """Returns the number of a document's tokens."""
     return len(document["input_ids"])
 
 
 def cut(document: Mapping[str, list], start: int, stop: int) -> dict[str, list]:
-    """Returns tokens [start, stop) of a document."""
     return {key: values[start:stop] for key, values in document.items()}
 
 
 def join(documents: Sequence[Mapping[str, list]]) -> dict[str, list]:
     """Joins documents to a packed row."""
-    row: dict[str, list] = {}
-    for key in {key: None for document in documents for key in document}:
-        # Only position_ids can be missing.
-        parts = (document.get(key, range(tokens_of(document))) for document in documents)
-        row[key] = [value for part in parts for value in part]
+    row = {key: joined(documents, key) for key in {key: None for document in documents for key in document}}
     return {**row, "seq_lengths": [tokens_of(document) for document in documents]}

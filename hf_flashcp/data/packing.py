@@ -91,15 +91,9 @@ class Packing:
 
 
 def imbalance(seconds: np.ndarray, dp_size: int, gradient_accumulation_steps: int) -> dict[str, float]:
-    """Returns what data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 for a tenth.
-    Where groups wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end
-    of an optimizer step, `step_imbalance`. A last micro-step that not every group has a pack for does not count.
-
-    Args:
-        seconds (`np.ndarray`): (packs,) predicted seconds.
-        dp_size (`int`): data-parallel groups.
-        gradient_accumulation_steps (`int`): micro-steps of an optimizer step.
-    """
+    """What data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 for a tenth. Where groups
+    wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end of an
+    optimizer step, `step_imbalance`. A last micro-step that not every group has a pack for does not count."""
     micro_steps = np.asarray(seconds)[: len(seconds) // dp_size * dp_size].reshape(-1, dp_size)
     if not len(micro_steps):
         return {"micro_step_imbalance": 1.0, "step_imbalance": 1.0}
@@ -174,17 +168,11 @@ def pack_lengths(
 
 
 class EpochPacker:
-    """Packs documents anew for each epoch, with an equal number of packs; see [`pack_lengths`].
+    """Packs documents anew for each epoch, with an equal number of packs; see [`pack_lengths`]. Rows of length 0 are
+    left out.
 
     Documents with fewer than `cp_size` tokens cannot have a pack to themselves: those next to each other in the
     dataset are kept together.
-
-    Args:
-        lengths (`np.ndarray`): (rows,) int64, tokens of each row's document, 0 for rows that are left out.
-        options (`PackingOptions`): how to pack.
-
-    Raises:
-        PlanError: documents that cannot be packed, see [`pack_lengths`].
     """
 
     def __init__(self, lengths: np.ndarray, options: PackingOptions):
@@ -216,8 +204,8 @@ class EpochPacker:
         return [Waiting(self._seconds[unit], unit, self._tokens[unit], 0) for unit in units]
 
     def _spare(self) -> float:
-        """Returns the share of packs to spare with which a trial on some of the documents does not have to pack many
-        steps again: documents that are long for the window leave more room in every step than few short ones fill."""
+        """Share of packs to spare with which a trial on some of the documents does not have to pack many steps again:
+        documents that are long for the window leave more room in every step than few short ones fill."""
         order = np.random.default_rng(0).permutation(len(self._tokens))[:MOST_TRIED].tolist()
         spare = self.options.spare
         while True:
@@ -235,8 +223,7 @@ class EpochPacker:
         return self._packing(packs)
 
     def _steps(self, order: list[int], packs: int) -> tuple[list[list[list[Waiting]]], list[Waiting]]:
-        """Returns the packs of each step, at most `packs` in all, of documents in this order, and the documents that
-        had no room."""
+        """The packs of each step, at most `packs` in all, of documents in this order, and those without room."""
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
         tokens = sum(self._tokens[unit] for unit in order)
@@ -261,7 +248,7 @@ class EpochPacker:
     def _with_rest(
         self, steps: list[list[list[Waiting]]], rest: list[Waiting], num_packs: int, most: int | None = None
     ) -> tuple[list[list[Waiting]], int | None]:
-        """Returns the packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
+        """The packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
         documents fit; and how many that were. `([], None)` if it would take more than `most`."""
         options, again = self.options, 1
         if not rest and sum(map(len, steps)) == num_packs:
@@ -298,8 +285,7 @@ class EpochPacker:
 
 
 def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
-    """Returns the unit of each part, (n,) int64. Parts of a unit stay together; those that are long enough for a pack
-    are alone."""
+    """The unit of each part, (n,) int64. Its parts stay together; those long enough for a pack are alone."""
     short = tokens < options.cp_size
     unit = np.cumsum(~short) - 1
     units, held = int((~short).sum()), 0

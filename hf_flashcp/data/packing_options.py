@@ -34,11 +34,7 @@ class DocumentPart(NamedTuple):
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """Options of [`pack_lengths`], checked, and what follows from them.
-
-    Raises:
-        PlanError: an option that [`pack_lengths`] does not list, or a number out of range.
-    """
+    """Options of [`pack_lengths`], checked, and what follows from them."""
 
     window: int
     strategy: str = "balanced"
@@ -71,22 +67,19 @@ class PackingOptions:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document that is packed whole."""
         return self.max_length or self.window
 
     @property
     def step_packs(self) -> int:
-        """Packs of an optimizer step."""
         return self.dp_size * self.gradient_accumulation_steps
 
     @property
     def spare(self) -> float:
-        """Share of packs to spare, see `SPARE_PACKS`."""
         return SPARE_PACKS[self.strategy]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
-        """Returns how many packs have room for documents in whatever order they come, with a share of them to spare;
-        those of whole steps if there are documents for them."""
+        """How many packs have room for documents in whatever order they come, with a share of them to spare; those of
+        whole steps if there are documents for them."""
         least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
         steps = math.ceil(least * (1 + (self.spare if spare is None else spare)) / self.step_packs)
         return max(least, min(steps * self.step_packs, len(documents)))
@@ -101,12 +94,10 @@ class PackingOptions:
         return None
 
     def step_packer(self) -> StepPacker:
-        """Makes a packer of documents as they come."""
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `(seconds, heavy)`, (n,) each: predicted seconds of documents on one device, and whether they wait
-        for others like them."""
+        """Predicted seconds of documents on one device, (n,), and whether they wait for others like them."""
         model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
         different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
         linear, attention = model.document_times(different)
@@ -114,11 +105,7 @@ class PackingOptions:
         return (linear + attention)[which[:-1]], heavy[which[:-1]]
 
     def parts(self, document: int, length: int) -> list[DocumentPart]:
-        """Cuts a document to the parts that are packed; none if it is dropped.
-
-        Raises:
-            PlanError: it is too long, and `overlong` is "error".
-        """
+        """Cuts a document to the parts that are packed; none if it is dropped."""
         longest = self.longest
         if length <= longest:
             return [DocumentPart(document, 0, length)]
@@ -136,39 +123,31 @@ class Counts:
     """Counts of documents and tokens: those that came in are packed, dropped or, for tokens, truncated."""
 
     def __init__(self):
-        names = ("packed", "dropped", "truncated", "split")
-        self.documents = dict.fromkeys(("in", *names), 0)
-        self.tokens = dict.fromkeys(("in", *names[:3]), 0)
+        names = ("in", "packed", "dropped", "truncated")
+        self.documents, self.tokens = dict.fromkeys((*names, "split"), 0), dict.fromkeys(names, 0)
+
+    def count(self, name: str, documents: int, tokens: int) -> None:
+        self.documents[name] += documents
+        self.tokens[name] += tokens
+
+    def add_whole(self, documents: int, tokens: int) -> None:
+        """Counts documents that are packed whole."""
+        self.count("in", documents, tokens)
+        self.count("packed", documents, tokens)
 
     def add(self, length: int, parts: Sequence[DocumentPart]) -> None:
         """Counts a document of `length` tokens of which `parts` are packed."""
         packed = sum(part.stop - part.start for part in parts)
-        if packed == length:
-            self.add_whole(1, packed)
-        else:
-            self._add_cut(length, packed)
+        self.count("in", 1, length)
+        self.count("packed", int(packed > 0), packed)
+        if packed < length:
+            self.count("truncated" if packed else "dropped", 1, length - packed)
         self.documents["split"] += len(parts) > 1
-
-    def add_whole(self, documents: int, tokens: int) -> None:
-        """Counts documents that are packed whole."""
-        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
-            counts["in"] += number
-            counts["packed"] += number
-
-    def _add_cut(self, length: int, packed: int) -> None:
-        self.documents["in"] += 1
-        self.tokens["in"] += length
-        self.tokens["packed"] += packed
-        self.tokens["truncated" if packed else "dropped"] += length - packed
-        self.documents["dropped"] += not packed
-        self.documents["packed"] += packed > 0
-        self.documents["truncated"] += packed > 0
 
     def drop(self, documents: int, tokens: int) -> None:
         """Counts documents as dropped that were counted as packed."""
-        for counts, number in ((self.documents, documents), (self.tokens, tokens)):
-            counts["packed"] -= number
-            counts["dropped"] += number
+        self.count("packed", -documents, -tokens)
+        self.count("dropped", documents, tokens)
 
     def to_dict(self) -> dict[str, int]:
         both = (("documents", self.documents), ("tokens", self.tokens))

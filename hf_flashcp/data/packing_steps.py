@@ -13,14 +13,8 @@ ALIKE = 0.05
 
 
 class Waiting(NamedTuple):
-    """A document without a pack; documents sort by time.
-
-    Attributes:
-        seconds (`float`): predicted seconds on one device.
-        item (`int`): number of the document or unit.
-        tokens (`int`): its tokens.
-        step (`int`): optimizer step that was being filled when it came.
-    """
+    """A document or unit without a pack: its predicted seconds on one device, and the optimizer step that was being
+    filled when it came. They sort by time."""
 
     seconds: float
     item: int
@@ -31,15 +25,9 @@ class Waiting(NamedTuple):
 class StepPacker:
     """Documents in, the packs of one optimizer step after the other out.
 
-    Args:
-        window (`int`): tokens that a pack has room for.
-        balanced (`bool`): each document goes to the pack that takes the least time; else best fit.
-        dp_size (`int`): packs of a micro-step.
-        look_ahead (`int`): steps that a heavy document may wait for `dp_size - 1` others that are [`ALIKE`].
-
-    Attributes:
-        tokens, documents (`int`): tokens and documents that the next step can have.
-        steps (`int`): steps so far.
+    With `balanced` each document goes to the pack that takes the least time, else to the one that it fits best, and a
+    heavy document waits up to `look_ahead` steps for `dp_size - 1` others that are [`ALIKE`]. `tokens` and `documents`
+    count what the next step can have.
     """
 
     def __init__(self, window: int, balanced: bool, dp_size: int, look_ahead: int):
@@ -50,7 +38,6 @@ class StepPacker:
         self._heavy: list[Waiting] = []
 
     def add(self, item: int, tokens: int, seconds: float, heavy: bool) -> None:
-        """Takes a document."""
         document = Waiting(seconds, item, tokens, self.steps)
         if heavy and self.balanced and self.look_ahead:
             bisect.insort(self._heavy, document)
@@ -63,7 +50,7 @@ class StepPacker:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of documents that wait for others like them, so that the next step does not have them."""
+        """Tokens of documents that wait for others like them, which the next step does not have."""
         return sum(document.tokens for document in self._heavy)
 
     def release(self) -> bool:
@@ -74,7 +61,7 @@ class StepPacker:
         return True
 
     def step(self, packs: int) -> list[list[Waiting]]:
-        """Returns the packs of the next step, none of them empty; fewer than asked for if documents run out."""
+        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
         while self._heavy:
             oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
             if self._heavy[oldest].step + self.look_ahead > self.steps:
@@ -87,14 +74,12 @@ class StepPacker:
         return found
 
     def take_rest(self) -> list[Waiting]:
-        """Removes and returns all documents without a pack."""
         rest = self._left + self._pool + self._heavy
         self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
         return rest
 
     def _most_alike(self, among: Sequence[int]) -> int:
-        """Returns where the run of `dp_size` neighbours begins whose times differ least, of those with one of
-        `among`."""
+        """Where the run of `dp_size` neighbours begins whose times differ least, of those with one of `among`."""
         heavy, size = self._heavy, min(self.dp_size, len(self._heavy))
         firsts = range(max(among[0] - size + 1, 0), min(among[-1], len(heavy) - size) + 1)
         return min(firsts, key=lambda first: heavy[first + size - 1].seconds / heavy[first].seconds)
@@ -111,11 +96,8 @@ class StepPacker:
 
 
 def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Puts each document, as they come, in the pack that takes the least time of those with room.
-
-    Returns:
-        `(packs, left)`: at most as many packs as asked for, none empty, and the documents that had no room.
-    """
+    """Puts each document, as they come, in the pack that takes the least time of those with room. Returns `(packs,
+    left)`: at most as many packs as asked for, none empty, and the documents that had no room."""
     found: list[list[Waiting]] = [[] for _ in range(packs)]
     room = [window] * packs
     times = [(0.0, index) for index in range(packs)]
@@ -140,12 +122,8 @@ def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[l
 def best_fit(
     documents: Sequence[Waiting], window: int, packs: int | None = None
 ) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Puts each document, as they come, in the pack with the least room that is enough.
-
-    Returns:
-        `(packs, left)`: as many packs as asked for, if there are documents for them, and the documents that had no
-        room.
-    """
+    """Puts each document, as they come, in the pack with the least room that is enough. Returns `(packs, left)`: as
+    many packs as asked for, if there are documents for them, and the documents that had no room."""
     found: list[list[Waiting]] = []
     spaces: list[int] = []
     with_space: dict[int, list[list[Waiting]]] = {}
@@ -174,7 +152,7 @@ def best_fit(
 
 
 def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
-    """Returns `count` packs, by halving the slowest; fewer if there are not as many documents."""
+    """`count` packs, by halving the slowest; fewer if there are not as many documents."""
     done = [pack for pack in packs if len(pack) == 1]
     several = [(-pack_seconds(pack), index, pack) for index, pack in enumerate(packs) if len(pack) > 1]
     heapq.heapify(several)
@@ -191,8 +169,8 @@ def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
 
 
 def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_steps: int) -> list[list[Waiting]]:
-    """Returns the packs of one or several steps in order: those of a micro-step take about the same time, and over a
-    step each data-parallel group about the same as the others."""
+    """The packs of one or several steps in order: those of a micro-step take about the same time, and over a step each
+    data-parallel group about the same as the others."""
     packs = sorted(packs, key=pack_seconds, reverse=True)
     micro_steps = [packs[start : start + dp_size] for start in range(0, len(packs), dp_size)]
     steps = -(-len(micro_steps) // gradient_accumulation_steps)
@@ -211,5 +189,4 @@ def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_
 
 
 def pack_seconds(pack: Sequence[Waiting]) -> float:
-    """Returns the predicted seconds of a pack on one device."""
     return sum(document.seconds for document in pack)

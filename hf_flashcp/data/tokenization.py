@@ -141,8 +141,8 @@ def tokenize_chats(
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
-    """Returns the chat templates, with marks, that rows of such a dataset can get: transformers takes "tool_use" for
-    rows with tools, where there is one."""
+    """The chat templates, with marks, for rows of such a dataset: "tool_use", where there is one, for rows with
+    tools."""
     given = tokenizer.chat_template
     named = given if isinstance(given, Mapping) else {"default": given}
     names = ["default", *(["tool_use"] if "tools" in column_names else [])]
@@ -237,26 +237,26 @@ def _tokenize_texts(
     rows = _Rows(with_labels=False)
     for text in batch[column]:
         if not isinstance(text, str):
-            rows.leave_out("missing")
+            rows.add("missing")
         elif not text.strip():
-            rows.leave_out("empty")
+            rows.add("empty")
         else:
             document = _with_ends_once(next(tokens), tokenizer)
             if max_length is None or len(document) <= max_length:
-                rows.keep("whole", document)
+                rows.add("whole", document)
             elif overlong == "drop":
-                rows.leave_out("too_long", len(document))
+                rows.add("too_long", left_out=len(document))
             elif overlong == "truncate":
-                rows.keep("truncated", document[:max_length], left_out=len(document) - max_length)
+                rows.add("truncated", document[:max_length], left_out=len(document) - max_length)
             else:
                 for start in range(0, len(document), max_length):
-                    rows.keep(None if start else "split", document[start : start + max_length])
+                    rows.add(None if start else "split", document[start : start + max_length])
     return rows.columns
 
 
 def _with_ends_once(document: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Puts the end token behind a document, and leaves it and the beginning token once where text and tokenizer both
-    have them."""
+    """Ends a document with the end token; it and the beginning token stand once where text and tokenizer both have
+    them."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, stop = 0, len(document)
     while begin is not None and document[start : start + 2] == [begin, begin]:
@@ -282,7 +282,7 @@ def _tokenize_chats(
         row = {name: without_filled(batch[name][place], feature) for name, feature in features.items()}
         messages = row.pop(column)
         if not _is_conversation(messages):
-            rows.leave_out("missing" if messages != [] else "empty")
+            rows.add("missing" if messages != [] else "empty")
             continue
         arguments = template_arguments(index, row)
         ignored = [name for name in arguments if name not in own_arguments and not is_mentioned(name, templates)]
@@ -291,23 +291,23 @@ def _tokenize_chats(
         noted = {"ignored": ignored, "assistant_first": _begins_with_assistant(messages)}
         labels = [token if kept else IGNORE_INDEX for token, kept in zip(document, mask)]
         if not any(mask[1:]):
-            rows.leave_out("no_assistant", len(document), **noted)
+            rows.add("no_assistant", left_out=len(document), **noted)
         elif max_length is None or len(document) <= max_length:
-            rows.keep("whole", document, labels, **noted)
+            rows.add("whole", document, labels, **noted)
         elif overlong == "drop":
-            rows.leave_out("too_long", len(document), **noted)
+            rows.add("too_long", left_out=len(document), **noted)
         elif not any(mask[1:max_length]):
-            rows.leave_out("assistant_cut_off", len(document), **noted)
+            rows.add("assistant_cut_off", left_out=len(document), **noted)
         else:
             left_out = len(document) - max_length
-            rows.keep("truncated", document[:max_length], labels[:max_length], left_out, **noted)
+            rows.add("truncated", document[:max_length], labels[:max_length], left_out, **noted)
     return rows.columns
 
 
 def _encoded(
     index: int, messages: list[dict], arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
+    """The tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
     try:
         encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
@@ -347,30 +347,23 @@ class _Rows:
         names += ["labels", "ignored", "assistant_first"] if with_labels else []
         self.columns: dict[str, list] = {name: [] for name in names}
 
-    def keep(
+    def add(
         self,
         outcome: str | None,
-        document: list[int],
-        labels: list[int] | None = None,
+        document: Sequence[int] = (),
+        labels: Sequence[int] = (),
         left_out: int = 0,
-        **noted: Any,
+        ignored: Sequence[str] = (),
+        assistant_first: bool = False,
     ) -> None:
-        """Adds a document; `outcome` is None for the further pieces of a split one."""
-        targets = sum(label != IGNORE_INDEX for label in (labels or document)[1:])
-        self._add(document, labels or [], outcome, targets, left_out, **noted)
-
-    def leave_out(self, outcome: str, tokens: int = 0, **noted: Any) -> None:
-        """Adds a row without a document."""
-        self._add([], [], outcome, 0, tokens, **noted)
-
-    def _add(self, document, labels, outcome, targets, left_out, ignored=(), assistant_first=False) -> None:
+        """Adds a document, or a row that is left out; `outcome` is None for the further pieces of a split one."""
         row = {
             "input_ids": document,
             "labels": labels,
             "outcome": outcome,
             "ignored": list(ignored),
             "tokens": len(document),
-            "targets": targets,
+            "targets": sum(label != IGNORE_INDEX for label in (labels or document)[1:]),
             "tokens_left_out": left_out,
             "assistant_first": int(assistant_first and bool(document)),
         }

@@ -13,18 +13,9 @@ if TYPE_CHECKING:
     from .shard_plan import ShardPlan
 
 
-class Calls(NamedTuple):
-    """Calls of each rank, forward and backward together.
-
-    Attributes:
-        collectives (`list[int]`): the same on every rank.
-        kernel_calls (`list[int]`): of a kernel that takes any number of sequences.
-        copies (`list[int]`): passes over rows, K and V together.
-    """
-
-    collectives: list[int]
-    kernel_calls: list[int]
-    copies: list[int]
+Calls = dict[str, list[int]]
+"""Of each rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` of a kernel that
+takes any number of sequences, and `copies`, passes over rows, K and V together."""
 
 
 class KeyPiece(NamedTuple):
@@ -37,16 +28,9 @@ class KeyPiece(NamedTuple):
 
 
 def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tuple[int, int]] | None:
-    """Where each slice finds the keys before it among what has arrived.
-
-    Args:
-        arrived: pieces, one behind the other in a buffer whatever their `offset`, none straddling a slice.
-        slices: of the rank that they came to.
-
-    Returns:
-        `list[tuple[int, int]]`: rows of the buffer for each slice, `(0, 0)` for a slice that needs none; `None` if a
-        slice's keys are not in one range.
-    """
+    """Rows of a buffer where each slice finds the keys before it, `(0, 0)` for one that needs none; `None` if a
+    slice's keys are not in one range. The pieces that have arrived lie one behind the other, whatever their `offset`,
+    and none straddles a slice."""
     pieces: dict[int, list[KeyPiece]] = defaultdict(list)
     offset = 0
     for document, start, tokens, _ in arrived:
@@ -87,7 +71,7 @@ def full_attention_calls(plan: ShardPlan) -> Calls:
                 documents = [from_ranks[source] for source in sources]
                 copies[receiver] += 1 if _arrive_in_order(receiver, sources, documents, held) else 3
         collectives += 2 * exists
-    return Calls([collectives] * cp_size, kernel_calls, copies)
+    return {"collectives": [collectives] * cp_size, "kernel_calls": kernel_calls, "copies": copies}
 
 
 def window_calls(plan: ShardPlan, window: int) -> Calls:
@@ -101,7 +85,8 @@ def window_calls(plan: ShardPlan, window: int) -> Calls:
         local = any(start == 0 or stop - start >= window for _, start, stop in rank_slices)
         kernel_calls.append(2 * (waits + local))
         copies.append((2 if rows else 0) + 5 * waits)
-    return Calls([2 if any(sent) else 0] * plan.cp_size, kernel_calls, copies)
+    collectives = [2 if any(sent) else 0] * plan.cp_size
+    return {"collectives": collectives, "kernel_calls": kernel_calls, "copies": copies}
 
 
 def _travelling_documents(held: dict[int, list[HeldSlice]], cp_size: int) -> list[dict[int, list[int]]]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class _Runs(NamedTuple):
-    """Runs of a document's tokens that the same ranks need: the ranks that hold them (n,), their tokens (n,), and
-    whether each rank needs them (n, cp_size)."""
+    """Runs of a document's tokens that the same ranks need: (n,) ranks that hold them, (n,) tokens, and (n, cp_size)
+    whether each rank needs them."""
 
     senders: np.ndarray
     counts: np.ndarray
@@ -34,15 +34,8 @@ def hierarchical_traffic(
     window: int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `(first, second)`, (cp_size, cp_size) int64 each: tokens whose K and V go from rank to rank,
-    [sender][receiver], in either step of the forward of one layer.
-
-    Args:
-        slices: the slices of each rank, as in [`ShardPlan`].
-        ranks_per_node (`int`): ranks of a full node.
-        window (`int`, *optional*): the layer's sliding window, in tokens; full attention if `None`.
-        offsets (`Sequence[int]`, *optional*): ring offsets of the stage; all of them if `None`.
-    """
+    """`(first, second)`, (cp_size, cp_size) int64 each: tokens whose K and V go from rank to rank, [sender][receiver],
+    in either step of the forward of one layer, in the stage of some ring offsets if not all."""
     cp_size = len(slices)
     place = np.arange(cp_size) % ranks_per_node
     node = np.arange(cp_size) // ranks_per_node
@@ -65,8 +58,8 @@ def hierarchical_traffic(
 
 
 def traffic_by_link(plan: ShardPlan, ranks_per_node: int, window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `(received, sent)`, (2, cp_size) each: tokens whose K and V a rank gets and gives in the forward of one
-    layer, inside its node and between nodes, by the plan's exchange; what a rank hands on included."""
+    """`(received, sent)`, (2, cp_size) each: tokens whose K and V a rank gets and gives in the forward of one layer,
+    inside its node and between nodes, by the plan's exchange; what a rank hands on included."""
     if plan.ranks_per_node is None:
         return by_link(plan.kv_traffic(window), ranks_per_node)
     return by_link(np.add(*hierarchical_traffic(plan.slices, plan.ranks_per_node, window)), ranks_per_node)

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
-    """The report but for what each rank calls: in a time that grows with the number of slices alone, where there is no
-    window."""
+    """The report but for calls: without a window in a time that grows with the number of slices alone."""
     tokens, pairs = rank_tokens(plan.slices), rank_pairs(plan.slices, window)
     received, sent = plan.kv_moved(window)
     kv_total, kv_all_gather = sum(received), (plan.cp_size - 1) * plan.num_tokens
@@ -38,7 +37,7 @@ def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None)
     """See [`ShardPlan.report`]; traffic is counted by link where `ranks_per_node` is given."""
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
-    report = {**plan_costs(plan, window), **calls._asdict()}
+    report = {**plan_costs(plan, window), **calls}
     if plan.ranks_per_node is not None:
         report["collectives"] = [2 * count for count in report["collectives"]]
     if ranks_per_node is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import operator
@@ -16,7 +17,7 @@ import numpy as np
 from ..errors import PlanError
 from .lengths import check_lengths
 from .report import plan_report
-from .slices import Slice
+from .slices import Slice, slices_by_document
 from .topology import Topology
 from .traffic import full_attention_traffic, traffic_matrix
 
@@ -137,9 +138,11 @@ class ShardPlan:
         return self._exchanged(self.offset_groups, ranks_per_node)
 
     def _exchanged(self, offset_groups: Sequence[Sequence[int]] | None, ranks_per_node: int | None) -> ShardPlan:
-        plan = ShardPlan(self.lengths, self.cp_size, self.slices, offset_groups, ranks_per_node)
-        for name in ("planning_seconds", "content_digest", "row_lengths"):
-            setattr(plan, name, getattr(self, name))
+        plan = copy.copy(self)
+        plan.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
+        plan.ranks_per_node = _check_nodes(ranks_per_node, self.cp_size)
+        plan._moved, plan._traffic = self._moved, self._traffic
+        vars(plan).pop("digest", None)
         return plan
 
     def validate(self) -> ShardPlan:
@@ -150,7 +153,6 @@ class ShardPlan:
         """
         if len(self.slices) != self.cp_size:
             raise PlanError(f"The plan has slices for {len(self.slices)} ranks, but cp_size is {self.cp_size}.")
-        pieces = []
         for rank, rank_slices in enumerate(self.slices):
             if not rank_slices:
                 raise PlanError(f"Rank {rank} holds no tokens: every rank needs at least one.")
@@ -165,25 +167,19 @@ class ShardPlan:
                         f"Rank {rank} holds tokens [{start}, {stop}) of document {document}, "
                         f"which has {self.lengths[document]} tokens."
                     )
-                pieces.append((document, start, stop, rank))
-        pieces.sort()
-        position = 0
-        for index, (document, start, stop, rank) in enumerate(pieces):
-            if index == 0 or pieces[index - 1][0] != document:
-                position = 0
-            if start > position:
-                raise PlanError(f"Tokens [{position}, {start}) of document {document} are on no rank.")
-            if start < position:
-                raise PlanError(f"Tokens of document {document} from {start} are on rank {rank} and on another rank.")
-            position = stop
-            last_of_document = index + 1 == len(pieces) or pieces[index + 1][0] != document
-            if last_of_document and position < self.lengths[document]:
-                raise PlanError(
-                    f"Tokens [{position}, {self.lengths[document]}) of document {document} are on no rank."
-                )
-        missing = set(range(len(self.lengths))) - {document for document, *_ in pieces}
-        if missing:
-            raise PlanError(f"Document {min(missing)} is on no rank.")
+        held = slices_by_document(self.slices)
+        for document, length in enumerate(self.lengths):
+            if document not in held:
+                raise PlanError(f"Document {document} is on no rank.")
+            position = 0
+            for start, stop, rank in (*held[document], (length, length, -1)):
+                if start > position:
+                    raise PlanError(f"Tokens [{position}, {start}) of document {document} are on no rank.")
+                if rank >= 0 and start < position:
+                    raise PlanError(
+                        f"Tokens of document {document} from {start} are on rank {rank} and on another rank."
+                    )
+                position = stop
         return self
 
     def report(self, window: int | None = None, topology: Topology | None = None) -> dict[str, Any]:

@@ -45,11 +45,8 @@ def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[Held
 
 
 def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
-    """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i).
-
-    Args:
-        window (`int`, *optional*): keys that a query sees at most, itself included; all before it if `None`.
-    """
+    """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i), of at most
+    `window` keys per query."""
     if window is not None and stop > window:
         inside = max(start, window)
         return (stop - inside) * window + (attention_pairs(start, inside) if start < inside else 0)
@@ -57,7 +54,6 @@ def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
 
 
 def rank_tokens(slices: Sequence[Sequence[Slice]]) -> list[int]:
-    """Tokens of each rank."""
     return [sum(stop - start for _, start, stop in held) for held in slices]
 
 

@@ -32,15 +32,8 @@ def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, items
 
 
 def needed_keys(slices: Sequence[Sequence[Slice]], window: int | None = None) -> dict[int, dict[int, list[Interval]]]:
-    """Which tokens before its own slices each rank attends to.
-
-    Args:
-        slices: of each rank, as in [`ShardPlan`].
-        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
-
-    Returns:
-        `{document: {rank: intervals}}`: disjoint and ascending. Some of their tokens may be the rank's own.
-    """
+    """Which tokens before its own slices each rank attends to: `{document: {rank: intervals}}`, disjoint and
+    ascending. Some of them may be the rank's own."""
     needed: dict[int, dict[int, list[Interval]]] = defaultdict(dict)
     for rank, rank_slices in enumerate(slices):
         for document, start, _ in rank_slices:
@@ -81,12 +74,7 @@ def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int]
 
 
 def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None) -> np.ndarray:
-    """(cp_size, cp_size) int64: tokens whose K and V go from rank to rank in the forward of one layer,
-    [sender][receiver]; zero on the diagonal.
-
-    Args:
-        window (`int`, *optional*): of a sliding-window layer, in tokens; full attention if `None`.
-    """
+    """Tokens whose K and V travel in the forward of one layer: (cp_size, cp_size) int64, [sender][receiver]."""
     cp_size = len(slices)
     traffic = np.zeros((cp_size, cp_size), dtype=np.int64)
     if window is None:
@@ -108,8 +96,7 @@ def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None)
 
 
 def by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(received, sent)`, (2, cp_size) each, of traffic [sender][receiver]: inside the rank's node, and from and to
-    other nodes."""
+    """Received and sent tokens of traffic [sender][receiver], (2, cp_size) each: inside nodes and between them."""
     node = np.arange(len(traffic)) // ranks_per_node
     inside = node[:, None] == node
     parts = [traffic * which for which in (inside, ~inside)]

@@ -21,47 +21,39 @@ import math
 from collections.abc import Iterator
 
 from ..plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
-from .caps import Caps
+from .caps import Caps, assign_shares
 from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
 
 
 def flashcp(caps: Caps) -> Slices:
-    """Slices of every rank with tokens and attention pairs under the caps; all documents Per-Doc where no plan of
-    Algorithm 1 meets them."""
+    """The slices of [`algorithm1`], or of [`per_doc`] where no plan of Algorithm 1 meets the caps."""
     return algorithm1(caps) or per_doc(caps.lengths, caps.cp_size)
 
 
 def algorithm1(
     caps: Caps, total: float = math.inf, bottleneck: float = math.inf, most_work: float = math.inf
 ) -> Slices | None:
-    """The first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest first.
+    """The first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest first, or `None`.
 
-    Args:
-        caps (`Caps`): what ranks may hold.
-        total, bottleneck (`float`, *optional*): tokens whose KV travels in all, and to or from the busiest rank. The
-            search ends at plans that certainly reach both.
-        most_work (`float`, *optional*): slices that may be built before the search is given up.
-
-    Returns:
-        Slices of every rank, or `None` if no plan is found.
+    The search ends at plans that certainly reach both `total` and `bottleneck` (tokens whose KV travels in all, and to
+    or from the busiest rank), and is given up after `most_work` slices that were built.
     """
     longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
-    found, work = None, 0
-    if caps.most_pairs * caps.cp_size >= caps.total_pairs and (total > 0 or bottleneck > 0):
-        for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck):
-            if num_per_doc < len(longest_first):
-                work += 2 * caps.cp_size * num_per_doc + len(longest_first)
-            if work > most_work:
-                break
-            found = _round(caps, longest_first[:num_per_doc], longest_first[num_per_doc:])
-            if found:
-                break
-    return found
+    if caps.most_pairs * caps.cp_size < caps.total_pairs or total <= 0 and bottleneck <= 0:
+        return None
+    work = 0
+    for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck):
+        if num_per_doc < len(longest_first):
+            work += 2 * caps.cp_size * num_per_doc + len(longest_first)
+        if work > most_work:
+            break
+        if found := _round(caps, longest_first[:num_per_doc], longest_first[num_per_doc:]):
+            return found
+    return None
 
 
 def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottleneck: float) -> Iterator[int]:
-    """Numbers of Per-Doc documents that may meet the caps, as long as these documents alone stay below `total` or
-    `bottleneck`."""
+    """Numbers of Per-Doc documents that may meet the caps, while these alone stay below `total` or `bottleneck`."""
     lengths, cp_size, least_share = caps.lengths, caps.cp_size, caps.shares[-1]
     split_tokens = split_pairs = split_total = split_bottleneck = 0
     for num_per_doc, document in enumerate(longest_first):
@@ -96,25 +88,23 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
         pieces[rank].append(Slice(document, 0, length))
         tokens[rank] += length
         pairs[rank] += length * (length + 1) // 2
-    shares = caps.shares_of(tokens)
+    shares = assign_shares(caps.shares, tokens)
     # Ranks above their share only give, and heads of together g tokens have at most g (g + 1) / 2 pairs.
     given = [max(held - share, 0) for held, share in zip(tokens, shares)]
     least_pairs = max(held - attention_pairs(0, tokens_given) for held, tokens_given in zip(pairs, given))
-    hopeless = least_pairs > most_pairs and len(whole_documents) >= cp_size
-    if not hopeless:
-        equalize_tokens(pieces, tokens, shares)
-        for rank_pieces, rank_slices in zip(pieces, slices):
-            rank_slices += rank_pieces
-        give_empty_ranks_a_token(slices)
-    return None if hopeless or max(rank_pairs(slices)) > most_pairs else slices
+    if least_pairs > most_pairs and len(whole_documents) >= cp_size:
+        return None
+    equalize_tokens(pieces, tokens, shares)
+    for rank_pieces, rank_slices in zip(pieces, slices):
+        rank_slices += rank_pieces
+    give_empty_ranks_a_token(slices)
+    return None if max(rank_pairs(slices)) > most_pairs else slices
 
 
 def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:
-    """Moves pieces and heads of pieces until no rank has more than its share, in place.
-
-    Only whole documents and what is left of them can move; a rank above its share always has enough of them, since the
-    Per-Doc documents' tokens are equal within one on all ranks.
-    """
+    """Moves pieces and heads of pieces until no rank has more than its share, in place. Only whole documents and what
+    is left of them can move; a rank above its share always has enough of them, since the Per-Doc documents' tokens are
+    equal within one on all ranks."""
     above = [(share - held, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held > share]
     below = [(held - share, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held < share]
     heapq.heapify(above)

@@ -1,4 +1,4 @@
-"""`Caps`: what ranks may hold of one batch."""
+"""`Caps`: what ranks may hold of one batch; `Item`: a slice that is still to be placed on a rank."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, repeat
+from typing import NamedTuple
 
 from ..plan.slices import Lengths, Slice, attention_pairs
-from .items import Item
+
+
+class Item(NamedTuple):
+    """A slice with its attention pairs and tokens, which are looked up too often to be counted. Items sort by
+    pairs."""
+
+    pairs: int
+    piece: Slice
+    tokens: int
+
+
+def item_of(document: int, start: int, stop: int) -> Item:
+    """The item of tokens [start, stop) of a document."""
+    tokens = stop - start
+    return Item(tokens * (stop + start + 1) // 2, Slice(document, start, stop), tokens)
 
 
 class Caps:
-    """The documents of a batch and how much of them a rank may hold.
-
-    Args:
-        lengths (`tuple[int, ...]`): tokens of each document.
-        cp_size (`int`): number of ranks.
-        max_imbalance (`float`): the most attention pairs of a rank, as a multiple of the mean over ranks.
-        max_token_imbalance (`float`): the most tokens of a rank, likewise; where that leaves no room, tokens are equal
-            within one.
-
-    Attributes:
-        total_tokens, total_pairs (`int`): tokens and attention pairs of the batch.
-        most_pairs (`int`): attention pairs that a rank may hold.
-        most_tokens (`int`): tokens that a rank may hold.
-        ranks_with_most (`int`): how many ranks may hold `most_tokens`; all others one less.
-        token_room (`bool`): whether ranks may differ by more than one token.
-    """
+    """The documents of a batch and how much of them a rank may hold: attention pairs and tokens, given as multiples of
+    the mean over ranks. Where that leaves no `token_room`, tokens are equal within one: `ranks_with_most` ranks hold
+    up to `most_tokens`, all others one less."""
 
     def __init__(self, lengths: Lengths, cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0):
         self.lengths, self.cp_size = lengths, cp_size
@@ -57,7 +59,6 @@ class Caps:
         return changed
 
     def allow(self, slices: Sequence[Sequence[Slice]]) -> bool:
-        """Whether no rank holds too many tokens or pairs."""
         for held in slices:
             tokens = pairs = 0
             for _, start, stop in held:
@@ -72,10 +73,6 @@ class Caps:
         """The most tokens of each rank, largest first."""
         with_less = self.cp_size - self.ranks_with_most
         return [self.most_tokens] * self.ranks_with_most + [self.most_tokens - 1] * with_less
-
-    def shares_of(self, tokens: list[int]) -> list[int]:
-        """The most tokens of each rank, the largest shares for the ranks that hold the most `tokens`."""
-        return assign_shares(self.shares, tokens)
 
     @cached_property
     def ascending(self) -> list[Item]:
@@ -93,7 +90,6 @@ class Caps:
 
     @cached_property
     def pairs_up_to(self) -> list[int]:
-        """Attention pairs of the shortest 0, 1, 2, ... documents."""
         return list(accumulate((item.pairs for item in self.ascending), initial=0))
 
     def most_together(self, ranks: int) -> int:

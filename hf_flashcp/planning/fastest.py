@@ -10,6 +10,7 @@ on the stage before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..plan.shard_plan import ShardPlan
@@ -35,8 +36,7 @@ nodes."""
 
 
 class Timed(NamedTuple):
-    """A plan, its attention pairs above the cap, its predicted step time in seconds, and whether it is made for
-    nodes."""
+    """A plan, its attention pairs above the cap, its predicted step time, and whether it is made for nodes."""
 
     beyond: int
     seconds: float
@@ -112,19 +112,22 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     return groups
 
 
-def _candidates(caps: Caps, ranks_per_node: int) -> list[tuple[Slices, bool]]:
+def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[Slices, bool]]:
     """Plans, and whether each is one of [`node_plans`]."""
     lengths, cp_size, slack = caps.lengths, caps.cp_size, min(caps.max_imbalance - 1, MOST_SLACK)
     tightened = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
     if caps.max_imbalance - 1 > slack:
         tightened.append(caps.max_imbalance - 1)
-    found: list[tuple[Slices, bool]] = []
     for token_cap in sorted({1.0, caps.max_token_imbalance}):
         for cap in tightened:
             within = caps.with_imbalance(1 + cap, token_cap)
             flat = search(within)
-            found += [(flat, False), (search(within, minimize_total=True), False)]
-            found += [(slices, True) for slices in node_plans(flat, within, ranks_per_node)]
-        found.append((flashcp(caps.with_imbalance(caps.max_imbalance, token_cap)), False))
-    others = per_doc(lengths, cp_size), per_doc(lengths, cp_size, rotate_ranks=True), per_seq(lengths, cp_size)
-    return found + [(slices, False) for slices in (*others, whole_doc(lengths, cp_size))]
+            yield flat, False
+            yield search(within, minimize_total=True), False
+            for slices in node_plans(flat, within, ranks_per_node):
+                yield slices, True
+        yield flashcp(caps.with_imbalance(caps.max_imbalance, token_cap)), False
+    yield per_doc(lengths, cp_size), False
+    yield per_doc(lengths, cp_size, rotate_ranks=True), False
+    yield per_seq(lengths, cp_size), False
+    yield whole_doc(lengths, cp_size), False

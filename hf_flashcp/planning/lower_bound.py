@@ -58,13 +58,8 @@ class LowPositions:
     def cheapest_without(self, document: int, tokens: int) -> int:
         """Pairs of the so many cheapest tokens of all documents but one of length `document`."""
         own = bisect_right(self.lengths, document) - 1
-        low, high = 0, len(self.lengths)
-        while low < high:
-            middle = (low + high) // 2
-            if self.below[middle] - min(self.lengths[middle], document) <= tokens:
-                low = middle + 1
-            else:
-                high = middle
+        places = range(len(self.lengths))
+        low = bisect_right(places, tokens, key=lambda at: self.below[at] - min(self.lengths[at], document))
         documents = len(self.lengths) - low - (own >= low)
         tokens_below = self.tokens[low] - (document if own < low else 0)
         pairs_below = self.pairs[low] - (attention_pairs(0, document) if own < low else 0)
@@ -77,24 +72,9 @@ class LowPositions:
 def kv_lower_bound(
     lengths: Iterable[int], cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0
 ) -> int:
-    """KV that every plan within the caps moves in the forward of one full-attention layer (derived in the module's
-    docstring; the FlashCP paper has none).
-
-    Args:
-        lengths (`Iterable[int]`): tokens of each document.
-        cp_size (`int`): number of context-parallel ranks.
-        max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs of a rank, as a multiple of the
-            mean over ranks.
-        max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens of a rank, as a multiple of the
-            mean; 1.0 means equal within one token.
-
-    Returns:
-        `int`: tokens whose K and V travel, summed over ranks: at most a plan's `report()["kv_total"]`. It says nothing
-        about plans outside the caps, nor where none is within them.
-
-    Raises:
-        PlanError: lengths or cp_size that no plan can have.
-    """
+    """KV that every plan within the caps moves in the forward of one full-attention layer, in tokens summed over
+    ranks: at most a plan's `report()["kv_total"]` (derived in the module's docstring; the FlashCP paper has none). It
+    says nothing about plans outside the caps, nor where none is within them."""
     return least_kv(Caps(*check_lengths(lengths, cp_size), max_imbalance, max_token_imbalance))
 
 
@@ -116,11 +96,8 @@ def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
     ends = []
     whole = attention_pairs(0, length)
     for ranks in range(1, caps.cp_size):
-        most_pairs, most_tokens, needed = (
-            ranks * caps.most_pairs,
-            caps.most_together(ranks),
-            caps.least_together(ranks),
-        )
+        most_pairs, most_tokens = ranks * caps.most_pairs, caps.most_together(ranks)
+        needed = caps.least_together(ranks)
         if length <= most_tokens:
             if whole + low.cheapest_without(length, max(needed - length, 0)) <= most_pairs:
                 break

@@ -157,15 +157,8 @@ def current_owner(cp_size: int | None = None) -> SettingsOwner | None:
 
 
 def current_settings(cp_size: int | None = None) -> PlanSettings:
-    """The settings of the [`FlashCPPlugin`] that this process made last, else those of the launcher's environment.
-
-    Args:
-        cp_size (`int`, *optional*): default settings for that many ranks, unless the plugin has as many.
-
-    Raises:
-        ConfigurationError: neither a plugin nor an environment that says how many ranks there are.
-        PlanError: a cp_size below 1, an unknown strategy in the environment.
-    """
+    """The settings of the [`FlashCPPlugin`] that this process made last, if it has `cp_size` ranks or none are asked
+    for; else default ones for `cp_size` ranks, else those of the launcher's environment."""
     if (owner := current_owner(cp_size)) is not None:
         return owner.plan_settings
     if cp_size is not None:

@@ -65,13 +65,13 @@ def give_empty_ranks_a_token(slices: Slices) -> None:
 def per_doc(
     lengths: Lengths, cp_size: int, rotate_ranks: bool = False, documents: Iterable[int] | None = None
 ) -> Slices:
-    """Every document in 2N near-equal chunks, rank i takes chunks i and 2N-1-i (WLB-LLM's per-document sharding).
+    """Every document, or those of `documents`, in 2N near-equal chunks, rank i takes chunks i and 2N-1-i (WLB-LLM's
+    per-document sharding).
 
     The `length mod 2N` tokens left over go one each to the next chunks in the order of the zigzag, and the place in
-    that order is carried on from document to document: no padding, and ranks' tokens stay equal within one.
-    With `rotate_ranks` document d's rank labels are shifted by d, so that receiving (the holder of last chunks) and
-    sending (the holder of first chunks) do not always fall on the same rank. `documents` are those to shard, all by
-    default.
+    that order is carried on from document to document: no padding, and ranks' tokens stay equal within one. With
+    `rotate_ranks` document d's rank labels are shifted by d, so that receiving (the holder of last chunks) and sending
+    (the holder of first chunks) do not always fall on the same rank.
     """
     chunks = 2 * cp_size
     slices: Slices = [[] for _ in range(cp_size)]

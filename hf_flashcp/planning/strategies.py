@@ -94,12 +94,7 @@ def plan_documents(
 
 
 def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
-    """[`plan_documents`] with options that have been checked.
-
-    Raises:
-        PlanError: no documents, an empty document, fewer tokens than ranks.
-        ConfigurationError: settings with `hardware` before a model is known.
-    """
+    """[`plan_documents`] with options that have been checked; `hardware` needs a model by now."""
     begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, settings.cp_size)
     caps = settings.max_imbalance, settings.max_token_imbalance
@@ -154,14 +149,12 @@ def _fastest(
     cost_model: CostModel,
     num_stages: int | None,
 ) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
-    """Slices, offset groups and ranks per node."""
     plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
     return plan.slices, plan.offset_groups, plan.ranks_per_node
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
-    """Tokens can always be equal within one; pairs cannot, where documents are short or there is only one cut to
-    make."""
+    """Tokens can always be equal within one; pairs cannot, where documents are short or there is little to cut."""
     pairs = rank_pairs(plan.slices)
     imbalance = max(pairs) * plan.cp_size / sum(pairs)
     if imbalance > max_imbalance:

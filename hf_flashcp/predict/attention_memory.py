@@ -21,7 +21,8 @@ _BLOCK = 128  # rows by which the sequences of a call are kept apart in the fp32
 def backward_buffers(
     shape: MemoryShape, queries: float, keys: float, sequences: float = 1, itemsize: int = 2
 ) -> dict[str, float]:
-    """Returns the bytes of each buffer that one backward call of FlashAttention-2 allocates, deterministic mode aside.
+    """Bytes of each buffer that one backward call of FlashAttention-2 allocates, deterministic mode aside, on rows of
+    queries and keys in so many sequences, one per rectangle of both.
 
     With D the wider of key and value heads, rounded up to a multiple of 8 (`VarlenKernel` pads both to it):
 
@@ -31,12 +32,6 @@ def backward_buffers(
     - `expanded dk, dv`: in the compute dtype, one head per query head, unless there are as many KV heads;
     - `dq` and `dk, dv`: the results in the compute dtype, which `VarlenKernel` adds to its fp32 sums;
     - `padded inputs`: copies of those inputs (query, key, value, output and its gradient) that are narrower than D.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        queries (`float`), keys (`float`): rows of the call.
-        sequences (`float`): sequences in the call, one per rectangle of queries and keys.
-        itemsize (`int`): bytes per element of the compute dtype.
     """
     heads, kv_heads = shape.query_heads, shape.kv_heads
     width = _round_up(max(shape.key_dim, shape.value_dim), 8)
@@ -57,21 +52,16 @@ def backward_buffers(
 def backward_workspace(
     shape: MemoryShape, queries: float, keys: float, sequences: float = 1, itemsize: int = 2
 ) -> float:
-    """Returns the sum of [`backward_buffers`], or 0 where FlashAttention-2 cannot run: in fp32, and with heads wider
-    than [`WIDEST_HEAD`]."""
+    """Sum of [`backward_buffers`]; 0 where FlashAttention-2 cannot run: in fp32, and with heads above
+    [`WIDEST_HEAD`]."""
     if itemsize > 2 or max(shape.key_dim, shape.value_dim) > WIDEST_HEAD:
         return 0
     return sum(backward_buffers(shape, queries, keys, sequences, itemsize).values())
 
 
 class BackwardPoint(NamedTuple):
-    """Bytes at one point in a layer's backward.
-
-    Args:
-        temporary (`float`): allocated beside what the layer keeps, the workspace apart.
-        workspace (`float`): allocated by the attention kernel, see [`backward_workspace`].
-        freed (`float`): freed by then of what the layer keeps.
-    """
+    """Bytes at one point in a layer's backward: allocated beside what the layer keeps, by the attention kernel as
+    [`backward_workspace`], and freed by then of what the layer keeps."""
 
     temporary: float
     workspace: float = 0
@@ -85,18 +75,12 @@ class BackwardPoint(NamedTuple):
 def attention_backward(
     shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool, freed: float
 ) -> list[BackwardPoint]:
-    """Returns the points in an attention layer's backward (`Engine.backward`) at which memory can be at its highest.
+    """The points in an attention layer's backward (`Engine.backward`) at which memory can be at its highest, `freed`
+    being the bytes that the layer's feed-forward block has freed by then.
 
     Throughout, the gradients of the rank's queries, keys and values are summed in fp32. A stage sums those of its keys
     in fp32 too, then casts them and sends them home; the cast rows live until the local pass is done. KV that was not
     kept is fetched for all stages at once, and each stage's part is freed after its kernel call.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        setup (`TrainingSetup`): how it is trained.
-        load (`RankLoad`): what the plan loads on the rank.
-        kept (`bool`): whether the layer kept the KV it received.
-        freed (`float`): bytes that the layer's feed-forward block has freed by then.
     """
     c, kv, tokens, stage_keys = setup.compute_bytes, shape.kv_width, load.tokens, load.largest_stage
     queries = tokens * shape.query_heads * shape.key_dim

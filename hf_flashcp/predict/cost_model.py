@@ -127,8 +127,8 @@ class CostModel:
         return StepTime(self._linear_seconds(np.array(rank_tokens(plan.slices))), *sums)
 
     def document_times(self, lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `(linear, attention)`: predicted seconds of one device per document, forward and backward, (n,).
-        They add up over the documents of a pack; what starting kernels and moving KV costs depends on the plan."""
+        """Predicted seconds of one device per document, forward and backward, (n,): `(linear, attention)`. They add up
+        over a pack's documents; what starting kernels and moving KV costs depends on the plan."""
         lengths = np.asarray(lengths, dtype=np.int64)
         squares = Rectangles(np.arange(len(lengths)), lengths, np.zeros_like(lengths))
         # Of several documents in one call, none is alone on the device.
@@ -147,8 +147,7 @@ class CostModel:
         return layer.forward(local, stages), layer.backward(local, stages)
 
     def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
-        """Returns the (cp_size,) seconds of a transfer of (2, cp_size) bytes: inside nodes, and between them at the
-        same time."""
+        """Seconds, (cp_size,), of transfers of (2, cp_size) bytes inside nodes and between them at the same time."""
         inside, between = bytes_moved
         return np.maximum(_seconds(self.hardware.intra_node, inside), _seconds(self.hardware.inter_node, between))
 
@@ -158,20 +157,14 @@ class CostModel:
 
 
 class LayerCosts:
-    """Costs of one attention layer under a plan.
-
-    Args:
-        model (`CostModel`): speeds of the hardware, and bytes per element on the wire.
-        layers (`AttentionLayers`): the layer's sizes.
-        plan (`ShardPlan`): who holds what.
-    """
+    """Costs of one attention layer under a plan."""
 
     def __init__(self, model: CostModel, layers: AttentionLayers, plan: ShardPlan):
         self.model, self.layers, self.plan, self.cp_size = model, layers, plan, plan.cp_size
         self.window = plan.hiding_window(layers.window)
 
     def kernel_seconds(self, rectangles: Rectangles, *, causal: bool, backward: bool, heads: int = 0) -> np.ndarray:
-        """Returns the (cp_size,) seconds of one call, see [`call_seconds`], of all query heads or of `heads`."""
+        """One kernel call, see [`call_seconds`], of all query heads or of `heads`."""
         return call_seconds(
             self.model.hardware.kernel,
             rectangles,
@@ -183,32 +176,28 @@ class LayerCosts:
         )
 
     def merge_seconds(self, rectangles: Rectangles) -> np.ndarray:
-        """Returns the (cp_size,) seconds of merging the results of rectangles: partial outputs in fp32 are read and
-        written, the received part's output is read."""
+        """Partial outputs in fp32 are read and written, the received part's output is read."""
         rows = np.bincount(rectangles.ranks, rectangles.queries, self.cp_size)
         elements = rows * self.layers.query_heads * self.layers.value_dim
         return elements * (8 + self.model.itemsize) / self.model.hardware.memory_bytes_per_second
 
-    def pack_seconds(self, tokens: np.ndarray, backward: bool) -> np.ndarray:
-        """Returns the (cp_size,) seconds of packing tokens: KV that is sent is read and written once; gradients that
-        come home are added to fp32 ones."""
+    def pack_seconds(self, tokens: np.ndarray | int, backward: bool) -> np.ndarray:
+        """Packing tokens: KV to send is read and written once, gradients that come home are added to fp32 ones."""
         bytes_per_element = 8 + self.model.grad_itemsize if backward else 2 * self.model.itemsize
         elements = tokens * self.layers.kv_elements_per_token
         return elements * bytes_per_element / self.model.hardware.memory_bytes_per_second
 
     def stage_seconds(self, stage: StageWork, backward: bool) -> np.ndarray:
-        """Returns the (cp_size,) seconds of a stage's transfer, of both steps in a hierarchical exchange. Gradients go
-        home along the same ways."""
+        """A stage's transfer, of both steps in a hierarchical exchange. Gradients go home along the same ways."""
         itemsize = self.model.grad_itemsize if backward else self.model.itemsize
         width = self.layers.kv_elements_per_token * itemsize
         second = _seconds(self.model.hardware.intra_node, stage.handed_on.max(0) * width)
         return self.model.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
 
     def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
-        """Predicts a forward: all transfers are posted at once and arrive one after the other. A window's results need
-        no merging."""
+        """All transfers are posted at once and arrive one after the other. A window's results need no merging."""
         line = Timeline(self.cp_size)
-        packed = line.copy(self.pack_seconds(_copied(stages), backward=False))
+        packed = line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=False))
         arrivals = [line.transfer(self.stage_seconds(stage, backward=False), packed) for stage in stages]
         line.kernel(self.kernel_seconds(local, causal=True, backward=False))
         for stage, arrived in zip(stages, arrivals):
@@ -219,19 +208,15 @@ class LayerCosts:
         return line.times()
 
     def backward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
-        """Predicts a backward: each stage's gradients leave when they are computed; the local pass is last."""
+        """Each stage's gradients leave when they are computed; the local pass is last."""
         line = Timeline(self.cp_size)
         home = line.nothing
         for stage in stages:
             seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=True)
             home = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
         line.kernel(self.kernel_seconds(local, causal=True, backward=True))
-        line.copy(self.pack_seconds(_copied(stages), backward=True), home)
+        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), home)
         return line.times()
-
-
-def _copied(stages: Sequence[StageWork]) -> np.ndarray | int:
-    return sum(stage.copied for stage in stages)
 
 
 def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,17 +119,9 @@ class HardwareProfile:
         try:
             kernel = dict(data["kernel"])
             passes: dict[str, Any] = {name: Pass(**kernel.pop(name)) for name in ("forward", "backward")}
-            links = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
-            profile = cls(
-                linear_flops_per_second=data["linear_flops_per_second"],
-                memory_bytes_per_second=data["memory_bytes_per_second"],
-                kernel=Kernel(**kernel, **passes),
-                **links,
-                ranks_per_node=data["ranks_per_node"],
-                description=data.get("description", ""),
-                memory_bytes=data.get("memory_bytes"),
-                peak_flops_per_second=data.get("peak_flops_per_second"),
-            )
+            links: dict[str, Any] = {name: Link(**data["links"][name]) for name in ("intra_node", "inter_node")}
+            given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+            profile = cls(**{**given, **links, "kernel": Kernel(**kernel, **passes)})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 f"The hardware profile cannot be read: {error}. hf_flashcp/predict/hardware/h100.json shows the form."

@@ -24,13 +24,8 @@ _NO_WINDOW = 1 << 40
 
 
 class Rectangles(NamedTuple):
-    """Rectangles of queries and keys that kernel calls compute, on any ranks.
-
-    Attributes:
-        ranks (`np.ndarray`): (n,) int64, the rank that computes each.
-        queries (`np.ndarray`): (n,) int64.
-        keys (`np.ndarray`): (n,) int64, keys that all of its queries see; under a causal mask, keys before them.
-    """
+    """Rectangles of queries and keys that kernel calls compute: int64 (n,) columns. All queries of one see its keys;
+    under a causal mask the keys lie before them."""
 
     ranks: np.ndarray
     queries: np.ndarray
@@ -43,34 +38,19 @@ class Rectangles(NamedTuple):
 
 
 class StageWork(NamedTuple):
-    """One exchange and the rectangles that wait for it.
+    """One exchange and the rectangles that wait for it, with a window under a causal mask. Traffic is in tokens whose
+    KV travels in the forward, (2, cp_size): inside the rank's node, and from and to other nodes."""
 
-    Attributes:
-        rectangles (`Rectangles`): with a window under a causal mask.
-        received, sent (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the forward: inside its
-            node, and from and to other nodes. In a hierarchical exchange, those of the first step.
-        handed_on (`np.ndarray`): (2, cp_size) tokens whose KV a rank gets and gives in the second step, inside its
-            node.
-        copied (`np.ndarray`): (cp_size,) tokens whose KV a rank packs to give, and those that a hierarchical exchange
-            puts in place.
-    """
-
-    rectangles: np.ndarray
+    rectangles: Rectangles
     received: np.ndarray
     sent: np.ndarray
-    handed_on: np.ndarray
-    copied: np.ndarray
+    handed_on: np.ndarray  # in the second step of a hierarchical exchange: (got, given) inside the node
+    copied: np.ndarray  # (cp_size,) packed to give, and what a hierarchical exchange puts in place
 
 
 def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[Rectangles, list[StageWork]]:
-    """Returns `(local, stages)`: the local rectangles, under a causal mask, and what each stage brings. Stages in
-    which nothing travels are left out.
-
-    Args:
-        plan (`ShardPlan`): who computes what.
-        window (`int`, *optional*): keys that a query sees. Windowed layers have one stage.
-        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
-    """
+    """The local rectangles, under a causal mask, and the stages in which something travels; windowed layers have
+    one."""
     groups = plan.offset_groups
     local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
     if window is not None or groups is None or len(groups) < 2:
@@ -102,8 +82,8 @@ def _stage(
 
 
 def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
-    """Returns `(keys, sequences)`: the most keys that a stage attends to, and the most rectangles that one kernel call
-    takes, on any rank and in any of the layers."""
+    """The most keys that a stage attends to and the most rectangles in a kernel call, on any rank in any of the
+    layers."""
     keys, sequences = [0], [0]
     for window in {plan.hiding_window(each.window) for each in layers}:
         if window is None:
@@ -128,8 +108,7 @@ def call_seconds(
     causal: bool,
     backward: bool,
 ) -> np.ndarray:
-    """Returns the (cp_size,) seconds of one kernel call per rank, over its rectangles. A rank without any makes no
-    call."""
+    """Seconds, (cp_size,), of one kernel call per rank, over its rectangles. A rank without any makes no call."""
     speed = kernel.backward if backward else kernel.forward
     ranks, queries, before = rectangles
     tiles = -(-queries // kernel.tile)
@@ -152,8 +131,7 @@ def call_seconds(
 
 
 def _ring_offsets(cp_size: int) -> np.ndarray:
-    """Returns (cp_size, cp_size) int64: how many ranks a receiver lies behind a sender in the ring,
-    [sender][receiver]."""
+    """How many ranks a receiver lies behind a sender in the ring: (cp_size, cp_size) int64, [sender][receiver]."""
     return (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
 
 
@@ -177,8 +155,7 @@ def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[Rectangles, Rec
 
 
 def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[Rectangles, Rectangles]:
-    """Returns the same for a window: the rows of a slice that see nothing before it, and those that wait for their
-    band."""
+    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
     local, remote = [], []
     for rank, held in enumerate(slices):
         for _, start, stop in held:

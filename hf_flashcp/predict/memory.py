@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
-from .gathered_memory import gathered_memory
 from .memory_shape import MemoryShape
 from .training_setup import RankLoad, TrainingSetup
 
@@ -36,19 +35,14 @@ PARTS = (
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device, at the moments of a step.
-
-    Args:
-        moments (`dict`): by moment the bytes of each of [`PARTS`].
-        kept (`float`): bytes that forward keeps for backward: activations, logits, received KV, gathered weights.
-    """
+    """Bytes on one device: by moment of a step those of each of [`PARTS`], and what forward keeps for backward
+    (activations, logits, received KV, gathered weights)."""
 
     moments: dict[str, dict[str, float]]
     kept: float
 
     @property
     def peak(self) -> str:
-        """The moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -62,7 +56,7 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form, in whole bytes."""
+        """JSON-serializable, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
         return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
 
@@ -71,15 +65,8 @@ def estimate_memory(
     shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
 ) -> MemoryEstimate:
     """Predicts the memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has
-    as default.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        setup (`TrainingSetup`): how it is trained.
-        load (`RankLoad`): what the plan loads on the device's rank.
-        kept (`bool`, *optional*): whether a layer keeps the KV it received until its backward; by default as this
-            library does.
-    """
+    as default. `kept` says whether a layer keeps the KV it received until its backward; by default as this library
+    does."""
     if kept is None:
         kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
     step = _Step(shape, setup, load, kept)
@@ -104,8 +91,7 @@ def estimate_memory(
 
 
 class _Moment(NamedTuple):
-    """Memory at one moment of a step, the constant parts left out: the number of parameters that have a gradient, and
-    bytes of the other parts."""
+    """Memory at one moment of a step but for the constant parts: parameters that have a gradient, and bytes."""
 
     parameters: float
     activations: float = 0
@@ -124,16 +110,7 @@ class _Held(NamedTuple):
 
 
 class _Step:
-    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest.
-
-    Attributes:
-        kept (`_Held`): kept by each layer from forward to its backward.
-        repeated (`_Held`): computed again by the layer in backward beside what it kept.
-        head (`float`), rope (`float`): bytes per token that final norm and head keep, and of sines and cosines.
-        stack (`float`), all_kv (`float`): bytes of the activations and of the received KV of all layers.
-        logits (`float`), softcap (`float`): number of logits, and bytes that softcapping them keeps.
-        in_layer (`BackwardPoint`): the point with the most bytes in a layer's backward.
-    """
+    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest."""
 
     def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
         self.shape, self.setup, self.tokens = shape, setup, load.tokens
@@ -155,18 +132,16 @@ class _Step:
         self.all_kv = shape.layers * self.kept.received_kv
         self.logits = load.tokens * shape.vocabulary
         self.softcap = c * self.logits * shape.softcapped
-        self.gathered = gathered_memory(shape, setup)
+        self.gathered = (_by_fsdp2 if setup.sharding == "fsdp2" else _by_ddp)(shape, setup)
         in_block = BackwardPoint(load.tokens * layer.backward)
         in_attention = attention_backward(shape, setup, load, kept=keeps_kv, freed=load.tokens * layer.block)
         self.in_layer = max((in_block, *in_attention), key=lambda point: point.total)
 
     @property
     def kept_bytes(self) -> float:
-        """Bytes that forward keeps for backward."""
         return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
-        """Returns the moments of the step by name."""
         shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
         everything, embedding = shape.parameters, shape.embedding_parameters
         row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
@@ -217,21 +192,13 @@ class _Step:
 
 
 class _Layer(NamedTuple):
-    """Bytes per token of one layer.
+    """Bytes per token of one layer."""
 
-    Attributes:
-        kept: what backward needs.
-        attention_result: of that, attention's output and logsumexp.
-        shared_input: of that, the layer's input.
-        backward: what backward has at most beside it, in the feed-forward block, weight gradients apart.
-        block: of `kept`, what the feed-forward block and its norm keep, which their backward frees.
-    """
-
-    kept: float
-    attention_result: float
-    shared_input: float
-    backward: float
-    block: float
+    kept: float  # what backward needs
+    attention_result: float  # of that, attention's output and logsumexp
+    shared_input: float  # of that, the layer's input
+    backward: float  # what backward has at most beside it, in the feed-forward block, weight gradients apart
+    block: float  # of `kept`, what the feed-forward block and its norm keep, which their backward frees
 
 
 def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
@@ -263,6 +230,56 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
+class _Gathered(NamedTuple):
+    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps."""
+
+    forward: float
+    loss_backward: float
+    backward: float
+    first_layer: float
+    embedding: float
+    optimizer: float
+    kept: float
+
+
+def _by_fsdp2(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
+    """FSDP2 as accelerate wraps it: embedding, every layer, and final norm with head (which stays gathered until its
+    backward); a layer is gathered ahead, and in backward a layer's gradients are reduced while the next computes."""
+    of_layer = setup.compute_bytes * shape.layer_parameters
+    tail = setup.compute_bytes * shape.embedding_parameters
+    backward = 4 * of_layer + (2 * tail if shape.tied else 0)
+    return _Gathered(
+        forward=tail + 2 * of_layer,
+        loss_backward=tail + of_layer,
+        backward=backward,
+        first_layer=backward,
+        embedding=2 * tail + 2 * of_layer,
+        optimizer=0,
+        kept=tail,
+    )
+
+
+def _by_ddp(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
+    """DDP's buckets hold all gradients once more. Autocast keeps what it casts until its layer's backward, or under
+    checkpointing until forward ends."""
+    buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
+    head = setup.compute_bytes * shape.embedding_parameters * setup.autocasts
+    of_layer = setup.compute_bytes * shape.layer_parameters * setup.autocasts
+    casts = setup.compute_bytes * (shape.layers * shape.layer_parameters + shape.embedding_parameters)
+    casts *= setup.autocasts
+    checkpointing = setup.gradient_checkpointing != "none"
+    kept = head if checkpointing else casts
+    return _Gathered(
+        forward=buckets + casts,
+        loss_backward=buckets + kept,
+        backward=buckets + (of_layer if checkpointing else casts - head),
+        first_layer=buckets + of_layer,
+        embedding=buckets,
+        optimizer=buckets,
+        kept=kept,
+    )
+
+
 def largest_window(
     shape: MemoryShape,
     setup: TrainingSetup,
@@ -272,16 +289,8 @@ def largest_window(
     *,
     multiple: int = 1024,
 ) -> int:
-    """Returns the most tokens of a packed row that fit, a multiple of `multiple`; 0 if not even that many do.
-
-    Args:
-        shape (`MemoryShape`): the model's sizes.
-        setup (`TrainingSetup`): how it is trained.
-        cp_size (`int`): ranks that share the row.
-        memory_bytes (`float`): bytes that a device has for training.
-        load (`RankLoad`): what a rank holds and moves of some row, longer or shorter ones in proportion.
-        multiple (`int`): step of the search, in tokens.
-    """
+    """The most tokens of a packed row that fit in `memory_bytes`, a multiple of `multiple`; 0 if not even that many
+    do. `load` is that of some row, which longer and shorter ones have in proportion."""
 
     def fits(units: int) -> bool:
         scaled = load.scaled(units * multiple / cp_size, batch_tokens=units * multiple)

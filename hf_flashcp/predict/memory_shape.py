@@ -23,56 +23,32 @@ _KEPT_WIDTHS = {"starcoder2": 2, "gpt_oss": 7}
 
 @dataclass(frozen=True)
 class MemoryShape:
-    """Sizes of a model: parameters, and widths of what its layers keep for backward.
-
-    Args:
-        layers (`int`): decoder layers.
-        hidden (`int`): width of the residual stream.
-        vocabulary (`int`): rows of the embedding, and logits of a token.
-        tied (`bool`): whether the head is the embedding.
-        query_heads, kv_heads, key_dim, value_dim (`int`): heads of attention, and elements of a head.
-        normed_width (`int`): elements of a token's queries and keys that a norm of their own sees, 0 without one.
-        latent_width (`int`): width of the normed latents of multi-head latent attention, 0 without it.
-        latent_keys (`int`): elements of a token's keys that its values' storage holds as well, 0 without it.
-        norms (`int`): norms of a layer over the hidden size.
-        intermediate (`int`): width of the feed-forward block that a token meets: of mixtures of experts, of all the
-            experts it is sent to and the shared ones together; the mean over layers.
-        gated (`bool`): whether the block has a gate beside its up projection.
-        kept_widths (`int`): elements that the block keeps for backward, over its width.
-        norm (`str`): what norms keep, see [`norm_bytes`].
-        softcapped (`bool`): whether logits are softcapped, which keeps them once more.
-        experts_per_token (`float`): experts a token is sent to, the mean over layers; 0 in dense models.
-        layer_parameters (`float`): parameters of a layer, all its experts included; the mean over layers.
-    """
+    """Sizes of a model: parameters, and widths of what its layers keep for backward, in elements."""
 
     layers: int
     hidden: int
     vocabulary: int
-    tied: bool
+    tied: bool  # whether the head is the embedding
     query_heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    normed_width: int
-    latent_width: int
-    latent_keys: int
-    norms: int
-    intermediate: float
+    normed_width: int  # of a token's queries and keys that a norm of their own sees
+    latent_width: int  # normed latents of multi-head latent attention
+    latent_keys: int  # of a token's keys that its values' storage holds as well
+    norms: int  # of a layer over the hidden size
+    intermediate: float  # the block that a token meets, all its experts together; the mean over layers
     gated: bool
-    kept_widths: int
-    norm: str
-    softcapped: bool
-    experts_per_token: float
-    layer_parameters: float
+    kept_widths: int  # that the block keeps for backward, over its width
+    norm: str  # see [`norm_bytes`]
+    softcapped: bool  # logits, which are then kept once more
+    experts_per_token: float  # the mean over layers; 0 in dense models
+    layer_parameters: float  # all experts included; the mean over layers
 
     @classmethod
     def from_config(cls, config: Any) -> MemoryShape:
         """Reads a model's config, see [`ModelConfig`]. Layers are taken for those of a Llama, with the norms, gates
-        and experts of the model types that are known to differ.
-
-        Raises:
-            ConfigurationError: sizes that are needed are missing, or a value of the wrong kind or range.
-        """
+        and experts of the model types that are known to differ."""
         model = ModelConfig(config)
         kind, tied, latents = model.read("model_type"), model.read("tie_word_embeddings"), model.latents
         gated = kind not in _NOT_GATED
@@ -118,15 +94,9 @@ class MemoryShape:
         """Elements of a token's keys and values: H_kv (D_k + D_v)."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
-    @property
-    def query_width(self) -> int:
-        """Elements of a token's queries and attention output: H_q (D_k + D_v)."""
-        return self.query_heads * (self.key_dim + self.value_dim)
-
     def norm_bytes(self, width: float, itemsize: int) -> float:
-        """Returns the bytes per token that a norm over `width` elements keeps: its input, in fp32, and the normed
-        input, in the input's dtype ("cast", as Llama's) or in fp32 ("fp32", as Gemma's). PyTorch's own ("layer") keeps
-        its input."""
+        """Bytes per token that a norm over `width` elements keeps: its input in fp32 and the normed input, in the
+        input's dtype ("cast", as Llama's) or in fp32 ("fp32", as Gemma's). PyTorch's own ("layer") keeps its input."""
         return width * {"cast": 4 + itemsize, "fp32": 8, "layer": itemsize}[self.norm]
 
 

@@ -13,36 +13,13 @@ from ..plan.lengths import MOST_TOKENS
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED_WITH_LATENTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_SIZES = (
-    *_NEEDED,
-    *_NEEDED_WITH_LATENTS,
-    "first_k_dense_replace",
-    "head_dim",
-    "intermediate_size",
-    "kv_lora_rank",
-    "moe_intermediate_size",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_key_value_heads",
-    "num_local_experts",
-    "q_lora_rank",
-    "shared_expert_intermediate_size",
-    "sliding_window",
-    "vocab_size",
-)
+_NOT_SIZES = ("final_logit_softcapping", "model_type", "tie_word_embeddings", "use_sliding_window")
 _LARGEST = 2**24
 
 
 class Latents(NamedTuple):
-    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
-
-    Attributes:
-        query_rank (`int`): width of the queries' latents, 0 if queries have none.
-        kv_rank (`int`): width of the latents that keys and values share.
-        rope_dim (`int`): elements of a key head that are rotated and shared by all heads.
-    """
+    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); `query_rank` is 0 if queries have no
+    latents, `rope_dim` the elements of a key head that are rotated and shared by all heads."""
 
     query_rank: int
     kv_rank: int
@@ -50,32 +27,23 @@ class Latents(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """Widths of a model's feed-forward blocks.
+    """Widths of a model's feed-forward blocks."""
 
-    Attributes:
-        dense (`int`): width of a block without experts.
-        chosen (`int`): experts that a token is sent to; 0 in dense models.
-        expert (`int`): width of an expert.
-        shared (`int`): width of the experts that every token meets, together.
-        first_dense (`int`): leading layers without experts.
-    """
-
-    dense: int
-    chosen: int
+    dense: int  # of a block without experts
+    chosen: int  # experts that a token is sent to; 0 in dense models
     expert: int
-    shared: int
-    first_dense: int
+    shared: int  # of the experts that every token meets, together
+    first_dense: int  # leading layers without experts
 
     def met(self, layers: int) -> int:
-        """Width that a token meets in all layers together."""
         if not self.chosen:
             return layers * self.dense
         return self.first_dense * self.dense + (layers - self.first_dense) * (self.chosen * self.expert + self.shared)
 
 
 def config_value(config: Any, name: str) -> Any:
-    """Returns an attribute of a transformers config, or an entry of the dict in a config.json. `None` where there is
-    none, or one per layer, which transformers answers with an error of its own."""
+    """A value of a transformers config or of the dict in a config.json; `None` where there is none, or one per
+    layer."""
     if isinstance(config, Mapping):
         return config.get(name)
     try:
@@ -87,12 +55,9 @@ def config_value(config: Any, name: str) -> Any:
 class ModelConfig:
     """A model's config with its values checked and its defaults filled in; of several models, that of the text model.
 
-    Args:
-        config: a transformers config, or the dict in a config.json: of dense and mixture-of-experts decoders with
-            grouped-query or multi-head latent attention.
-
-    Raises:
-        ConfigurationError: sizes that are needed are missing; on reading, a value of the wrong kind or range.
+    It is a transformers config or the dict in a config.json: of dense and mixture-of-experts decoders with
+    grouped-query or multi-head latent attention. A `ConfigurationError` says what is missing, or on reading, of the
+    wrong kind.
     """
 
     def __init__(self, config: Any):
@@ -113,13 +78,13 @@ class ModelConfig:
     def read(self, name: str) -> Any:
         """Returns the value of a name, `None` where the config has none."""
         value = config_value(self._config, name)
-        if name in _SIZES:
+        if name == "layer_types":
+            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
+        elif name in _NOT_SIZES:
+            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
+        else:
             most = MOST_TOKENS if name == "sliding_window" else _LARGEST
             sound, kind = type(value) is int and 0 <= value <= most, f"a whole number from 0 to {most:,}"
-        elif name == "layer_types":
-            sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
-        else:
-            sound, kind = isinstance(value, (str, int, float)), "a name, a number, true or false"
         if value is not None and not sound:
             raise ConfigurationError(f"The model's config has {name} = {reprlib.repr(value)}: it must be {kind}.")
         return value
@@ -152,7 +117,6 @@ class ModelConfig:
 
     @property
     def projection_parameters(self) -> int:
-        """Parameters of one layer's attention projections."""
         heads, key_dim, value_dim = self.query_heads, self.key_dim, self.value_dim
         if self.latents is None:
             return self.hidden * key_dim * 2 * (heads + self.kv_heads)
@@ -171,13 +135,11 @@ class ModelConfig:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer."""
         counts = map(self.read, ("num_local_experts", "num_experts", "n_routed_experts"))
         return next(filter(None, counts), self.feed_forward.chosen)
 
     def windows(self) -> list[int | None]:
-        """Returns the sliding window of each layer with attention, `None` for full attention. Layers of other types
-        (recurrent ones) are left out."""
+        """Sliding window of each layer with attention, `None` for full attention. Recurrent layers are left out."""
         window, types = self.read("sliding_window"), self.read("layer_types")
         if types:
             kinds = [kind for kind in types if kind in ("full_attention", "sliding_attention")]

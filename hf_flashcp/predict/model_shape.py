@@ -22,16 +22,7 @@ LLAMA_3_8B = {
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """Layers with the same attention.
-
-    Args:
-        count (`int`): how many there are.
-        query_heads (`int`): H_q.
-        kv_heads (`int`): H_kv.
-        key_dim (`int`): D_k of a head.
-        value_dim (`int`): D_v of a head.
-        window (`int`, *optional*): keys that a query sees, itself included; all before it if `None`.
-    """
+    """Layers with the same attention; a query sees `window` keys, itself included, or all before it."""
 
     count: int
     query_heads: int
@@ -47,8 +38,7 @@ class AttentionLayers:
 
     @property
     def backward_flops_per_pair(self) -> int:
-        """The same of the backward: Q K again, dO V, and the products for dQ, dK and dV: 2.5 times the forward where
-        D_k = D_v."""
+        """The same of the backward: Q K again, dO V, dQ, dK and dV, 2.5 times the forward where D_k = D_v."""
         return 2 * (3 * self.key_dim + 2 * self.value_dim)
 
     @property
@@ -59,14 +49,9 @@ class AttentionLayers:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Linear work and attention of a model.
-
-    Args:
-        linear_flops_per_token (`float`): floating-point operations of a forward through everything but attention's
-            Q K and P V: two for each parameter that a token meets (of experts only those it is sent to), the language
-            model's head included.
-        layers (`tuple[AttentionLayers, ...]`): layers with attention, grouped by window.
-    """
+    """Linear work and attention of a model: floating-point operations of a forward through everything but attention's
+    Q K and P V, which are two for each parameter that a token meets (of experts only those it is sent to), the
+    language model's head included; and layers with attention, grouped by window."""
 
     linear_flops_per_token: float
     layers: tuple[AttentionLayers, ...]
@@ -74,11 +59,7 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
         """Reads a model's config, see [`ModelConfig`]. Layers of other types than full and sliding attention count as
-        full attention's projections without attention.
-
-        Raises:
-            ConfigurationError: sizes that are needed are missing, or a value of the wrong kind or range.
-        """
+        full attention's projections without attention."""
         model = ModelConfig(config)
         parameters = (
             model.layers * model.projection_parameters

@@ -15,25 +15,18 @@ import numpy as np
 
 
 class PassTimes(NamedTuple):
-    """Seconds of one attention layer's forward or backward, by rank.
-
-    Attributes:
-        attention (`np.ndarray`): (cp_size,) attention kernels.
-        copies (`np.ndarray`): (cp_size,) packing, merging and adding what travels.
-        exposed (`np.ndarray`): (cp_size,) waiting for what travels: the rest of the time until everything has ended.
-        transfer (`np.ndarray`): (cp_size,) time on the wire, whether it is waited for or not.
-    """
+    """Seconds, (cp_size,) each, of one attention layer's forward or backward."""
 
     attention: np.ndarray
-    copies: np.ndarray
-    exposed: np.ndarray
-    transfer: np.ndarray
+    copies: np.ndarray  # packing, merging and adding what travels
+    exposed: np.ndarray  # waiting for what travels: the rest of the time until everything has ended
+    transfer: np.ndarray  # on the wire, whether it is waited for or not
 
 
 class Timeline:
     """Schedules the work of all ranks in one pass. Every rank begins at 0.
 
-    Methods that add work take the (cp_size,) seconds that it needs on each rank, and the ends of the earlier work that
+    Methods that add work take the (cp_size,) seconds that it needs on each rank and the ends of the earlier work that
     a rank has to finish first; they return the (cp_size,) seconds at which the work ends.
     """
 
@@ -43,47 +36,40 @@ class Timeline:
         self._device_end = self._link_end = self._attention = self._copies = self._transfer = self.nothing
 
     def kernel(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Runs an attention kernel."""
         self._attention = self._attention + seconds
-        return self._run_on_device(seconds, after)
+        self._device_end = _latest(self._device_end, after) + seconds
+        return self._device_end
 
     def copy(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Copies or adds rows."""
         self._copies = self._copies + seconds
-        return self._run_on_device(seconds, after)
+        self._device_end = _latest(self._device_end, after) + seconds
+        return self._device_end
 
     def transfer(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows as soon as the rank itself is ready."""
-        return self._run_on_link(seconds, self._link_start(after))
+        return self._move(seconds, _latest(self._link_end, after))
 
     def hop(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows from each rank to the next one, as soon as both are ready."""
-        start = self._link_start(after)
-        return self._run_on_link(seconds, np.maximum(start, np.roll(start, 1)))
+        start = _latest(self._link_end, after)
+        return self._move(seconds, np.maximum(start, np.roll(start, 1)))
 
     def collective(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
         """Moves rows between all ranks, as soon as all are ready."""
-        return self._run_on_link(seconds, self._link_start(after).max())
+        return self._move(seconds, _latest(self._link_end, after).max())
 
     def times(self) -> PassTimes:
-        """Sums up the pass."""
         end = np.maximum(self._device_end, self._link_end)
         return PassTimes(self._attention, self._copies, end - self._attention - self._copies, self._transfer)
 
-    def _run_on_device(self, seconds: np.ndarray, after: tuple[np.ndarray, ...]) -> np.ndarray:
-        start = self._device_end
-        for end in after:
-            start = np.maximum(start, end)
-        self._device_end = start + seconds
-        return self._device_end
-
-    def _link_start(self, after: tuple[np.ndarray, ...]) -> np.ndarray:
-        start = self._link_end
-        for end in after:
-            start = np.maximum(start, end)
-        return start
-
-    def _run_on_link(self, seconds: np.ndarray, start: np.ndarray) -> np.ndarray:
+    def _move(self, seconds: np.ndarray, start: np.ndarray) -> np.ndarray:
         self._transfer = self._transfer + seconds
         self._link_end = start + seconds
         return self._link_end
+
+
+def _latest(free: np.ndarray, after: tuple[np.ndarray, ...]) -> np.ndarray:
+    for end in after:
+        free = np.maximum(free, end)
+    return free

@@ -17,20 +17,12 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it.
+    """How a model is trained, as far as memory depends on it. Values other than those listed above raise a
+    `ConfigurationError`.
 
-    Args:
-        gpus (`int`): devices in all.
-        sharding (`str`): "fsdp2", which shards weights, gradients and optimizer over all devices, or "ddp".
-        dtype (`str`): dtype in which the model is loaded.
-        mixed_precision (`str`): accelerate's. With "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers
-            them in bf16; DDP runs under autocast.
-        gradient_checkpointing (`str`): "none", "full", or "attention-saving" (`save_attention_context_fn`).
-        device (`str`): "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu",
-            where it needs no workspace.
-
-    Raises:
-        ConfigurationError: a value other than those listed.
+    With `sharding` "fsdp2" weights, gradients and optimizer are sharded over all GPUs; `mixed_precision` is
+    accelerate's: with "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers them in bf16; DDP runs under
+    autocast. `device` is "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu".
     """
 
     gpus: int = 1
@@ -74,36 +66,21 @@ class TrainingSetup:
 
 
 class RankLoad(NamedTuple):
-    """Load of a plan on one rank: tokens that it holds and moves in an attention layer.
-
-    Attributes:
-        tokens (`float`): tokens of the rank's row.
-        received (`float`), sent (`float`): tokens whose KV the rank receives and sends in a forward.
-        stage_keys (`float`, *optional*): tokens whose KV the largest stage attends to; by default there is one stage,
-            with all that the rank receives.
-        sequences (`float`): the most sequences in one kernel call.
-        batch_tokens (`int`): tokens of the whole batch, which every rank reads.
-    """
+    """Tokens that a plan makes one rank hold, and whose KV it moves in an attention layer's forward."""
 
     tokens: float
     received: float = 0
     sent: float = 0
-    stage_keys: float | None = None
-    sequences: float = 1
-    batch_tokens: int = 0
+    stage_keys: float | None = None  # that the largest stage attends to; all received, in one stage, if `None`
+    sequences: float = 1  # at most in one kernel call
+    batch_tokens: int = 0  # of the whole batch, which every rank reads
 
     @property
     def largest_stage(self) -> float:
-        """Tokens whose KV the largest stage attends to."""
         return self.received if self.stage_keys is None else self.stage_keys
 
     def scaled(self, tokens: float, batch_tokens: int) -> RankLoad:
-        """Returns the load of a row of other documents in the same proportions.
-
-        Args:
-            tokens (`float`): tokens of the rank's row.
-            batch_tokens (`int`): tokens of the whole batch.
-        """
+        """The load of a row of other documents in the same proportions."""
         factor = tokens / self.tokens
         sizes = (self.received, self.sent, self.largest_stage, self.sequences)
         received, sent, stage_keys, sequences = (factor * size for size in sizes)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,8 @@ _FP32 = 4
 
 
 class Layer(LayerCosts):
-    """One attention layer under a plan, with the costs of collectives between equal nodes."""
+    """One attention layer under a plan, with the costs of collectives between equal nodes. Received bytes are (2,
+    cp_size), inside nodes and between them."""
 
     @property
     def ranks_in_node(self) -> int:
@@ -43,7 +44,6 @@ class Layer(LayerCosts):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of a token's keys and values."""
         return self.layers.kv_elements_per_token * self.model.itemsize
 
     @property
@@ -52,59 +52,28 @@ class Layer(LayerCosts):
         return -(-self.plan.num_tokens // self.cp_size)
 
     def copy_seconds(self, bytes_touched: float) -> np.ndarray:
-        """Returns the (cp_size,) seconds of reading and writing so many bytes in all."""
+        """Reading and writing so many bytes in all."""
         return np.full(self.cp_size, bytes_touched / self.model.hardware.memory_bytes_per_second)
 
     def gathered(self, bytes_each: float) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive, inside nodes and between them, when each gives the same
-        to all: they cross to a node once."""
+        """Bytes that ranks receive when each gives the same to all: they cross to a node once."""
         crossing = self.cp_size // self.ranks_in_node - 1
         return np.outer([self.cp_size - 1 - crossing, crossing], np.full(self.cp_size, bytes_each))
 
     def exchanged(self, bytes_each: float) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive when each gives so many to every other, to each its
-        own."""
+        """Bytes that ranks receive when each gives so many to every other, to each its own."""
         inside = self.ranks_in_node - 1
         return np.outer([inside, self.cp_size - 1 - inside], np.full(self.cp_size, bytes_each))
 
     def hop(self, bytes_each: np.ndarray) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive when the rank before gives them so many (cp_size,)."""
+        """Bytes that ranks receive when the rank before gives them so many (cp_size,)."""
         enters = (np.arange(self.cp_size) % self.ranks_in_node == 0) & (self.ranks_in_node < self.cp_size)
         return np.array([bytes_each * ~enters, bytes_each * enters])
 
 
-class Exchange(Protocol):
-    """A baseline's exchange in one attention layer."""
-
-    def run(self, layer: Layer, backward: bool) -> PassTimes:
-        """Predicts one pass."""
-
-    def received(self, layer: Layer) -> np.ndarray:
-        """Returns the (2, cp_size) bytes that ranks receive in a forward, inside nodes and between them."""
-
-    def held(self, layer: Layer) -> int:
-        """Returns the tokens of other ranks whose KV a rank holds at a time."""
-
-
-class Baseline(NamedTuple):
-    """Another way to run attention under context parallelism.
-
-    Attributes:
-        title (`str`): name in tables.
-        slices (`Callable`): lengths and cp_size to the tokens whose linear layers each rank computes.
-        exchange (`Exchange`): the exchange in a layer, and the kernels around it.
-        kept (`bool`): whether ranks hold the KV of others until backward, in every layer.
-    """
-
-    title: str
-    slices: Callable[[Lengths, int], Slices]
-    exchange: Exchange
-    kept: bool = False
-
-
 def shared_tokens(plan: ShardPlan) -> int:
-    """Returns what each rank gives to the padded all-gather of FlashCP eq. 5, the most that any rank has to give. A
-    document's last shard, which nobody after it needs, stays home. A slice is a shard here."""
+    """What each rank gives to the padded all-gather of FlashCP eq. 5, the most that any has to. A document's last
+    shard (a slice is a shard here), which nobody after it needs, stays home."""
     return max(
         sum(piece.tokens for piece in held if piece.stop != plan.lengths[piece.document]) for held in plan.slices
     )
@@ -113,17 +82,12 @@ def shared_tokens(plan: ShardPlan) -> int:
 @dataclass(frozen=True)
 class AllGather:
     """Gathers what each rank gives, brings it into the order of documents, and computes each slice against all of its
-    document before it; in backward gradients of the gathered KV go the other way.
-
-    Args:
-        shared_alone (`bool`): ranks pack and give the tokens that others need, padded to the same number, instead of
-            all that they hold.
-    """
+    document before it; in backward gradients of the gathered KV go the other way. With `shared_alone` ranks pack and
+    give the tokens that others need, padded to the same number, instead of all that they hold."""
 
     shared_alone: bool = False
 
     def given(self, layer: Layer) -> int:
-        """Returns the tokens that each rank gives."""
         return shared_tokens(layer.plan) if self.shared_alone else layer.most_tokens
 
     def received(self, layer: Layer) -> np.ndarray:
@@ -161,12 +125,7 @@ def in_order(lengths: Lengths, cp_size: int) -> Slices:
 
 
 class RingPieces(NamedTuple):
-    """Tokens of each rank's pieces of each document, along which ranks go up, then down.
-
-    Attributes:
-        early (`np.ndarray`): (documents, cp_size) int64, tokens of the pieces on the way up.
-        late (`np.ndarray`): (documents, cp_size) int64, tokens of the pieces on the way down.
-    """
+    """Tokens of ranks' pieces of documents, along which ranks go up, then down: (documents, cp_size) int64."""
 
     early: np.ndarray
     late: np.ndarray
@@ -182,14 +141,13 @@ class RingPieces(NamedTuple):
         return cls(*both)
 
     def local(self) -> Rectangles:
-        """Returns the causal squares of each rank's own tokens."""
         tokens = self.early + self.late
         documents, ranks = np.nonzero(tokens)
         return Rectangles(ranks, tokens[documents, ranks], np.zeros_like(ranks))
 
     def remote(self, step: int) -> Rectangles:
-        """Returns what ranks compute when KV has made `step` hops. All of a rank's queries see the first piece of an
-        earlier rank's block; the second piece sees all of a later rank's block."""
+        """What ranks compute when KV has made `step` hops. All of a rank's queries see the first piece of an earlier
+        rank's block; the second piece sees all of a later rank's block."""
         ranks = np.arange(self.early.shape[1])
         from_before = ranks >= step
         queries = self.late + self.early * from_before
@@ -235,8 +193,7 @@ class Ring:
         return layer.model.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
 
     def _adding_seconds(self, layer: Layer, block: Rectangles, tokens: np.ndarray) -> np.ndarray:
-        """Returns the (cp_size,) seconds of adding the gradients of a block of `tokens` (cp_size,) to the sums of the
-        steps before."""
+        """Adding the gradients of a block of `tokens` (cp_size,) to the sums of the steps before."""
         layers, model = layer.layers, layer.model
         queries = np.bincount(block.ranks, block.queries, layer.cp_size) * layers.query_heads * layers.key_dim
         elements = queries + tokens * layers.kv_elements_per_token
@@ -272,15 +229,24 @@ class Ulysses:
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
-        """Returns the bytes of a token's queries, keys and values of one rank's heads. Where KV heads are fewer than
-        ranks, several ranks get the same one."""
+        """Of a token's queries, keys and values of one rank's heads. Ranks share a KV head where these are fewer."""
         sizes, kv_heads = layer.layers, max(layer.layers.kv_heads / layer.cp_size, 1)
         elements = sizes.query_heads / layer.cp_size * sizes.key_dim + kv_heads * (sizes.key_dim + sizes.value_dim)
         return elements * layer.model.itemsize
 
     def _output_bytes(self, layer: Layer) -> float:
-        """Returns the bytes of a token's output of one rank's heads."""
         return layer.layers.query_heads / layer.cp_size * layer.layers.value_dim * layer.model.itemsize
+
+
+class Baseline(NamedTuple):
+    """Another way to run attention under context parallelism; `slices` are what ranks compute of the linear layers.
+    An exchange predicts one pass (`run`), the bytes that ranks receive in a forward, (2, cp_size), and how many tokens
+    of other ranks are `held` at a time."""
+
+    title: str
+    slices: Callable[[Lengths, int], Slices]
+    exchange: AllGather | Ring | Ulysses
+    kept: bool = False  # whether ranks hold the KV of others until backward, in every layer
 
 
 BASELINES = {

@@ -42,17 +42,11 @@ def title_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training step of one packed batch.
-
-    Args:
-        time (`StepTime`): by rank.
-        step_seconds (`float`): step time of the slowest rank, with what gradient checkpointing repeats.
-        received (`np.ndarray`): (2, cp_size) bytes that ranks receive in the forward of all attention layers, inside
-            nodes and between them.
-        memory_bytes (`float`): memory of the rank that needs most.
-        mfu (`float`): model FLOPs over what all devices could do meanwhile; attention's backward counts twice its
-            forward and nothing is counted that is computed again (PaLM, arXiv 2204.02311). NaN without a peak.
-    """
+    """A training step of one packed batch: times by rank, the step time of the slowest with what gradient
+    checkpointing repeats, (2, cp_size) bytes received in the forward of all attention layers, inside nodes and between
+    them, the memory of the rank that needs most, and the MFU: model FLOPs over what all devices could do meanwhile;
+    attention's backward counts twice its forward and nothing is counted that is computed again (PaLM, arXiv
+    2204.02311)."""
 
     time: StepTime
     step_seconds: float
@@ -61,8 +55,8 @@ class Outcome:
     mfu: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form: the parts of the step of the rank that sets its pace (of several, the one
-        with the most attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
+        """JSON-serializable: the parts of the step of the rank that sets its pace (of several, the one with the most
+        attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
         parts = vars(self.time)
         # Ranks that wait for each other end together, up to rounding.
         totals = sum(parts[name] for name in ("linear", "attention", "copies", "exposed"))
@@ -103,20 +97,9 @@ def simulate(
     names: Sequence[str] = NAMES,
     gradient_checkpointing: str = "none",
 ) -> dict[str, Outcome]:
-    """Predicts a step on one batch under each plan and baseline.
-
-    Args:
-        lengths (`Sequence[int]`): tokens of the batch's documents.
-        cp_size (`int`): ranks, 2 to 256, which fill their nodes.
-        config: the model's config, see [`CostModel.from_config`].
-        model (`CostModel`): cost model of that config.
-        names (`Sequence[str]`): some of `EXACT` (plans with this library's exchange) and `BASELINES`; baselines that
-            cannot run the model ([`why_not`]) are left out.
-        gradient_checkpointing (`str`): see [`TrainingSetup`]; the rest of the setup is FSDP2 over the ranks in bf16.
-
-    Raises:
-        PlanError, ConfigurationError: a cp_size that cannot be simulated, fewer tokens than ranks, a bad config.
-    """
+    """Predicts a step on one batch under each of `names`: plans of [`EXACT`] with this library's exchange, and
+    [`BASELINES`] unless they cannot run the model ([`why_not`]). `config` is the model's and `model` its cost model;
+    the setup is FSDP2 over the ranks, 2 to 256 that fill their nodes, in bf16."""
     check_ranks(cp_size, model.hardware.ranks_per_node)
     if not model.layers:
         raise ConfigurationError("The model's config has no layers with attention, so there is nothing to simulate.")
@@ -148,8 +131,8 @@ def model_flops(lengths: Sequence[int], model: CostModel) -> float:
 
 
 class _Step(NamedTuple):
-    """A step on a batch before its memory is known: times, received bytes as in [`Outcome`], the busiest rank's load,
-    and whether KV is kept until backward, see [`estimate_memory`]."""
+    """A step before its memory is known: times, received bytes as in [`Outcome`], the busiest rank's load, and whether
+    KV is kept until backward, see [`estimate_memory`]."""
 
     time: StepTime
     received: np.ndarray

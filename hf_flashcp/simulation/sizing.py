@@ -37,18 +37,9 @@ _RECOMPUTED_LINEAR = 1 / 3
 
 @dataclass(frozen=True)
 class Choice:
-    """The costs of a cp_size.
-
-    Args:
-        cp_size (`int`): ranks that share a row.
-        memory (`MemoryEstimate`): memory of the rank that needs most.
-        largest_window (`int`): tokens of the longest row that fits; 0 if none does.
-        fits (`bool`): whether the window fits.
-        step_seconds (`float`): predicted seconds of the forward and backward of one row.
-        tokens_per_second (`float`): predicted throughput of all devices together.
-        kv_bytes (`float`): bytes that a rank receives at most in the forward of a step, all layers.
-        exposed_seconds (`float`): seconds of the step that a rank waits at most for KV and its gradients.
-    """
+    """The costs of a cp_size: of the rank that needs most or waits longest, of one row's forward and backward.
+    `largest_window` is in tokens, 0 if none fits; `tokens_per_second` is of all devices together, `kv_bytes` of all
+    layers' forward."""
 
     cp_size: int
     memory: MemoryEstimate
@@ -60,7 +51,6 @@ class Choice:
     exposed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form."""
         return {**vars(self), "memory": self.memory.to_dict()}
 
 
@@ -70,11 +60,7 @@ def cp_sizes(gpus: int, window: int) -> list[int]:
 
 
 def usable_bytes(hardware: HardwareProfile) -> float:
-    """Returns the bytes of a device's memory that training can use.
-
-    Raises:
-        ConfigurationError: the profile does not say how much memory it has.
-    """
+    """Bytes of a device's memory that training can use."""
     if hardware.memory_bytes is None:
         raise ConfigurationError("The hardware profile has no memory_bytes: add the bytes of a device's memory to it.")
     return USABLE_MEMORY * hardware.memory_bytes
@@ -87,19 +73,8 @@ def choices(
     lengths: Sequence[int],
     sizes: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """Returns a choice for each cp_size.
-
-    Args:
-        config: the model's config, see [`CostModel.from_config`].
-        hardware (`HardwareProfile`): the devices' profile.
-        setup (`TrainingSetup`): how the model is trained, the number of devices included.
-        lengths (`Sequence[int]`): tokens of the row's documents, which decide what travels.
-        sizes (`Sequence[int]`, *optional*): cp_sizes, by default every one that divides the devices.
-
-    Raises:
-        ConfigurationError: sizes that do not divide the devices, a config or profile without what is needed.
-        PlanError: fewer tokens than ranks.
-    """
+    """A choice for each of `sizes`, by default every cp_size that divides the devices and is no larger than the
+    window. `lengths` are the tokens of a row's documents, which decide what travels."""
     window, usable = sum(lengths), usable_bytes(hardware)
     if setup.gpus < 1:
         raise ConfigurationError(f"gpus must be at least 1, got {setup.gpus}.")
@@ -146,8 +121,8 @@ def _choice(
 
 
 def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
-    """Returns the most that any rank of a plan holds and moves in a layer: received and sent KV as the mean over
-    layers with attention, stages and calls as the largest in any of them."""
+    """The most that any rank of a plan holds and moves in a layer: received and sent KV as the mean over layers with
+    attention, stages and calls as the largest in any of them."""
     received, sent = np.zeros((2, plan.cp_size))
     for layers in cost_model.layers:
         received_in_layer, sent_in_layer = plan.kv_moved(layers.window)
@@ -177,8 +152,7 @@ def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
 
 
 def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
-    """Returns, of the sizes that fit, the smallest whose predicted throughput is within [`AS_FAST`] of the highest,
-    and why; `None` if nothing fits."""
+    """The smallest size that fits and is within [`AS_FAST`] of the highest throughput, if any, and why."""
     fitting = [choice for choice in found if choice.fits]
     if not fitting:
         return None, "nothing fits"

@@ -8,15 +8,66 @@ between own head and tail is one more item to place.
 
 from __future__ import annotations
 
+import math
+
 from ...plan.slices import Slices, attention_pairs
-from ..items import Item
+from ..caps import Caps, Item
 from .pack import pack
-from .tail import TailRank
-from .unfinished import OpenRank, Unfinished
+from .settings import Settings
+from .tail import OpenRank, TailRank, Tails
+from .unplaced import Unplaced
 
 
-class Construction(Unfinished):
-    """Builds one plan."""
+class Construction:
+    """Builds one plan: what its ranks hold so far, and what is still to be placed.
+
+    No rank should receive or send more than `target`, which own heads meet in place of short documents. `before` are
+    the tails of an earlier construction, from which the number of each document's holders is foreseen; `spreading` is
+    how much of the low positions to spread as heads, against what they suggest. The next rank takes `needed` to `most`
+    tokens.
+    """
+
+    def __init__(
+        self,
+        caps: Caps,
+        settings: Settings,
+        target: float = math.inf,
+        before: Tails | None = None,
+        spreading: float = 1.0,
+    ):
+        self.caps, self.unplaced, self.settings = caps, Unplaced(caps), settings
+        self.target, self.before, self.spreading = target, before or {}, spreading
+        self.shares = caps.shares
+        self.slices: Slices = []
+        self.tokens_left, self.pairs_left = caps.total_tokens, caps.total_pairs
+        self.tails: Tails = {}
+        self._look_at_next_rank()
+
+    def _look_at_next_rank(self) -> None:
+        """The most and the fewest tokens of the next rank, which has to take what all ranks after it cannot."""
+        self.ranks_left = self.caps.cp_size - len(self.slices)
+        self.most = self.needed = self.shares[len(self.slices)]
+        if self.caps.token_room:
+            self.needed = max(self.tokens_left - (self.ranks_left - 1) * self.most, 0)
+
+    def close(self, rank: OpenRank) -> None:
+        """Ends a rank that is as full as it has to be."""
+        self.tokens_left -= self.most - rank.tokens
+        self.pairs_left -= self.caps.most_pairs - rank.pairs
+        self.slices.append(rank.held)
+        self._look_at_next_rank()
+
+    def receivers(self, document: int) -> int:
+        """How many ranks will need the head of a document, as far as one can tell."""
+        return max(len(self.tails.get(document, ())), len(self.before.get(document, ())), 1)
+
+    def low_positions(self, document: int, tails: int) -> float:
+        """Tokens that, last time, ranks after the next one held of a document's low positions, which all others need,
+        beyond what the target lets them send."""
+        beyond = 0.0
+        for index, tail in enumerate(self.before.get(document, ())[tails + 1 :], tails + 1):
+            beyond += max(tail.tokens - self.target / index, 0)
+        return self.spreading * beyond
 
     def run(self) -> Slices | None:
         """Slices of every rank, or `None` where the settings lead nowhere."""
@@ -58,17 +109,16 @@ class Construction(Unfinished):
         return self.unplaced.least_pairs(max(self.needed - item.tokens, 0)) <= pairs_left
 
     def _pack(self, cuts: bool) -> Slices | None:
-        packed = None
-        if self.pairs_left <= self.ranks_left * self.caps.most_pairs:
-            loads = {
-                document: max(start, len(self.tails.get(document, ())) * (stop - start))
-                for _, (document, start, stop), _ in self.unplaced.loose
-            }
-            scale = min(self.target, max(loads.values(), default=0)) or 1
-            weights = {document: load * self.settings.load_weight / scale for document, load in loads.items()}
-            shares, token_weight = self.shares[len(self.slices) :], self.settings.token_weight
-            packed = pack(self.unplaced.ascending(), shares, self.caps.most_pairs, token_weight, weights, cuts)
-        return packed
+        if self.pairs_left > self.ranks_left * self.caps.most_pairs:
+            return None
+        loads = {
+            document: max(start, len(self.tails.get(document, ())) * (stop - start))
+            for _, (document, start, stop), _ in self.unplaced.loose
+        }
+        scale = min(self.target, max(loads.values(), default=0)) or 1
+        weights = {document: load * self.settings.load_weight / scale for document, load in loads.items()}
+        shares, token_weight = self.shares[len(self.slices) :], self.settings.token_weight
+        return pack(self.unplaced.ascending(), shares, self.caps.most_pairs, token_weight, weights, cuts)
 
     def _fill(self, item: Item) -> bool:
         """Closes a rank with an item and others, whole, the largest first as long as the shortest documents could fill

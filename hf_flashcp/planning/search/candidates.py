@@ -13,7 +13,7 @@ from ..sharding import give_empty_ranks_a_token
 from .build import Construction
 from .repair import repair
 from .settings import SETTINGS, Settings
-from .unfinished import Tails
+from .tail import Tails
 
 
 WITHIN = 1.1
@@ -21,28 +21,18 @@ WITHIN = 1.1
 
 
 class Candidate:
-    """A plan with what it costs.
+    """A plan, its number of slices, and the tokens whose KV travels: in all, and to or from the busiest rank. One that
+    was constructed has its settings, and the tails that were cut off."""
 
-    Attributes:
-        count (`int`): number of slices.
-        total (`int`): tokens whose KV travels.
-        bottleneck (`int`): those that the busiest rank receives or sends.
-    """
-
-    def __init__(self, slices: Slices, construction: Construction | None = None):
-        self.slices, self.construction = slices, construction
+    def __init__(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None):
+        self.slices, self.settings, self.tails = slices, settings, tails
         self.count = sum(map(len, slices))
         received, sent = full_attention_traffic(slices)
         self.total, self.bottleneck = sum(received), max(max(received), max(sent))
 
 
 class Candidates:
-    """Plans of one batch within its caps, collected setting by setting.
-
-    Attributes:
-        limits (`Caps`): what plans have to meet: the caps, raised where nothing meets them.
-        found (`list[Candidate]`): plans that do.
-    """
+    """Plans of one batch, collected setting by setting, within `limits`: its caps, raised where nothing meets them."""
 
     def __init__(self, caps: Caps):
         self.caps = self.limits = caps
@@ -53,30 +43,31 @@ class Candidates:
     def lower_bound(self) -> int:
         return least_kv(self.caps)
 
-    def keep(self, slices: Slices, construction: Construction | None = None) -> Candidate | None:
+    def keep(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None) -> Candidate | None:
         """Measures a plan and keeps it if it is within the limits."""
         give_empty_ranks_a_token(slices)
         candidate = None
         if self.limits.allow(slices):
-            candidate = Candidate(slices, construction)
+            candidate = Candidate(slices, settings, tails)
             self.found.append(candidate)
         return candidate
 
     def build(
-        self,
-        settings: Settings,
-        target: float = math.inf,
-        before: Tails | None = None,
-        spreading: float = 1.0,
+        self, settings: Settings, target: float = math.inf, before: Tails | None = None, spreading: float = 1.0
     ) -> Candidate | None:
         """Builds a plan and keeps it: arguments of [`Construction`]."""
         construction = Construction(self.limits, settings, target, before, spreading)
         slices = construction.run()
-        return None if slices is None else self.keep(slices, construction)
+        return None if slices is None else self.keep(slices, settings, construction.tails)
+
+    def build_like(self, base: Candidate, target: float, spreading: float) -> Candidate | None:
+        """Builds a plan like a constructed one, in which ranks should not receive or send more than `target`."""
+        assert base.settings is not None, "a plan that was constructed"
+        return self.build(base.settings._replace(load_weight=1.0), target, base.tails, spreading)
 
     def build_next(self, count: int, near: float) -> None:
-        """Builds plans of little total by the next `count` settings, more where none is found, fewer where one is
-        within `near` times the lower bound."""
+        """Builds plans of little total by the next `count` settings, or until one is found and `near` the lower
+        bound."""
         while self.untried and (count > 0 or not self.found) and not self.is_within(near):
             self.build(self.untried.pop(0))
             count -= 1
@@ -88,7 +79,6 @@ class Candidates:
             self.keep(repaired)
 
     def least(self) -> Candidate:
-        """The plan of the least total."""
         return best_of(self.found, minimize_total=True)
 
     def is_within(self, factor: float) -> bool:

@@ -8,8 +8,6 @@ all ranks of each of them, zigzag, so that they share what crosses; whole docume
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ...plan.hierarchical_traffic import hierarchical_traffic
@@ -20,31 +18,16 @@ from ..caps import Caps
 from ..sharding import per_doc
 from .candidates import Candidate, Candidates
 from .search import search
-from .settings import SETTINGS, Settings
-from .spread import spread
+from .settings import SETTINGS
 
 
-class Base(NamedTuple):
-    """A plan of nodes that is made first, under a cap on attention pairs of 1 plus `part` of what the user allows
-    above 1: the rest is room for the ranks of a node."""
+BASES = ((SETTINGS[0], 0.9), (SETTINGS[2], 0.6))
+"""Settings of the plans of nodes that are made first, and how much of what the user allows above 1 is their cap on
+attention pairs: the rest is room for the ranks of a node."""
 
-    settings: Settings
-    part: float
-
-
-BASES = (Base(SETTINGS[0], 0.9), Base(SETTINGS[2], 0.6))
-
-
-class Target(NamedTuple):
-    """A plan like a base whose busiest node should receive and send `share` times as much, with so much `spreading` of
-    low positions."""
-
-    share: float
-    spreading: float
-
-
-TARGETS = (Target(0.6, 2.5), Target(0.7, 4.0), Target(0.5, 4.0))
-"""Like the bases in the order of what each adds to those before it, on drawn packs."""
+TARGETS = ((0.6, 2.5), (0.7, 4.0), (0.5, 4.0))
+"""Shares of what a base's busiest node receives and sends that plans like it should have at most, and how much low
+positions are spread in them: in the order of what each adds to those before it, on drawn packs, as the bases are."""
 
 MANY = 1000
 """Documents beyond which only the first of each is made."""
@@ -53,13 +36,8 @@ MANY = 1000
 def search_in_nodes(caps: Caps, topology: Topology) -> Slices:
     """Slices of every rank: of the plans tried, within the caps, the one whose busiest links take the shortest when
     rows cross to each node once, a row between nodes counted `inter_node_cost` times. Never busier than [`search`]'s,
-    nor less balanced than that where it does not meet the caps. Pure and deterministic.
-
-    Args:
-        caps (`Caps`): documents and what ranks may hold.
-        topology (`Topology`): full nodes of the ranks. With all of them in one node, or each in its own, the plan is
-            `search`'s.
-    """
+    nor less balanced than that where it does not meet the caps. With all ranks in one node, or each in its own, the
+    plan is `search`'s. Pure and deterministic."""
     flat = search(caps)
     found = [flat, *node_plans(flat, caps, topology.ranks_per_node)]
     return min(found, key=lambda slices: busiest(slices, topology))
@@ -101,16 +79,15 @@ def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
         most_tokens = min(of_nodes.most_tokens, caps.cp_size // nodes * caps.most_tokens)
         candidates = Candidates(of_nodes.with_most(tokens=most_tokens))
         base = candidates.build(settings)
-        if base is not None and base.construction is not None:
+        if base is not None:
             for share, spreading in TARGETS[:few]:
-                spread(candidates, base.construction, share * base.bottleneck, spreading)
+                candidates.build_like(base, share * base.bottleneck, spreading)
         found += candidates.found
     return found
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
-    """The same slices on other ranks: rank after rank trades places with the one that spares most traffic between
-    nodes, as long as any does."""
+    """Moves slices between ranks: each trades places with the one that spares most traffic between nodes, if any."""
     traffic = traffic_matrix(slices)
     traffic = traffic + traffic.T
     ranks = np.arange(len(slices))
@@ -150,15 +127,14 @@ def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:
 
 
 def _whole_inside(whole: list[Slice], beside: Slices, caps: Caps) -> Slices | None:
-    """A plan of a node's whole documents on its ranks, which hold other slices beside them; documents are numbered as
-    in `whole`."""
+    """A plan of a node's whole documents, numbered as in `whole`, on its ranks, which hold others `beside` them."""
     ranks, lengths = len(beside), tuple(piece.tokens for piece in whole)
-    built = None
-    if sum(lengths) >= ranks:
-        mean_pairs = sum(attention_pairs(0, length) for length in lengths) / ranks
-        pairs = (caps.most_pairs - max(rank_pairs(beside))) / mean_pairs
-        tokens = (caps.most_tokens - max(rank_tokens(beside))) * ranks / sum(lengths) if caps.token_room else 1.0
-        built = Candidates(Caps(lengths, ranks, max(pairs, 1.0), max(tokens, 1.0))).build(SETTINGS[0])
+    if sum(lengths) < ranks:
+        return None
+    mean_pairs = sum(attention_pairs(0, length) for length in lengths) / ranks
+    pairs = (caps.most_pairs - max(rank_pairs(beside))) / mean_pairs
+    tokens = (caps.most_tokens - max(rank_tokens(beside))) * ranks / sum(lengths) if caps.token_room else 1.0
+    built = Candidates(Caps(lengths, ranks, max(pairs, 1.0), max(tokens, 1.0))).build(SETTINGS[0])
     return None if built is None else list(built.slices)
 
 

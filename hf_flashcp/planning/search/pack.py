@@ -10,8 +10,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ...plan.slices import Slices, attention_pairs
-from ..caps import assign_shares
-from ..items import Item, item_of
+from ..caps import Item, assign_shares, item_of
 
 
 _COMPARED = 16
@@ -35,19 +34,11 @@ def pack(
     kv_weights: dict[int, float],
     cuts: bool,
 ) -> Slices | None:
-    """Places whole items on empty ranks, the largest first; then brings pairs under the cap by swaps, and tokens to
-    the shares by moves, swaps and head cuts.
+    """Places whole items, in ascending order, on empty ranks, the largest first; then brings pairs under the cap by
+    swaps, and tokens to the shares (largest first) by moves, swaps and, with `cuts`, head cuts. `token_weight` weighs
+    tokens against pairs, `kv_weights` a piece of each split document for the KV that it makes travel.
 
-    Args:
-        items (`list[Item]`): what is to be placed, in ascending order.
-        shares (`list[int]`): the most tokens of each rank, largest first.
-        most_pairs (`int`): the most attention pairs of a rank.
-        token_weight (`float`): weight of tokens against pairs.
-        kv_weights (`dict[int, float]`): weight of a piece of each split document, for the KV that it makes travel.
-        cuts (`bool`): whether heads may be cut off.
-
-    Returns:
-        Slices of every rank, or `None` where that fails.
+    Slices of every rank, or `None` where that fails.
     """
     packing = Packing(shares, most_pairs, cuts)
     packing.place(items, token_weight, kv_weights)
@@ -88,13 +79,7 @@ _pairs, _tokens = attrgetter("pairs"), attrgetter("tokens")
 
 
 class Packing:
-    """Items on ranks, moved about until all ranks are under the caps.
-
-    Args:
-        shares (`list[int]`): the most tokens of each rank, largest first.
-        most_pairs (`int`): the most attention pairs of a rank.
-        cuts (`bool`): whether heads may be cut off.
-    """
+    """Items on ranks, moved about until all ranks are under the caps."""
 
     def __init__(self, shares: list[int], most_pairs: int, cuts: bool):
         self.shares, self.most_pairs, self.cuts = shares, most_pairs, cuts

@@ -42,15 +42,8 @@ class Unit:
 
 
 class Pool:
-    """What two ranks hold.
-
-    Attributes:
-        units (`list[Unit]`): what is to be shared out.
-        kept (`tuple`): for each rank, what stays there because there is too much to try.
-        tokens (`int`): of the first rank.
-        pairs (`int`): of both ranks.
-        most_pairs (`int`): what a rank may hold.
-    """
+    """What two ranks hold: units to be shared out, and for each rank what stays there because there is too much to
+    try. `tokens` are of the first rank, `pairs` of both."""
 
     def __init__(self, held: tuple[list[Slice], list[Slice]], caps: Caps):
         self.most_pairs = caps.most_pairs
@@ -91,7 +84,6 @@ class Pool:
         return list(dict.fromkeys(singles[:2] + from_start[:_CUT]))[:_CUT]
 
     def slices(self, share: Share) -> tuple[list[Slice], list[Slice]]:
-        """What the two ranks hold if the pool is shared out so."""
         first, second = list(self.kept[0]), list(self.kept[1])
         others = [unit for index, unit in enumerate(self.units) if index != share.cut]
         for place, unit in enumerate(others):
@@ -129,9 +121,9 @@ def _whole_and_parts(held: list[Slice], caps: Caps) -> tuple[list[Slice], dict[i
 
 
 class Share(NamedTuple):
-    """One way to share out a pool: pairs above the cap, KV on top of what the two receive if no document is split
-    between them; which unit is cut, which others (by bits) the first rank holds; who gets the outer parts of the cut
-    unit, and their tokens."""
+    """One way to share out a pool: which unit is cut, which others the first rank holds (by bits), and who gets how
+    many tokens of the cut unit's outer parts. `cost` is KV on top of what the two receive if no document is split
+    between them."""
 
     excess: int
     cost: int
@@ -169,8 +161,8 @@ def _cut(pool: Pool, cut: int) -> Share | None:
 
 class Outer(NamedTuple):
     """The rank that gets the outer parts of the cut unit, for each subset of the other units on the first rank: the
-    tokens of these parts, the pairs of what the rank holds besides, and where the last pieces end that it and the
-    other rank hold of the document that is cut."""
+    tokens of these parts, the pairs of what it holds besides, and where its and the other rank's last pieces of the
+    cut document end."""
 
     first: bool
     tokens: np.ndarray
@@ -260,15 +252,9 @@ def _excess(held: list[Slice], caps: Caps) -> int:
     return max(_held_pairs(held) - caps.most_pairs, 0)
 
 
-def shared_cost(first: list[Slice], second: list[Slice]) -> int:
-    """What two ranks receive because documents are split between them."""
-    return _gains([first, second])[0, 1]
-
-
 def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], int]:
-    """What pairs of ranks receive because documents are split between them, and the other pairs of ranks of which one
-    has too many attention pairs."""
-    gains = _gains(slices)
+    """[`shared_costs`], with all pairs of ranks of which one has too many attention pairs."""
+    gains = shared_costs(slices)
     for rank, excess in enumerate(over):
         if excess:
             for other in range(len(slices)):
@@ -277,7 +263,7 @@ def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], in
     return gains
 
 
-def _gains(slices: Slices) -> dict[tuple[int, int], int]:
+def shared_costs(slices: Slices) -> dict[tuple[int, int], int]:
     """What pairs of ranks receive because documents are split between them."""
     ends: dict[int, dict[int, int]] = defaultdict(dict)
     for rank, held in enumerate(slices):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from ...plan.slices import Slices, rank_pairs
 from ..algorithm1 import algorithm1
@@ -12,7 +11,6 @@ from ..sharding import give_empty_ranks_a_token, per_doc
 from .build import Construction
 from .candidates import WITHIN, Candidate, Candidates, best_of
 from .settings import SETTINGS, Effort, effort_for
-from .spread import lower_bottleneck
 
 
 NEAR = 1.03
@@ -26,40 +24,30 @@ MOST_WORK = 4_000_000
 of ranks get there, where Algorithm 1 would take minutes."""
 
 
-class Limits(NamedTuple):
-    """Tokens whose KV travels in all and to or from the busiest rank: plans that reach both are of no use."""
-
-    total: float = math.inf
-    bottleneck: float = math.inf
-
-
 def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
-    """Slices of every rank: little KV in all, and little on the rank with the most of it.
+    """Slices of every rank: little KV in all, and little on the rank with the most of it. Pure and deterministic.
 
     Never above Algorithm 1 at the same caps in total, nor (but for `minimize_total`) in what the busiest rank receives
-    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Pure and deterministic.
+    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Where nothing meets the cap
+    on pairs, plans have no more than the better balanced of Per-Doc with and without rotated ranks.
 
-    Args:
-        caps (`Caps`): documents and what ranks may hold. Where nothing meets the cap on pairs, plans have no more than
-            the better balanced of Per-Doc with and without rotated ranks.
-        minimize_total (`bool`): whether the total counts first; never above what is found without, and takes a few
-            times as long. Else, of the plans within 10% of the least total, the one whose busiest rank has least,
-            then the one of the fewest slices.
+    With `minimize_total` the total counts first; it is never above what is found without, and takes a few times as
+    long. Else, of the plans within 10% of the least total, the one whose busiest rank has least, then the one of the
+    fewest slices.
     """
-    return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _searched(caps, minimize_total)
-
-
-def _searched(caps: Caps, minimize_total: bool) -> Slices:
+    if caps.cp_size == 1:
+        return per_doc(caps.lengths, 1)
     candidates, effort = Candidates(caps), effort_for(caps)
     candidates.build_next(effort.settings, NEAR)
     candidates.build_next(effort.targets - effort.settings, FAR)
     if not candidates.found:
         _build_beyond_caps(candidates, effort.solves)
-    limits = Limits()
+    # Plans of Algorithm 1 that reach both are of no use.
+    most_total = most_bottleneck = math.inf
     if candidates.found:
         least = candidates.least()
-        limits = Limits(WITHIN * least.total, least.bottleneck)
-    reference = _algorithm1_below(caps, limits)
+        most_total, most_bottleneck = WITHIN * least.total, least.bottleneck
+    reference = _algorithm1_below(caps, most_total, most_bottleneck)
     if not candidates.found:
         reference = reference or _raise_limits(candidates, effort)
         candidates.repair(reference.slices, effort.solves)
@@ -68,8 +56,8 @@ def _searched(caps: Caps, minimize_total: bool) -> Slices:
         _lower_total(candidates, effort)
     if reference is None:
         best = best_of(candidates.found, minimize_total)
-        if best.total > limits.total or best.bottleneck > limits.bottleneck:
-            reference = _algorithm1_below(caps, Limits(best.total, best.bottleneck))
+        if best.total > most_total or best.bottleneck > most_bottleneck:
+            reference = _algorithm1_below(caps, best.total, best.bottleneck)
     return _choose(candidates.found, reference, minimize_total).slices
 
 
@@ -86,15 +74,14 @@ def _build_beyond_caps(candidates: Candidates, solves: int) -> None:
             return
 
 
-def _algorithm1_below(caps: Caps, limits: Limits) -> Candidate | None:
-    """Algorithm 1's plan, if it is within the caps and may be below one of the limits."""
-    slices = algorithm1(caps, limits.total, limits.bottleneck, MOST_WORK)
+def _algorithm1_below(caps: Caps, total: float, bottleneck: float) -> Candidate | None:
+    """Algorithm 1's plan, if it is within the caps and may be below `total` or `bottleneck`."""
+    slices = algorithm1(caps, total, bottleneck, MOST_WORK)
     return None if slices is None else Candidate(slices)
 
 
 def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
-    """Where nothing known meets the cap on pairs: raises it to that of the best balanced plan, which is returned, and
-    builds plans under it."""
+    """Where nothing meets the cap on pairs: raises it to the best balanced plan's, returns that and builds others."""
     caps = candidates.caps
     known = [Candidate(per_doc(caps.lengths, caps.cp_size, rotate_ranks)) for rotate_ranks in (False, True)]
     balanced = min(known, key=lambda plan: (max(rank_pairs(plan.slices)), plan.total, plan.bottleneck, plan.count))
@@ -105,12 +92,26 @@ def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
 
 
 def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) -> None:
-    """Looks for plans like the built one of the least total, with less on the busiest rank."""
-    built = [plan for plan in candidates.found if plan.construction]
-    if built:
-        base = best_of(built, minimize_total=True)
-        target = min(0.85 * base.bottleneck, most_bottleneck)
-        lower_bottleneck(candidates, base, target, WITHIN * candidates.least().total, tries)
+    """Looks for less on the busiest rank than in the best built plan: targets follow what has been reached."""
+    built = [plan for plan in candidates.found if plan.settings]
+    if not built:
+        return
+    base, most_total = best_of(built, minimize_total=True), WITHIN * candidates.least().total
+    target = min(0.85 * base.bottleneck, most_bottleneck)
+    met, missed, spreading = float(base.bottleneck), 0.0, 1.0
+    for _ in range(tries):
+        plan = candidates.build_like(base, target, spreading)
+        if plan is None or plan.total > most_total:
+            if spreading > 0.5:
+                spreading = 0.5
+                continue
+            missed, target = target, (target + met) / 2
+        elif plan.bottleneck > 1.03 * target and spreading == 1.0:
+            spreading = 1.6
+            continue
+        else:
+            met, target = target, (target + missed) / 2 if missed else 0.88 * target
+        spreading = 1.0
 
 
 def _lower_total(candidates: Candidates, effort: Effort) -> None:

@@ -9,25 +9,16 @@ from ..caps import Caps
 
 
 class Settings(NamedTuple):
-    """What one construction does differently from others.
+    """What one construction does differently from others."""
 
-    Attributes:
-        order (`str`): which item too large for a rank has its tail cut off next: the `"largest"`, the `"same"`
-            document as before until its rest fits, or the `"smallest"`.
-        whole_first (`bool`): where items fit but cannot be packed, fill a rank with whole ones before cutting.
-        token_weight (`float`): weight of tokens against pairs when whole items are packed.
-        load_weight (`float`): weight of what a piece of a split document makes its rank send or receive.
-        reserve (`float`): how many tokens of the shortest documents, in multiples of a rank's, are left to later ranks
-            when a rank takes short documents beside a tail.
-        filling (`float`): of the tokens that a rank needs beside the tail, how much may be short documents.
-    """
-
+    # Which item too large for a rank has its tail cut off next: the "largest", the "smallest", or one of the "same"
+    # document as before until its rest fits.
     order: str = "same"
-    whole_first: bool = False
-    token_weight: float = 2.0
-    load_weight: float = 0.3
-    reserve: float = 0.0
-    filling: float = 1.0
+    whole_first: bool = False  # where items fit but cannot be packed, fill a rank with whole ones before cutting
+    token_weight: float = 2.0  # against pairs, when whole items are packed
+    load_weight: float = 0.3  # of what a piece of a split document makes its rank send or receive
+    reserve: float = 0.0  # tokens of the shortest documents left to later ranks, in multiples of a rank's
+    filling: float = 1.0  # of the tokens that a rank needs beside a tail, how much may be short documents
 
 
 SETTINGS = (
@@ -46,24 +37,14 @@ SETTINGS = (
 
 
 class Effort(NamedTuple):
-    """How much is tried for batches up to a size.
-
-    Attributes:
-        most_size (`float`): the largest batch, as documents + 4 x ranks.
-        settings (`int`): how many of the settings are tried first.
-        targets (`int`): how many plans with a target for the busiest rank; also how many settings where the first
-            plans are far from the lower bound.
-        more_settings (`int`): for the least total, how many more settings.
-        repaired (`int`): for the least total, how many plans are repaired.
-        solves (`int`): how many pairs of ranks are planned anew in each.
-    """
+    """How much is tried for batches of up to `most_size` documents + 4 x ranks."""
 
     most_size: float
-    settings: int
-    targets: int
-    more_settings: int
-    repaired: int
-    solves: int
+    settings: int  # how many are tried first
+    targets: int  # plans with one for the busiest rank; also settings, where the first plans are far from the bound
+    more_settings: int  # for the least total
+    repaired: int  # plans, for the least total
+    solves: int  # pairs of ranks planned anew in each
 
 
 EFFORTS = (
@@ -77,6 +58,5 @@ EFFORTS = (
 
 
 def effort_for(caps: Caps) -> Effort:
-    """How much is tried for a batch of this size."""
     size = len(caps.lengths) + 4 * caps.cp_size
     return next(effort for effort in EFFORTS if size <= effort.most_size)

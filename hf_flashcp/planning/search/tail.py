@@ -1,25 +1,63 @@
-"""Fills a rank with the tail of a long document, and what the rank can hold beside it."""
+"""Fills a rank (`OpenRank`) with the tail of a long document, and what it can hold beside it."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...plan.slices import attention_pairs
-from ..items import Item
+from ...plan.slices import Slice, attention_pairs
+from ..caps import Item
 from .pack import longest_tail
-from .unfinished import OpenRank, Tail, Unfinished
 from .unplaced import Range
 
 
+if TYPE_CHECKING:
+    from .build import Construction
+
+
+class Tail(NamedTuple):
+    """The last `tokens` tokens, from `start` on, of what was left of a document when a rank took them."""
+
+    start: int
+    tokens: int
+
+
+Tails = dict[int, list[Tail]]
+"""The tails that were cut off each document, the last tokens first."""
+
+
+class OpenRank:
+    """The next rank: what it holds, and what it may take besides: up to `tokens`, at least `needed`, up to `pairs`."""
+
+    def __init__(self, plan: Construction):
+        self.held: list[Slice] = []
+        self.tokens, self.needed, self.pairs = plan.most, plan.needed, plan.caps.most_pairs
+
+    def hold(self, item: Item) -> None:
+        self.held.append(item.piece)
+        self.tokens -= item.tokens
+        self.needed -= item.tokens
+        self.pairs -= item.pairs
+
+    def hold_slice(self, document: int, start: int, stop: int) -> None:
+        self.held.append(Slice(document, start, stop))
+        self.tokens -= stop - start
+        self.needed -= stop - start
+        self.pairs -= attention_pairs(start, stop)
+
+    def hold_range(self, documents: Range, items: list[Item]) -> None:
+        self.held += [item.piece for item in items]
+        self.tokens -= documents.tokens
+        self.needed -= documents.tokens
+        self.pairs -= documents.pairs
+
+
 class TailRank(OpenRank):
-    """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that.
+    """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that. `tail`
+    is the number of tokens of the longest that it can take beside what it holds already."""
 
-    Attributes:
-        tail (`int`): tokens of the longest tail that the rank can take beside what it holds already.
-    """
-
-    def __init__(self, plan: Unfinished, item: Item):
+    def __init__(self, plan: Construction, item: Item):
         super().__init__(plan)
         self.plan, self.unplaced, self.target = plan, plan.unplaced, plan.target
         self.document, self.start, self.stop = item.piece
@@ -65,8 +103,7 @@ class TailRank(OpenRank):
             self.tail = min(longest_tail(self.start, self.stop, self.pairs), self.tokens, self.most_tail)
 
     def take_head(self) -> bool:
-        """Takes the head that fills the rank together with a tail, if one is needed. Returns whether the rank is
-        full."""
+        """Takes the head that fills the rank together with a tail, if one is needed; says whether the rank is full."""
         if self.tail >= self.needed:
             return True
         choice = self._tail_and_head(self.unplaced.heads()) or self._tail_and_head(self.unplaced.loose)
@@ -96,8 +133,7 @@ class TailRank(OpenRank):
         self.start += tokens
 
     def _balancing_head(self) -> int:
-        """How much of the document's head the rank should hold so that no rank receives or sends more than the
-        target."""
+        """How much of the document's head to hold so that no rank receives or sends more than the target."""
         start, stop, tails = self.start, self.stop, len(self.tails)
         before = self.plan.before.get(self.document, ())
         receivers = max(len(before), tails + 1)
@@ -192,11 +228,9 @@ class TailRank(OpenRank):
 
 def tail_beside_head(stop: int, head_start: int, tokens: int, pairs: int) -> int | None:
     """The longest tail of a document up to `stop` that fits in `pairs` together with a head that starts at
-    `head_start` (of the same document or another), both together of exactly `tokens` tokens.
-
-    Growing the tail by a token and shrinking the head by one adds `stop - head_start - tokens` pairs, a constant, so
-    this is the solution of a linear equation.
-    """
+    `head_start` (of the same document or another), both together of exactly `tokens` tokens: growing the tail by a
+    token and shrinking the head by one adds `stop - head_start - tokens` pairs, a constant, so this is the solution of
+    a linear equation."""
     slope = stop - head_start - tokens
     spare = pairs - attention_pairs(head_start, head_start + tokens)
     if spare < 0:

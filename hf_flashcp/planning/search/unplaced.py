@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from typing import NamedTuple
 
-from ..caps import Caps
-from ..items import Item, item_of
+from ..caps import Caps, Item, item_of
 
 
 class Range(NamedTuple):
@@ -19,12 +18,8 @@ class Range(NamedTuple):
 
 
 class Unplaced:
-    """The documents and pieces that no rank holds yet.
-
-    Attributes:
-        whole (`list[Item]`): documents in ascending order, of which `first` to `last` (half-open) are untouched.
-        loose (`list[Item]`): what is left of documents that were cut.
-    """
+    """The documents and pieces that no rank holds yet: of `whole`, in ascending order, those from `first` to `last`
+    (half-open), and the `loose` rests of documents that were cut."""
 
     def __init__(self, caps: Caps):
         self.caps = caps
@@ -56,7 +51,6 @@ class Unplaced:
             self.take_range(self.range(index, index + 1))
 
     def range(self, start: int, stop: int) -> Range:
-        """The untouched documents `start` to `stop` of the ascending list."""
         tokens = self.tokens_up_to[stop] - self.tokens_up_to[start]
         return Range(start, stop, tokens, self.pairs_up_to[stop] - self.pairs_up_to[start])
 
@@ -81,8 +75,7 @@ class Unplaced:
         return self.pairs_up_to[max(up_to, self.first)] - self.pairs_up_to[self.first]
 
     def leftover(self, document: int, most_tokens: int, most_pairs: int) -> Item | None:
-        """The longest loose piece of another document, of up to `most_tokens` and with fewer pairs per token than the
-        average."""
+        """The longest fitting loose piece of another document, with fewer pairs per token than the average."""
         best, most = None, 0
         for item in self.loose:
             if most < item.tokens <= most_tokens and item.pairs <= most_pairs and item.piece.document != document:
