@@ -43,7 +43,7 @@ from ..plan import ShardPlan
 from ..plan.calls import KeyPiece, key_ranges
 from ..plan.traffic import needed_keys
 from .hierarchical import hierarchical_routes
-from .routes import Routes, StageTraffic, direct_routes, local_slices
+from .routes import Needed, Routes, StageTraffic, direct_routes, local_slices
 from .rows import Group, Rows, concatenated, distinct_groups, row_numbers
 from .stage import Rectangle, Stage
 
@@ -122,9 +122,12 @@ class RankLayout:
             squares[piece.document] = Rectangle(first, stop, first, stop)
         return tuple(squares.values())
 
+    def _needed_keys(self) -> Needed:
+        return needed_keys(self._plan.slices, self.window)
+
     def _routes(self) -> list[Routes]:
         """Those of each stage in which some rank needs something."""
-        plan, needed = self._plan, needed_keys(self._plan.slices, self.window)
+        plan, needed = self._plan, self._needed_keys()
         groups = plan.stage_offsets if self.window is None else [range(1, plan.cp_size)]
         stages = [StageTraffic(plan, offsets, needed) for offsets in groups]
         routes = direct_routes if plan.ranks_per_node is None else hierarchical_routes
