@@ -39,10 +39,9 @@ def algorithm1(
     or from the busiest rank), and is given up after `most_work` slices that were built.
     """
     longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
-    if caps.most_pairs * caps.cp_size < caps.total_pairs or total <= 0 and bottleneck <= 0:
-        return None
+    possible = caps.most_pairs * caps.cp_size >= caps.total_pairs and (total > 0 or bottleneck > 0)
     work = 0
-    for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck):
+    for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck) if possible else ():
         if num_per_doc < len(longest_first):
             work += 2 * caps.cp_size * num_per_doc + len(longest_first)
         if work > most_work:

@@ -65,11 +65,12 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
     ranks_per_node = cost_model.hardware.ranks_per_node
     nodes = None if caps.cp_size % ranks_per_node else ranks_per_node
     found: dict[tuple, Timed] = {}
-    for slices, for_nodes in _candidates(caps, ranks_per_node):
-        plan = ShardPlan(caps.lengths, caps.cp_size, slices, None, nodes)
-        if plan.slices not in found and max(rank_tokens(plan.slices)) <= caps.most_tokens:
-            beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
-            found[plan.slices] = Timed(beyond, cost_model.step_time(plan).seconds, plan, for_nodes)
+    for some, for_nodes in _candidates(caps, ranks_per_node):
+        for slices in some:
+            plan = ShardPlan(caps.lengths, caps.cp_size, slices, None, nodes)
+            if plan.slices not in found and max(rank_tokens(plan.slices)) <= caps.most_tokens:
+                beyond = max(max(rank_pairs(plan.slices)) - caps.most_pairs, 0)
+                found[plan.slices] = Timed(beyond, cost_model.step_time(plan).seconds, plan, for_nodes)
     return list(found.values())
 
 
@@ -112,8 +113,8 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     return groups
 
 
-def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[Slices, bool]]:
-    """Plans, and whether each is one of [`node_plans`]."""
+def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[list[Slices], bool]]:
+    """Plans, a few at a time, and whether they are of [`node_plans`]."""
     lengths, cp_size, slack = caps.lengths, caps.cp_size, min(caps.max_imbalance - 1, MOST_SLACK)
     tightened = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
     if caps.max_imbalance - 1 > slack:
@@ -122,12 +123,8 @@ def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[Slices, bool]
         for cap in tightened:
             within = caps.with_imbalance(1 + cap, token_cap)
             flat = search(within)
-            yield flat, False
-            yield search(within, minimize_total=True), False
-            for slices in node_plans(flat, within, ranks_per_node):
-                yield slices, True
-        yield flashcp(caps.with_imbalance(caps.max_imbalance, token_cap)), False
-    yield per_doc(lengths, cp_size), False
-    yield per_doc(lengths, cp_size, rotate_ranks=True), False
-    yield per_seq(lengths, cp_size), False
-    yield whole_doc(lengths, cp_size), False
+            yield [flat, search(within, minimize_total=True)], False
+            yield node_plans(flat, within, ranks_per_node), True
+        yield [flashcp(caps.with_imbalance(caps.max_imbalance, token_cap))], False
+    zigzags = [per_doc(lengths, cp_size, rotate_ranks) for rotate_ranks in (False, True)]
+    yield [*zigzags, per_seq(lengths, cp_size), whole_doc(lengths, cp_size)], False

@@ -57,11 +57,11 @@ def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
     """Plans that spare the links between nodes: a flat plan's ranks grouped, and one in two levels, if that is within
     the caps or no less balanced. None where ranks do not fill several nodes of several ranks."""
     nodes, left_over = divmod(caps.cp_size, ranks_per_node)
-    if left_over or 1 in (nodes, ranks_per_node):
-        return []
+    several = not left_over and 1 not in (nodes, ranks_per_node)
     caps = caps.with_most(pairs=max(caps.most_pairs, max(rank_pairs(flat))))
-    found = [grouped(flat, ranks_per_node)]
-    for plan in sorted(_shared_out_to_nodes(caps, nodes), key=lambda plan: plan.bottleneck):
+    found = [grouped(flat, ranks_per_node)] if several else []
+    built = _shared_out_to_nodes(caps, nodes) if several else []
+    for plan in sorted(built, key=lambda plan: plan.bottleneck):
         slices = [held for node in plan.slices for held in _inside(node, ranks_per_node, caps)]
         if all(slices) and caps.allow(slices):
             found.append(slices)

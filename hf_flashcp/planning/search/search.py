@@ -35,8 +35,10 @@ def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
     long. Else, of the plans within 10% of the least total, the one whose busiest rank has least, then the one of the
     fewest slices.
     """
-    if caps.cp_size == 1:
-        return per_doc(caps.lengths, 1)
+    return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _best_found(caps, minimize_total).slices
+
+
+def _best_found(caps: Caps, minimize_total: bool) -> Candidate:
     candidates, effort = Candidates(caps), effort_for(caps)
     candidates.build_next(effort.settings, NEAR)
     candidates.build_next(effort.targets - effort.settings, FAR)
@@ -58,7 +60,7 @@ def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
         best = best_of(candidates.found, minimize_total)
         if best.total > most_total or best.bottleneck > most_bottleneck:
             reference = _algorithm1_below(caps, best.total, best.bottleneck)
-    return _choose(candidates.found, reference, minimize_total).slices
+    return _choose(candidates.found, reference, minimize_total)
 
 
 def _build_beyond_caps(candidates: Candidates, solves: int) -> None:
