@@ -25,7 +25,7 @@ BELOW = {
     "data": {"plan", "predict", "planning", "layout", "distributed"},
     "integrations": {"plan", "predict", "planning", "layout", "distributed", "exchange", "attention", "data"},
 }
-"""Of each room those that it may import from, beside `errors`."""
+"""The rooms that each room may import from, beside `errors`."""
 BELOW["doctor"] = {*BELOW, "integrations"} - {"simulation"}
 BELOW["bench"] = set(BELOW)
 BELOW["cli"] = set(BELOW)

@@ -1,6 +1,7 @@
 import doctest
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_flashcp.errors import FlashCPError, PlanError
+from hf_flashcp.layout import RankPlan
+from hf_flashcp.plan import shard_plan
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
 from tests.packs import KNOWN_PACKS, arbitrary_plans
 
@@ -297,3 +300,17 @@ def test_plans_are_the_same_under_any_hash_seed():
         for seed in "01"
     }
     assert len(found) == 1
+
+
+def test_traffic_is_counted_once_per_plan_and_window(monkeypatch):
+    plan, counted = plan_documents([40, 33, 9], 1), []
+    for name in ("full_attention_traffic", "traffic_matrix"):
+        count = getattr(shard_plan, name)
+        monkeypatch.setattr(shard_plan, name, lambda *args, count=count: counted.append(args[1:]) or count(*args))
+    for window in (None, 4, None, 4, 40, 41):  # no document is longer than 40
+        plan.report(window)
+        plan.kv_traffic(window)
+    RankPlan(plan)
+    assert sorted(map(str, counted)) == ["()", "(4,)", "(None,)"]
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan and not (again._moved or again._traffic)

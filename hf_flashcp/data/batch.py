@@ -145,9 +145,12 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()
-        if bounds[:1] != [0] or bounds[-1] != shape.numel():
-            ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "nothing to nothing"
-            raise BatchError(f"cu_seq_lens_q runs from {ends}, but the batch has tokens 0 to {shape.numel()}.")
+        if not bounds:
+            raise BatchError("cu_seq_lens_q is empty: it holds where each document begins, and the end of the row.")
+        if bounds[0] != 0 or bounds[-1] != shape.numel():
+            raise BatchError(
+                f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, but the batch has tokens 0 to {shape.numel()}."
+            )
     elif (position_ids := batch.get("position_ids")) is None:
         bounds = range(0, shape.numel() + 1, shape[1])
     else:

@@ -20,7 +20,7 @@ from .features import joined, read_documents
 
 
 MOST_PADDING = 2**24
-"""Of `pad_to_multiple_of`: longer padding would fill the memory before anything is said about it."""
+"""The largest `pad_to_multiple_of`: longer padding would fill the memory before any error could be raised."""
 
 
 class FlashCPCollator(DataCollatorWithFlattening):

@@ -60,7 +60,7 @@ def require_agreement(
             f"Waited {time.monotonic() - begin:.0f} seconds for {missing} to compare {what} (rank {rank} is here). "
             f"{find_missing_ranks()} They failed, stalled, or have fewer batches: look at their output. {advice}"
         )
-    if turn >= 2:  # whoever wrote turn - 1 has read all of turn - 2
+    if turn >= 2:  # a rank that wrote turn - 1 has read all of turn - 2
         store.delete_key(f"{prefix}/{turn - 2}/{rank}")
     if any(each != found[0] for each in found):
         raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 Calls = dict[str, list[int]]
-"""Of each rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` of a kernel that
-takes any number of sequences, and `copies`, passes over rows, K and V together."""
+"""Calls of each rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` of a
+kernel that takes any number of sequences, and `copies`, passes over rows, K and V together."""
 
 
 class KeyPiece(NamedTuple):

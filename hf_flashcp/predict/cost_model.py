@@ -131,7 +131,7 @@ class CostModel:
         over a pack's documents; what starting kernels and moving KV costs depends on the plan."""
         lengths = np.asarray(lengths, dtype=np.int64)
         squares = Rectangles(np.arange(len(lengths)), lengths, np.zeros_like(lengths))
-        # Of several documents in one call, none is alone on the device.
+        # Documents that share a call are not alone on the device.
         kernel = dataclasses.replace(self.hardware.kernel, units=0, call_seconds=0.0)
         attention = np.zeros(len(lengths))
         for layers in self.layers:

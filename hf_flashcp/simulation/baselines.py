@@ -229,7 +229,7 @@ class Ulysses:
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
-        """Of a token's queries, keys and values of one rank's heads. Ranks share a KV head where these are fewer."""
+        """Bytes of a token's queries, keys and values, one rank's heads; ranks share KV heads if these are fewer."""
         sizes, kv_heads = layer.layers, max(layer.layers.kv_heads / layer.cp_size, 1)
         elements = sizes.query_heads / layer.cp_size * sizes.key_dim + kv_heads * (sizes.key_dim + sizes.value_dim)
         return elements * layer.model.itemsize

@@ -30,7 +30,7 @@ MOST_GPUS = 2**20
 AS_FAST = 0.99
 """Predicted throughputs within this factor of the best count as equal: the smallest of their sizes is chosen."""
 
-# Of attention's seconds, forward's share with two products of seven (five in backward).
+# Forward's share of attention's seconds: two matrix products of seven, five of them in backward.
 _RECOMPUTED_ATTENTION = 2 / 7
 _RECOMPUTED_LINEAR = 1 / 3
 

@@ -169,7 +169,7 @@ class Packing:
                 excess[rank] < 0 and self._give(donor, self.ranks[rank], min(over, -excess[rank]))
                 for rank in receivers
             ):
-                # Whoever lacks tokens has no room for pairs: it gives a head, and gets shorter documents for it.
+                # The rank that lacks tokens has no room for pairs: it gives a head and gets shorter documents for it.
                 cuts_left -= 1
                 neediest = self.ranks[receivers[0]]
                 if cuts_left < 0 or not self._cut_for_pairs(neediest, neediest.share):
@@ -178,7 +178,7 @@ class Packing:
 
     def _give(self, donor: Load, receiver: Load, owed: int) -> bool:
         """Moves up to `owed` tokens by the best of: a whole item, a swap of two, the head of an item, one item against
-        several. Of the room for pairs, tokens may use up their share. Returns whether it could."""
+        several. Tokens use up no more than their share of the room for pairs. Returns whether anything moved."""
         room = self.most_pairs - receiver.pairs
         mine = sorted((item.tokens, item.pairs, item) for item in donor.items)
         best, swap = self._token_swap(donor, receiver, owed, mine)

@@ -18,7 +18,7 @@ from ..caps import Caps
 
 
 _UNITS = 9
-"""Of how many units, besides the one that is cut, every subset is tried."""
+"""Units of which every subset is tried, besides the one that is cut."""
 
 _BUNDLES = 4
 """How many of these are several short documents."""
@@ -190,8 +190,8 @@ def _outer_parts(pool: Pool, cut: int, masks: np.ndarray, extra: np.ndarray, out
 
 
 def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
-    """What documents cost of which the two ranks hold several pieces, and where the last pieces of each rank end of
-    the document that is cut, its cut unit left out."""
+    """The cost of documents of which the two ranks hold several pieces; and, of the document that is cut, where each
+    rank's last piece ends, the cut unit left out."""
     places = defaultdict(list)
     for place, unit in enumerate(others):
         places[unit.document].append((place, unit.stop))
