@@ -144,8 +144,14 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
     arguments = training_arguments(parallelism_config=FlashCPPlugin(cp_size=1, strategy="per_doc"))
     assert FlashCPTrainer(args=arguments, **options).data_collator.settings.strategy == "per_doc"
     assert FlashCPTrainer(args=arguments, data_collator=early, **options).data_collator.settings.strategy == "per_doc"
-    for other in (FlashCPCollator(2), FlashCPCollator(settings=PlanSettings(1, "whole_doc"))):
-        with pytest.raises(ConfigurationError, match="The collator plans with PlanSettings"):
+    for other, message in [
+        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Make the collator by"),
+        (
+            FlashCPCollator(settings=PlanSettings(1, "whole_doc")),
+            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Make the collator by",
+        ),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
             FlashCPTrainer(args=arguments, data_collator=other, **options)
 
 

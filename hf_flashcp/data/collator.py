@@ -146,10 +146,12 @@ class FlashCPCollator(DataCollatorWithFlattening):
         Raises:
             ConfigurationError: the collator was made for others.
         """
-        own = self.settings
-        if own.cp_size != settings.cp_size or self._has_own_settings and own != settings:
+        names = [field.name for field in dataclasses.fields(PlanSettings)] if self._has_own_settings else ["cp_size"]
+        own, others = ({name: getattr(each, name) for name in names} for each in (self.settings, settings))
+        if differing := [name for name in names if own[name] != others[name]]:
+            mine, theirs = (", ".join(f"{name} {each[name]!r}" for name in differing) for each in (own, others))
             raise ConfigurationError(
-                f"The collator plans with {own}, but FlashCPPlugin with {settings}. Make the collator by "
+                f"The collator plans with {mine}, but FlashCPPlugin with {theirs}. Make the collator by "
                 "FlashCPCollator(), without cp_size and settings: it takes the plugin's."
             )
         self.settings = settings
