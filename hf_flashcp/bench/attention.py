@@ -207,7 +207,7 @@ def text(found: dict[str, Any]) -> str:
         "ideal_share": ("of ideal", ".1%"),
         "forward": ("forward", "ms:.1f"),
         "waiting": ("waiting", "ms:.1f"),
-        "bytes_received": ("MiB received", "MiB:,.1f"),
+        "bytes_received": ("MiB received", "MiB:,.2f"),
         "kernel_calls": ("kernel calls", ","),
         "collectives": ("collectives", ","),
         "copies": ("copies", ","),
