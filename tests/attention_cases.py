@@ -1,6 +1,6 @@
 """What workers run for the attention tests: one layer under a plan, against every document alone."""
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from hf_flashcp.attention import document_attention
 from hf_flashcp.integrations.gradient_check import relative_error
 from hf_flashcp.layout import RankPlan
+from hf_flashcp.planning import ShardPlan
 from tests.device import DEVICE, ON_CPU, ExactKernel, make_kernel
 
 
@@ -76,40 +77,91 @@ def sharded_attention(
     return [out.detach(), *(leaf.grad for leaf in leaves)], bound.layout.token_index.to(DEVICE)
 
 
-@lru_cache(maxsize=2)
-def _inputs_and_reference(lengths, shape, dtype, seed, options):
-    """Kept from one plan to the next: the reference takes longer than what is tested."""
-    inputs = make_inputs(lengths, *shape, getattr(torch, dtype), seed)
-    return inputs, reference_attention(list(lengths), *(tensor.double() for tensor in inputs), **dict(options))
+class Case(NamedTuple):
+    """One layer under a plan, and with what."""
+
+    plan: ShardPlan
+    shape: tuple[int, int, int, int]
+    dtype: str = "float64"
+    kernel: str = ExactKernel.name
+    offset_groups: list[list[int]] | None = None
+    options: dict = {}
+    keep_received_kv: bool | None = None
+    seed: int = 0
+
+    @property
+    def pack(self):
+        """What inputs and reference depend on."""
+        return self.plan.lengths, self.shape, self.dtype, self.seed, tuple(self.options.items())
 
 
-def attention_error(
-    plan,
-    shape,
-    dtype="float64",
-    kernel=ExactKernel.name,
-    offset_groups=None,
-    seed=0,
-    options=None,
-    keep_received_kv=None,
-):
-    """Largest relative error of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
-    options = options or {}
-    inputs, reference = _inputs_and_reference(plan.lengths, shape, dtype, seed, tuple(options.items()))
-    ours, index = sharded_attention(
-        plan, inputs, make_kernel(kernel), offset_groups, keep_received_kv=keep_received_kv, **options
-    )
-    return [relative_error(a, b) for a, b in zip(gathered(ours, index, reference), reference)]
-
-
-def gathered(ours, index, reference):
-    full = [sum_over_ranks(tensor, part, index) for tensor, part in zip(reference[:4], ours)]
-    return full + [_sum(part.double()) for part in ours[4:]]
+def attention_error(*args, **kwargs):
+    """Relative errors of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
+    return attention_errors([Case(*args, **kwargs)])[0]
 
 
 def attention_errors(cases):
     """`attention_error` of many cases in one call."""
-    return [attention_error(*case[0], **case[1]) for case in cases]
+    references = shared_references(cases)
+    return relative_errors([(*_parts(case, references), references[case.pack][1]) for case in cases])
+
+
+def _parts(case, references):
+    kernel, inputs = make_kernel(case.kernel), references[case.pack][0]
+    return sharded_attention(
+        case.plan, inputs, kernel, case.offset_groups, keep_received_kv=case.keep_received_kv, **case.options
+    )
+
+
+def shared_references(cases):
+    """Inputs and reference of each pack among the cases; each reference is computed by one rank for all, since that
+    takes longer than what is tested."""
+    references = {}
+    for pack in dict.fromkeys(case.pack for case in cases):
+        lengths, shape, dtype, seed, options = pack
+        inputs = make_inputs(lengths, *shape, getattr(torch, dtype), seed)
+        if len(references) % dist.get_world_size() == dist.get_rank():
+            full = reference_attention(list(lengths), *(tensor.double() for tensor in inputs), **dict(options))
+            full = [tensor.contiguous() for tensor in full]
+        else:
+            query, key, value, grad_out = inputs
+            like = [grad_out, query, key, value, *([make_sinks(shape[0])] if dict(options).get("sinks") else [])]
+            full = [torch.empty_like(tensor, dtype=torch.float64) for tensor in like]
+        references[pack] = inputs, full
+    for number, (_, full) in enumerate(references.values()):
+        for tensor in full if dist.get_world_size() > 1 else ():
+            dist.broadcast(tensor, number % dist.get_world_size())
+    return references
+
+
+def relative_errors(cases):
+    """Compare this rank's out, dq, dk, dv (and d_sinks) at `index` with the whole row's, for each `(parts, index,
+    reference)`: relative Frobenius norms over all ranks, by one collective for all cases."""
+    sums = [_sums(*case) for case in cases]
+    flat = [each for case in sums for each in case]
+    totals = _sum(torch.cat(flat)).split([len(each) for each in flat])
+    errors = []
+    for number, (_, _, reference) in enumerate(cases):
+        squares, held, sinks = totals[3 * number : 3 * number + 3]
+        assert bool((held == 1).all()), "a token that no rank holds, or several"
+        norms = [float(square) ** 0.5 for square in squares]
+        norms += [float((sinks - expected).norm()) for expected in reference[4:]]
+        errors.append([_relative(norm, expected) for norm, expected in zip(norms, reference, strict=True)])
+    return errors
+
+
+def _sums(parts, index, reference):
+    """What ranks add up: squared differences of their rows, how many hold each token, gradients of sinks."""
+    rows = zip(parts[:4], reference[:4], strict=True)
+    squares = [(part.double() - full.index_select(1, index)).square().sum() for part, full in rows]
+    held = torch.zeros(reference[0].shape[1], dtype=torch.float64, device=DEVICE)
+    held.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+    return torch.stack(squares), held, parts[4].double() if parts[4:] else held[:0]
+
+
+def _relative(norm, reference):
+    norm /= float(reference.double().norm()) or 1.0
+    return norm if norm == norm else float("inf")
 
 
 def sum_over_ranks(like, part, index):
@@ -122,19 +174,16 @@ def _sum(tensor):
     return tensor
 
 
-def bf16_errors(plan, shape, kernel, options=None):
-    """(ours, single-device bf16) error of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16 inputs."""
-    options = options or {}
-    inputs, reference = _inputs_and_reference(plan.lengths, shape, "bfloat16", 0, tuple(options.items()))
-    ours, index = sharded_attention(plan, inputs, make_kernel(kernel), **options)
-    single = _single_device(plan.lengths, shape, tuple(options.items()))
-    full = gathered(ours, index, reference)
-    return [(relative_error(a, b), relative_error(c, b)) for a, b, c in zip(full, reference, single)]
-
-
-@lru_cache(maxsize=2)
-def _single_device(lengths, shape, options):
-    return single_device(list(lengths), *make_inputs(lengths, *shape, torch.bfloat16, 0), **dict(options))
+def bf16_errors(cases):
+    """For each case: (ours, single-device bf16) errors of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16
+    inputs."""
+    cases = [case._replace(dtype="bfloat16") for case in cases]
+    references, singles = shared_references(cases), {}
+    for pack, (inputs, full) in references.items():
+        single = single_device(list(pack[0]), *inputs, **dict(pack[-1]))
+        singles[pack] = [relative_error(a, b) for a, b in zip(single, full, strict=True)]
+    ours = relative_errors([(*_parts(case, references), references[case.pack][1]) for case in cases])
+    return [list(zip(errors, singles[case.pack], strict=True)) for case, errors in zip(cases, ours)]
 
 
 def single_device(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
@@ -286,13 +335,12 @@ def error_of_another_window(plan, window, ours):
     """Smallest of the errors when the reference has `window` and we have `ours`."""
     inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
     reference = reference_attention(list(plan.lengths), *inputs, window=window)
-    parts, index = sharded_attention(plan, inputs, window=ours)
-    return [relative_error(a, b) for a, b in zip(gathered(parts, index, reference), reference)]
+    return relative_errors([(*sharded_attention(plan, inputs, window=ours), reference)])[0]
 
 
 def errors_of_different_layers(plan):
     """Several layers under one bound plan, as a model has them."""
-    bound, errors = bind(plan), []
+    bound, cases = bind(plan), []
     layers = [((4, 2, 8, 8), 5), ((4, 4, 16, 16), None), ((8, 1, 12, 4), 5), ((2, 2, 24, 8), 9)]
     for shape, window in layers:
         inputs = make_inputs(plan.lengths, *shape, torch.float64, 0)
@@ -302,7 +350,6 @@ def errors_of_different_layers(plan):
         out = document_attention(*leaves, bound, window=window)
         out.backward(grad_out)
         ours = [out.detach(), *(leaf.grad for leaf in leaves)]
-        full = gathered(ours, bound.layout.token_index.to(DEVICE), reference)
-        errors += [relative_error(a, b) for a, b in zip(full, reference)]
+        cases.append((ours, bound.layout.token_index.to(DEVICE), reference))
     assert bound.layout_for(5) is bound.layout_for(5) and bound.layout_for(None) is bound.layout_for(1000)
-    return errors
+    return [error for errors in relative_errors(cases) for error in errors]

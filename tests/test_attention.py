@@ -38,7 +38,7 @@ ODD_PLAN = ShardPlan(
 )
 def test_known_packs_are_exact(pool, cp_size, kernel):
     todo = [
-        ((plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8)), {"kernel": kernel})
+        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8), kernel=kernel)
         for name in SHORT_PACKS
         for strategy in STRATEGIES
     ]
@@ -60,7 +60,7 @@ def test_long_packs_are_exact(pool, name, shape, cp_size):
 @pytest.mark.parametrize("cp_size", [5, 7, 8])
 def test_many_and_odd_ranks_are_exact(pool, cp_size):
     todo = [
-        ((plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape), {})
+        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape)
         for name, shape in (
             ("blocks_of_128", (8, 2, 64, 64)),
             ("six_of_150", (8, 8, 64, 64)),
@@ -85,10 +85,9 @@ def test_head_shapes_are_exact(pool, shape, kernel):
 @settings(max_examples=80)
 @given(data=st.data())
 def test_arbitrary_plans_are_exact(pool, cp_size, data):
-    plan = data.draw(arbitrary_plans(cp_size))
-    kernel = data.draw(st.sampled_from(EXACT))
-    for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel):
-        assert max(errors) < FP64
+    case = cases.Case(data.draw(arbitrary_plans(cp_size)), (4, 2, 8, 8), kernel=data.draw(st.sampled_from(EXACT)))
+    for errors in pool.run(cp_size, cases.attention_errors, [case]):
+        assert max(errors[0]) < FP64
 
 
 @pytest.mark.parametrize("offset_groups", [[[1, 2, 3]], [[1], [2], [3]], [[3], [1, 2]], [[1, 3], [2]]])
@@ -104,22 +103,28 @@ def test_stages_of_any_ring_offsets_are_exact(pool, offset_groups, data):
 @pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_fp32(pool, cp_size, kernel):
-    for name in ("mixed", "odd", "giant_and_tiny", "seven"):
-        for strategy in STRATEGIES:
-            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy)
-            for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float32", kernel):
-                assert max(errors) < FP32, (name, strategy, errors)
+    todo = [
+        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8), "float32", kernel)
+        for name in ("mixed", "odd", "giant_and_tiny", "seven")
+        for strategy in STRATEGIES
+    ]
+    for errors in pool.run(cp_size, cases.attention_errors, todo):
+        for case, error in zip(todo, errors):
+            assert max(error) < FP32, (case, error)
 
 
 @pytest.mark.parametrize("kernel", [*EXACT, *fused_kernels(key_dim=16, value_dim=16)])
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
 def test_bf16_error_is_within_twice_that_of_a_single_device(pool, cp_size, kernel):
-    for name in ("mixed", "halves", "seven", "giant_and_tiny"):
-        for strategy in STRATEGIES:
-            plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy)
-            for pairs in pool.run(cp_size, cases.bf16_errors, plan, (8, 2, 16, 16), kernel):
-                for ours, single in pairs:
-                    assert ours <= 2 * single, (name, strategy, pairs)
+    todo = [
+        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (8, 2, 16, 16), kernel=kernel)
+        for name in ("mixed", "halves", "seven", "giant_and_tiny")
+        for strategy in STRATEGIES
+    ]
+    for errors in pool.run(cp_size, cases.bf16_errors, todo):
+        for case, pairs in zip(todo, errors):
+            for ours, single in pairs:
+                assert ours <= 2 * single, (case, pairs)
 
 
 VARIANTS = {
@@ -147,9 +152,8 @@ def test_variants_are_exact(pool, cp_size, variant):
     """Windows shorter and longer than slices and documents, softcap, sinks, and what models combine."""
     options = VARIANTS[variant]
     todo = [
-        (
-            (plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape),
-            {"kernel": kernel, "options": options},
+        cases.Case(
+            plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape, kernel=kernel, options=options
         )
         for name in ("ids", "odd", "uneven", "three", "small_3", "giant_and_tiny")
         for strategy in STRATEGIES
@@ -172,7 +176,7 @@ def test_variants_of_arbitrary_plans_are_exact(pool, cp_size, data):
         "sinks": data.draw(st.booleans()),
     }
     kernel = data.draw(st.sampled_from(exact_kernels(options)))
-    for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel, None, 0, options):
+    for errors in pool.run(cp_size, cases.attention_error, plan, (4, 2, 8, 8), "float64", kernel, None, options):
         assert max(errors) < FP64
 
 
@@ -180,7 +184,7 @@ def test_variants_of_arbitrary_plans_are_exact(pool, cp_size, data):
 def test_windows_longer_than_a_block_of_queries_are_exact(pool, kernel):
     options = {"window": 300}
     plan = plan_documents([1500, 700, 90], 3, strategy="per_doc")
-    for errors in pool.run(3, cases.attention_error, plan, (2, 1, 8, 8), "float64", kernel, None, 0, options):
+    for errors in pool.run(3, cases.attention_error, plan, (2, 1, 8, 8), "float64", kernel, None, options):
         assert max(errors) < FP64
 
 
@@ -195,17 +199,17 @@ def test_a_window_one_too_long_or_too_short_fails(pool, window):
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("variant", ["window 9", "softcap", "sinks", "all"])
 def test_variants_in_fp32_and_bf16(pool, cp_size, variant):
-    options = VARIANTS[variant]
-    for name in ("mixed", "giant_and_tiny"):
-        plan = plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc")
-        for kernel in exact_kernels(options):
-            args = (plan, (8, 2, 16, 16), "float32", kernel, None, 0, options)
-            for errors in pool.run(cp_size, cases.attention_error, *args):
-                assert max(errors) < FP32
-        for kernel in [*exact_kernels(options), *fused_kernels(options.get("softcap"), 16, 16)]:
-            for pairs in pool.run(cp_size, cases.bf16_errors, plan, (8, 2, 16, 16), kernel, options):
-                for ours, single in pairs:
-                    assert ours <= 2 * single, (name, kernel, pairs)
+    options, shape = VARIANTS[variant], (8, 2, 16, 16)
+    plans = [plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc") for name in ("mixed", "giant_and_tiny")]
+    exact, fused = exact_kernels(options), fused_kernels(options.get("softcap"), 16, 16)
+    todo = [cases.Case(plan, shape, "float32", kernel, options=options) for plan in plans for kernel in exact]
+    for errors in pool.run(cp_size, cases.attention_errors, todo):
+        assert max(map(max, errors)) < FP32
+    todo = [cases.Case(plan, shape, kernel=kernel, options=options) for plan in plans for kernel in [*exact, *fused]]
+    for errors in pool.run(cp_size, cases.bf16_errors, todo):
+        for case, pairs in zip(todo, errors):
+            for ours, single in pairs:
+                assert ours <= 2 * single, (case, pairs)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -61,9 +61,8 @@ def test_strategies_and_variants_in_stages_are_exact(pool, cp_size, stages):
     """Every strategy, full attention and variants; one stage is what the other tests run."""
     groups = STAGES[stages](cp_size)
     todo = [
-        (
-            (plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 12)),
-            {"offset_groups": groups, **more},
+        cases.Case(
+            plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 12), offset_groups=groups, **more
         )
         for name in ("ids", "odd", "three", "giant_and_tiny")
         for strategy in STRATEGIES
@@ -82,7 +81,8 @@ def test_strategies_and_variants_in_stages_are_exact(pool, cp_size, stages):
 def test_eight_ranks_in_stages_are_exact(pool):
     plan = plan_documents(KNOWN_PACKS["mixed"], 8, strategy="per_doc")
     todo = [
-        ((plan, (4, 2, 8, 8)), {"offset_groups": groups}) for groups in ([[1, 2, 3], [4, 5, 6, 7]], STAGES["all"](8))
+        cases.Case(plan, (4, 2, 8, 8), offset_groups=groups)
+        for groups in ([[1, 2, 3], [4, 5, 6, 7]], STAGES["all"](8))
     ]
     for errors in pool.run(8, cases.attention_errors, todo):
         assert max(max(error) for error in errors) < FP64
@@ -328,7 +328,7 @@ def test_keys_fetched_again_are_exact(pool, stages):
     groups = STAGES[stages] and STAGES[stages](4)
     plans = [ODD_PLAN, *(plan_documents(KNOWN_PACKS["three"], 4, strategy=strategy) for strategy in STRATEGIES)]
     todo = [
-        ((plan, (4, 2, 8, 12)), {"offset_groups": groups, "options": options, "keep_received_kv": False})
+        cases.Case(plan, (4, 2, 8, 12), offset_groups=groups, options=options, keep_received_kv=False)
         for plan in plans
         for options in ({}, {"window": 9}, {"sinks": True})
     ]

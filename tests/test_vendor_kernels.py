@@ -18,7 +18,7 @@ from hf_flashcp.attention.kernels import (
 from hf_flashcp.bench.kernels import RankWork
 from hf_flashcp.layout import Rectangle
 from hf_flashcp.planning import plan_documents
-from tests import determinism_cases, vendor_cases, vendor_kernels
+from tests import attention_cases, determinism_cases, vendor_cases, vendor_kernels
 from tests.fake_cuda import FAKE, fake_cuda, forward_and_backward
 from tests.kernel_cases import CAUSAL, FP64, FULL, EmulatedVarlen, difference, make, run, textbook
 
@@ -63,7 +63,7 @@ def test_layers_over_ranks_are_exact_through_every_vendors_kernel(pool, kernel, 
     """With stages, windows, sinks, KV fetched again, and heads whose values are not aligned in received rows."""
     stages = [[offset] for offset in range(1, cp_size)]
     todo = [
-        ((plan_documents(lengths, cp_size, strategy=strategy), shape), more)
+        attention_cases.Case(plan_documents(lengths, cp_size, strategy=strategy), shape, **more)
         for lengths in ([70, 9, 33], [40] * 7)
         for strategy in ("per_doc", "search")
         for shape in ((4, 2, 8, 8), (3, 3, 12, 16))

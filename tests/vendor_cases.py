@@ -13,5 +13,5 @@ STAND_INS = {
 def layer_errors(kernel, todo):
     """Errors of out, dq, dk, dv (and d_sinks) of each case, and the vendor's calls forward and backward."""
     with STAND_INS[kernel]() as vendor:
-        errors = attention_cases.attention_errors([(args, {**more, "kernel": kernel}) for args, more in todo])
+        errors = attention_cases.attention_errors([case._replace(kernel=kernel) for case in todo])
     return errors, (vendor.forwards, vendor.backwards)
