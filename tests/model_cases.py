@@ -16,6 +16,7 @@ from tests.device import DEVICE, ON_CPU, on_device
 from tests.models import (
     build_model,
     exact_loss_sum,
+    from_one_rank,
     gradients,
     largest_error,
     make_documents,
@@ -30,15 +31,19 @@ def cp_mesh():
 
 
 def sum_gradients(model):
-    for parameter in model.parameters():
-        if parameter.requires_grad and dist.get_world_size() > 1:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if dist.get_world_size() == 1 or not parameters:
+        return
+    zeros = (torch.zeros_like(parameter) for parameter in parameters)
+    grads = [zero if parameter.grad is None else parameter.grad for parameter, zero in zip(parameters, zeros)]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads])):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
-def model_errors_with(family, lengths, strategy, options):
-    return model_errors(family, lengths, strategy, **options)
+def model_errors_with(family, lengths, strategies, options):
+    return model_errors(family, lengths, strategies, **options)
 
 
 def family_errors_with(family, lengths, strategies, options):
@@ -48,13 +53,14 @@ def family_errors_with(family, lengths, strategies, options):
 def family_errors(family, lengths, strategies, **options):
     """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
     with float64_throughout():
-        errors = [model_errors(family, lengths, strategy, reference="eager", **options) for strategy in strategies]
-    return max(max(error) for error in errors)
+        errors = model_errors(family, lengths, strategies, reference="eager", **options)
+    return max(map(max, errors.values()))
 
 
 def checkpointed_errors(family, lengths, checkpointing):
     """What a model computes in fp32 stays fp32: `float64_throughout` does not reach recomputation."""
-    return max(model_errors(family, lengths, "whole_doc", reference="eager", checkpointing=checkpointing))
+    (errors,) = model_errors(family, lengths, ["whole_doc"], reference="eager", checkpointing=checkpointing).values()
+    return max(errors)
 
 
 def family_errors_without_rope_hooks(family, lengths):
@@ -71,7 +77,7 @@ def family_errors_without_rope_hooks(family, lengths):
 def model_errors(
     family,
     lengths,
-    strategy,
+    strategies,
     *,
     dtype="float64",
     prompt=0.0,
@@ -85,38 +91,43 @@ def model_errors(
     num_stages=None,
     keep_received_kv=None,
 ):
-    """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
+    """By strategy: [gradient error, loss error] through a loss in the model's dtype, then through its fp32 loss."""
+
+    def build(implementation):
+        model = build_model(family, implementation, **(overrides or {}))
+        model = _with_lora(model, lora) if lora else model
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in frozen):
+                parameter.requires_grad_(False)
+        return model
+
     features = features or make_documents(lengths, prompt=prompt)
-    reference = build_model(family, reference, **(overrides or {}))
-    model = build_model(family, "flashcp", **(overrides or {}))
-    if lora:
-        reference, model = (_with_lora(each, lora) for each in (reference, model))
-    for name, parameter in [*reference.named_parameters(), *model.named_parameters()]:
-        if any(part in name for part in frozen):
-            parameter.requires_grad_(False)
-    model = model.to(getattr(torch, dtype))
+    expected = from_one_rank(lambda: per_document_gradients(build(reference), features))
+    expected_own = from_one_rank(lambda: per_document_gradients(build(reference), features, own_loss=True), rank=1)
+    model = build("flashcp").to(getattr(torch, dtype))
     if checkpointing is not None:
         enable_checkpointing(model, {"use_reentrant": checkpointing})
         model.train()
     cp_size = dist.get_world_size()
-    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep_received_kv))
-    settings = PlanSettings(cp_size, strategy, topology=topology, num_stages=num_stages)
-    batch = on_device(FlashCPCollator(settings=settings)(features))
+    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=cp_size, keep_received_kv=keep_received_kv))
+    errors = {}
+    for strategy in strategies:
+        settings = PlanSettings(cp_size, strategy, topology=topology, num_stages=num_stages)
+        batch = on_device(FlashCPCollator(settings=settings)(features))
+        shard = shard_inputs(batch, cp_mesh())
+        logits = model(**{key: value for key, value in shard.items() if "labels" not in key}).logits
+        loss = exact_loss_sum(logits, shard["shift_labels"]) / target_count(features)
+        errors[strategy] = _backward_errors(model, loss, *expected)
+        loss = model(**batch).loss / cp_size
+        errors[strategy] += _backward_errors(model, loss, *expected_own)
+    return errors
 
-    expected_loss, expected = per_document_gradients(reference, features)
-    shard = shard_inputs(batch, cp_mesh())
-    logits = model(**{key: value for key, value in shard.items() if "labels" not in key}).logits
-    loss = exact_loss_sum(logits, shard["shift_labels"]) / target_count(features)
-    loss.backward()
-    sum_gradients(model)
-    errors = [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
 
+def _backward_errors(model, loss, expected_loss, expected):
     model.zero_grad()
-    expected_loss, expected = per_document_gradients(reference, features, own_loss=True)
-    loss = model(**batch).loss / cp_size
     loss.backward()
     sum_gradients(model)
-    return errors + [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
+    return [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
 
 
 def _with_lora(model, targets):
@@ -130,7 +141,7 @@ def _with_lora(model, targets):
 def rank_without_targets():
     features = make_documents([30, 12])
     features[0]["labels"] = [-100] * 30
-    return model_errors("llama", [30, 12], "whole_doc", features=features)
+    return model_errors("llama", [30, 12], ["whole_doc"], features=features)
 
 
 def loss_of_skipped_positions():
@@ -173,7 +184,7 @@ def without_exchange(family, lengths):
     original = RankLayout.stages
     RankLayout.stages = lambda self, device: ()
     try:
-        return model_errors(family, lengths, "per_doc")[0]
+        return model_errors(family, lengths, ["per_doc"])["per_doc"][0]
     finally:
         RankLayout.stages = original
 
@@ -206,8 +217,12 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     fully_shard(model, **options)
     attach(model, mesh)
     features = make_documents(lengths, prompt=0.3)
-    expected_loss, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
-    _, single = per_document_gradients(build_model(family, "sdpa", torch.bfloat16), features, own_loss=True)
+
+    def reference(dtype):
+        return per_document_gradients(build_model(family, "sdpa", dtype), features, own_loss=True)
+
+    expected_loss, expected = from_one_rank(reference, torch.float64)
+    _, single = from_one_rank(reference, torch.bfloat16, rank=1)
     # Each data-parallel group takes its share of the documents; the loss is scaled as Trainer scales it.
     groups = world_size // plugin.cp_size
     mine = features[dist.get_rank() // plugin.cp_size :: groups]
