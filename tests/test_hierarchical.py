@@ -136,7 +136,7 @@ def test_nodes_belong_to_a_plan():
     # One node, or a node each: nothing to hand on.
     for size in (None, 1, 4, 8):
         assert hierarchical.with_ranks_per_node(size) == plan
-    for size, message in ((3, "4 is no multiple"), (0, "ranks_per_node must be"), (True, "ranks_per_node must be")):
+    for size, message in ((3, "4 is not a multiple"), (0, "ranks_per_node must be"), (True, "ranks_per_node must be")):
         with pytest.raises(PlanError, match=message):
             plan.with_ranks_per_node(size)
     with pytest.raises(PlanError, match="ranks_per_node must be"):

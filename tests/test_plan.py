@@ -233,8 +233,8 @@ def test_bytes_on_the_wire():
         ([8], 2, {"max_imbalance": 0.9}, "max_imbalance is 0.9"),
         ([8], 2, {"max_token_imbalance": float("nan")}, "max_token_imbalance is nan"),
         ([8], 2, {"max_imbalance": 10**400}, "max_imbalance is 1000"),
-        ([8], 2, {"cost_model": "h100"}, "cost_model is 'h100': make one by CostModel.from_config"),
-        ([8], 2, {"cost_model": {}}, "cost_model is {}: make one by"),
+        ([8], 2, {"cost_model": "h100"}, "cost_model is 'h100', not a CostModel: pass CostModel.from_config"),
+        ([8], 2, {"cost_model": {}}, "cost_model is {}, not a CostModel: pass"),
         ([8], 2, {"strategy": "per_seq", "rotate_ranks": True}, "rotate_ranks is an option of the strategy 'per_doc'"),
     ],
 )
@@ -250,7 +250,7 @@ def test_bad_lengths_are_named(lengths, cp_size, options, message):
         ([[(0, 0, 8)]], "slices for 1 ranks"),
         ([[(0, 0, 8)], []], "Rank 1 holds no tokens"),
         ([[(0, 0, 4)], [(0, 5, 8)]], r"Tokens \[4, 5\) of document 0 are on no rank"),
-        ([[(0, 0, 5)], [(0, 4, 8)]], "from 4 are on rank 1 and on another"),
+        ([[(0, 0, 5)], [(0, 4, 8)]], "from token 4 on, are on rank 1 and on another"),
         ([[(0, 0, 4)], [(0, 4, 7)]], r"Tokens \[7, 8\) of document 0 are on no rank"),
         ([[(0, 0, 4)], [(0, 4, 9)]], "which has 8 tokens"),
         ([[(0, 0, 4)], [(1, 4, 8)]], "slice of document 1, but the plan has 1"),
@@ -268,7 +268,7 @@ def test_a_document_on_no_rank_is_named():
 
 
 def test_from_dict_names_missing_keys():
-    with pytest.raises(PlanError, match="slices is missing"):
+    with pytest.raises(PlanError, match="Missing: slices"):
         ShardPlan.from_dict({"lengths": [4], "cp_size": 1})
 
 

@@ -83,7 +83,7 @@ def test_a_collator_without_cp_size_takes_the_launchers(monkeypatch):
         ({"strategy": "zigzag"}, "Unknown strategy 'zigzag': choose one of"),
         ({"max_imbalance": 0.5}, "max_imbalance is 0.5: it is max / mean over ranks"),
         ({"num_stages": 0}, "num_stages must be a positive integer, got 0"),
-        ({"topology": Topology(3)}, "cp_size 4 is no multiple of the topology's 3 ranks_per_node"),
+        ({"topology": Topology(3)}, "cp_size 4 is not a multiple of the topology's ranks_per_node, 3"),
     ],
 )
 def test_one_wording_for_every_door(option, message):

@@ -94,7 +94,8 @@ class PlanSettings:
     def _check_goals(self) -> None:
         if self.cost_model is not None and not isinstance(self.cost_model, CostModel):
             raise PlanError(
-                f"cost_model is {reprlib.repr(self.cost_model)}: make one by CostModel.from_config(config, hardware)."
+                f"cost_model is {reprlib.repr(self.cost_model)}, not a CostModel: pass "
+                "CostModel.from_config(config, hardware)."
             )
         timed = self.hardware is not None or self.cost_model is not None
         if self.minimize_total and (timed or self.topology is not None):
