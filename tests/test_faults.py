@@ -77,12 +77,12 @@ def test_killed(point, victim, fsdp, tmp_path, undisturbed):
     fault = (directory, 2, train, directory, point, fault_cases.kill, victim)
     found = outcomes(*fault, victim=None, fsdp=fsdp)
     assert found[victim] == ("ended", -9)
-    waited_for = {"forward": "keys and values of other ranks of training step 3", "save": "saving checkpoint-4"}
+    waited_for = {"forward": "keys and values of other ranks during training step 3", "save": "saving checkpoint-4"}
     check_error(
         found[1 - victim],
         f"Missing: rank {victim} (host ",
-        "does not answer: killed, or stopped",
-        waited_for.get(point, "of training step "),
+        "does not answer: killed or stopped",
+        waited_for.get(point, "during training step "),
     )
     assert checkpoints(directory) == ["checkpoint-2"]
     resumed = outcomes(directory, 2, train, directory, resume=True, fsdp=fsdp)
@@ -95,7 +95,7 @@ def test_killed(point, victim, fsdp, tmp_path, undisturbed):
     "point, action, said",
     [
         ("forward", fault_cases.sleep, "fault_cases.py:"),
-        ("between steps", fault_cases.stop, "does not answer: killed, or stopped"),
+        ("between steps", fault_cases.stop, "does not answer: killed or stopped"),
     ],
     ids=["asleep in forward", "stopped between steps"],
 )

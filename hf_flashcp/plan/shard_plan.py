@@ -184,8 +184,8 @@ class ShardPlan:
                     )
                 if rank >= 0 and start < position:
                     raise PlanError(
-                        f"Tokens of document {document}, from token {start} on, are on rank {rank} and on another rank. "
-                        "Assign each token to one rank."
+                        f"Tokens of document {document}, from token {start} on, are on rank {rank} and on another "
+                        "rank. Assign each token to one rank."
                     )
                 position = stop
         return self
