@@ -10,7 +10,7 @@ from .rows import Group, Rows
 
 
 class Rectangle(NamedTuple):
-    """Attention of queries [q_start, q_stop) to keys [k_start, k_stop), rows of a query and a key buffer; never empty."""
+    """Attention of queries [q_start, q_stop) to keys [k_start, k_stop): rows of two buffers, never empty."""
 
     q_start: int
     q_stop: int
