@@ -119,7 +119,7 @@ def test_a_plan_of_a_million_slices():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ranks_per_node": "8"}, "ranks_per_node = '8': a positive number"),
+        ({"ranks_per_node": "8"}, "ranks_per_node = '8': give a positive number"),
         ({"ranks_per_node": 0.5}, "ranks_per_node = 0.5"),
         ({"ranks_per_node": True}, "ranks_per_node = True"),
         ({"linear_flops_per_second": 10**400}, "linear_flops_per_second = 1000"),
