@@ -55,7 +55,8 @@ class TrainingSetup:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per parameter that the optimizer updates. Its gradient has as many, and Adam's two moments twice that."""
+        """Bytes per parameter in the weights that the optimizer updates. Gradients and each of Adam's two moments have
+        as many."""
         return 4 if self.sharding == "fsdp2" and self.mixed_precision == "bf16" else DTYPES[self.dtype]
 
     @property

@@ -72,7 +72,7 @@ class Layer(LayerCosts):
         return np.outer([inside, self.cp_size - 1 - inside], np.full(self.cp_size, bytes_each))
 
     def hop(self, bytes_each: np.ndarray) -> np.ndarray:
-        """Return the bytes that ranks receive, by link, when each gets `bytes_each`, (cp_size,), from the rank before."""
+        """Return the bytes that ranks receive when each gets `bytes_each`, (cp_size,), from the rank before it."""
         enters = (np.arange(self.cp_size) % self.ranks_in_node == 0) & (self.ranks_in_node < self.cp_size)
         return np.array([bytes_each * ~enters, bytes_each * enters])
 
