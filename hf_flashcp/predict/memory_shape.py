@@ -107,8 +107,10 @@ class MemoryShape:
 
 
 def _block_parameters(model: ModelConfig, sparse: float, matrices: int) -> float:
-    """Return the parameters of a layer's feed-forward block, as the mean over layers. A fraction `sparse` of the layers
-    has experts."""
+    """Return the number of parameters of a feed-forward block, as the mean over layers.
+
+    A fraction `sparse` of the layers has experts.
+    """
     block = model.feed_forward
     parameters: float = matrices * block.dense
     if block.chosen:
