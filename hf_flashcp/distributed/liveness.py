@@ -210,18 +210,21 @@ class _Watch:
 
     @property
     def result(self) -> str | None:
+        """The result of the current run's check, or `None` before there is one."""
         return self._results.get(self.run)
 
     def keep_result(self, run: int, result: str) -> None:
         self._results.setdefault(run, result)
 
     def stop(self) -> None:
+        """End the thread."""
         # This runs before the interpreter shuts down: a thread that returns from the store after that aborts it.
         atexit.unregister(self.stop)
         self._end.set()
         self._thread.join(_LATE_ANSWER)
 
     def learn_hosts(self) -> None:
+        """Read the hosts of the other ranks, once all of them have published theirs."""
         keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
         if keys and self.store.check(list(keys.values())):
             self.hosts.update(zip(keys, (host.decode() for host in self.store.multi_get(list(keys.values())))))

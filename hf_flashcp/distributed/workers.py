@@ -115,6 +115,7 @@ class WorkerPool:
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def close(self):
+        """End all worker processes."""
         _end_workers(self._workers)
         self._world = None
 

@@ -41,6 +41,7 @@ class _TwoSteps:
         self._needed = cache(lambda source, target: rows_of_slices(traffic.slices(source, target)))
 
     def routes(self) -> Routes:
+        """Return the rank's routes."""
         sent = [self._first_step(self._rank, target) for target in self._ranks]
         brought = [self._first_step(source, self._rank) for source in self._ranks]
         received, counts = self._traffic.received(self._rank)

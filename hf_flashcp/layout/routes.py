@@ -75,6 +75,7 @@ class StageTraffic:
         self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
+        """Return whether no rank needs any rows in this stage."""
         return not any(
             self._meet(source, target) and overlaps(start, stop, intervals)
             for source, slices in enumerate(self.plan.slices)

@@ -151,9 +151,11 @@ class _Step:
 
     @property
     def kept_bytes(self) -> float:
+        """Bytes that forward keeps for backward."""
         return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
+        """Return the moments at which memory can be at its highest, by name."""
         shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
         everything, embedding = shape.parameters, shape.embedding_parameters
         row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden

@@ -97,6 +97,7 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
+        """Size of the vocabulary; 0 if the config does not have it."""
         return self.read("vocab_size") or 0
 
     @cached_property
@@ -113,16 +114,19 @@ class ModelConfig:
 
     @property
     def key_dim(self) -> int:
+        """Elements of a key head."""
         if self.latents:
             return self.read("qk_nope_head_dim") + self.latents.rope_dim
         return self.read("head_dim") or self.hidden // self.query_heads
 
     @property
     def value_dim(self) -> int:
+        """Elements of a value head."""
         return self.read("v_head_dim") if self.latents else self.key_dim
 
     @property
     def projection_parameters(self) -> int:
+        """Number of parameters in the projections of one attention layer."""
         heads, key_dim, value_dim = self.query_heads, self.key_dim, self.value_dim
         if self.latents is None:
             return self.hidden * key_dim * 2 * (heads + self.kv_heads)
@@ -133,6 +137,7 @@ class ModelConfig:
 
     @cached_property
     def feed_forward(self) -> FeedForward:
+        """Widths of the feed-forward blocks."""
         dense = self.read("intermediate_size") or 4 * self.hidden
         expert = self.read("moe_intermediate_size") or dense
         shared = expert * (self.read("n_shared_experts") or 0) + (self.read("shared_expert_intermediate_size") or 0)
@@ -141,6 +146,7 @@ class ModelConfig:
 
     @property
     def experts(self) -> int:
+        """Number of experts in a layer that has experts."""
         counts = map(self.read, ("num_local_experts", "num_experts", "n_routed_experts"))
         return next(filter(None, counts), self.feed_forward.chosen)
 

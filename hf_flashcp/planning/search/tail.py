@@ -42,18 +42,21 @@ class OpenRank:
         self.tokens, self.needed, self.pairs = plan.most, plan.needed, plan.caps.most_pairs
 
     def hold(self, item: Item) -> None:
+        """Add an item to the rank."""
         self.held.append(item.piece)
         self.tokens -= item.tokens
         self.needed -= item.tokens
         self.pairs -= item.pairs
 
     def hold_slice(self, document: int, start: int, stop: int) -> None:
+        """Add tokens [start, stop) of a document to the rank."""
         self.held.append(Slice(document, start, stop))
         self.tokens -= stop - start
         self.needed -= stop - start
         self.pairs -= attention_pairs(start, stop)
 
     def hold_range(self, documents: Range, items: list[Item]) -> None:
+        """Add a range of documents, given also as items, to the rank."""
         self.held += [item.piece for item in items]
         self.tokens -= documents.tokens
         self.needed -= documents.tokens

@@ -43,6 +43,7 @@ class Unplaced:
         return max(self.loose + longest, default=None)
 
     def take(self, item: Item) -> None:
+        """Remove an item, which a rank now holds."""
         if item in self.loose:
             self.loose.remove(item)
         elif item == self.whole[self.last - 1]:
@@ -54,10 +55,12 @@ class Unplaced:
             self.take_range(self.range(index, index + 1))
 
     def range(self, start: int, stop: int) -> Range:
+        """Return the range of documents [start, stop) of `whole`."""
         tokens = self.tokens_up_to[stop] - self.tokens_up_to[start]
         return Range(start, stop, tokens, self.pairs_up_to[stop] - self.pairs_up_to[start])
 
     def take_range(self, taken: Range) -> None:
+        """Remove a range of documents, which a rank now holds."""
         start, stop, tokens, pairs = taken
         if start == self.first:
             self.first = stop
