@@ -14,7 +14,7 @@ _UNITS = {"": 1, "ms": 1e3, "us": 1e6, "MiB": 2**-20, "GiB": 2**-30}
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table of rows under their column headings, without colours, rules or a maximum width.
+    """Return a table of rows under their column headings, without colors, rules or a maximum width.
 
     Args:
         columns (`Mapping[str, str]`): the format of each column by its heading, which may have several lines. A format

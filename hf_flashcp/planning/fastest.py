@@ -1,4 +1,4 @@
-"""Strategy "search" with a `CostModel`: makes many plans within the caps and picks the least predicted step time.
+"""Strategy "search" with a `CostModel`: makes many plans within the caps and picks the one predicted to be fastest.
 
 The best compromise between balance and traffic depends on the links. Where transfers are hidden behind the local pass,
 KV costs no time, and the best balanced plan is the fastest. Where they are not, it can be faster to let a rank compute
@@ -24,8 +24,7 @@ from .sharding import per_doc, per_seq, whole_doc
 
 
 TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
-"""The caps on attention pairs that are tried. Each is 1 plus this fraction of the slack, which is what the user's cap
-allows above 1."""
+"""The caps on attention pairs to try, as fractions of the slack: what the user's cap allows above 1."""
 
 LEAST_SLACK, MOST_SLACK = 0.001, 1.0
 """No cap below 1 + `LEAST_SLACK` is tried unless the user's own is lower: tight caps take long to plan for, and ranks
@@ -79,7 +78,7 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
 
 
 def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
-    """Return the plan in `num_stages` stages; if that is `None`, in one stage and in several larger numbers."""
+    """Return the plan in `num_stages` stages; if that is `None`, in one stage and in several larger numbers of stages."""
     most = plan.cp_size - 1
     if num_stages is not None:
         return [in_stages(plan, num_stages)]

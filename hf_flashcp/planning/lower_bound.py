@@ -11,9 +11,9 @@ where e_j = 0 if no more than j ranks hold the document. Now take the first j of
 token from e_j on, so these j ranks hold the whole tail [e_j, d). They hold
 
 - at most T_j tokens, and at most j A attention pairs, where A is `max_imbalance` times the mean over ranks,
-- at least F_j tokens, because the other ranks cannot hold more than the rest of the batch. So besides the tail they
-  hold F_j - (d - e_j) other tokens, each with the pairs of its position. The cheapest such tokens are those at the
-  lowest positions of all documents, except tokens of the tail.
+- at least F_j tokens, because the caps of the other ranks leave at least that many. So besides the tail they hold
+  F_j - (d - e_j) other tokens, each with the pairs of its position. The cheapest such tokens are those at the lowest
+  positions of all documents, except tokens of the tail.
 
 So e_j is at least the smallest e for which
 

@@ -129,8 +129,8 @@ class PlanSettings:
         if self.cost_model is None:
             if self.hardware is not None:
                 raise ConfigurationError(
-                    "FlashCPPlugin has a hardware to plan for, but no model is attached yet. Planning needs the "
-                    "model's sizes: call hf_flashcp.attach(model, accelerator) before the first batch is read."
+                    "FlashCPPlugin has a hardware profile to plan for, but no model is attached yet. Planning needs "
+                    "the model's sizes: call hf_flashcp.attach(model, accelerator) before the first batch is read."
                 )
             return None
         if self.topology is None:

@@ -55,7 +55,7 @@ def plan_documents(
               Of the plans within 10% of the least total KV found, it returns the one whose busiest rank receives or
               sends the least. It never moves more KV than "flashcp", in total or on the busiest rank.
         cost_model (`CostModel`, *optional*): with `"search"`, look for the least predicted step time within the caps
-            instead. This favours balance where compute is the bottleneck, and little KV where a link is. It takes
+            instead. This favors balance where compute is the bottleneck, and little KV where a link is. It takes
             several times longer.
         max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs that a rank may hold, as a
             multiple of the mean. Only "flashcp" and "search" obey it. If they find no plan within the cap, the best

@@ -18,7 +18,7 @@ class Settings(NamedTuple):
     token_weight: float = 2.0  # weight of tokens against pairs when whole items are packed
     load_weight: float = 0.3  # weight of the KV that a piece of a split document makes its rank send or receive
     reserve: float = 0.0  # tokens of the shortest documents to leave to later ranks, in multiples of a rank's tokens
-    filling: float = 1.0  # the most of the tokens that a rank needs beside a tail that may be short documents
+    filling: float = 1.0  # largest fraction of the tokens beside a tail that short documents may fill
 
 
 SETTINGS = (

@@ -43,7 +43,7 @@ class Unplaced:
         return max(self.loose + longest, default=None)
 
     def take(self, item: Item) -> None:
-        """Remove an item, which a rank now holds."""
+        """Remove an item that a rank has taken."""
         if item in self.loose:
             self.loose.remove(item)
         elif item == self.whole[self.last - 1]:
@@ -60,7 +60,7 @@ class Unplaced:
         return Range(start, stop, tokens, self.pairs_up_to[stop] - self.pairs_up_to[start])
 
     def take_range(self, taken: Range) -> None:
-        """Remove a range of documents, which a rank now holds."""
+        """Remove a range of documents that a rank has taken."""
         start, stop, tokens, pairs = taken
         if start == self.first:
             self.first = stop
