@@ -66,7 +66,7 @@ class RankLayout:
         local (`tuple[Rectangle, ...]`): attention among the rank's own rows, which needs no exchange. The rectangles
             are causal and aligned bottom-right.
         merges_again (`bool`): whether some row is covered by several stages.
-        window (`int`, *optional*): sliding window in tokens, used only by [`WindowLayout`].
+        window (`int`, *optional*): sliding window in tokens; `None` except in [`WindowLayout`].
     """
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):

@@ -79,8 +79,8 @@ class CostModel:
 
     Args:
         hardware (`HardwareProfile`): speeds of kernels and links.
-        linear_flops_per_token (`float`): floating-point operations per token in the forward of everything but
-            attention, twice the number of parameters that a token uses.
+        linear_flops_per_token (`float`): floating-point operations per token in forward, without attention's products
+            Q K and P V: two per parameter that a token uses.
         layers (`tuple[AttentionLayers, ...]`): the attention layers, in groups of equal layers.
         itemsize (`int`): bytes per element of K and V on the wire.
         grad_itemsize (`int`): bytes per element of their gradients on the wire.

@@ -57,7 +57,7 @@ def config_value(config: Any, name: str) -> Any:
 class ModelConfig:
     """A model's config, with values checked and defaults filled in. Of a multimodal model it is the text model's.
 
-    The models are dense and mixture-of-experts decoders with grouped-query or multi-head latent attention.
+    It covers dense and mixture-of-experts decoders with grouped-query or multi-head latent attention.
 
     Args:
         config (`PreTrainedConfig` or `Mapping`): a transformers config, or the dict in a config.json.

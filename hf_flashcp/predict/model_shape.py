@@ -53,8 +53,8 @@ class ModelShape:
 
     Args:
         linear_flops_per_token (`float`): floating-point operations per token in forward, including the head, without
-            attention's products Q K and P V. They are two per parameter that a token uses; of the experts these are
-            the ones that the token is sent to.
+            attention's products Q K and P V. They are two per parameter that a token uses; of the experts, only those
+            to which the token is sent count.
         layers (`tuple[AttentionLayers, ...]`): the attention layers, grouped by window.
     """
 
