@@ -78,7 +78,7 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
 
 
 def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
-    """Return the plan in `num_stages` stages; if that is `None`, return it in one stage and in several stage counts."""
+    """Return the plan in `num_stages` stages or, if that is `None`, in one stage and in several larger numbers."""
     most = plan.cp_size - 1
     if num_stages is not None:
         return [in_stages(plan, num_stages)]
