@@ -272,7 +272,7 @@ def _choice(cp_size, fits, tokens_per_second):
         ([(2, True, 100), (4, True, 150), (8, True, 151)], 4, "50% faster than cp_size 2"),
         ([(1, False, 9), (2, True, 5)], 2, "the only one that fits"),
         ([(1, False, 9)], None, "nothing fits"),
-        ([(4, True, 9)], 4, "the one asked for"),
+        ([(4, True, 9)], 4, "the size that was asked for"),
     ],
 )
 def test_the_choice(rows, expected, reason):
