@@ -244,8 +244,9 @@ class ShardPlan:
     def kv_traffic(self, window: int | None = None) -> np.ndarray:
         """Return the tokens whose K and V travel between each two ranks in the forward of one layer.
 
-        The array is (cp_size, cp_size) int64, [sender][receiver], with zeros on the diagonal. Backward sends gradients
-        along its transpose. It is computed once per plan and window and shared between callers: do not write to it.
+        The array is (cp_size, cp_size) int64, with a row per sender, a column per receiver and zeros on the diagonal.
+        Backward sends gradients along its transpose. It is computed once per plan and window and shared between
+        callers: do not write to it.
         """
         window = self.hiding_window(window)
         if window not in self._traffic:
