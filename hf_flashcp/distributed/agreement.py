@@ -98,6 +98,6 @@ def _differences(ranks: list[int], found: list[dict[str, Any]]) -> str:
         for rank, values in zip(ranks, found):
             holders[json.dumps(values.get(key))].append(str(rank))
         if len(holders) > 1:
-            sides = (f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in holders.items())
+            sides = (f"{value} on rank{'s' * (len(same) > 1)} {', '.join(same)}" for value, same in holders.items())
             texts.append(f"{key} is " + " and ".join(sides))
     return "; ".join(texts)

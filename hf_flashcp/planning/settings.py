@@ -32,7 +32,7 @@ DEFAULT_STRATEGY = "search"
 class PlanSettings:
     """The options with which the documents of a batch are planned.
 
-    The plugin, the collator and the attached model share one object, so that all of them plan alike.
+    The plugin, the collator and the attached model share one object, so that all of them make the same plans.
 
     Args:
         cp_size (`int`): number of context-parallel ranks.

@@ -223,12 +223,12 @@ class LayerCosts:
     def backward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
         """Return the times of backward, in which a stage's gradients are sent at once and the local pass is last."""
         line = Timeline(self.cp_size)
-        home = line.nothing
+        returned = line.nothing
         for stage in stages:
             seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=True)
-            home = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
+            returned = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
         line.kernel(self.kernel_seconds(local, causal=True, backward=True))
-        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), home)
+        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), returned)
         return line.times()
 
 

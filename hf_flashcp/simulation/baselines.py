@@ -4,7 +4,7 @@ Every baseline is given its best case: documents are not padded, kernel calls th
 nothing runs between kernels, collectives cross InfiniBand once per node, and only data that has to change its place is
 copied.
 
-    baseline       who computes what              what travels
+    baseline       computed by each rank          sent between ranks
     llama3         zigzag of the packed row       all KV: all-gather before attention, reduce-scatter in backward
     per_doc_cp     zigzag of every document       the same
     flashcp_paper  FlashCP's Algorithm 1          the same, for the most tokens that any rank shares (eq. 5)
