@@ -142,7 +142,7 @@ class _Deviations:
         ]
         if problems:
             raise FlashCPError(
-                f"Attention of {layer} in {str(self._dtype).removeprefix('torch.')} does not match the float64 reference: "
-                f"{'; '.join(problems)}. A kernel, the exchange or the merging of results is wrong, or memory was "
-                "overwritten: see debug mode in docs/troubleshooting.md."
+                f"Attention of {layer} in {str(self._dtype).removeprefix('torch.')} does not match the float64 "
+                f"reference: {'; '.join(problems)}. A kernel, the exchange or the merging of results is wrong, or "
+                "memory was overwritten: see debug mode in docs/troubleshooting.md."
             )
