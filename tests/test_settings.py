@@ -145,7 +145,7 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
     assert FlashCPTrainer(args=arguments, **options).data_collator.settings.strategy == "per_doc"
     assert FlashCPTrainer(args=arguments, data_collator=early, **options).data_collator.settings.strategy == "per_doc"
     for other, message in [
-        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Make the collator by"),
+        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Create it as"),
         (
             FlashCPCollator(settings=PlanSettings(1, "whole_doc")),
             "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Make the collator by",

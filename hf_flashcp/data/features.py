@@ -86,8 +86,8 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
         lengths = _numbers(index, "seq_lengths", feature["seq_lengths"])
         if sum(lengths) != length or min(lengths) < 1:
             raise BatchError(
-                f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, but it has {length} "
-                "tokens. They must be the lengths of the documents in the row, each at least 1."
+                f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, and {length} tokens. "
+                "They must be the lengths of the documents in the row, each at least 1."
             )
         return lengths
     if "position_ids" in row:
