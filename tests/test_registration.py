@@ -199,7 +199,7 @@ def test_the_function_alone_with_options(options):
         ({"sliding_window": 0}, UnsupportedModelError, "a sliding window of 0 tokens"),
         ({"position_bias": torch.zeros(1)}, UnsupportedModelError, "position bias"),
         ({"indices": torch.zeros(1)}, UnsupportedModelError, "a selection of keys"),
-        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a choice of blocks of keys"),
+        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a selection of blocks of keys"),
     ],
 )
 def test_what_is_not_exact_is_refused(kwargs, error, message):

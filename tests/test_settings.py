@@ -148,7 +148,7 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
         (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Create it as"),
         (
             FlashCPCollator(settings=PlanSettings(1, "whole_doc")),
-            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Make the collator by",
+            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Create it as",
         ),
     ]:
         with pytest.raises(ConfigurationError, match=message):
