@@ -93,7 +93,7 @@ def attach(
     mesh = accelerator_or_mesh
     if isinstance(accelerator_or_mesh, Accelerator):
         if plugin is not None:
-            raise ConfigurationError("The Accelerator has its own parallelism_config. Leave plugin out.")
+            raise ConfigurationError("The Accelerator has its own parallelism_config: leave plugin out.")
         mesh, plugin = _accelerator_mesh(accelerator_or_mesh)
     group, _, cp_size = context_parallel_group(mesh)
     if plugin is not None and plugin.cp_size != cp_size:
