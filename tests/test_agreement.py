@@ -26,7 +26,7 @@ def test_different_batches(pool):
 
 def test_different_strategies(pool):
     results = pool.run(2, agreement_cases.different_strategies)
-    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use one strategy")
+    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use the same strategy")
     assert all("documents is" not in message for _, message, _ in results)
 
 

@@ -156,13 +156,5 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
 
 
 def test_attach_has_one_source_of_settings(pool):
-    assert (
-        pool.run(2, settings_cases.plugin_and_mesh_or_accelerator)
-        == [
-            [
-                "FlashCPPlugin has cp_size 4, but the mesh has 2 ranks. Pass the plugin of this mesh.",
-                "leave plugin out",
-            ]
-        ]
-        * 2
-    )
+    mismatch = "FlashCPPlugin has cp_size 4, but the mesh has 2 ranks. Pass the plugin of this mesh."
+    assert pool.run(2, settings_cases.plugin_and_mesh_or_accelerator) == [[mismatch, "leave plugin out"]] * 2
