@@ -156,8 +156,8 @@ def pack_lengths(
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(empty := np.flatnonzero(lengths < 1)):
         raise PlanError(
-            f"Document {empty[0]} has {lengths[empty[0]]} tokens, and {len(empty) - 1} other documents are empty too. "
-            "Leave empty documents out."
+            f"Document {empty[0]} has {lengths[empty[0]]} tokens, but every document needs at least one. Leave empty "
+            f"documents out ({len(empty)} of {len(lengths)})."
         )
     options = PackingOptions(
         window,
@@ -316,9 +316,8 @@ def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
         others = np.bincount(unit[~rest], tokens[~rest]) if len(tokens) > rest.sum() else np.array([options.window])
         if others.min() + held > options.window:
             raise PlanError(
-                f"{rest.sum()} documents with {held} tokens in total are too short for a pack of their own, because "
-                f"it is shared by cp_size {options.cp_size} ranks, and no other pack has room for them. Leave them "
-                "out."
+                f"{rest.sum()} documents with {held} tokens in total are too short for a pack of their own with "
+                f"cp_size {options.cp_size}, and no other pack has room for them. Leave them out."
             )
         unit[rest] = others.argmin()
     return unit

@@ -164,7 +164,7 @@ def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) 
     templates = {name: named[name] for name in names if named.get(name)}
     if "default" not in templates:
         raise BatchError(
-            "The tokenizer has no chat template, or none with the name default. Use an instruction-tuned model's "
+            'The tokenizer has no chat template, or none named "default". Use an instruction-tuned model\'s '
             "tokenizer, or set tokenizer.chat_template to a template with {% generation %} marks."
         )
     for name, template in templates.items():

@@ -177,8 +177,8 @@ class FlashCPPlugin(ParallelismConfig):
         if self.data_parallel_size != left:
             raise ConfigurationError(
                 f"dp_replicate_size {self.dp_replicate_size} x dp_shard_size {self.dp_shard_size} x cp_size "
-                f"{self.cp_size} is not the number of processes, {num_processes}. Leave the data parallel sizes out, "
-                f"or make their product {left}."
+                f"{self.cp_size} does not equal the number of processes, {num_processes}. Leave the data parallel "
+                f"sizes out, or make their product {left}."
             )
 
     def _validate_accelerator(self, accelerator) -> None:

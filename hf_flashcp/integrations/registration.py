@@ -288,7 +288,7 @@ def _find_no_packed_documents(find: Callable) -> Callable:
 
 
 def _replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -> Callable:
-    """Return `replace(function)`, or the function of transformers itself if it is already replaced."""
+    """Return `replace(function)`, or `function` itself if it is already a replacement."""
     if getattr(function, "_flashcp", False):
         return function
     ours = functools.wraps(function)(replace(function))

@@ -17,7 +17,7 @@ from .per_document_mixers import needs_whole_documents
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_FROM_PADDING = "counts positions from pad_token_id + 1 and not from 0, which a sharded batch's position_ids do not"
+_FROM_PADDING = "counts positions from pad_token_id + 1, but the position_ids of a sharded batch count from 0"
 POSITIONS_OF_THEIR_OWN = {
     **dict.fromkeys(
         ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
