@@ -6,7 +6,7 @@ or 8 in fp64):
 - query, key, value and output: e * (H_q + H_kv) * (D_k + D_v) bytes per token of the rank;
 - logsumexp: E * H_q bytes per token of the rank;
 - received KV, if it is kept: e * H_kv * (D_k + D_v) bytes per received token. Layers with a sliding window also keep
-  a copy of the rank's own tokens that they attend to together with received ones.
+  this much for each of the rank's own tokens that they attend to together with received tokens.
 
 Nothing grows with the square of the number of tokens.
 """
