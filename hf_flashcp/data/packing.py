@@ -174,7 +174,7 @@ def pack_lengths(
 
 
 class EpochPacker:
-    """Packs the documents of each epoch into the same number of packs, see [`pack_lengths`].
+    """A packer that packs the documents of every epoch into the same number of packs, see [`pack_lengths`].
 
     Rows of length 0 are left out. Documents with fewer than `cp_size` tokens are too short for a pack of their own, so
     those that are neighbours in the dataset are kept together.

@@ -22,7 +22,7 @@ class Waiting(NamedTuple):
 
 
 class StepPacker:
-    """Takes documents, and returns the packs of one optimizer step after another.
+    """A packer that takes documents, and returns the packs of one optimizer step after another.
 
     With `balanced`, each document goes to the pack that takes the least time, and a heavy document waits up to
     `look_ahead` steps for `dp_size - 1` others that are [`SIMILAR`]. Otherwise each document goes to the pack that it

@@ -30,7 +30,7 @@ _ADVICE = "Use transformers' own loss, a loss that takes shift_labels (docs/turn
 
 
 class LossCheck:
-    """Replaces the loss function of `model` during one forward.
+    """A replacement for the loss function of `model` during one forward, which checks how the loss is computed.
 
     If the forward does not seem to call the loss function, or if `watch` is set, the batch's `shift_labels` are also
     replaced by a tensor that records whether it is used. This is not done otherwise, because compiled layers would be
