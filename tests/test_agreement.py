@@ -26,7 +26,7 @@ def test_different_batches(pool):
 
 def test_different_strategies(pool):
     results = pool.run(2, agreement_cases.different_strategies)
-    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use one strategy")
+    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use the same strategy")
     assert all("documents is" not in message for _, message, _ in results)
 
 
@@ -65,7 +65,7 @@ def test_agreement_leaves_no_trail_in_the_store(pool):
 
 def test_debug_mode_checks_every_exchange(pool):
     results = pool.run(2, agreement_cases.exchange_that_does_not_fit)
-    check(results, "ConfigurationError", "An exchange of KV does not fit", "which expects")
+    check(results, "ConfigurationError", "An exchange of KV differs between ranks", "which expects")
     assert pool.run(2, agreement_cases.exchange_that_fits)[0][0] is None
 
 

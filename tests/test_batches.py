@@ -161,11 +161,11 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": [1]}, {"input_ids": []}], BatchError, "Feature 1 has no tokens"),
         ([{"text": "a"}], BatchError, "Feature 0 has no tokens"),
         ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], BatchError, "Feature 0 has 3 input_ids but 2 labels"),
-        ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, for 3 tokens"),
-        ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "none of them zero"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, and 3 tokens"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "each at least 1"),
         ([{"input_ids": [1]}], PlanError, "1 tokens for cp_size 2"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], BatchError, "masks 1 of 2 tokens"),
-        ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give their lengths as seq_lengths"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give the documents' lengths as seq_lengths"),
         ([{"input_ids": [1, 2], "completion_mask": [1]}], BatchError, "2 input_ids but 1 completion_mask"),
         (
             [{"input_ids": [1, 2.5]}],
@@ -182,7 +182,7 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": torch.ones(2, device="meta")}], BatchError, "of type Tensor"),
         ([[1, 2]], BatchError, "Feature 0 is of type list, not a mapping of columns"),
         ({"input_ids": [[1, 2]]}, BatchError, "Feature 0 is of type str"),
-        ([{2: 3, "a": 4}], BatchError, "only 2, a"),
+        ([{2: 3, "a": 4}], BatchError, "its columns are 2, a"),
     ],
 )
 def test_bad_documents_are_named(features, error, message):

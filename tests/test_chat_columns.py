@@ -167,7 +167,7 @@ def test_every_template_that_a_row_can_get_has_marks():
     assert tokenize_chats(with_tools.select_columns("messages"), tokenizer).counts["whole"] == 1
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": EVERYTHING}
     assert "weather" in written(tokenize_chats(with_tools, tokenizer))[0]
-    with pytest.raises(BatchError, match="The tokenizer has no chat template, or none that is called default"):
+    with pytest.raises(BatchError, match='The tokenizer has no chat template, or none named "default"'):
         tokenize_chats(with_tools, byte_tokenizer(chat_template={"tool_use": TEMPLATE}))
 
 

@@ -67,7 +67,7 @@ def test_a_checksum_shows_every_order(order):
 def test_a_checksum_of_many_elements_is_that_of_their_pieces_at_their_places(monkeypatch):
     rows = torch.randn(50, 7).to(DEVICE)
     whole = checksums(rows, [50])
-    monkeypatch.setattr("hf_flashcp.exchange.checksums._AT_ONCE", 11)
+    monkeypatch.setattr("hf_flashcp.exchange.checksums._CHUNK", 11)
     assert checksums(rows, [50]) == whole
 
 
@@ -81,8 +81,8 @@ def test_rows_that_change_on_their_way(pool, change, number, rank, source, what)
     """One bit, or two rows, in what one rank receives in one of two stages, forward and backward."""
     args = plan_of(LENGTHS, 3, staged=True), number, rank, change, "received"
     errors = pool.errors(3, debug_cases.layer_with_a_bad_transfer, *args)
-    said = f"from rank {source} to {rank} arrived with another checksum."
-    check(errors, FlashCPError, "An exchange of KV was changed on its way", f"rows of {what} (", said)
+    said = f"from rank {source} to {rank} arrived with a different checksum."
+    check(errors, FlashCPError, "Data changed during an exchange of KV", f"rows of {what} (", said)
     assert str(errors[0]).count("rows of") == 1
 
 
@@ -93,8 +93,8 @@ def test_a_buffer_that_is_written_to_before_its_rows_are_there(pool, number, wha
     """H_kv (D_k + D_v) is 32, 8 bytes each."""
     args = plan_of([24], 2), number, 1, debug_cases.flip, "sent"
     errors = pool.errors(2, debug_cases.layer_with_a_bad_transfer, *args)
-    said = f"{what} bytes) from rank 1 to 0 were written to on rank 1 after they had been posted."
-    check(errors, FlashCPError, "An exchange of KV was changed on its way", said)
+    said = f"{what} bytes) from rank 1 to 0 were overwritten on rank 1 after they had been posted."
+    check(errors, FlashCPError, "Data changed during an exchange of KV", said)
 
 
 # The reference
@@ -127,7 +127,7 @@ def test_a_wrong_number_of_one_rank_is_named(pool, dtype, what):
     plan = plan_of([60], 2)
     assert plan.slices[1][0][:2] == (0, 15)
     errors = pool.errors(2, debug_cases.wrong_layer, plan, dtype, what)
-    check(errors, FlashCPError, f"Attention of the layer in {dtype} is not what float64 gives")
+    check(errors, FlashCPError, f"Attention of the layer in {dtype} does not match the float64 reference")
     assert f"{what} of document 0 at token 20, head 1, on rank 1 is off by" in str(errors[0])
     assert "on rank 0" not in str(errors[0])
 
@@ -140,7 +140,7 @@ def test_a_logsumexp_that_only_backward_needs_is_named(pool):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_exchange_that_is_left_out_is_found_in_every_dtype(pool, dtype):
     errors = pool.errors(2, debug_cases.layer_without_exchange, plan_of([300, 40], 2), dtype)
-    check(errors, FlashCPError, "is not what float64 gives", "of document 0 at token", "on rank 0", "on rank 1")
+    check(errors, FlashCPError, "does not match the float64", "of document 0 at token", "on rank 0", "on rank 1")
 
 
 # Whole models
@@ -184,7 +184,7 @@ def test_sound_models_pass_in_bf16(pool, family):
 
 def test_a_wrong_layer_of_a_model_is_named(pool):
     errors = pool.errors(3, debug_cases.model_with_a_wrong_layer)
-    check(errors, FlashCPError, f"Attention of {TWO} in float64 is not what float64 gives", "head 3, on rank 0")
+    check(errors, FlashCPError, f"Attention of {TWO} in float64 does not match the float64", "head 3, on rank 0")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_model_of_several_kinds_of_layers(capsys):
     "config, message",
     [
         ("bloom", "refused: does not call its attention through transformers' attention interface"),
-        ("llama4", "refused: Llama4ForCausalLM scales queries by their place in the row"),
+        ("llama4", "refused: Llama4ForCausalLM scales queries by their index in the row"),
         ("doge", "refused: DogeAttention (layer 0) got an attention_mask"),
         (LlamaConfig(attention_dropout=0.1), "to change: set attention_dropout to 0 (it is 0.1)"),
     ],

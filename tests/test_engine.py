@@ -114,7 +114,7 @@ def test_profilers_see_named_ranges(pool):
         forward = ["pack", "local pass", arrives, "stage 1", "merge", arrives, "stage 2", "merge"]
         expected = [*forward, "stage 1, backward", "stage 2, backward", "local pass, backward", leaves, leaves]
         assert [name for name in names if name in expected] == [name for name in expected if name in names]
-        assert {"pack", "local pass", arrives, "local pass, backward", leaves, "add what came home"} <= set(names)
+        assert {"pack", "local pass", arrives, "local pass, backward", leaves, "add returned gradients"} <= set(names)
 
 
 # Rows

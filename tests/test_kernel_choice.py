@@ -23,10 +23,10 @@ CHOICES = [
     # device, dtype, head dims, softcap -> kernel, and the reason against one
     ("cpu", torch.bfloat16, (64, 64), None, "cpu_flash", ("torch_flash", "runs on CUDA only")),
     ("cpu", torch.float64, (192, 128), None, "cpu_flash", None),
-    ("cpu", torch.float32, (64, 64), 50.0, "eager", ("cpu_flash", "has no softcap")),
+    ("cpu", torch.float32, (64, 64), 50.0, "eager", ("cpu_flash", "does not support softcap")),
     ("cuda", torch.bfloat16, (128, 128), None, "torch_flash", ("cpu_flash", "runs on CPU only")),
     ("cuda", torch.bfloat16, (192, 128), None, "torch_flash", None),
-    ("cuda", torch.bfloat16, (128, 128), 30.0, "eager", ("torch_flash", "has no softcap")),
+    ("cuda", torch.bfloat16, (128, 128), 30.0, "eager", ("torch_flash", "does not support softcap")),
     ("cuda", torch.bfloat16, (512, 512), None, "eager", ("torch_flash", "takes heads up to 256 wide, not 512")),
     ("cuda", torch.float32, (64, 64), None, "eager", ("torch_flash", "takes float16, bfloat16, not float32")),
     ("mps", torch.float32, (64, 64), None, "eager", None),
@@ -149,7 +149,7 @@ def test_kernel_libraries_that_cannot_be_loaded(monkeypatch, tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be loaded: .*nvidia-cuda-runtime-cu12"):
         load_kernel_library(tmp_path / "_C.so")
     (tmp_path / "_C.so.xz").write_bytes(b"not compressed")
-    with pytest.raises(ConfigurationError, match="is not a whole .xz file"):
+    with pytest.raises(ConfigurationError, match="is not a complete .xz file"):
         load_kernel_library(tmp_path / "_C.so.xz")
 
 

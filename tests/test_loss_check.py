@@ -55,7 +55,7 @@ def test_a_loss_inside_the_forward(pool, extra):
 
 def test_a_model_that_does_not_hand_shift_labels_on(pool):
     for message in pool.run(2, loss_cases.handed_on_by_nobody):
-        assert "does not hand shift_labels on to its loss function" in message
+        assert "does not pass shift_labels to its loss function" in message
 
 
 def test_a_forward_that_seems_to_call_its_loss_function_is_found_out_in_the_second_step(pool):

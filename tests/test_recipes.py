@@ -383,7 +383,7 @@ def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, c
         text_rows.print_data_table(counts)
         printed = capsys.readouterr().out
         assert "columns not used" in printed and unused[-1] in printed
-        assert "of them begun by the assistant" in printed
+        assert "of these, started by the assistant" in printed
         assert json.loads(json.dumps(counts)) == counts
 
 

@@ -195,11 +195,11 @@ def test_the_function_alone_with_options(options):
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, BatchError, "attention_mask of shape"),
         ({"dropout": 0.1}, UnsupportedModelError, "attention dropout"),
         ({"is_causal": False}, UnsupportedModelError, "is_causal=False"),
-        ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score a head"),
+        ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score per head"),
         ({"sliding_window": 0}, UnsupportedModelError, "a sliding window of 0 tokens"),
         ({"position_bias": torch.zeros(1)}, UnsupportedModelError, "position bias"),
-        ({"indices": torch.zeros(1)}, UnsupportedModelError, "a choice of keys"),
-        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a choice of blocks of keys"),
+        ({"indices": torch.zeros(1)}, UnsupportedModelError, "a selection of keys"),
+        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a selection of blocks of keys"),
     ],
 )
 def test_what_is_not_exact_is_refused(kwargs, error, message):

@@ -98,7 +98,7 @@ def test_a_term_that_is_not_shared_is_refused(pool):
 
 def test_another_formula_is_refused(pool):
     for message in pool.run(2, router_cases.other_formula):
-        assert "computes its router loss otherwise than Switch Transformers do" in message
+        assert "computes its router loss differently from Switch Transformers" in message
 
 
 @pytest.mark.parametrize("losses_add_up", [True, False])

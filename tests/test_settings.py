@@ -145,10 +145,10 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
     assert FlashCPTrainer(args=arguments, **options).data_collator.settings.strategy == "per_doc"
     assert FlashCPTrainer(args=arguments, data_collator=early, **options).data_collator.settings.strategy == "per_doc"
     for other, message in [
-        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Make the collator by"),
+        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Create it as"),
         (
             FlashCPCollator(settings=PlanSettings(1, "whole_doc")),
-            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Make the collator by",
+            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Create it as",
         ),
     ]:
         with pytest.raises(ConfigurationError, match=message):
@@ -156,7 +156,5 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
 
 
 def test_attach_has_one_source_of_settings(pool):
-    assert (
-        pool.run(2, settings_cases.plugin_and_mesh_or_accelerator)
-        == [["FlashCPPlugin has cp_size 4, but the mesh has 2 ranks.", "leave plugin out"]] * 2
-    )
+    mismatch = "FlashCPPlugin has cp_size 4, but the mesh has 2 ranks. Pass the plugin of this mesh."
+    assert pool.run(2, settings_cases.plugin_and_mesh_or_accelerator) == [[mismatch, "leave plugin out"]] * 2
