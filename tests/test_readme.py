@@ -1,15 +1,13 @@
 """The README: its script runs as it stands, and its predictions are what the command below them prints."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-from torch.distributed import run as torchrun
-
 from hf_flashcp.cli import main
-
-from .launch_cases import run_forked
 
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +28,13 @@ def script_of(page):
     return re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
 
 
-@pytest.mark.usefixtures("forked")
-@pytest.mark.xdist_group("readme")
 def test_the_script_trains_on_two_processes(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{script_of(README)}")
-    log = run_forked(torchrun.main, ["--standalone", "--nproc-per-node", "2", str(script)], tmp_path / "log")
+    (tmp_path / "train.py").write_text(script_of(README))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    log = result.stdout
     losses = [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", log)]
     moved = [float(share) for share in re.findall(r"'flashcp_kv_fraction': '([0-9.]+)'", log)]
     assert len(losses) == len(moved) == 9
