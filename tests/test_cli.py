@@ -99,7 +99,7 @@ def test_slices_are_listed_only_while_a_person_can_read_them(capsys):
 def test_layers_with_a_window_are_counted_beside(capsys):
     line = ["plan", "--lengths", "16,3", "--cp-size", "2", "--strategy", "per_seq", "--sliding-window", "4"]
     assert main(line) == 0
-    assert "with a window of 4" in capsys.readouterr().out
+    assert "with a sliding window of 4" in capsys.readouterr().out
     assert main([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # rank 0 holds [0,5) and [14,16) of the first document and all of the second, rank 1 the rest

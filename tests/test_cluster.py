@@ -79,7 +79,7 @@ def with_another_version():
 @pytest.mark.parametrize(
     "function, message",
     [
-        (with_wrong_data, r"an all-to-all brought wrong data to rank 1 .*: check the network"),
+        (with_wrong_data, r"an all-to-all delivered wrong data to rank 1 .*: check the network"),
         (with_a_wrong_layer, r"attention in torch.float64 with the kernel cpu_flash is off by 1.*e-02 on rank 0"),
         (with_another_version, r'Ranks disagree on versions: hf_flashcp is "0.0" on rank 0 and "0.1" on rank 1'),
     ],

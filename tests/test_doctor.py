@@ -1,4 +1,4 @@
-"""The doctor: tiny copies, its verdicts and its pages."""
+"""The doctor: tiny copies, its results and its page."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_a_supported_model(capsys, tmp_path):
     assert f"CUDA: torch_flash is {EXPERIMENTAL}" in out
     code, out, _ = run(capsys, f"doctor {tmp_path / 'config.json'} --json")
     found = json.loads(out)
-    assert code == 0 and found["verdict"] == "supported" and found["gradient_error"] < 1e-12
+    assert code == 0 and found["result"] == "supported" and found["gradient_error"] < 1e-12
     (group,) = found["layers"]
     assert (group["layers"], group["heads"], group["kv_heads"], group["key_dim"]) == (32, 32, 8, 128)
     kernels = {device: (chosen["kernel"], chosen["status"]) for device, chosen in group["kernels"].items()}
@@ -152,7 +152,7 @@ def test_a_wrong_gradient_is_a_refusal(pool, monkeypatch):
     found = {"stage": "done", "error": None, "refused": False, "gradient_error": 1e-3, "loss_error": 0.0}
     monkeypatch.setattr(doctor, "run_check", lambda *args: found)
     diagnosis = doctor.diagnose(LlamaConfig(), pool)
-    assert (diagnosis.verdict, diagnosis.reason) == (
+    assert (diagnosis.result, diagnosis.reason) == (
         "refused",
         "gradients differ by 1e-03 from those of the documents alone",
     )
@@ -172,8 +172,8 @@ def test_a_check_that_dies_is_a_finding(pool, monkeypatch):
 
 def test_the_page_of_all_models(pool):
     diagnoses = diagnose_all(pool, ["bloom", "deepseek_v3", "gemma2", "qwen3_next"])
-    verdicts = ["refused", "supported", "supported", "whole-document plans only"]
-    assert [d.verdict for d in diagnoses] == verdicts
+    results = ["refused", "supported", "supported", "whole-document plans only"]
+    assert [d.result for d in diagnoses] == results
     text = page(diagnoses)
     assert "| supported | 2 |" in text and "| refused | 1 |" in text and "## Whole-document plans only" in text
     assert "| gemma2 | Gemma2ForCausalLM | sliding window in some layers; softcap |" in text

@@ -295,7 +295,7 @@ def test_command_prints_a_table(capsys, config):
     assert "\ncp_size 8: the smallest that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
         assert f"\n  {part}" in out or f"\n{part}" in out
-    assert "\nin the last layer's backward: 27.1, of which attention workspace 5.1\n" in out
+    assert "\nin the last layer's backward: 27.1 GiB, of which 5.1 GiB is attention workspace\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1
     assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
@@ -329,8 +329,8 @@ def test_command_draws(capsys, config, tmp_path):
         ("--window 4096 --gpus 8 --cp-size 3", "cp_size 3 does not divide the 8 GPUs: choose one of 1, 2, 4, 8"),
         ("--window 4096 --gpus 0", "gpus must be at least 1"),
         ("--window 4096 --gpus 8 --hardware abacus", "There is no hardware profile 'abacus'"),
-        ("--window 1048576 --gpus 8", "does not fit on 8 GPUs: the largest that does has "),
-        ("--window 4096 --gpus 8 --sharding ddp --dtype float32", "less than 1,024 tokens, with cp_size"),
+        ("--window 1048576 --gpus 8", "does not fit on 8 GPUs. The largest window that fits has "),
+        ("--window 4096 --gpus 8 --sharding ddp --dtype float32", "fewer than 1,024 tokens, with cp_size"),
     ],
 )
 def test_errors(capsys, config, options, message):

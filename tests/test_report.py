@@ -66,9 +66,9 @@ def test_the_summary_as_json(tmp_path, capsys):
     "content, message",
     [
         (None, "There is no trainer_state.json in"),
-        ("[]", "is not a trainer_state.json of a Trainer"),
-        ("{", "is not a trainer_state.json of a Trainer"),
-        ('{"log_history": []}', "has no logs"),
+        ("[]", "is not a Trainer's trainer_state.json"),
+        ("{", "is not a Trainer's trainer_state.json"),
+        ('{"log_history": []}', "has no logged values"),
     ],
 )
 def test_no_logs(tmp_path, capsys, content, message):

@@ -1,4 +1,4 @@
-"""`flashcp report`: what a training run logged, as a page that a browser opens without a network."""
+"""`flashcp report`: a self-contained HTML page with plots of what a training run logged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE = "trainer_state.json"
 
 
 class Panel(NamedTuple):
-    """A plot of the page: its heading, what is drawn, as it was logged, and the text below."""
+    """A plot of the page: its heading, the names of the logged values that it shows, and its caption."""
 
     heading: str
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ PANELS = (
     Panel(
         "Tokens per second",
         ("flashcp_tokens_per_second",),
-        "of all data-parallel groups, with the time of saving and without that of evaluation",
+        "sum over data-parallel groups; includes the time of saving, but not of evaluation",
     ),
     Panel(
         "Imbalance (max / mean over ranks)",
@@ -47,20 +47,22 @@ PANELS = (
     Panel(
         "KV moved, as a share of an all-gather",
         ("flashcp_kv_fraction",),
-        "0: nothing travels; 1: every rank receives everything",
+        "0: no KV is sent; 1: every rank receives all KV",
     ),
     Panel(
         "Exposed transfer (ms per pack)",
         ("flashcp_exposed_transfer_ms",),
-        "how long the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
+        "time that the first rank waited for KV, its gradients and slower ranks; logged only on CPU",
     ),
-    Panel("Planning (ms per pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
+    Panel(
+        "Planning (ms per pack)", ("flashcp_plan_ms",), "costs the step nothing if it happens in data loader workers"
+    ),
     Panel("Gradient norm", ("grad_norm",), "before clipping"),
     Panel("Learning rate", ("learning_rate",)),
 )
 
 _MOST_DRAWN = 1e100
-"""Beyond which a value is left out of plots, as infinite ones are: matplotlib cannot place its ticks."""
+"""Larger values are left out of plots, as infinite ones are: matplotlib cannot place ticks for them."""
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -69,26 +71,26 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "report",
         help="make a page of plots from a training run's logs",
-        description="Reads what a Trainer logged, and writes one HTML file: losses, speed, balance, KV moved "
-        "and the time waited for it, over the steps.",
+        description="Reads what a Trainer logged, and writes one HTML file that plots losses, speed, balance, KV "
+        "traffic and the time spent waiting for KV over the steps.",
     )
     parser.add_argument(
         "run_dir",
         metavar="RUN",
-        help=f"the run's output_dir, of which the newest {STATE} is read (a checkpoint has one, trainer.save_state() "
-        "writes one), or such a file",
+        help=f"a {STATE}, or the run's output_dir, whose newest {STATE} is read (every checkpoint has one, and "
+        "trainer.save_state() writes one)",
     )
     parser.add_argument(
         "--html",
         metavar="FILE",
-        help="where to write the page (default: report.html beside the file; with --json none)",
+        help=f"file to write the page to (default: report.html beside the {STATE}; no page with --json)",
     )
     add_json(parser, "the summary")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads, writes and prints."""
+    """Read the logs, write the page and print a summary."""
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
     summary = summarize(series)
@@ -106,7 +108,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def find_state(run_dir: Path) -> Path:
-    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step."""
+    """Return the newest `trainer_state.json` of a run: in its folder, or in the checkpoint with the highest step."""
     try:
         if run_dir.is_file():
             return run_dir
@@ -116,29 +118,33 @@ def find_state(run_dir: Path) -> Path:
             if (folder / STATE).is_file():
                 return folder / STATE
     except OSError as error:
-        raise ConfigurationError(f"Cannot look for a {STATE} in {str(run_dir)!r}: {error.strerror}.") from None
+        raise ConfigurationError(
+            f"Cannot read the folder {str(run_dir)!r} to find a {STATE}: {error.strerror}."
+        ) from None
     raise ConfigurationError(
-        f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Give the output_dir of a run that has saved a "
+        f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Pass the output_dir of a run that has saved a "
         "checkpoint, or call trainer.save_state() after training."
     )
 
 
 def read_series(path: Path) -> Series:
-    """What was logged over the steps, by name: `[(step, value), ...]`."""
+    """Return the logged values by name, each as `[(step, value), ...]`."""
     series: Series = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
             for name, value in entry.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
                     step = operator.index(entry["step"])
-                    float(step)  # or an OverflowError: plots have floats
+                    float(step)  # raises an OverflowError if it is too large to plot
                     series.setdefault(name, []).append((step, float(value)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
-            f"{str(path)!r} is not a {STATE} of a Trainer: {type(error).__name__}: {error}."
+            f"{str(path)!r} is not a Trainer's {STATE}: {type(error).__name__}: {error}."
         ) from None
     if not series:
-        raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")
+        raise ConfigurationError(
+            f"{str(path)!r} has no logged values. Train with logging_steps set, for example to 1."
+        )
     return series
 
 
@@ -152,7 +158,7 @@ def summarize(series: Series) -> dict[str, dict[str, Any]]:
 
 
 def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
-    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one."""
+    """Write the page. Panels without logged values are left out; other `flashcp_` metrics get a panel each."""
     known = {name for panel in PANELS for name in panel.names}
     more = [Panel(name, (name,)) for name in series if name.startswith("flashcp_") and name not in known]
     figures = []
@@ -173,7 +179,7 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
 
 
 def _draw(heading: str, series: Series) -> str:
-    """Returns the source of an image."""
+    """Return the plot as a data URL for an <img> tag."""
     figure = new_figure(6.2, 2.9)
     axes = figure.subplots()
     for (name, points), colour in zip(series.items(), COLOURS):
@@ -196,7 +202,7 @@ def _draw(heading: str, series: Series) -> str:
 
 
 def _as_drawn(name: str) -> str:
-    """Returns a name without formulas, and without what cannot be written as text."""
+    """Return a name with $ escaped, so that it is not read as a formula, and invalid characters replaced."""
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -230,7 +236,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>{steps} steps, from what the Trainer logged.</p>
+<p>Values that the Trainer logged in {steps} steps.</p>
 <main>
 {figures}
 </main>
