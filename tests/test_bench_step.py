@@ -139,7 +139,7 @@ def test_a_layer_of_a_trace():
         ("--window 1", "tokens"),
         ("--model no_such_model", "No usable config for 'no_such_model'"),
         ("--device cuda --plot layer.png", "--plot draws a step on CPU"),
-        (f"--device cuda --cp-size {torch.cuda.device_count() + 2}", "GPUs was asked for"),
+        (f"--device cuda --cp-size {torch.cuda.device_count() + 2}", "GPUs, but PyTorch sees"),
     ],
 )
 def test_errors(capsys, options, message):

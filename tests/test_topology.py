@@ -235,4 +235,4 @@ def test_bench_nodes(capsys):
         assert row["inter_node"] == parts[1::2].max()
         assert row["step_seconds"] == model.step_time(plan).seconds
     assert cell["variants"]["directly"]["over_directly"] == 1
-    assert main(line.split()) == 0 and "once to a node" in capsys.readouterr().out
+    assert main(line.split()) == 0 and "once per node" in capsys.readouterr().out
