@@ -195,7 +195,7 @@ def _run_step(arguments: argparse.Namespace) -> None:
         require_matplotlib()
         if arguments.device == "cuda":
             raise ConfigurationError(
-                "--plot works only for a step on CPU. Leave out --device cuda, or use a profiler for a step on a GPU."
+                "--plot draws a step on CPU only. Leave out --device cuda, or use a profiler for a step on a GPU."
             )
     found = _measure(arguments)
     if arguments.plot:
