@@ -1,4 +1,4 @@
-"""`check_cluster`, and the recipe around it."""
+"""`check_cluster`, and the recipe that uses it."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ def checked(**options):
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])
-def test_a_sound_cluster(pool, cp_size):
+def test_a_working_cluster(pool, cp_size):
     found = pool.run(cp_size, checked)
     for rank in found:
         assert rank["ranks"] == found[0]["ranks"] and len(rank["ranks"]) == cp_size
@@ -84,7 +84,7 @@ def with_another_version():
         (with_another_version, r'Ranks disagree on versions: hf_flashcp is "0.0" on rank 0 and "0.1" on rank 1'),
     ],
 )
-def test_what_is_wrong_is_named_on_every_rank(pool, function, message):
+def test_problems_are_named_on_every_rank(pool, function, message):
     for error in pool.errors(2, function):
         assert isinstance(error, ConfigurationError)
         with pytest.raises(ConfigurationError, match=message):

@@ -69,7 +69,7 @@ def test_prediction_is_what_counting_tiles_and_tokens_gives(case, strategy, wind
     "corpus, window, cp_size", [("pile", 16384, 4), ("wlb_llm", 32768, 8), ("prolong64k", 32768, 8)]
 )
 def test_no_strategy_is_predicted_to_be_faster(corpus, window, cp_size, profile):
-    """By the evaluator that shares nothing with the planner; other strategies count where they keep to the caps."""
+    """According to the independent evaluator. Other strategies count only if they keep to the caps."""
     model = model_of(PROFILES[profile])
     lengths = sample_pack(corpus, window, seed=3)
     ours = plan_documents(lengths, cp_size, cost_model=model)
@@ -119,7 +119,7 @@ def test_any_pack_can_be_planned_for_time(case, cap):
     assert report["pair_imbalance"] <= max(cap, without["pair_imbalance"]) * (1 + 1e-12)
 
 
-def test_a_fast_link_buys_balance_and_a_slow_one_buys_silence():
+def test_a_fast_link_favours_balance_and_a_slow_one_little_traffic():
     lengths = sample_pack("prolong64k", 131072, seed=1)
     slow = dataclasses.replace(H100, intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=1e9))
     on_fast, on_slow = (
@@ -143,7 +143,7 @@ def test_a_fast_link_buys_balance_and_a_slow_one_buys_silence():
     ],
 )  # fmt: skip
 def test_linear_work_is_that_of_the_parameters(model_type, sizes):
-    """With every expert chosen, a token meets each weight matrix once: two operations a parameter."""
+    """If every expert is chosen, a token uses each weight matrix once: two operations per parameter."""
     common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
               "vocab_size": 100}  # fmt: skip
     config = AutoConfig.for_model(model_type, **{**common, **sizes})
@@ -165,9 +165,11 @@ def test_linear_work_is_that_of_the_parameters(model_type, sizes):
     assert windows == expected.get(model_type, {None: 2})
 
 
-def test_published_kernel_speeds_are_met():
-    """FlashAttention-2 in the FlashAttention-3 paper, H100, head dim 128, 16K tokens in all: within 8%, and
-    within 14% where documents of 512 tokens leave a head only four tiles."""
+def test_predictions_match_published_kernel_speeds():
+    """Compare with FlashAttention-2 in the FlashAttention-3 paper: H100, head dim 128, 16K tokens in total.
+
+    Predictions are within 8%, or 14% for documents of 512 tokens, which have only four tiles per head.
+    """
     published = {
         (False, False): [309, 350, 362, 368, 370, 370],
         (True, False): [191, 260, 298, 319, 333, 335],
@@ -258,7 +260,7 @@ def test_plan_command_predicts_and_plans_for_time(capsys, config_file):
     assert f"predicted step          {1000 * predicted.seconds:,.1f} ms on the slowest rank" in text
 
 
-def test_plan_command_says_what_it_lacks(capsys, tmp_path):
+def test_plan_command_names_missing_options(capsys, tmp_path):
     line = "plan --lengths 100,20 --cp-size 2 --hardware h100".split()
     assert main(line) == 2 and "--hardware and --model go together" in capsys.readouterr().err
     broken = tmp_path / "broken.json"

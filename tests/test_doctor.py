@@ -32,7 +32,7 @@ def run(capsys, line):
     return code, out, err
 
 
-def test_a_tiny_copy_is_small_and_keeps_what_mixes_tokens():
+def test_a_tiny_copy_is_small_and_keeps_how_tokens_attend():
     gemma = tiny_copy(Gemma2Config())
     assert gemma.layer_types == ["sliding_attention", "full_attention"] and gemma.sliding_window == 8
     assert gemma.attn_logit_softcapping == 50.0 and (gemma.num_attention_heads, gemma.num_key_value_heads) == (4, 2)
@@ -59,7 +59,7 @@ def test_a_tiny_copy_is_small_and_keeps_what_mixes_tokens():
         assert sum(parameter.numel() for parameter in build(config, "eager").parameters()) < 200_000
 
 
-def test_a_tiny_copy_leaves_the_config_alone():
+def test_a_tiny_copy_does_not_modify_the_config():
     config = Gemma2Config()
     before = config.to_dict()
     tiny_copy(config)
@@ -91,7 +91,7 @@ def test_the_error_of_a_gradient_that_should_be_zero_is_measured_against_the_oth
 
 
 def test_a_supported_model(capsys, tmp_path):
-    """From a directory with a config and no weights, as a report and as JSON."""
+    """Check a directory that has a config but no weights, as a report and as JSON."""
     LlamaConfig(num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(
         tmp_path
     )
@@ -162,7 +162,7 @@ def _abort(*_):
     os.abort()
 
 
-def test_a_check_that_dies_is_a_finding(pool, monkeypatch):
+def test_a_check_that_crashes_is_reported(pool, monkeypatch):
     monkeypatch.setattr("hf_flashcp.doctor.gradients.check_gradients", _abort)
     found = run_check(pool, tiny_copy(LlamaConfig()), 2, "per_doc", 60.0)
     assert found["stage"] == "lost" and "died with exit code" in found["error"]

@@ -25,7 +25,7 @@ from tests.test_cli import png_size, run
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Operators this small are no faster with more, and much slower on a busy machine, where threads wait."""
+    """Run on one thread: such small operators gain nothing from more, and a busy machine makes threads wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def test_few_tokens_peak_elsewhere(name, lengths):
     assert_near(compare(config, options, lengths))
 
 
-def test_received_kv_is_held_where_one_document_is_shared(pool):
+def test_received_kv_is_held_if_one_document_is_shared(pool):
     config = {**LLAMA, "num_key_value_heads": 8}
     for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (1024,)):
         assert_near(found, within=0.02)
@@ -93,7 +93,7 @@ def test_parameters_are_counted(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(FAMILIES[family])
     counted = sum(parameter.numel() for parameter in model.parameters())
-    # Of models this small biases are several percent.
+    # In such small models, biases are several percent of the parameters.
     assert abs(MemoryShape.from_config(model.config).parameters / counted - 1) < 0.05
 
 
@@ -166,7 +166,7 @@ def test_workspace_expands_keys_of_grouped_queries_alone():
         (80, 80, 80, 96, 0),
         (192, 192, 192, 192, 0),
         (160, 160, 160, 192, 0),
-        # Padded with zeros: value, output and its gradient; all five.
+        # Tensors padded with zeros: value, output and its gradient; all five.
         (192, 128, 192, 192, 2 * 100 * 32 + 700 * 8),
         (12, 12, 16, 32, 3 * 100 * 32 + 2 * 700 * 8),
     ],
@@ -197,7 +197,7 @@ def test_estimate_of_one_long_document_has_the_workspace():
     parts = choice.memory.moments["last layer's backward"]
     assert parts["attention workspace"] == pytest.approx(backward_workspace(SHAPE, 16384, 114688, 2), rel=0.01)
     assert sum(parts.values()) - sum(on_cpu.memory.moments["last layer's backward"].values()) > 1e9
-    # With few logits to hold, it decides how much fits.
+    # With few logits, the workspace decides how much fits.
     small = {**LLAMA_3_8B, "vocab_size": 1024}
     (choice,) = choices(small, H100, setup, [131072], [8])
     (on_cpu,) = choices(small, H100, replace(setup, device="cpu"), [131072], [8])
@@ -219,9 +219,9 @@ def test_points_of_attention_s_backward():
     assert local.temporary == always + c * kv * 45000
     assert local.workspace == backward_workspace(SHAPE, 1000, 1000)
     assert end.temporary == always + c * (queries + 1000 * kv) and end.workspace == 0
-    # Fetched again, KV is held until its stage is computed.
+    # KV that is fetched again is held until its stage is computed.
     assert points(40000, kept=False)[0].temporary - stage.temporary == c * kv * 40000
-    # Of two equal stages the second has the gradients of the first under way.
+    # During the second of two equal stages, the gradients of the first are being sent.
     second = points(20000, kept=True)[0]
     assert stage.temporary - second.temporary == (4 - c) * kv * 20000
     assert second.workspace == backward_workspace(SHAPE, 1000, 20000)

@@ -54,7 +54,7 @@ def test_a_loss_inside_the_forward(pool, extra):
 
 
 def test_a_model_that_does_not_hand_shift_labels_on(pool):
-    for message in pool.run(2, loss_cases.handed_on_by_nobody):
+    for message in pool.run(2, loss_cases.shift_labels_not_passed_on):
         assert "does not hand shift_labels on to its loss function" in message
 
 
