@@ -186,7 +186,7 @@ def test_trainer_methods_that_the_mixin_overrides(method, parameters):
 
 
 def test_the_trainer_shards_before_the_forward_and_scales_the_loss():
-    """trainer.py:2076, 2363 and 2215: the target count is divided by cp_size, and the loss multiplied by the processes.
+    """trainer.py:2076, 2363 and 2215: the target count is divided by cp_size, the loss multiplied by the processes.
 
     If either changes, derive W S_r / N again (docs/launch.md).
     """
@@ -335,7 +335,7 @@ def test_arguments_by_position_are_those_of_the_forward():
 def test_layers_say_whether_they_run_again():
     """modeling_utils.py:3221, _set_gradient_checkpointing, which integrations/models/checkpointing.py reads.
 
-    Flag and function have the same names with both names of the argument, and `context_fn` is a keyword of the function.
+    Flag and function have the same names with both names of the argument. `context_fn` is a keyword of the function.
     """
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     assert layers_run_again(model) == set()

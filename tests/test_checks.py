@@ -85,10 +85,9 @@ def test_the_page_of_models_is_of_the_pinned_versions():
 
 
 def test_line_numbers_of_the_canaries_are_of_the_pinned_versions():
-    said = f"Line numbers are those of transformers {short(PINNED['transformers'])}, accelerate {short(PINNED['accelerate'])}"
-    assert f"{said} and TRL {short(PINNED['trl'])}" in (ROOT / "tests" / "test_canaries.py").read_text(
-        encoding="utf-8"
-    )
+    versions = {name: short(PINNED[name]) for name in ("transformers", "accelerate", "trl")}
+    said = "Line numbers are those of transformers {transformers}, accelerate {accelerate} and TRL {trl}"
+    assert said.format(**versions) in (ROOT / "tests" / "test_canaries.py").read_text(encoding="utf-8")
 
 
 def third_party_imports(folder):

@@ -254,8 +254,8 @@ def test_bf16_error_does_not_grow_with_ranks_and_stages(pool):
     error here, and 1.41 times if rounding were the only error. More ranks or stages do not add roundings, because
     partial results are summed in fp32.
 
-    On a GPU, kernels have smaller errors, so the rounding of sent and merged tensors weighs more; at most, it equals the
-    whole error of a single rank.
+    On a GPU, kernels have smaller errors, so the rounding of sent and merged tensors weighs more; at most, it equals
+    the whole error of a single rank.
     """
     all_of_it = 1.05 * 2**0.5
     to_one, to_two = ((1.2, 1.2, 1.1, 1.1), 1.1) if ON_CPU else ((all_of_it,) * 4, 1.2)
@@ -308,10 +308,10 @@ def test_saved_bytes_are_as_documented(pool, keep, window):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("stages", ["one", "all"])
 def test_peak_memory_of_a_layer(pool, stages, keep):
-    """The peak at cp N is at most that of a single process / N, plus the rows below, and no tensor has about T x T elements.
+    """The peak at cp N is at most that of one process / N, plus the rows below; no tensor has about T x T elements.
 
-    A received row adds its KV, its gradients in fp32 and as sent, and those of a kernel's block. A sent row adds one row
-    in bf16 and one in fp32. Stages add outputs in fp32.
+    A received row adds its KV, its gradients in fp32 and as sent, and those of a kernel's block. A sent row adds one
+    row in bf16 and one in fp32. Stages add outputs in fp32.
     """
     lengths, shape, cp_size = [4096, 1024, 512], (4, 2, 32, 32), 4
     single, largest = pool.run(1, engine_cases.peak_memory, plan_documents(lengths, 1), shape, {})[0]
@@ -404,8 +404,8 @@ def test_ranks_that_differ_in_keeping_kv_raise(pool):
 def test_compiled_models(pool, whole, backend, breaks):
     """Compiled models have the same gradients, and a further pack compiles no new graph.
 
-    Graphs break at the attention call. In a whole model they also break at the mask, before the layers, and once at the
-    loss, which is checked on the first pack and compiled on the second. Debug mode changes none of this.
+    Graphs break at the attention call. In a whole model they also break at the mask, before the layers, and once at
+    the loss, which is checked on the first pack and compiled on the second. Debug mode changes none of this.
     """
     packs = [[40, 3, 17, 1, 25], [30, 9], [64, 5, 7], [33, 20, 20]]
     for errors, graphs, found in pool.run(2, engine_cases.compiled, packs, backend, whole):

@@ -1,4 +1,4 @@
-"""Faults in real processes: the other ranks raise one error that names the missing ranks, and saved files are complete.
+"""Faults in real processes: other ranks raise one error that names the missing ranks, and saved files are complete.
 
 Nothing here measures time; a case fails if it does not end within `OUTER_SECONDS`.
 """
@@ -176,7 +176,7 @@ def test_every_process_group_has_the_configured_timeout(tmp_path):
 
 @resumes
 def test_torchrun_restarts_and_resumes(tmp_path, undisturbed):
-    """With `--max-restarts 1`, rank 1 is killed after its third step, and the second attempt ends with the same parameters.
+    """With `--max-restarts 1`, a second attempt ends with the same parameters after rank 1 was killed in the first.
 
     With the rendezvous' own store, it would usually find the addresses of the first attempt's processes.
     """

@@ -1,6 +1,6 @@
-"""The recipes as a user runs them: `accelerate launch` with their configurations, shortened, on two processes.
+"""The recipes as a user runs them: shortened, with `accelerate launch` and their configurations, on two processes.
 
-Each script is started once as a user does it; runs of the same script with other arguments are forked.
+Each script is started once as a user would; further runs of the same script are forked.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def launch(*arguments):
 
 
 def launch_sft(directory, *arguments, num_processes=2):
-    """Forked; `directory` is the output's. What was printed."""
+    """Run recipes/sft.py in forked processes with this output directory, and return its output."""
     launcher = [*CPU, "--num_processes", str(num_processes), "recipes/sft.py"]
     arguments = [*launcher, *map(str, arguments), "--output_dir", str(directory)]
     return run_forked(accelerate, arguments, directory / "log")
@@ -76,7 +76,7 @@ def require_sums(metrics):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """On every fifth file of its corpus, which is made here as sft.py makes it."""
+    """Run the quickstart on every fifth file of its corpus, which is created here as in sft.py."""
     directory = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "recipes"))
@@ -93,7 +93,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(quickstart):
-    """Some of the default corpus: a few long documents and short ones."""
+    """Return a part of the default corpus: a few long documents and some short ones."""
     corpus = quickstart[0].parent / "cache" / "python_stdlib.jsonl"
     lines = [line for line in corpus.read_text().splitlines() if len(line) < 20_000][:40]
     path = corpus.with_name("some.jsonl")
@@ -103,14 +103,14 @@ def texts(quickstart):
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """Modules of the recipes by name."""
+    """Return the modules of the recipes by name."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     return importlib.import_module
 
 
 @pytest.fixture
 def chats(recipes, tmp_path):
-    """Conversations about the standard library's smaller files."""
+    """Return conversations about smaller files of the standard library."""
     stdlib, path = recipes("stdlib_chats"), tmp_path / "chats.jsonl"
     with path.open("w") as lines:
         for name, source in recipes("stdlib_corpus").source_files():
@@ -145,7 +145,7 @@ def test_the_quickstart_calls_nothing_that_is_deprecated_and_warns_of_nothing_he
 @pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 def test_checkpointing_by_either_name(recipes, tmp_path, name):
-    """In the file and on the command line, which wins, also where one has the old name and the other the new one."""
+    """The command line overrides the file, also if they use different names of the option."""
     parse, path, fixed = recipes("sft").parse_arguments, tmp_path / "config.yaml", ["--output_dir", str(tmp_path)]
     path.write_text(f"{name}: true\n{name}_kwargs: {{every_n_layers: 2}}\nuse_cpu: true\n")
     found = parse([str(path), *fixed])[-1]
@@ -169,7 +169,7 @@ assert model(**inputs).logits.isfinite().all()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path):
+def test_groups_get_packs_that_take_equally_long(quickstart, texts, tmp_path):
     directory, _ = quickstart
     printed = launch_sft(
         tmp_path,
@@ -185,8 +185,11 @@ def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path)
 
 
 def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
-    """With rows that cannot be used among them, another strategy, and accumulation. In fp64: a model that hardly
-    attends yet has gradients of queries and keys that are small differences of large numbers."""
+    """Some rows cannot be used; the run has another strategy and accumulation.
+
+    It uses fp64, because the attention of an untrained model is almost uniform, and gradients of its queries and keys
+    are small differences of large numbers.
+    """
     conversations = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
     with chats.open("a") as lines:
         lines.write('{"messages": null}\n{"messages": [{"role": "user", "content": "Nobody answers."}]}\n{"messa\n')
@@ -276,7 +279,7 @@ def test_the_loop_trains(quickstart, texts, tmp_path):
 
 
 def test_the_loop_resumes(quickstart, texts, tmp_path, recipes, monkeypatch, capsys):
-    """In this process, with cp_size 1: two steps and two more are four."""
+    """In this process with cp_size 1, two steps and two more equal four."""
     loop = recipes("accelerator_loop")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
@@ -364,7 +367,7 @@ def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path)
 
 
 def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, capsys):
-    """Chats with tools, which the template does not mention or does."""
+    """Chats have tools, which one template ignores and another one uses."""
     text_rows = recipes("text_rows")
     data, template = tmp_path / "chats.jsonl", tmp_path / "template.jinja"
     messages = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi."}] * 2
@@ -398,7 +401,7 @@ def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, c
         (b"rope_parameters: '{'\n", "rope_parameters is no JSON"),
     ],
 )
-def test_what_is_wrong_with_a_yaml_file_is_named(recipes, tmp_path, text, message):
+def test_errors_in_a_yaml_file_are_named(recipes, tmp_path, text, message):
     (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(SystemExit, match=message):
         recipes("sft").parse_arguments([str(tmp_path / "config.yaml")])
@@ -410,7 +413,7 @@ def test_a_yaml_file_may_be_empty(recipes, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chat_sft", "long_window", "lora"])
-def test_the_quickstarts_model_is_asked_for(recipes, name, tmp_path):
+def test_the_quickstarts_model_must_be_requested(recipes, name, tmp_path):
     arguments = [str(ROOT / "recipes" / f"{name}.yaml"), "--model_name_or_path", str(tmp_path / "nothing")]
     with pytest.raises(SystemExit, match="run recipes/quickstart.sh first"):
         recipes("sft").parse_arguments(arguments)
