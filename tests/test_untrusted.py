@@ -169,7 +169,7 @@ def test_paths_that_are_not_files(tmp_path, text):
 
 @pytest.mark.parametrize("line", ["report", "simulate --lengths 64,20 --cp-size 2 --hardware"])
 def test_json_has_null_for_nan_and_infinity(tmp_path, line):
-    """A diverged run logs such values, and MFU has one if the profile has no peak."""
+    """NaN and infinity come from the logs of a diverged run, and as MFU from a profile without a peak."""
     contents = {"report": '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": Infinity}]}'}
     (tmp_path / "file.json").write_text(contents.get(line) or json.dumps({**H100, "peak_flops_per_second": None}))
     code, out, _ = run(*line.split(), str(tmp_path / "file.json"), "--json")

@@ -1,4 +1,4 @@
-"""Times one attention layer under each strategy, with an all-gather exchange for comparison, and on a single process.
+"""Times one attention layer under each strategy, with an all-gather for comparison, and on a single process.
 
 All cases run in turn, round after round, on the same processes of this machine (gloo, one thread each), so that other
 load on the machine affects all of them equally. The ideal is the time of one process that runs PyTorch's

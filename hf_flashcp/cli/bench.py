@@ -39,7 +39,7 @@ def add_parser(commands) -> None:
     _add_calibrate(benches)
     _add(benches, "memory", "estimated and measured memory of small training steps")
     agreement = _add(benches, "agreement", "time that ranks take to compare their plans in each step")
-    options.add_number(agreement, "--processes", [2, 4, 8], nargs="+", dest="world_sizes")
+    options.add_number(agreement, "--processes", [2, 4, 8], "numbers of processes", nargs="+", dest="world_sizes")
     add_gpu(benches)
     page = _add(benches, "page", "rerun the commands in docs/benchmarks.md and update their output")
     page.add_argument("path", nargs="?", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE")
@@ -131,8 +131,10 @@ def _add_plans(benches) -> None:
     options.add_number(packing, "--steps", 32, "number of optimizer steps to pack for", least=1)
     options.add_number(packing, "--cp-size", 8, "ranks")
     options.add_number(packing, "--dp-size", 4, "data-parallel groups")
-    options.add_number(packing, "--gradient-accumulation-steps", 4)
-    options.add_number(packing, "--look-ahead", 16, "optimizer steps over which packs are balanced")
+    options.add_number(packing, "--gradient-accumulation-steps", 4, "packs per group in an optimizer step")
+    options.add_number(
+        packing, "--look-ahead", 16, "optimizer steps that a long document may wait for others of its length"
+    )
 
 
 def _add_layers(benches) -> None:
@@ -142,7 +144,8 @@ def _add_layers(benches) -> None:
     attention.add_argument("--lengths", type=options.comma_separated, default=LENGTHS, metavar="N,N,...", help=text)
     options.add_number(attention, "--cp-size", 2, "processes")
     _add_layer(attention)
-    _add_several(attention, "--exchange", ("needed", "all"), dest="exchanges")
+    text = "needed: the KV that each rank needs; all: all KV"
+    _add_several(attention, "--exchange", ("needed", "all"), text=text, dest="exchanges")
     attention.add_argument(
         "--max-imbalance",
         type=float,
@@ -176,7 +179,7 @@ def _add_step(benches) -> None:
     options.add_model(step, "(trained from random weights; default: two Qwen3 layers)")
     _add_strategies(step, [name for name in STRATEGIES if name != "whole_doc"])
     exchanges = (
-        "needed: the KV that each rank needs, in one stage; staged: the same KV in cp_size - 1 stages; all: all KV; "
+        "needed: the KV that each rank needs, in one stage; staged: the same KV in cp_size - 1 stages; all: all KV"
     )
     _add_several(step, "--exchange", ("needed", "staged", "all"), text=exchanges, dest="exchanges")
     step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
@@ -223,7 +226,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of all ranks (default cpu)")
 
 
 def _add_layer(
@@ -238,22 +241,27 @@ def _add_layer(
     options.add_number(parser, "--heads", heads, "query heads")
     options.add_number(parser, "--kv-heads", kv_heads, "KV heads")
     options.add_number(parser, "--head-dim", head_dim, "width of a head")
-    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), default=dtype, help=f"default {dtype}")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32", "fp64"), default=dtype, help=f"dtype of all tensors (default {dtype})"
+    )
     _add_strategies(parser, strategies)
     options.add_number(parser, "--stages", text="stages in which KV is sent (default 1)", dest="num_stages")
 
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
     given: dict[str, Any] = {"choices": LENGTH_DISTRIBUTIONS, "default": "pile", "metavar": "CORPUS"}
-    parser.add_argument("--lengths-from", dest="corpus", help="default: pile", **given)
+    parser.add_argument(
+        "--lengths-from", dest="corpus", help="corpus whose document lengths are imitated (default pile)", **given
+    )
 
 
 def _add_corpora(parser: argparse.ArgumentParser) -> None:
-    _add_several(parser, "--lengths-from", LENGTH_DISTRIBUTIONS, dest="corpora", metavar="CORPUS")
+    text = "corpora whose document lengths are imitated"
+    _add_several(parser, "--lengths-from", LENGTH_DISTRIBUTIONS, text=text, dest="corpora", metavar="CORPUS")
 
 
 def _add_strategies(parser: argparse.ArgumentParser, strategies: Sequence[str]) -> None:
-    _add_several(parser, "--strategies", STRATEGIES, strategies, metavar="NAME")
+    _add_several(parser, "--strategies", STRATEGIES, strategies, "strategies to compare", metavar="NAME")
 
 
 def _add_several(
@@ -266,5 +274,5 @@ def _add_several(
 ) -> None:
     """Add an option that takes several of the choices; the default is all of them."""
     chosen = list(choices if default is None else default)
-    text += f"default: {' '.join(chosen)}"
+    text = f"{text} (default {' '.join(chosen)})"
     parser.add_argument(option, choices=choices, nargs="+", default=chosen, help=text, **settings)

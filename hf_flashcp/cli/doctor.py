@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
 from ..tables import table
-from .options import add_json, add_number, load_config, show
+from .options import STRATEGY, add_json, add_number, load_config, show
 
 
 MAX_PROCESSES = 4
@@ -30,10 +30,10 @@ def add_parser(commands) -> None:
         "model",
         nargs="?",
         metavar="MODEL_OR_CONFIG",
-        help="a hub name, a directory with a config.json, a config.json, or a model type (checks its default config)",
+        help="a hub name, a config.json, a directory that has one, or a model type (checks its default config)",
     )
     add_number(parser, "--cp-size", 2, "context-parallel ranks", least=1)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help=STRATEGY)
     parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )

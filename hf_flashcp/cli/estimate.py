@@ -33,11 +33,11 @@ def add_parser(commands) -> None:
         parser, "--cp-size", text="consider only this one (default: all that divide the number of GPUs)"
     )
     for option, values, default, text in (
-        ("--sharding", SHARDINGS, "fsdp2", ""),
-        ("--dtype", DTYPES, "bfloat16", "dtype in which the model is loaded, "),
-        ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's mixed precision, "),
+        ("--sharding", SHARDINGS, "fsdp2", "how weights and optimizer state are distributed"),
+        ("--dtype", DTYPES, "bfloat16", "dtype in which the model is loaded"),
+        ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's mixed precision"),
     ):
-        parser.add_argument(option, choices=values, default=default, help=f"{text}default: {default}")
+        parser.add_argument(option, choices=values, default=default, help=f"{text} (default {default})")
     options.add_checkpointing(parser)
     options.add_corpus(parser, "(default: one document as long as the window, which causes the most traffic)")
     options.add_number(parser, "--seed", 0, "random seed for --lengths-from")

@@ -14,6 +14,10 @@ from ..predict import HARDWARE
 from ..predict.training_setup import GRADIENT_CHECKPOINTING
 
 
+STRATEGY = "how documents are sharded over ranks (default %(default)s)"
+"""Help text of `--strategy`."""
+
+
 def add_number(
     parser: argparse.ArgumentParser,
     option: str,
@@ -53,10 +57,10 @@ def add_model(parser: argparse.ArgumentParser, note: str = "", *, required: bool
     parser.add_argument("--model", required=required, metavar="CONFIG", help=f"{text} {note}".strip())
 
 
-def add_hardware(parser: argparse.ArgumentParser, note: str = "", **settings: Any) -> None:
-    text = f"{note} {', '.join(HARDWARE)}, or a JSON file".lstrip()
-    if settings.get("default"):
-        text += f" (default {settings['default']})"
+def add_hardware(parser: argparse.ArgumentParser, note: str = "hardware profile:", **settings: Any) -> None:
+    text = f"{note} {', '.join(HARDWARE)}, or a JSON file"
+    if default := settings.get("default"):
+        text += f" (default {default if isinstance(default, str) else ' '.join(default)})"
     parser.add_argument("--hardware", metavar="NAME", help=text, **settings)
 
 
@@ -67,7 +71,7 @@ def add_checkpointing(parser: argparse.ArgumentParser) -> None:
         dest="gradient_checkpointing",
         choices=GRADIENT_CHECKPOINTING,
         default="none",
-        help="default: %(default)s",
+        help="activation checkpointing of the layers (default %(default)s)",
     )
 
 
@@ -115,7 +119,7 @@ def comma_separated(text: str) -> list[int]:
 
 
 def read_config(name: str) -> Any:
-    """Return a model's config from a file, a folder or the hub. Local files are read as JSON, without transformers."""
+    """Return a model's config from a file, a folder or the hub; local files are read as JSON, without transformers."""
     path = Path(name)
     try:
         if path.is_dir():

@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
     )
     options.add_documents(parser)
     options.add_number(parser, "--cp-size", text="context-parallel ranks", required=True)
-    parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help=options.STRATEGY)
     parser.add_argument(
         "--max-imbalance",
         type=float,
@@ -56,7 +56,7 @@ def add_parser(commands) -> None:
         text="ranks that share a node: KV is sent to each node once, traffic between nodes is reported separately, "
         "and the strategy search reduces it (default: the hardware profile's)",
     )
-    options.add_hardware(parser, "predict step times; the strategy search then minimizes them:")
+    options.add_hardware(parser, "predict step times with this profile, and minimize them with the strategy search:")
     options.add_model(parser, "(with --hardware)")
     options.add_json(parser, "plan, report and digest")
     options.add_plot(parser, "the plan")

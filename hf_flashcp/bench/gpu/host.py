@@ -27,7 +27,7 @@ from .small_models import packed_batch, small_llama
 
 ROUNDS = 5
 LENGTHS = (300, 150, 31), (300, 151, 31)
-"""Document lengths of two batches, which differ, so that nothing built for the first can be reused for the second."""
+"""Document lengths of two batches. They differ, so that nothing built for the first can be reused for the second."""
 
 _LAUNCHES = (
     "cudaLaunchKernel",
@@ -54,10 +54,10 @@ def host(settings: Settings) -> Found:
         ("shard_inputs", lambda: shard_inputs(next(sharded), None), False),
         ("a model's forward and backward", lambda: model(**next(whole)).loss.backward(), False),
     ):
-        said = _first_wait(function, device)
+        first_wait = _first_wait(function, device)
         nowhere = settings.sized("nowhere", "a CPU does not wait")
-        found.add("Where the host waits for the device", {"part": what, "first wait": said or nowhere})
-        found.require(not (must_not_wait and said), f"{what} waits for the device: {said}")
+        found.add("Where the host waits for the device", {"part": what, "first wait": first_wait or nowhere})
+        found.require(not (must_not_wait and first_wait), f"{what} waits for the device: {first_wait}")
     return found
 
 

@@ -74,9 +74,9 @@ def run_together(
         except Exception as raised:  # a step must not end the run
             error = raised
         messages = gathered(error and f"{type(error).__name__}: {error}", ranks.control)
-        said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
+        problem = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
-            status = status_of(error, settings) if error else FAILED if said else status_of_found(found)
-            row = row_of(step, results.machine, status, time.monotonic() - begin, found, said)
+            status = status_of(error, settings) if error else FAILED if problem else status_of_found(found)
+            row = row_of(step, results.machine, status, time.monotonic() - begin, found, problem)
             results.add(row)
             on_row(step, row)

@@ -54,7 +54,7 @@ _SIZES = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32
 
 
 PAPER_SETTING = "32 KV heads"
-"""The setting in which the paper measured."""
+"""The setting of the paper's measurements."""
 
 _SETTINGS = {
     PAPER_SETTING: (32, 8),
