@@ -86,7 +86,7 @@ def documented_constants(tree):
 def problem_of(docstring):
     """Return what a machine can see to be wrong with the first paragraph of a public docstring, or `None`."""
     paragraph = " ".join(docstring.partition("\n\n")[0].split())
-    if not re.search(r"[.:?][\"'`)\]]*(?: |$)", paragraph):
+    if not re.search(r"[.:?][\"'`)\]]*$", paragraph):
         return "is not a sentence"
     if re.match(r"(?:Of|That|Which|Whether it)\b", paragraph):
         return "has no subject"
@@ -133,6 +133,7 @@ def test_everything_that_is_exported_has_a_docstring():
         ("`flashcp plan`: show how documents would be sharded.", None),
         ('Does a window fit?\n\nNeeds no "torch"', None),
         ("Seconds per tile\n\nMore.", "is not a sentence"),
+        ("The names. And their", "is not a sentence"),
         ("Of the slowest rank.", "has no subject"),
         ("Whether it fits.", "has no subject"),
         ("Which ranks wait.", "has no subject"),
