@@ -81,7 +81,7 @@ def sharded_attention(
 
 @lru_cache(maxsize=2)
 def _inputs_and_reference(lengths, shape, dtype, seed, options):
-    """Cache inputs and reference between plans, because the reference takes longer than the tested code."""
+    """Kept from one plan to the next: the reference takes longer than what is tested."""
     inputs = make_inputs(lengths, *shape, getattr(torch, dtype), seed)
     return inputs, reference_attention(list(lengths), *(tensor.double() for tensor in inputs), **dict(options))
 
@@ -96,7 +96,7 @@ def attention_error(
     options=None,
     keep_received_kv=None,
 ):
-    """Return the largest relative error of out, dq, dk, dv (and d_sinks), compared with fp64 on the same inputs."""
+    """Largest relative error of out, dq, dk, dv (and d_sinks) against the reference in fp64 on the same inputs."""
     options = options or {}
     inputs, reference = _inputs_and_reference(plan.lengths, shape, dtype, seed, tuple(options.items()))
     ours, index = sharded_attention(
@@ -111,7 +111,7 @@ def gathered(ours, index, reference):
 
 
 def attention_errors(cases):
-    """Return the `attention_error` of many cases, to save calls to the workers."""
+    """`attention_error` of many cases in one call."""
     return [attention_error(*case[0], **case[1]) for case in cases]
 
 
@@ -126,7 +126,7 @@ def _sum(tensor):
 
 
 def bf16_errors(plan, shape, kernel, options=None):
-    """Return our error and the single-device error of out, dq, dk, dv (and d_sinks) in bf16, compared with fp64."""
+    """(ours, single-device bf16) error of out, dq, dk, dv (and d_sinks) against fp64 on the same bf16 inputs."""
     options = options or {}
     inputs, reference = _inputs_and_reference(plan.lengths, shape, "bfloat16", 0, tuple(options.items()))
     ours, index = sharded_attention(plan, inputs, make_kernel(kernel), **options)
@@ -295,7 +295,7 @@ def error_of_another_window(plan, window, ours):
 
 
 def errors_of_different_layers(plan):
-    """Return the errors of several layers that share one bound plan, as in a model."""
+    """Several layers under one bound plan, as a model has them."""
     bound, errors = bind(plan), []
     layers = [((4, 2, 8, 8), 5), ((4, 4, 16, 16), None), ((8, 1, 12, 4), 5), ((2, 2, 24, 8), 9)]
     for shape, window in layers:

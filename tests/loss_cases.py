@@ -118,7 +118,7 @@ def losses_inside_the_forward(uses_shift_labels, extra):
     return _message_of_a_step(model, own_forward)
 
 
-def shift_labels_not_passed_on():
+def handed_on_by_nobody():
     """Return the error for a model that calls its loss function without shift_labels."""
     model = build_model("llama")
     forward = model.forward

@@ -119,7 +119,7 @@ def test_predictions_equal_those_from_counted_tiles_and_tokens(plan, size, windo
     assert found.attention + found.copies + found.exposed == pytest.approx(step_times(plan, model)[0], rel=1e-9)
 
 
-def test_gradient_sums_within_nodes_are_as_precise_as_a_single_device(pool):
+def test_sums_on_the_way_home_lose_no_more_than_a_single_device_does(pool):
     for name, strategy in (("mixed", "per_doc"), ("giant_and_tiny", "search")):
         plan = plan_documents(KNOWN_PACKS[name], 4, strategy=strategy).with_ranks_per_node(2)
         for pairs in pool.run(4, cases.bf16_errors, plan, (8, 2, 16, 16), "cpu_flash"):

@@ -1,4 +1,4 @@
-"""recipes/learning: the documents, equal loss curves of one process and two, and the figures."""
+"""recipes/learning: documents are what docs/learning.md says, one process and two learn alike, figures are drawn."""
 
 import json
 

@@ -53,8 +53,8 @@ def test_a_loss_inside_the_forward(pool, extra):
         assert "computes its loss from labels and not from shift_labels" in message
 
 
-def test_a_model_that_does_not_pass_shift_labels_on(pool):
-    for message in pool.run(2, loss_cases.shift_labels_not_passed_on):
+def test_a_model_that_does_not_hand_shift_labels_on(pool):
+    for message in pool.run(2, loss_cases.handed_on_by_nobody):
         assert "does not hand shift_labels on to its loss function" in message
 
 

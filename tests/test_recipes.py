@@ -1,6 +1,6 @@
 """The recipes as a user runs them: shortened, with `accelerate launch` and their configurations, on two processes.
 
-Each script is started once as a user would; further runs of the same script are forked.
+Each script is started once as a user does it; runs of the same script with other arguments are forked.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def launch(*arguments):
 
 
 def launch_sft(directory, *arguments, num_processes=2):
-    """Run recipes/sft.py in forked processes with this output directory, and return its output."""
+    """Forked; `directory` is the output's. What was printed."""
     launcher = [*CPU, "--num_processes", str(num_processes), "recipes/sft.py"]
     arguments = [*launcher, *map(str, arguments), "--output_dir", str(directory)]
     return run_forked(accelerate, arguments, directory / "log")
@@ -110,7 +110,7 @@ def recipes(monkeypatch):
 
 @pytest.fixture
 def chats(recipes, tmp_path):
-    """Return conversations about smaller files of the standard library."""
+    """Conversations about the standard library's smaller files."""
     stdlib, path = recipes("stdlib_chats"), tmp_path / "chats.jsonl"
     with path.open("w") as lines:
         for name, source in recipes("stdlib_corpus").source_files():
@@ -145,7 +145,7 @@ def test_the_quickstart_calls_nothing_that_is_deprecated_and_warns_of_nothing_he
 @pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 def test_checkpointing_by_either_name(recipes, tmp_path, name):
-    """The command line overrides the file, also if they use different names of the option."""
+    """In the file and on the command line, which wins, also where one has the old name and the other the new one."""
     parse, path, fixed = recipes("sft").parse_arguments, tmp_path / "config.yaml", ["--output_dir", str(tmp_path)]
     path.write_text(f"{name}: true\n{name}_kwargs: {{every_n_layers: 2}}\nuse_cpu: true\n")
     found = parse([str(path), *fixed])[-1]
@@ -401,7 +401,7 @@ def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, c
         (b"rope_parameters: '{'\n", "rope_parameters is no JSON"),
     ],
 )
-def test_errors_in_a_yaml_file_are_named(recipes, tmp_path, text, message):
+def test_what_is_wrong_with_a_yaml_file_is_named(recipes, tmp_path, text, message):
     (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(SystemExit, match=message):
         recipes("sft").parse_arguments([str(tmp_path / "config.yaml")])
@@ -413,7 +413,7 @@ def test_a_yaml_file_may_be_empty(recipes, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chat_sft", "long_window", "lora"])
-def test_the_quickstarts_model_must_be_requested(recipes, name, tmp_path):
+def test_the_quickstarts_model_is_asked_for(recipes, name, tmp_path):
     arguments = [str(ROOT / "recipes" / f"{name}.yaml"), "--model_name_or_path", str(tmp_path / "nothing")]
     with pytest.raises(SystemExit, match="run recipes/quickstart.sh first"):
         recipes("sft").parse_arguments(arguments)

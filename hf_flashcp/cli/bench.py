@@ -41,9 +41,9 @@ def add_parser(commands) -> None:
     agreement = _add(benches, "agreement", "time that ranks take to compare their plans in each step")
     options.add_number(agreement, "--processes", [2, 4, 8], "numbers of processes", nargs="+", dest="world_sizes")
     add_gpu(benches)
-    page = _add(benches, "page", "rerun the commands in docs/benchmarks.md and update their output")
+    page = _add(benches, "page", "run the commands of docs/benchmarks.md again and write what they print")
     page.add_argument("path", nargs="?", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE")
-    text = "only sections whose heading contains TEXT (default: all)"
+    text = "only those whose heading contains it (default: all)"
     page.add_argument("--sections", nargs="+", default=[], metavar="TEXT", help=text)
 
 

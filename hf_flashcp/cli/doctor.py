@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )
-    parser.add_argument("--output", metavar="FILE", help="with --all-models: write the page to this file")
+    parser.add_argument("--output", metavar="FILE", help="with --all-models: write the page there")
     add_json(parser, "the findings")
     parser.set_defaults(run=run)
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."
         )
     if arguments.output and not arguments.all_models:
-        raise ConfigurationError("--output goes with --all-models: the report on one model is printed.")
+        raise ConfigurationError("--output goes with --all-models: the report of one model is printed.")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

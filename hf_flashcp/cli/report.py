@@ -1,4 +1,4 @@
-"""`flashcp report`: a self-contained HTML page with plots of what a training run logged."""
+"""`flashcp report`: what a training run logged, as a page that a browser opens without a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE = "trainer_state.json"
 
 
 class Panel(NamedTuple):
-    """A plot of the page: its heading, the names of the logged values that it shows, and its caption."""
+    """A plot of the page: its heading, what is drawn, as it was logged, and the text below."""
 
     heading: str
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ PANELS = (
     Panel(
         "Tokens per second",
         ("flashcp_tokens_per_second",),
-        "sum over data-parallel groups; includes the time of saving, but not of evaluation",
+        "of all data-parallel groups, with the time of saving and without that of evaluation",
     ),
     Panel(
         "Imbalance (max / mean over ranks)",
@@ -47,22 +47,20 @@ PANELS = (
     Panel(
         "KV moved, as a share of an all-gather",
         ("flashcp_kv_fraction",),
-        "0: no KV is sent; 1: every rank receives all KV",
+        "0: nothing travels; 1: every rank receives everything",
     ),
     Panel(
         "Exposed transfer (ms per pack)",
         ("flashcp_exposed_transfer_ms",),
-        "time that the first rank waited for KV, its gradients and slower ranks; logged only on CPU",
+        "how long the first rank waited for KV and its gradients, slower ranks included; logged on CPU alone",
     ),
-    Panel(
-        "Planning (ms per pack)", ("flashcp_plan_ms",), "costs the step nothing if it happens in data loader workers"
-    ),
+    Panel("Planning (ms per pack)", ("flashcp_plan_ms",), "in loader workers it costs the step nothing"),
     Panel("Gradient norm", ("grad_norm",), "before clipping"),
     Panel("Learning rate", ("learning_rate",)),
 )
 
 _MOST_DRAWN = 1e100
-"""Larger values are left out of plots, as infinite ones are: matplotlib cannot place ticks for them."""
+"""Beyond which a value is left out of plots, as infinite ones are: matplotlib cannot place its ticks."""
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -71,26 +69,26 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "report",
         help="make a page of plots from a training run's logs",
-        description="Reads what a Trainer logged, and writes one HTML file that plots losses, speed, balance, KV "
-        "traffic and the time spent waiting for KV over the steps.",
+        description="Reads what a Trainer logged, and writes one HTML file: losses, speed, balance, KV moved "
+        "and the time waited for it, over the steps.",
     )
     parser.add_argument(
         "run_dir",
         metavar="RUN",
-        help=f"a {STATE}, or the run's output_dir, whose newest {STATE} is read (every checkpoint has one, and "
-        "trainer.save_state() writes one)",
+        help=f"the run's output_dir, of which the newest {STATE} is read (a checkpoint has one, trainer.save_state() "
+        "writes one), or such a file",
     )
     parser.add_argument(
         "--html",
         metavar="FILE",
-        help=f"file to write the page to (default: report.html beside the {STATE}; no page with --json)",
+        help="where to write the page (default: report.html beside the file; with --json none)",
     )
     add_json(parser, "the summary")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read the logs, write the page and print a summary."""
+    """Reads, writes and prints."""
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
     summary = summarize(series)
@@ -108,7 +106,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def find_state(run_dir: Path) -> Path:
-    """Return the newest `trainer_state.json` of a run: in its folder, or in the checkpoint with the highest step."""
+    """The newest `trainer_state.json` of a run: in its folder, or in the checkpoint of the highest step."""
     try:
         if run_dir.is_file():
             return run_dir
@@ -128,7 +126,7 @@ def find_state(run_dir: Path) -> Path:
 
 
 def read_series(path: Path) -> Series:
-    """Return the logged values by name, each as `[(step, value), ...]`."""
+    """What was logged over the steps, by name: `[(step, value), ...]`."""
     series: Series = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
@@ -158,7 +156,7 @@ def summarize(series: Series) -> dict[str, dict[str, Any]]:
 
 
 def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
-    """Write the page. Panels without logged values are left out; other `flashcp_` metrics get a panel each."""
+    """Writes the page; panels of what was not logged are left out, and every other `flashcp_` metric gets one."""
     known = {name for panel in PANELS for name in panel.names}
     more = [Panel(name, (name,)) for name in series if name.startswith("flashcp_") and name not in known]
     figures = []
@@ -179,7 +177,7 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
 
 
 def _draw(heading: str, series: Series) -> str:
-    """Return the plot as a data URL for an <img> tag."""
+    """Returns the source of an image."""
     figure = new_figure(6.2, 2.9)
     axes = figure.subplots()
     for (name, points), colour in zip(series.items(), COLOURS):
@@ -202,7 +200,7 @@ def _draw(heading: str, series: Series) -> str:
 
 
 def _as_drawn(name: str) -> str:
-    """Return a name with $ escaped, so that it is not read as a formula, and invalid characters replaced."""
+    """Returns a name without formulas, and without what cannot be written as text."""
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -236,7 +234,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>Values that the Trainer logged in {steps} steps.</p>
+<p>{steps} steps, from what the Trainer logged.</p>
 <main>
 {figures}
 </main>
