@@ -50,7 +50,7 @@ def test_different_cp_sizes(pool):
     check(results, "ConfigurationError", "cp_size is 2 on ranks 0, 1 and 4 on ranks 2, 3")
 
 
-def test_a_rank_that_does_not_come_is_named(pool):
+def test_a_missing_rank_is_named(pool):
     first, _, third = pool.run(3, agreement_cases.a_rank_that_does_not_come)
     check([first, third], "ConfigurationError", "for ranks [1] to compare a test", "Missing: rank 1", "Do this.")
     assert not any(

@@ -81,7 +81,7 @@ def test_generate_on_an_attached_model(training):
 
 
 @pytest.mark.parametrize("name", [*CACHES, "states_under_another_name"])
-def test_a_cache_is_known_under_every_name(name):
+def test_caches_are_recognized_under_every_name(name):
     """Caches are also recognized by their type, in case the argument is renamed again."""
     batch = {"input_ids": torch.tensor([[1]]), name: DynamicCache()}
     assert has_cache(batch) and not has_cache({**batch, name: None})

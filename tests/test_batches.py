@@ -19,7 +19,7 @@ from tests.packs import arbitrary_plans
 DOCUMENTS = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}]
 
 
-def test_the_batch_is_the_flattening_collators_with_targets_and_a_plan():
+def test_the_batch_equals_the_flattening_collators_plus_targets_and_a_plan():
     options = dict(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = FlashCPCollator(2, **options)(DOCUMENTS)
     for key, expected in DataCollatorWithFlattening(**options)(DOCUMENTS).items():
@@ -54,7 +54,7 @@ def test_position_ids_of_a_packed_row_say_where_documents_begin():
 
 
 @given(st.data())
-def test_positions_arrive_unchanged_where_lengths_are_given(data):
+def test_positions_are_unchanged_if_lengths_are_given(data):
     """With seq_lengths, cu_seq_lens_q or a plan, positions may start anywhere, skip, repeat or decrease."""
     rows, expected, all_lengths = [], [], []
     for lengths in data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3)):

@@ -21,7 +21,7 @@ def call(kernel, causal, rectangles):
     return Call(causal, rectangles, *times)
 
 
-def test_the_fit_finds_the_kernel_that_made_the_times():
+def test_the_fit_recovers_the_kernel_behind_the_times():
     forward, backward = Pass(7e10, 30.0, 90.0), Pass(6e10, 12.0, 70.0)
     kernel = Kernel(32, 1, 2e-4, float(EFFICIENCIES[17]), forward, backward)
     calls = [call(kernel, *shape) for shape in calibrate._calls()]

@@ -332,7 +332,7 @@ def test_arguments_by_position_are_those_of_the_forward():
     assert names(LlamaForCausalLM.forward)[:4] == ["self", "input_ids", "attention_mask", "position_ids"]
 
 
-def test_layers_say_whether_they_run_again():
+def test_layers_show_whether_they_are_recomputed():
     """modeling_utils.py:3221, _set_gradient_checkpointing, which integrations/models/checkpointing.py reads.
 
     Flag and function have the same names with both names of the argument. `context_fn` is a keyword of the function.
@@ -347,7 +347,7 @@ def test_layers_say_whether_they_run_again():
     assert layers_run_again(model) == set()
 
 
-def test_wrapped_layers_say_how_they_run_again():
+def test_wrapped_layers_show_how_they_are_recomputed():
     """torch's checkpoint_wrapper.py, with which accelerate wraps layers under FSDP2 (fsdp_utils.py:701)."""
     assert "checkpoint_wrapper(layer" in inspect.getsource(accelerate.utils.fsdp_utils.fsdp2_apply_ac)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))

@@ -38,7 +38,7 @@ def written(tokenized):
 
 @pytest.mark.parametrize("form", ["value", "JSON"])
 @pytest.mark.parametrize("given", [[name] for name in TEMPLATE_COLUMNS] + [list(TEMPLATE_COLUMNS)], ids=", ".join)
-def test_what_the_template_takes_reaches_it(given, form):
+def test_template_arguments_reach_the_template(given, form):
     """Columns reach the template as in TRL's SFTTrainer, also when a row has none."""
     columns = {name: EXAMPLES[name] for name in given}
     tokenizer = byte_tokenizer(chat_template=EVERYTHING)
@@ -67,7 +67,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in TEMPLATE_COLUMNS for value in BAD_VALUES[name]])
-def test_values_that_are_not_what_the_template_takes(name, value):
+def test_values_that_the_template_rejects(name, value):
     rows = Dataset.from_list(
         [{"messages": chat("a", "b"), name: None}, {"messages": None, name: value}]
         + [{"messages": chat("Hi.", "Hello!"), name: value}]
@@ -171,7 +171,7 @@ def test_every_template_that_a_row_can_get_has_marks():
         tokenize_chats(with_tools, byte_tokenizer(chat_template={"tool_use": TEMPLATE}))
 
 
-def test_what_a_template_raises_names_the_row():
+def test_errors_of_a_template_name_the_row():
     template = TEMPLATE.replace("{{ message.content }}{{ eos_token }}", "{{ message.content + 1 }}")
     with pytest.raises(BatchError, match="refuses the conversation in row 1: "):
         tokenize_chats(

@@ -78,7 +78,7 @@ def test_the_oldest_python_is_the_same_everywhere():
     assert f"Python {oldest} is the oldest" in PAGE
 
 
-def test_the_page_of_models_is_of_the_pinned_versions():
+def test_the_models_page_was_written_with_the_pinned_versions():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     made_with = re.search(r"with transformers (\S+) and torch (\S+)\. ", page).groups()
     assert made_with == (PINNED["transformers"], PINNED["torch"]), "make it again, with the command that it names"

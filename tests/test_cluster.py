@@ -96,7 +96,7 @@ def one_rank_stays_away():
         checked(timeout=datetime.timedelta(seconds=2))
 
 
-def test_a_rank_that_does_not_come_is_named(pool):
+def test_a_missing_rank_is_named(pool):
     error, nothing = pool.errors(2, one_rank_stays_away)
     assert nothing is None and "Waited 2 seconds for ranks [1] to compare versions" in str(error)
 

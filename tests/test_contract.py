@@ -57,7 +57,7 @@ def needs_one_document_per_batch(name):
 
 
 @pytest.mark.parametrize("name", contract_cases.OPTIONS)
-def test_evaluation_is_the_stock_trainer_s(pool, name):
+def test_evaluation_equals_the_stock_trainers(pool, name):
     (expected,) = pool.run(1, contract_cases.stock, name, LENGTHS)
     for world_size, cp_size, per_batch in LAYOUTS:
         if needs_one_document_per_batch(name):

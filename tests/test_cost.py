@@ -52,7 +52,7 @@ def model_of(profile=H100, **changes):
     st.sampled_from([1, 2, 8]),
     st.sampled_from([None, [[1], [2], [3], [4]], [[1, 2], [3, 4]], [[2, 4], [1], [3]]]),
 )
-def test_prediction_is_what_counting_tiles_and_tokens_gives(case, strategy, window, ranks_per_node, offset_groups):
+def test_predictions_equal_those_from_counted_tiles_and_tokens(case, strategy, window, ranks_per_node, offset_groups):
     lengths, cp_size = case
     profile = dataclasses.replace(H100, ranks_per_node=ranks_per_node)
     model = CostModel(profile, 1e9, (AttentionLayers(3, 8, 2, 64, 48, window), AttentionLayers(2, 4, 4, 128, 128)))
@@ -87,7 +87,7 @@ def test_no_strategy_is_predicted_to_be_faster(corpus, window, cp_size, profile)
     assert compared >= 3
 
 
-def test_stages_are_chosen_where_the_link_is_slow():
+def test_a_slow_link_leads_to_stages():
     lengths = sample_pack("prolong64k", 65536, seed=1)
     model = model_of(INFINIBAND)
     one, chosen = (plan_documents(lengths, 8, cost_model=model, num_stages=stages) for stages in (1, None))
@@ -142,7 +142,7 @@ def test_a_fast_link_favours_balance_and_a_slow_one_little_traffic():
         ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "head_dim": 16}),
     ],
 )  # fmt: skip
-def test_linear_work_is_that_of_the_parameters(model_type, sizes):
+def test_linear_work_follows_from_the_parameters(model_type, sizes):
     """If every expert is chosen, a token uses each weight matrix once: two operations per parameter."""
     common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
               "vocab_size": 100}  # fmt: skip
@@ -227,7 +227,7 @@ def test_profiles_name_their_sources():
 
 
 @pytest.mark.parametrize("strategy", ["flashcp", "search"])
-def test_a_cap_that_is_not_met_is_named(strategy):
+def test_an_unmet_cap_is_named(strategy):
     with pytest.warns(UnmetCapWarning, match=r"max_imbalance=1.01 is not met.*3 documents of 10 tokens on 4 ranks"):
         plan_documents([4, 4, 2], 4, strategy=strategy, max_imbalance=1.01)
     with warnings.catch_warnings():

@@ -148,7 +148,7 @@ def test_wrong_arguments_exit_with_2(capsys, line, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_a_wrong_gradient_is_a_refusal(pool, monkeypatch):
+def test_a_wrong_gradient_is_refused(pool, monkeypatch):
     found = {"stage": "done", "error": None, "refused": False, "gradient_error": 1e-3, "loss_error": 0.0}
     monkeypatch.setattr(doctor, "run_check", lambda *args: found)
     diagnosis = doctor.diagnose(LlamaConfig(), pool)

@@ -88,7 +88,7 @@ def test_eight_ranks_in_stages_are_exact(pool):
         assert max(max(error) for error in errors) < FP64
 
 
-def test_what_travels_next_is_posted_before_the_present_stage_is_computed(pool):
+def test_the_next_transfer_is_posted_before_a_stage_is_computed(pool):
     plan = plan_documents([24, 24], 3, strategy="per_doc").with_offset_groups([[1], [2]])
     forward = ["post", "post", "local forward", "wait", "remote forward", "wait", "remote forward"]
     backward = ["remote backward", "post", "remote backward", "post", "local backward", "wait", "wait"]
@@ -173,7 +173,7 @@ def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
 @pytest.mark.devices("cpu")
 @settings(max_examples=200)
 @given(plan=arbitrary_plans(), stages=st.sampled_from(sorted(STAGES)), window=st.none() | st.integers(1, 45))
-def test_the_report_counts_what_layouts_say(plan, stages, window):
+def test_the_report_agrees_with_the_layouts(plan, stages, window):
     if STAGES[stages] and plan.cp_size > 2:
         plan = plan.with_offset_groups(STAGES[stages](plan.cp_size))
     report = plan.report(window=window)

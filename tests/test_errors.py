@@ -55,7 +55,7 @@ def test_attaching_to_the_wrong_thing(pool, kind, error, message):
     check(pool.errors(2, error_cases.attach_to, kind), error, message)
 
 
-def test_a_layer_that_never_calls_us(pool):
+def test_a_layer_that_bypasses_our_attention(pool):
     check(pool.errors(2, error_cases.never_calls_us), UnsupportedModelError, "1 attention layers of LlamaForCausalLM")
 
 

@@ -52,7 +52,7 @@ def test_estimate_against_measured_memory_of_ranks(pool, name):
 
 @pytest.mark.parametrize("lengths", [(16,), (64,), (256,)])
 @pytest.mark.parametrize("name", ["llama, bf16", "llama, fp32, autocast", "big vocabulary, bf16"])
-def test_few_tokens_peak_elsewhere(name, lengths):
+def test_the_peak_with_few_tokens(name, lengths):
     config, options = CASES[name]
     assert_near(compare(config, options, lengths))
 
@@ -63,7 +63,7 @@ def test_received_kv_is_held_if_one_document_is_shared(pool):
         assert_near(found, within=0.02)
 
 
-def test_estimate_where_attention_is_the_peak(pool):
+def test_estimate_if_attention_is_the_peak(pool):
     narrow = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}
     config = {**LLAMA, **narrow, "num_key_value_heads": 8, "head_dim": 32}
     for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (4096,)):
@@ -152,7 +152,7 @@ def test_workspace_of_flash_attention_2():
     assert backward_workspace(SHAPE, 16384, 114688) == sum(buffers.values())
 
 
-def test_workspace_expands_keys_of_grouped_queries_alone():
+def test_workspace_expands_keys_only_for_grouped_queries():
     grouped = backward_buffers(SHAPE, 1000, 4000)
     equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 4000)
     assert equal["expanded dk, dv"] == 0

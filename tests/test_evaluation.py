@@ -77,7 +77,7 @@ def test_sft_trainer_evaluates(pool, world_size, cp_size, per_batch, with_metric
 
 @pytest.mark.parametrize("kind", evaluation_cases.ON_ONE_RANK)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_only_cp_size_1_can_evaluate(pool, kind, world_size):
+def test_evaluation_that_only_cp_size_1_supports(pool, kind, world_size):
     """Options that are refused at larger cp_sizes, and padded rows. The loss is weighted by targets where possible."""
     for found in pool.run(world_size, evaluation_cases.on_one_rank, [40, 3, 17, 25, 9], kind):
         assert found["loss"] == pytest.approx(found["expected"], rel=LOSS)

@@ -191,7 +191,7 @@ KERNELS = [
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_the_fit_finds_the_kernel_of_a_gpu(kernel, noise):
+def test_the_fit_recovers_the_kernel_of_a_gpu(kernel, noise):
     calls = [Call(*work, 1.0, 1.0) for work in calibration.GPU.calls]
     seconds = calibration_fit._predicted(kernel, calibration_fit._tables(calls), LAYERS)
     seconds *= np.exp(noise * np.random.default_rng(0).standard_normal(seconds.shape))

@@ -25,7 +25,7 @@ NODES = [(4, 2), (6, 2), (6, 3), (8, 4)]
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_routes_bring_what_a_direct_exchange_brings(data):
+def test_routes_deliver_the_same_as_a_direct_exchange(data):
     """Simulate all ranks in one process, which exchange the positions of their tokens."""
     cp_size, size = data.draw(st.sampled_from(NODES))
     direct = data.draw(arbitrary_plans(cp_size))

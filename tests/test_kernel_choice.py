@@ -35,7 +35,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("device, dtype, dims, softcap, name, against", CHOICES)
-def test_the_table_chooses_and_says_why(monkeypatch, device, dtype, dims, softcap, name, against):
+def test_the_chosen_kernel_and_the_reasons_against_others(monkeypatch, device, dtype, dims, softcap, name, against):
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     known = {"dtype": dtype, "key_dim": dims[0], "value_dim": dims[1]}
@@ -49,7 +49,7 @@ def test_the_table_chooses_and_says_why(monkeypatch, device, dtype, dims, softca
 @pytest.mark.parametrize(
     "installed, chosen", [("2.8.3", "flash_attn_2"), ("2.6.3", "torch_flash"), ("3.0.0b1", "torch_flash")]
 )
-def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch, installed, chosen):
+def test_flash_attn_is_preferred_if_installed(monkeypatch, installed, chosen):
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: installed)
     assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16, key_dim=128).name == chosen
     if chosen == "flash_attn_2":
@@ -74,7 +74,7 @@ def chosen(**known):
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
-def test_flash_attention_4_is_called_directly_where_it_is_activated(monkeypatch, capability):
+def test_flash_attention_4_is_called_directly_if_activated(monkeypatch, capability):
     """It is never called through PyTorch's operators, which it has replaced."""
     gpu(monkeypatch, *capability)
     assert chosen().name == "torch_flash"
@@ -92,7 +92,7 @@ def test_flash_attention_4_takes_wider_heads_on_hopper(monkeypatch, capability, 
     assert reasons["flash_attn_4"] == f"takes heads up to {limit} wide, not 264"
 
 
-def test_flash_attention_3_runs_where_its_operators_are_registered(monkeypatch):
+def test_flash_attention_3_runs_if_its_operators_are_registered(monkeypatch):
     gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: "2.8.3")
     assert chosen().name == "flash_attn_2"

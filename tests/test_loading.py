@@ -45,7 +45,7 @@ def test_an_epoch_has_each_document_once(pool, kind, options, world_size, cp_siz
         assert len(epochs) == 2 and epochs[0] != epochs[1]
 
 
-def test_workers_that_are_kept(pool):
+def test_persistent_workers(pool):
     """Each loader has one worker, because PyTorch waits five seconds for every worker of a garbage-collected
     loader."""
     kept = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
@@ -64,7 +64,7 @@ def test_split_batches_gives_each_group_a_part_of_a_batch(pool, kind, options):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_are_no_copy_of_their_rank(pool, method):
+def test_workers_that_are_not_copies_of_their_rank(pool, method):
     """With forkserver, the default in Python 3.14 on Linux, workers are not copies of their rank."""
     options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": method}
     first, second = pool.run(2, loading_cases.documents_by_step_with, "table", 16, 2, options)

@@ -74,7 +74,7 @@ def test_positions_that_skip_inside_a_document(pool, cp_size, family):
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
-def test_the_trainer_takes_positions_that_skip(pool, cp_size):
+def test_the_trainer_accepts_positions_that_skip(pool, cp_size):
     for difference in pool.run(cp_size, model_cases.loss_of_skipped_positions):
         assert abs(difference) < OWN_LOSS
 
@@ -143,7 +143,7 @@ def test_a_rank_without_any_target(pool):
     check(pool.run(2, model_cases.rank_without_targets), FP64)
 
 
-def test_a_test_that_must_fail(pool):
+def test_the_comparison_can_fail(pool):
     """The comparison notices an attention that ignores the keys of other ranks."""
     results = pool.run(2, model_cases.without_exchange, "llama", LENGTHS)
     assert all(gradient_error > 1e-3 for gradient_error in results)

@@ -77,7 +77,7 @@ def test_rows_without_keys_do_not_affect_a_merge(dtype, bound, empty, rows, seco
 
 @pytest.mark.parametrize("second_first", [False, True])
 @pytest.mark.parametrize("sick_lse", [math.nan, math.inf])
-def test_a_row_that_data_made_nan_is_not_taken_for_one_without_keys(sick_lse, second_first):
+def test_a_nan_row_is_not_mistaken_for_one_without_keys(sick_lse, second_first):
     """FlashAttention-2 writes a logsumexp of inf there too. Only this row is NaN, whatever it is merged with."""
     first, second, expected, _ = partial_outputs(torch.float64, math.inf)
     sick = [row for row, keys in enumerate(KEYS) if keys[1]]

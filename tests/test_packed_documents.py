@@ -76,7 +76,7 @@ def test_epochs_differ_and_are_reproducible():
     assert list(packed) == second == make(epoch=1) and make(seed=1) != first
 
 
-def test_workers_that_stay_follow_the_epoch():
+def test_persistent_workers_follow_the_epoch():
     packed = PackedDocuments(documents(LENGTHS), 48)
     loader = DataLoader(packed, batch_size=None, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):

@@ -94,7 +94,7 @@ def test_whole_doc_sends_nothing_if_there_are_enough_documents(case):
 
 
 @given(arbitrary_plans())
-def test_report_counts_what_a_query_by_query_count_finds(plan):
+def test_report_equals_a_query_by_query_count(plan):
     report = plan.validate().report()
     assert (report["tokens"], report["pairs"], report["kv_received"], report["kv_sent"]) == brute_force_report(plan)
     assert report["grad_sent"] == report["kv_received"] and report["grad_received"] == report["kv_sent"]
@@ -262,7 +262,7 @@ def test_bad_plans_are_named(slices, message):
         ShardPlan([8], 2, slices).validate()
 
 
-def test_a_document_on_no_rank_is_named():
+def test_a_missing_document_is_named():
     with pytest.raises(PlanError, match="Document 1 is on no rank"):
         ShardPlan([4, 4], 2, [[(0, 0, 2)], [(0, 2, 4)]]).validate()
 

@@ -202,7 +202,7 @@ def test_the_function_alone_with_options(options):
         ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a choice of blocks of keys"),
     ],
 )
-def test_what_is_not_exact_is_refused(kwargs, error, message):
+def test_inexact_options_are_refused(kwargs, error, message):
     query, key, value, _ = local_inputs([8, 12])
     kwargs = {"flashcp_plan": plan_documents([8, 12], 1), **kwargs}
     with pytest.raises(error, match=message):

@@ -49,7 +49,7 @@ def test_every_copy_of_the_function_has_the_formula():
 @pytest.mark.parametrize("losses_add_up", [True, False])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-def test_the_router_loss_is_that_of_the_packed_batch(pool, cp_size, family, losses_add_up):
+def test_the_router_loss_equals_that_of_the_packed_batch(pool, cp_size, family, losses_add_up):
     """Gradients, loss and `aux_loss` are compared here; `python -m hf_flashcp doctor` checks all families."""
     for strategy in ("per_doc", "whole_doc"):
         for errors in pool.run(cp_size, router_cases.router_errors, family, LENGTHS, strategy, losses_add_up):
@@ -110,7 +110,7 @@ def test_z_losses_are_means_over_the_packed_batch(pool, cp_size, losses_add_up):
         assert max(errors) < EXACT
 
 
-def test_without_a_sharded_forward_it_is_transformers_own():
+def test_without_a_sharded_forward_transformers_function_runs():
     """Modules that already use transformers' function are not modified."""
     model = build_model("mixtral", "sdpa", **router_cases.ROUTER)
     ids = torch.tensor([[1, 2, 3, 4]])

@@ -47,7 +47,7 @@ def test_the_plugin_has_every_setting_of_plans():
         {"topology": Topology(2)},
     ],
 )
-def test_a_collator_without_cp_size_plans_as_the_plugin_says(chosen):
+def test_a_collator_without_cp_size_uses_the_plugins_settings(chosen):
     FlashCPPlugin(cp_size=4, **chosen)
     expected = plan_documents(LENGTHS, 4, **chosen)
     assert expected != plan_documents(LENGTHS, 4)
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit():
         FlashCPCollator(2, settings=PlanSettings(4))
 
 
-def test_hardware_takes_the_model_that_is_attached():
+def test_hardware_uses_the_attached_model():
     plugin = FlashCPPlugin(cp_size=1, hardware="h100")
     collator = FlashCPCollator()
     with pytest.raises(ConfigurationError, match="no model is attached yet"):

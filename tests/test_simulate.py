@@ -108,7 +108,7 @@ def layer_of_times(wires, works, local):
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
 @pytest.mark.parametrize("layers", [MHA, GQA])
-def test_traffic_is_that_of_the_closed_forms(cp_size, layers):
+def test_traffic_equals_closed_forms(cp_size, layers):
     """Compare the bytes of forward with closed forms.
 
     Per rank, an all-gather and a ring send (N-1) C/N tokens of KV, and Ulysses (N-1) / N^2 C tokens of all heads.
@@ -259,7 +259,7 @@ def test_exact_schemes_are_the_cost_models():
     assert found[TIMED].step_seconds <= min(found[name].step_seconds for name in ("search", "flashcp"))
 
 
-def test_utilization_counts_the_models_work_alone():
+def test_utilization_counts_only_the_models_work():
     config = {**LLAMA_3_8B, "num_hidden_layers": 1}
     model = CostModel.from_config(config, "h100")
     outcome = simulate([4096, 4096], 2, config, model, names=["whole_doc"])["whole_doc"]
@@ -283,7 +283,7 @@ def test_memory_of_gathered_kv():
 
 
 @pytest.mark.parametrize("pack", [sample_pack("pile", 16384), KNOWN_PACKS["mixed"], [64] * 8])
-def test_what_the_padded_all_gather_shares(pack):
+def test_tokens_of_a_padded_all_gather(pack):
     plan = plan_of("flashcp_paper", pack, 4)
     owner = owners(plan)
     last = [ranks[-1] for ranks in owner]

@@ -83,7 +83,7 @@ def packs_in_nodes(draw):
     st.sampled_from([1.0, 1.1, math.inf]),
     st.sampled_from([1, 7.7, 100.0]),
 )
-def test_plans_are_sound_and_never_busier_than_without(case, max_imbalance, max_token_imbalance, cost):
+def test_plans_for_nodes_are_valid_and_never_busier(case, max_imbalance, max_token_imbalance, cost):
     lengths, cp_size, ranks_per_node = case
     options = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     topology = Topology(ranks_per_node, cost)

@@ -190,7 +190,7 @@ def test_a_deterministic_layer_sorts_no_index_and_fills_no_memory(pool):
     assert names >= {"index_add_", "index_copy_", "index_select", "new_empty"}
 
 
-def test_pytorchs_flash_backward_alone_sees_the_switch():
+def test_only_pytorchs_flash_backward_sees_the_switch():
     seen = determinism_cases.switches_in_pytorchs_flash()
     assert {name for name, on, filled in seen if on} == {"_flash_attention_backward"}
     assert ("_flash_attention_backward", True, False) in seen
