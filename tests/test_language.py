@@ -51,12 +51,12 @@ def found(pattern, text):
     return [f"{text.count(chr(10), 0, match.start()) + 1}: {' '.join(match[0].split())}" for match in matches]
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, *_ in PHRASES])
+@pytest.mark.parametrize("pattern", [pytest.param(pattern, id=bad) for pattern, bad, _ in PHRASES])
 def test_no_file_has_the_phrase(pattern):
     assert [f"{name}:{each}" for name, text in texts() for each in found(pattern, text)] == []
 
 
-@pytest.mark.parametrize("pattern, bad, good", PHRASES)
+@pytest.mark.parametrize("pattern, bad, good", [pytest.param(*each, id=each[1]) for each in PHRASES])
 def test_patterns_find_what_they_should_and_nothing_else(pattern, bad, good):
     assert found(pattern, f"First line.\n{bad}.") and found(pattern, bad.replace(" ", "\n    "))
     assert not found(pattern, good)
