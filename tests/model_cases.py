@@ -1,4 +1,4 @@
-"""What workers run for the whole-model tests."""
+"""Functions that workers run for the tests of whole models."""
 
 from functools import partial
 
@@ -46,14 +46,17 @@ def family_errors_with(family, lengths, strategies, options):
 
 
 def family_errors(family, lengths, strategies, **options):
-    """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
+    """Return the largest `model_errors` over strategies, compared with transformers' eager attention, all in fp64."""
     with float64_throughout():
         errors = [model_errors(family, lengths, strategy, reference="eager", **options) for strategy in strategies]
     return max(max(error) for error in errors)
 
 
 def checkpointed_errors(family, lengths, checkpointing):
-    """What a model computes in fp32 stays fp32: `float64_throughout` does not reach recomputation."""
+    """Return errors with checkpointing.
+
+    Parts in fp32 stay fp32, because `float64_throughout` does not cover recomputation.
+    """
     return max(model_errors(family, lengths, "whole_doc", reference="eager", checkpointing=checkpointing))
 
 
@@ -85,7 +88,7 @@ def model_errors(
     num_stages=None,
     keep_received_kv=None,
 ):
-    """[gradient error, loss error] through a loss in the model's dtype, then through its own fp32 loss."""
+    """Return [gradient error, loss error] with a loss in the model's dtype, then with its own fp32 loss."""
     features = features or make_documents(lengths, prompt=prompt)
     reference = build_model(family, reference, **(overrides or {}))
     model = build_model(family, "flashcp", **(overrides or {}))
@@ -134,7 +137,7 @@ def rank_without_targets():
 
 
 def loss_of_skipped_positions():
-    """Logged by the trainer, for one document of 30 tokens."""
+    """Return the loss that the trainer logs for one document of 30 tokens."""
     from tests.trainer_cases import training_arguments
 
     fresh_accelerate()
@@ -153,7 +156,7 @@ def loss_of_skipped_positions():
 
 
 def window_of_the_mask_alone(lengths, features=None):
-    """A model whose mask has a window of 5 tokens that its attention calls do not carry."""
+    """Run a model whose mask has a window of 5 tokens, which its attention calls do not pass on."""
     from transformers.masking_utils import create_causal_mask, sliding_window_overlay
     from transformers.models.llama import modeling_llama as module
 
@@ -167,7 +170,7 @@ def window_of_the_mask_alone(lengths, features=None):
 
 
 def without_exchange(family, lengths):
-    """Gradient error when every rank attends to its own tokens only."""
+    """Return the gradient error if every rank attends only to its own tokens."""
     from hf_flashcp.layout import RankLayout
 
     original = RankLayout.stages
@@ -186,8 +189,10 @@ def _total(loss):
 
 
 def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
-    """[gradient error, loss error] with FSDP2 over data- and context-parallel ranks, each layer its own unit, and the
-    gradient error of bf16 parameters on a single process."""
+    """Return [gradient error, loss error] with FSDP2 over all ranks, and the bf16 error of a single process.
+
+    FSDP2 shards over data- and context-parallel ranks, with one unit per layer.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -208,7 +213,7 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     features = make_documents(lengths, prompt=0.3)
     expected_loss, expected = per_document_gradients(build_model(family, "sdpa"), features, own_loss=True)
     _, single = per_document_gradients(build_model(family, "sdpa", torch.bfloat16), features, own_loss=True)
-    # Each data-parallel group takes its share of the documents; the loss is scaled as Trainer scales it.
+    # Each data-parallel group has its share of the documents; the loss is scaled as in Trainer.
     groups = world_size // plugin.cp_size
     mine = features[dist.get_rank() // plugin.cp_size :: groups]
     batch = on_device(FlashCPCollator(plugin.cp_size)(mine))

@@ -1,4 +1,4 @@
-"""Settings have one place: the plugin. Collator, attached model and trainers take them from there."""
+"""Settings have one place, the plugin, from which collator, attached model and trainers read them."""
 
 import dataclasses
 import pickle
@@ -47,7 +47,7 @@ def test_the_plugin_has_every_setting_of_plans():
         {"topology": Topology(2)},
     ],
 )
-def test_a_collator_without_cp_size_plans_as_the_plugin_says(chosen):
+def test_a_collator_without_cp_size_uses_the_plugins_settings(chosen):
     FlashCPPlugin(cp_size=4, **chosen)
     expected = plan_documents(LENGTHS, 4, **chosen)
     assert expected != plan_documents(LENGTHS, 4)
@@ -62,7 +62,7 @@ def test_a_collator_takes_the_plugin_made_last():
     assert FlashCPCollator(4).settings == PlanSettings(4)
 
 
-def test_a_collator_without_cp_size_takes_the_launchers(monkeypatch):
+def test_a_collator_without_cp_size_uses_the_launchers(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"No cp_size is known: make a FlashCPPlugin\(cp_size=...\) before"):
         FlashCPCollator()
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
@@ -86,7 +86,7 @@ def test_a_collator_without_cp_size_takes_the_launchers(monkeypatch):
         ({"topology": Topology(3)}, "cp_size 4 is not a multiple of the topology's ranks_per_node, 3"),
     ],
 )
-def test_one_wording_for_every_door(option, message):
+def test_errors_are_the_same_wherever_a_setting_is_given(option, message):
     with pytest.raises(PlanError) as planning:
         plan_documents(LENGTHS, 4, **option)
     with pytest.raises(ConfigurationError) as plugin:
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit():
         FlashCPCollator(2, settings=PlanSettings(4))
 
 
-def test_hardware_takes_the_model_that_is_attached():
+def test_hardware_uses_the_attached_model():
     plugin = FlashCPPlugin(cp_size=1, hardware="h100")
     collator = FlashCPCollator()
     with pytest.raises(ConfigurationError, match="no model is attached yet"):
@@ -125,7 +125,7 @@ def test_a_topology_takes_the_place_of_the_profiles_nodes():
     assert plan_with(settings, LENGTHS) == plan_documents(LENGTHS, 4, cost_model=model, topology=Topology(2))
 
 
-def test_a_batch_without_a_plan_is_planned_alike():
+def test_a_batch_without_a_plan_gets_the_same_plan():
     plugin = FlashCPPlugin(cp_size=1, strategy="per_seq")
     batch = {"input_ids": torch.arange(9)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])}
     assert current_settings(1) is plugin.plan_settings
@@ -133,7 +133,7 @@ def test_a_batch_without_a_plan_is_planned_alike():
 
 
 def test_batches_of_other_collators_are_planned_for_nodes(pool):
-    """As TRL packs them: no plan, documents in position_ids."""
+    """Batches as packed by TRL have no plan, and documents are given by position_ids."""
     for plan in pool.run(4, settings_cases.plan_of_a_batch_without_one, LENGTHS):
         assert plan == plan_documents(LENGTHS, 4, topology=Topology(2), num_stages=2, max_imbalance=1.2)
 
