@@ -1,7 +1,7 @@
 """Context parallelism for document-packed long-context fine-tuning with Hugging Face models.
 
-`import hf_flashcp` makes `attn_implementation="flashcp"` known to transformers. It imports neither torch nor
-transformers itself: planning in a data loader worker or on the command line stays light.
+`import hf_flashcp` registers `attn_implementation="flashcp"` with transformers. The import itself loads neither torch
+nor transformers, so planning in a data loader worker or on the command line stays light.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m hf_flashcp`: the same as the console script `flashcp`."""
+"""Entry point of `python -m hf_flashcp`, which does the same as the console script `flashcp`."""
 
 import sys
 

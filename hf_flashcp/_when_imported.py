@@ -1,4 +1,4 @@
-"""Run a callback once a module has been imported, now or later (as `wrapt.when_imported` does)."""
+"""Runs a callback as soon as a given module has been imported (like `wrapt.when_imported`)."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from importlib.abc import MetaPathFinder
 
 
 def when_imported(module_name: str, callback: Callable[[], None]) -> None:
-    """Calls `callback` at once if `module_name` is imported already, else right after its first import."""
+    """Call `callback` immediately if `module_name` is already imported, otherwise right after its first import."""
     if module_name in sys.modules:
         callback()
     else:

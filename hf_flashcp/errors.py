@@ -1,30 +1,36 @@
-"""Errors raised for users. Each message says what was wrong, where, and what to change.
+"""Errors that the library raises for its users. Each message says what was wrong, where, and what to change.
 
-Invariants of the library itself are `assert`s; everything a user can cause is one of these.
+Anything that a user can cause raises one of these classes. Invariants of the library itself are `assert`s.
 """
 
 
 class FlashCPError(ValueError):
-    """Base class of every error this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class PlanError(FlashCPError):
-    """Document lengths or a shard plan that cannot be used (empty document, not a partition, too few tokens)."""
+    """Raised for document lengths or plans that cannot be used: empty documents, too few tokens, missing tokens."""
 
 
 class BatchError(FlashCPError):
-    """Data or a batch that cannot be tokenized, packed or sharded (corrupt lines, no chat template, mismatched
-    lengths, a mask that would be dropped, no plan)."""
+    """Raised for data that cannot be tokenized, packed or sharded.
+
+    Examples are corrupt lines, a missing chat template, lengths that do not match, a mask that would be dropped, and a
+    batch without a plan.
+    """
 
 
 class ConfigurationError(FlashCPError):
-    """A parallelism set-up that does not fit (cp_size against processes, mesh, DeepSpeed, tensor parallelism)."""
+    """Raised for settings that do not fit together, such as cp_size and the number of processes, or a mesh without a
+    "cp" dimension, and for settings that are not supported, such as DeepSpeed and tensor parallelism."""
 
 
 class UnsupportedModelError(FlashCPError):
-    """A model, or a feature of one, whose training under context parallelism would not be exact."""
+    """Raised for a model, or a feature of a model, whose training under context parallelism would not be exact."""
 
 
 class UnmetCapWarning(UserWarning):
-    """A plan exceeds a cap that was asked for, because no plan within it was found. Make it an error with
-    `warnings.simplefilter("error", UnmetCapWarning)`."""
+    """Issued when a plan exceeds `max_imbalance` because no plan within the cap was found.
+
+    `warnings.simplefilter("error", UnmetCapWarning)` turns it into an error.
+    """

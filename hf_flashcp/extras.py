@@ -1,4 +1,4 @@
-"""Packages that only some features need, and that `pip install 'hf_flashcp[extra]'` installs."""
+"""Checks for optional packages, which `pip install 'hf_flashcp[extra]'` installs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from .errors import ConfigurationError
 
 
 def require_extra(feature: str, extra: str, *packages: str) -> None:
-    """Raises a `ConfigurationError` that names the optional dependency `extra` of this library, unless all packages
-    can be imported. `feature` needs them, in the plural: "Plots"."""
+    """Check that the packages of an optional dependency can be imported.
+
+    Args:
+        feature (`str`): name of the feature that needs the packages, in the plural: "Plots".
+        extra (`str`): name of the optional dependency of this library that installs them.
+        packages (`str`): names of the modules to import.
+
+    Raises:
+        ConfigurationError: a package cannot be imported. The message names it and the extra.
+    """
     for package in packages:
         try:
             import_module(package)

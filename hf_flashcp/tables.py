@@ -1,4 +1,4 @@
-"""Tables and counts in plain text: the one way in which commands and benchmarks print figures."""
+"""Plain-text tables and counts, as all commands and benchmarks print them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Any
 
 
 GIB = 2**30
-"""Bytes."""
+"""Bytes in a GiB."""
 
 _UNITS = {"": 1, "ms": 1e3, "us": 1e6, "MiB": 2**-20, "GiB": 2**-30}
-"""By what seconds or bytes are multiplied to be shown in a unit."""
+"""The factor by which seconds or bytes are multiplied to express them in each unit."""
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under the names of their columns, without colours, rules or a limit to the width.
+    """Return a table of rows under their column headings, without colors, rules or a maximum width.
 
-    A column has the format of its values, as [`format`] takes it, behind a unit if seconds or bytes are shown in one:
-    "ms:.1f". Columns without a format hold text and are aligned to the left, all others to the right. A name may have
-    several lines. Text stays as it is, `None` is "-" (nothing in a text column), and an empty row is an empty line.
+    Args:
+        columns (`Mapping[str, str]`): the format of each column by its heading, which may have several lines. A format
+            is what [`format`] takes, after a unit if the values are seconds or bytes to be converted: "ms:.1f".
+            Columns with an empty format hold text and are left-aligned; all others are right-aligned.
+        rows (`Iterable[Sequence]`): the values of each row. Text is printed unchanged, `None` as "-" (as nothing in a
+            text column), and an empty row as an empty line.
     """
     from rich.console import Console
     from rich.table import Table
@@ -45,12 +48,14 @@ def _shown(value: Any, form: str) -> str:
 
 
 def records_table(columns: Mapping[str, tuple[str, str]], records: Iterable[Mapping[str, Any]]) -> str:
-    """The [`table`] of records: by key of the records the name and the format of a column. An empty record is an empty
-    line."""
+    """Return the [`table`] of some records.
+
+    `columns` maps keys of the records to the heading and format of their column. An empty record is an empty line.
+    """
     rows = ([record.get(key) for key in columns] if record else () for record in records)
     return table(dict(columns.values()), rows)
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 document`, `2,000 documents`."""
+    """Return a number with its noun, as in `1 document` and `2,000 documents`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -6,13 +6,13 @@ from tests.device import ON_CPU
 
 
 def without_plugin(function, *args):
-    """Calls a function in a process that has made no plugin."""
+    """Call a function in a process in which no plugin has been created."""
     remember_owner(None)
     return function(*args)
 
 
 def fresh_accelerate():
-    """Forgets accelerate's process-wide state, so that one worker can serve many set-ups."""
+    """Reset accelerate's process-wide state, so that one worker can run many configurations."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -21,6 +21,6 @@ def fresh_accelerate():
 
 
 def forbid_tf32():
-    """On a GPU an Accelerator for compiled models lets fp32 be multiplied in TF32, in the whole process."""
+    """Turn TF32 off: on a GPU, an Accelerator for compiled models turns it on for the whole process."""
     if not ON_CPU:
         torch.backends.cuda.matmul.allow_tf32 = False

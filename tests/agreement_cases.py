@@ -1,4 +1,4 @@
-"""What workers run for the tests of ranks that disagree: each returns (error type, message, seconds)."""
+"""Functions that workers run for the tests of ranks that disagree; each returns (error type, message, seconds)."""
 
 import os
 import time
@@ -43,7 +43,7 @@ def different_strategies():
 
 
 def same_lengths_other_tokens():
-    """What a loader that shuffles rows of one length differently on each rank would feed, with and without a plan."""
+    """Batches of equal lengths but other tokens, as from a loader that shuffles differently on each rank."""
     model = build_model("llama")
     attach(model, cp_mesh())
     features = make_documents([12, 9], seed=int(dist.get_rank() == 1))
@@ -78,7 +78,8 @@ def agree_many_times(rounds):
 
 
 def exchange_that_does_not_fit():
-    """Plans that differ, below the check at the model: only FLASHCP_DEBUG=1 sees it before the collective."""
+    """Exchange under plans that differ, bypassing the model's check: only FLASHCP_DEBUG=1 notices before the
+    collective."""
     os.environ["FLASHCP_DEBUG"] = "1"
     lengths = [16] if dist.get_rank() == 0 else [10]
     plan = plan_documents(lengths, 2, strategy="per_doc")

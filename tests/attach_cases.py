@@ -1,4 +1,4 @@
-"""What workers run for the tests of attached models."""
+"""Functions that workers run for the tests of attached models."""
 
 import os
 
@@ -17,7 +17,8 @@ SAVED = ["llama", "llama, dynamic", "granitemoehybrid"]  # with hooks on RoPE, a
 
 
 def generate_in_training_mode():
-    """Tokens of an attached model in training mode, those of sdpa, and what labels beside a cache raise."""
+    """Return the tokens that an attached model generates in training mode, those of sdpa, and the error for labels
+    with a cache."""
     model, reference = build_model("llama").train(), build_model("llama", "sdpa").eval()
     attach(model, cp_mesh())
     ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -34,7 +35,7 @@ def saved_model(family):
 
 
 def save_whole_models(directory):
-    """Directory with a file for each of `SAVED`, which has trained a step on these ranks."""
+    """Train each model in `SAVED` for a step on these ranks, and save it in a directory."""
     size = dist.get_world_size()
     path = os.path.join(directory, str(dist.get_rank()))
     os.makedirs(path)

@@ -1,4 +1,4 @@
-"""What workers run for the attention tests: one layer under a plan, against every document alone."""
+"""Functions that workers run for the attention tests: one layer under a plan, compared with each document alone."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ def make_inputs(lengths, heads, kv_heads, head_dim, value_dim, dtype, seed):
 
 
 def reference_attention(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
-    """Every document alone, by the textbook formula with autograd: out, dq, dk, dv (and d_sinks) in packed order."""
+    """Run each document alone through the textbook formula and autograd.
+
+    Returns out, dq, dk, dv (and d_sinks) in packed order.
+    """
     query, key, value = (tensor.detach().clone().requires_grad_() for tensor in (query, key, value))
     heads, groups = query.shape[0], query.shape[0] // key.shape[0]
     sink = make_sinks(heads).requires_grad_()
@@ -57,7 +60,7 @@ def bind(plan, offset_groups=None):
 
 
 def local_rows(bound, inputs):
-    """This rank's rows of tensors (heads, tokens, width)."""
+    """Return this rank's rows of tensors (heads, tokens, width)."""
     index = bound.layout.token_index.to(DEVICE)
     return [tensor.index_select(1, index) for tensor in inputs]
 
@@ -65,7 +68,7 @@ def local_rows(bound, inputs):
 def sharded_attention(
     plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received_kv=None
 ):
-    """This rank's out, dq, dk, dv (and d_sinks), and its token index."""
+    """Return this rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
     query, key, value, grad_out = local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
@@ -187,8 +190,7 @@ def bf16_errors(cases):
 
 
 def single_device(lengths, query, key, value, grad_out, window=None, softcap=None, sinks=False):
-    """What a single device runs on every document alone: PyTorch's sdpa, or transformers' eager functions where that
-    cannot do it."""
+    """Run each document alone on a single device: PyTorch's sdpa or, if sdpa cannot, transformers' eager functions."""
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     if sinks:
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
@@ -212,8 +214,11 @@ def single_device(lengths, query, key, value, grad_out, window=None, softcap=Non
 
 
 def _sdpa(query, key, value, visible, window):
-    """As transformers calls it: on a GPU the flash kernel without a mask, and with one the memory-efficient kernel,
-    which knows no grouped queries. PyTorch's own fallback computes in fp32."""
+    """Call sdpa as transformers does.
+
+    On a GPU that is the flash kernel without a mask, and with a mask the memory-efficient kernel, which has no grouped
+    queries. PyTorch's own fallback computes in fp32.
+    """
     if ON_CPU:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
     if not window:
@@ -224,7 +229,7 @@ def _sdpa(query, key, value, visible, window):
 
 
 def leak_probe(plan, document):
-    """Which documents' outputs change, to the last bit, when one token of `document` does."""
+    """Return the documents whose outputs change in any bit when one token of `document` changes."""
     lengths = list(plan.lengths)
     inputs = make_inputs(lengths, 4, 2, 8, 8, torch.float32, 0)
     start = sum(lengths[:document])
@@ -238,7 +243,7 @@ def leak_probe(plan, document):
 
 
 def counted_traffic(plan, shape, offset_groups=None, options=None):
-    """Rows and bytes of every collective of one layer, forward then backward, as this rank hands them over."""
+    """Return rows and bytes of every collective of one layer, forward then backward, as this rank passes them."""
     calls = []
     original = dist.all_to_all_single
 
@@ -266,8 +271,7 @@ def counted_traffic(plan, shape, offset_groups=None, options=None):
 
 
 def collectives_seen(plan):
-    """Every collective of one layer's forward and backward, by torch's profiler, which also sees those that run
-    inside an operator of ours."""
+    """Return all collectives of one layer from torch's profiler, which also sees those inside our operators."""
     inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         sharded_attention(plan, inputs, ExactKernel())
@@ -288,7 +292,7 @@ class _TracingKernel(ExactKernel):
 
 
 def issue_order(plan, frozen_kv=False, offset_groups=None):
-    """In which order one layer posts, waits and computes."""
+    """Return the order in which one layer posts transfers, waits and computes."""
     trace = []
     original = dist.all_to_all_single
 
@@ -317,7 +321,7 @@ def issue_order(plan, frozen_kv=False, offset_groups=None):
 
 
 def awkward_layouts(plan):
-    """Largest difference between contiguous and strided inputs, and for an expanded output gradient."""
+    """Return the largest differences caused by strided inputs and by an expanded output gradient."""
     bound = bind(plan)
     query, key, value, _ = local_rows(bound, make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0))
 
@@ -332,7 +336,7 @@ def awkward_layouts(plan):
 
 
 def error_of_another_window(plan, window, ours):
-    """Smallest of the errors when the reference has `window` and we have `ours`."""
+    """Return the smallest of the errors when the reference uses `window` and our layer `ours`."""
     inputs = make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
     reference = reference_attention(list(plan.lengths), *inputs, window=window)
     return relative_errors([(*sharded_attention(plan, inputs, window=ours), reference)])[0]

@@ -1,4 +1,4 @@
-"""What workers run to check gradients under activation checkpointing, in all its kinds."""
+"""Functions that workers run to check gradients under all kinds of activation checkpointing."""
 
 import contextlib
 import itertools
@@ -35,8 +35,10 @@ COMBINATIONS = list(itertools.product(KINDS, (1, 2), (False, True), (None, True,
 
 @contextlib.contextmanager
 def offload_on_cpu():
-    """PyTorch copies what it offloads into pinned memory, which needs a GPU. On a CPU it then copies as well, into
-    memory that is not pinned; how many tensors it copied is counted."""
+    """Make PyTorch's offloading work on a CPU, and count the tensors that it copies.
+
+    PyTorch offloads into pinned memory, which needs a GPU. Here it copies into memory that is not pinned.
+    """
     copies, empty = mock.Mock(), torch.empty
 
     def pageable(*args, **kwargs):
@@ -55,7 +57,7 @@ def build(family, lora, implementation="flashcp"):
 
 
 def backward(model, features, strategy="per_doc"):
-    """Gradients of the mean loss over all targets, of a model that is attached."""
+    """Return an attached model's gradients of the mean loss over all targets."""
     batch = on_device(FlashCPCollator(settings=PlanSettings(dist.get_world_size(), strategy))(features))
     shard = shard_inputs(batch, cp_mesh())
     inputs = {key: value for key, value in shard.items() if "labels" not in key}
@@ -66,7 +68,8 @@ def backward(model, features, strategy="per_doc"):
 
 
 def errors(lora):
-    """By combination the gradient error against each document alone on one device without checkpointing."""
+    """Return the gradient error of each combination, compared with single documents on one device without
+    checkpointing."""
     features = make_documents(LENGTHS)
     _, expected = per_document_gradients(build("llama", lora, "sdpa"), features)
     found = {}
@@ -81,9 +84,11 @@ def errors(lora):
 
 
 def hybrid_differences(family):
-    """With every second layer checkpointed and offloaded, by kind, the largest difference to the gradients without
-    checkpointing, which other tests check: what these layers compute in fp32 differs from a document alone by more
-    than rounding in fp64."""
+    """Return the largest gradient difference between a hybrid model with and without checkpointing, by kind.
+
+    Every second layer is checkpointed and offloaded. Gradients are not compared with single documents, because these
+    layers compute partly in fp32; other tests check the gradients without checkpointing.
+    """
     features, found = make_documents(LENGTHS), {}
     for kind in (None, *KINDS):
         model = build_model(family).train()
@@ -96,8 +101,10 @@ def hybrid_differences(family):
 
 
 def wrapped_errors(family, strategy, attach_first):
-    """Gradient error with PyTorch's wrappers around every layer, as accelerate's FSDP2 puts them, by kind: against
-    each document alone, or for hybrid models against the model without wrappers."""
+    """Return the gradient error with PyTorch's wrappers around every layer, as under accelerate's FSDP2, by kind.
+
+    Gradients are compared with each document alone or, for hybrid models, with the model without wrappers.
+    """
     features = make_documents(LENGTHS)
     model = build_model(family).train()
     attach(model, cp_mesh())
@@ -128,7 +135,8 @@ def wrapped_errors(family, strategy, attach_first):
 
 
 def offloaded_forward_error(keep):
-    """Gradient error where everything that forward saves goes to the host, received KV included."""
+    """Return the gradient error when all tensors that forward saves are offloaded to the host, including received
+    KV."""
     features = make_documents(LENGTHS)
     _, expected = per_document_gradients(build("llama", False, "sdpa"), features)
     model = build("llama", False).train()
@@ -140,7 +148,7 @@ def offloaded_forward_error(keep):
 
 
 def exchanges(kind, every, keep, kept_by_plan):
-    """Exchanges of a forward and backward of four layers."""
+    """Return the number of exchanges in forward and backward of four layers."""
     model = build_model("llama", num_hidden_layers=4).train()
     if kind:
         enable_checkpointing(model, KINDS[kind], every_n_layers=every)

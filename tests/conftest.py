@@ -12,7 +12,7 @@ from tests import leftovers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# PyTorch asks for the name of every connection's other end: a DNS server that loses a question costs 5 seconds else.
+# PyTorch looks up the host name of every connection. Without this, a DNS server that drops a query costs 5 seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -35,14 +35,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Says where tests/device.py, here and in the workers, puts tensors; has processes that stay counted."""
+    """Pass the device on to tests/device.py, here and in the workers, and register the check for leftover
+    processes."""
     config.pluginmanager.register(leftovers)
     device = config.getoption("--device")
     os.environ["FLASHCP_TEST_DEVICE"] = device
     if device == "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
         return
-    # Workers are forked from a server, where imports that ask whether there is a GPU must not initialise CUDA.
+    # Workers are forked from a server, in which imports that check for a GPU must not initialize CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
@@ -61,7 +62,7 @@ _FILES_LEFT_OUT = pytest.StashKey[list]()
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files without a test for the device are not imported: they may need packages that a GPU machine lacks."""
+    """Do not import files without a test for the device, because they may need packages that a GPU machine lacks."""
     if config.getoption("--device") == "cpu" or not collection_path.match("test_*.py"):
         return None
     if "pytest.mark.devices(" in collection_path.read_text():
@@ -87,20 +88,20 @@ def pytest_terminal_summary(terminalreporter, config):
     files, tests = config.stash.get(_FILES_LEFT_OUT, []), terminalreporter.stats.get("deselected", [])
     if config.getoption("--device") != "cpu":
         terminalreporter.write_line(
-            f"--device {config.getoption('--device')}: tests that are not about devices were left out, {len(files)} "
-            f"files of them and {len(tests)} tests of other files."
+            f"--device {config.getoption('--device')}: left out tests that do not depend on the device: {len(files)} "
+            f"files, and {len(tests)} tests in other files."
         )
 
 
 @pytest.fixture(autouse=True)
 def no_plugin():
-    """A plugin that one test made says nothing to the next."""
+    """Forget the plugin of the previous test, so that it does not affect this one."""
     remember_owner(None)
 
 
 @pytest.fixture(scope="session")
 def forked():
-    """Processes that multiprocessing's forkserver starts have imported everything already."""
+    """Let multiprocessing's forkserver import everything in advance, so that its processes start quickly."""
     cases = [f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_cases.py")]
     trl = ["trl"] if importlib.util.find_spec("trl") else []
     forkserver.set_forkserver_preload([*trl, "hf_flashcp.integrations.trainers.trainer", *cases])

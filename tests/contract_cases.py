@@ -1,5 +1,7 @@
-"""What workers run for the tests of what Trainer's evaluation promises: the same options, ours and the stock Trainer's
-with one document per row on one device."""
+"""Functions that workers run to compare our evaluation with the stock Trainer's.
+
+Both get the same options; the stock Trainer has one document per row on one device.
+"""
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ def as_pair(logits, labels):
 
 
 def as_nested(logits, labels):
-    """Every structure and shape: with the token dimension, one token less, a number per row, a number."""
+    """Return outputs of every structure and shape: per token, one token less, one number per row, a single number."""
     right = logits[:, :-1].argmax(-1) == labels[:, 1:]
     return {
         "likely": [logits.argmax(-1), (right, right.sum(-1))],
@@ -33,7 +35,7 @@ def likely_and_last_hidden(outputs, labels):
     return logits.argmax(-1), hidden_states[-1]
 
 
-# Options of TrainingArguments, of the trainer, of the model's config, and of `predict`. Every one is served exactly.
+# Options of TrainingArguments, the trainer, the model's config and `predict`, all of which give exact results.
 OPTIONS = {
     "logits": {},
     "preprocess_logits_for_metrics: tuple": {"trainer": {"preprocess_logits_for_metrics": as_pair}},
@@ -70,7 +72,7 @@ OPTIONS = {
 
 
 class _Collect:
-    """A `compute_metrics` that keeps what it has seen: with `batch_eval_metrics`, a call per step."""
+    """A `compute_metrics` that records its inputs; with `batch_eval_metrics`, it is called once per step."""
 
     def __init__(self, metrics):
         self.metrics, self.seen = metrics, []
@@ -82,7 +84,7 @@ class _Collect:
 
 
 def _joined(parts):
-    """Batches that were not concatenated, as one."""
+    """Concatenate batches that evaluation passed one at a time."""
     joined = parts[0]
     for part in parts[1:]:
         joined = nested_concat(joined, part)
@@ -122,14 +124,17 @@ def _evaluated(trainer_class, model, name, features, per_batch, **arguments):
 
 
 def one_document_per_row(features):
-    """Labels of first tokens are -100, as in a packed row, which nothing predicts."""
+    """Collate documents, one per row.
+
+    The first label is -100, because nothing predicts the first token of a document.
+    """
     (feature,) = features
     labels = [-100, *feature["labels"][1:]]
     return {"input_ids": torch.tensor([feature["input_ids"]]), "labels": torch.tensor([labels])}
 
 
 def stock(name, lengths):
-    """On one process. The loss is the mean over all targets, which the stock Trainer's mean of batches is not."""
+    """Evaluate with the stock Trainer on one process, but with the mean loss over all targets instead of batches."""
     fresh_accelerate()
     options, features = OPTIONS[name], make_documents(lengths, prompt=0.3)
     model = build_model("llama", "sdpa", **options.get("config", {}))
@@ -156,7 +161,7 @@ def ours(name, lengths, cp_size, per_batch):
 
 
 def differences(left, right, path=""):
-    """Paths at which two results differ in structure, shape, padding, or by more than 1e-5."""
+    """Return the paths at which two results differ in structure, shape or padding, or by more than 1e-5."""
     if isinstance(left, (np.ndarray, np.generic, int, float)) and not isinstance(left, bool):
         one, other = np.asarray(left), np.asarray(right)
         if one.shape != other.shape or one.dtype.kind != other.dtype.kind:
@@ -178,7 +183,7 @@ def differences(left, right, path=""):
 
 
 def losses_of_batches(lengths, cp_size, per_batch):
-    """`losses` that compute_metrics sees, and for each document the mean over the targets of its batch."""
+    """Return the `losses` that compute_metrics gets, and for each document the mean over the targets of its batch."""
     fresh_accelerate()
     features, seen = make_documents(lengths, prompt=0.3), []
     trainer = FlashCPTrainer(
@@ -211,7 +216,7 @@ class _OneBatchIsNotFinite(FlashCPTrainer):
 
 
 def without_finite_loss(lengths, cp_size, filters):
-    """eval_loss where the first document's loss is not finite, and the mean over the other documents."""
+    """Return eval_loss when the first document's loss is not finite, and the mean over the other documents."""
     fresh_accelerate()
     features = make_documents(lengths)
     for number, feature in enumerate(features):

@@ -1,4 +1,4 @@
-"""What workers run for the tests of debug mode."""
+"""Functions that workers run for the tests of debug mode."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.models import build_model, make_documents
 
 @contextlib.contextmanager
 def replaced(owner, name, make):
-    """Within it `owner.name` is `make(what it was)`."""
+    """Replace `owner.name` by `make(original)` inside the context."""
     original = getattr(owner, name)
     setattr(owner, name, make(original))
     try:
@@ -40,7 +40,7 @@ def debug_mode(**environment):
 
 
 def layer(plan, shape, dtype="float64", checked=True, frozen_kv=False, change=None, **options):
-    """One layer in debug mode, forward and backward."""
+    """Run forward and backward of one layer in debug mode."""
     inputs = cases.make_inputs(plan.lengths, *shape, getattr(torch, dtype), 0)
     if change is not None:
         change(inputs)
@@ -68,7 +68,7 @@ def sick_value(inputs):
     inputs[2][:, 20, 3] = torch.inf
 
 
-# Transfers that go wrong
+# Transfers that deliver wrong data
 
 
 def flip(rows):
@@ -80,7 +80,7 @@ def swap(rows):
 
 
 def layer_with_a_bad_transfer(plan, number, rank, change, buffer):
-    """On `rank`, `change` is made to the received or sent rows of the all-to-all number `number`, when it is done."""
+    """Run a layer in which, on `rank`, `change` modifies the received or sent rows of all-to-all number `number`."""
     posted = []
 
     def make(original):
@@ -103,11 +103,11 @@ def layer_with_a_bad_transfer(plan, number, rank, change, buffer):
         layer(plan, (4, 2, 8, 8), checked=False)
 
 
-# Layers that are wrong
+# Layers with errors
 
 
 def wrong_layer(plan, dtype, what):
-    """A layer of which rank 1 gets something wrong."""
+    """Run a layer in which rank 1 computes a wrong number."""
 
     def forward(original):
         def call(self, query, key, value, rectangles, options):
@@ -152,7 +152,7 @@ def checked_layers(steps, every, options):
 
 
 def _checked_layers(steps, every, family="llama", dtype="float64", checkpointing=None):
-    """Which layers were compared, in forward and backward, step after step."""
+    """Return the layers that were compared, in forward and backward, step by step."""
     model = build_model(family, dtype=getattr(torch, dtype))
     if checkpointing is not None:
         enable_checkpointing(model, checkpointing)
@@ -182,7 +182,7 @@ def _checked_layers(steps, every, family="llama", dtype="float64", checkpointing
 
 
 def model_with_a_wrong_layer():
-    """Layer 1 is wrong on rank 0; layer 0 is checked first."""
+    """Train a model whose layer 1 is wrong on rank 0; layer 0 is checked first."""
     model = build_model("llama")
     attach(model, cp_mesh())
     inside = []
@@ -206,7 +206,7 @@ def model_with_a_wrong_layer():
 
 
 def one_forward(environment):
-    """The environment of each rank."""
+    """Run one forward with a different environment on each rank."""
     model = build_model("llama")
     attach(model, cp_mesh())
     batch = on_device(FlashCPCollator(dist.get_world_size())(make_documents([12, 9])))
@@ -215,11 +215,11 @@ def one_forward(environment):
         model(**batch)
 
 
-# What it costs
+# Costs
 
 
 def collectives(plan, shape, dtype, checked):
-    """Name and bytes received of each collective but the exchanges, of one layer's forward and backward."""
+    """Return name and received bytes of each collective of one layer, except those of the exchange."""
     seen = []
 
     def noting(name):

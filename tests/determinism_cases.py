@@ -1,4 +1,4 @@
-"""What workers run to see PyTorch's switches for deterministic algorithms from inside a layer."""
+"""Functions that workers run to record PyTorch's settings for deterministic algorithms inside a layer."""
 
 import contextlib
 
@@ -38,7 +38,7 @@ def deterministic_algorithms():
 
 
 def switches_in_a_layer(plan):
-    """What the engine's operators see while the user has the switch on, and the two switches after the layer."""
+    """Return the settings during the engine's operators while the user has the switch on, and after the layer."""
     bound = cases.bind(plan)
     query, key, value, grad_out = cases.local_rows(
         bound, cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float64, 0)
@@ -54,7 +54,7 @@ def switches_in_a_layer(plan):
 
 
 def switches_in_pytorchs_flash():
-    """The same for PyTorch's own kernel, which was asked to be deterministic, while the user's switch is off."""
+    """Return the same for PyTorch's own deterministic kernel, while the user's switch is off."""
     with fake_cuda(), Switches() as seen:
         forward_and_backward(
             TorchFlashKernel(deterministic=True), (4, 2, 8, 8), (Rectangle(0, 5, 0, 7),), causal=False

@@ -1,4 +1,4 @@
-"""The device that the tests run on: the CPU, or a GPU that all ranks share (`python -m pytest --device cuda`)."""
+"""The device on which tests run: the CPU, or a GPU that all ranks share (`python -m pytest --device cuda`)."""
 
 import importlib.util
 import os
@@ -24,31 +24,33 @@ if library := os.environ.get("FLASHCP_TEST_KERNEL_LIBRARY"):
     load_kernel_library(library)
 
 ExactKernel = CPUFlashKernel if ON_CPU else EagerKernel
-"""The kernel class that `select_kernel` takes for fp64 and fp32 on this device."""
+"""The kernel class that `select_kernel` chooses for fp64 and fp32 on this device."""
 
 
 def on_device(batch):
-    """A batch with its tensors on the device."""
+    """Move the tensors of a batch to the device."""
     return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def kernels(dtype, softcap=None, key_dim=None, value_dim=None, deterministic=False):
-    """Names of the kernels that can run such a layer on this device, best first. Asks the GPU what it is, which a
-    module that the workers' server imports must not do."""
+    """Return the names of the kernels that can run a layer on this device, best first.
+
+    This queries the GPU, so modules that the workers' server imports must not call it.
+    """
     known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim, "deterministic": deterministic}
     explained = explain_kernels(DEVICE.type, softcap, **known)
     return [name for name, reason in explained if reason is None]
 
 
 def fused_kernels(softcap=None, key_dim=None, value_dim=None, deterministic=False):
-    """Names of the kernels for bf16 and fp16 that have no fp64 to be compared in; none on the CPU."""
+    """Return the names of the kernels that run only bf16 and fp16; there are none on the CPU."""
     exact = kernels(torch.float64)
     found = kernels(torch.bfloat16, softcap, key_dim, value_dim, deterministic)
     return [name for name in found if name not in exact]
 
 
 def compiles_for_gpus():
-    """Whether torch.compile can make kernels for a GPU: Triton compiles what starts them."""
+    """Return whether torch.compile can generate GPU kernels here, which needs a compiler for Triton's launchers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return bool(importlib.util.find_spec("triton") and compiler and headers)

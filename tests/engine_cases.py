@@ -1,4 +1,4 @@
-"""What workers run to count and trace what the engine does in one layer, forward and backward."""
+"""Functions that workers run to count and trace the engine's work in one layer, forward and backward."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ from tests.models import (
 
 
 class CountingKernel(ExactKernel):
-    """Counts calls, and says when it is running."""
+    """A kernel that counts its calls and records ranges while it runs."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class CountingKernel(ExactKernel):
 
 @contextlib.contextmanager
 def transparent_forward():
-    """Without the operator around the engine's forward, which hides what is inside from dispatch modes."""
+    """Remove the operator around the engine's forward, which hides the operators inside it from dispatch modes."""
     original = function.run_forward
     function.run_forward = lambda engine, *tensors: engine.forward(*tensors)
     try:
@@ -69,7 +69,7 @@ def transparent_forward():
 
 
 class OperationCount(TorchDispatchMode):
-    """Operators that are not the kernel's own, by name."""
+    """Counts operators outside the kernel, by name."""
 
     def __init__(self, kernel):
         super().__init__()
@@ -95,17 +95,19 @@ COPIES = (
     "_to_copy",
     "scatter_",
 )
-# What reads a tensor's values on the host, or makes shapes of them.
+# Operators that read a tensor's values on the host, or turn them into shapes.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "index", "item", "is_nonzero", "equal")
 
 
 def counts(plan, options=None):
-    """`collectives`, `kernel_calls`, and the engine's copying and synchronising operators by name."""
+    """Return `collectives`, `kernel_calls`, and the engine's copying and synchronizing operators by name."""
     bound, options, kernel = cases.bind(plan), options or {}, CountingKernel()
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 12, torch.float32, 0)
     query, key, value, grad_out = cases.local_rows(bound, inputs)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    bound.layout_for(options.get("window")).stages(query.device)  # index maps, which are moved there once a batch
+    bound.layout_for(options.get("window")).stages(
+        query.device
+    )  # index maps, which are moved to the device once per batch
     collectives = 0
     original = dist.all_to_all_single
 
@@ -130,7 +132,7 @@ def counts(plan, options=None):
 
 
 def ranges(plan):
-    """The names that a profiler sees in one layer, forward and backward, in the order in which they begin."""
+    """Return the named ranges that a profiler sees in one layer, in the order in which they begin."""
     bound = cases.bind(plan)
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 8, torch.float32, 0)
     query, key, value, grad_out = cases.local_rows(bound, inputs)
@@ -142,12 +144,12 @@ def ranges(plan):
 
 
 def errors_in_bf16(plan, shape):
-    """Error of out, dq, dk, dv in bf16 against fp64 on the same bf16 inputs, with the best kernel."""
+    """Return the errors of out, dq, dk, dv in bf16 with the best kernel, compared with fp64 on the same inputs."""
     return cases.attention_error(plan, shape, "bfloat16", kernels(torch.bfloat16, None, *shape[2:])[0])
 
 
 def differences_between_runs(plan, options):
-    """How many numbers of out, dq, dk, dv differ between two runs, to the last bit, with the best kernel."""
+    """Return how many numbers of out, dq, dk, dv differ in any bit between two runs with the best kernel."""
     inputs = cases.make_inputs(plan.lengths, 4, 2, 16, 16, torch.bfloat16, 0)
     kernel = make_kernel(kernels(torch.bfloat16, None, 16, 16)[0], deterministic=True)
     first, second = (
@@ -160,7 +162,7 @@ def differences_between_runs(plan, options):
 
 
 def saved_bytes(plan, shape, dtype, options):
-    """Bytes that one layer saves for backward."""
+    """Return the bytes that one layer saves for backward."""
     bound = cases.bind(plan)
     inputs = cases.make_inputs(plan.lengths, *shape, getattr(torch, dtype), 0)
     query, key, value, _ = cases.local_rows(bound, inputs)
@@ -177,7 +179,8 @@ def saved_bytes(plan, shape, dtype, options):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that were alive after any operator, and the most elements that one of them returned."""
+    """Records the peak of live bytes after any operator, and the largest number of elements that an operator
+    returned."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +200,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_memory(plan, shape, options):
-    """Peak bytes of one bf16 layer's forward and backward beyond its inputs, and the largest tensor's elements."""
+    """Return the peak bytes of one bf16 layer, forward and backward, beyond its inputs, and its largest tensor's
+    elements."""
     bound = cases.bind(plan)
     inputs = cases.make_inputs(plan.lengths, *shape, torch.bfloat16, 0)
     query, key, value, grad_out = cases.local_rows(bound, inputs)
@@ -209,7 +213,7 @@ def peak_memory(plan, shape, options):
 
 
 def largest_tensor_of_a_check(plan, most_scores):
-    """Elements of the largest tensor of a layer that is compared with float64, whose kernel has small blocks."""
+    """Return the elements of the largest tensor in a layer that debug mode checks, with small kernel blocks."""
     limit, value = ("_MASK_KEYS", 64) if ON_CPU else ("_MAX_SCORES", most_scores)
     with (
         debug_cases.replaced(ExactKernel, limit, lambda _: value),
@@ -225,7 +229,7 @@ def largest_tensor_of_a_check(plan, most_scores):
 
 
 class _Calls:
-    """Counts exchanges and kernel calls of whatever runs inside."""
+    """Counts exchanges and kernel calls inside the context."""
 
     def __enter__(self):
         self.exchanges = self.forwards = self.backwards = 0
@@ -248,7 +252,7 @@ class _Calls:
 
 
 def checkpointed(family, lengths, kwargs, keep_received_kv):
-    """Gradient error, and exchanges, kernel forwards and kernel backwards a layer."""
+    """Return the gradient error, and the exchanges, kernel forwards and kernel backwards per layer."""
     features = make_documents(lengths)
     _, expected = per_document_gradients(build_model(family, "sdpa"), features)
     model = build_model(family)
@@ -269,8 +273,11 @@ def checkpointed(family, lengths, kwargs, keep_received_kv):
 
 
 def compiled(packs, backend, whole):
-    """For a model run with and without torch.compile on one pack after the other: the largest relative difference of
-    gradients, the graphs compiled after each pack, and the functions at which graphs break."""
+    """Run a model with and without torch.compile on several packs.
+
+    Returns the largest relative difference of gradients, the number of compiled graphs after each pack, and the
+    functions at which graphs break.
+    """
     torch._dynamo.reset()
     counters.clear()
     plain, model = build_model("llama"), build_model("llama")
@@ -298,7 +305,7 @@ def compiled(packs, backend, whole):
 
 
 def selective_trainer(lengths, kwargs):
-    """A Trainer's step with the kwargs, and its exchanges, kernel forwards and kernel backwards a layer."""
+    """Run a Trainer's step with these kwargs, and return exchanges, kernel forwards and kernel backwards per layer."""
     json.loads(trainer_cases.training_arguments(activation_checkpointing_kwargs=kwargs).to_json_string())
     with _Calls() as calls:
         result = trainer_cases.trainer_step(

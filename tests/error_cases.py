@@ -1,4 +1,4 @@
-"""What workers run for the tests of errors: each returns nothing and is expected to raise on every rank."""
+"""Functions that workers run for the tests of errors; each is expected to raise on every rank."""
 
 import os
 
@@ -60,7 +60,7 @@ CONFIGS = {
 
 
 def train_step(name):
-    """Build, attach, one forward in training mode."""
+    """Build a model, attach to it, and run one forward in training mode."""
     torch.manual_seed(0)
     try:
         model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="flashcp")
@@ -90,7 +90,7 @@ def attach_to(kind):
 
 
 def never_calls_us():
-    """A model whose second layer keeps its own attention."""
+    """Train a model whose second layer keeps its own attention."""
     model = build_model("llama")
     attach(model, cp_mesh())
     model.model.layers[1].self_attn.config = type(model.config)(**model.config.to_dict())
@@ -99,7 +99,7 @@ def never_calls_us():
 
 
 def forward_with(changes):
-    """A sharded forward with something wrong in the batch; `changes` maps keys to values (None removes)."""
+    """Run a sharded forward on a batch with errors; `changes` maps keys to new values, and None removes a key."""
     model = build_model("llama")
     attach(model, cp_mesh())
     batch = {**FlashCPCollator(dist.get_world_size())(make_documents([12, 9])), **changes}
@@ -107,7 +107,7 @@ def forward_with(changes):
 
 
 def recovers_after_an_error():
-    """The error of one forward leaves nothing behind: the next one is right, and so is one without a plan."""
+    """Check that after a forward that raised, the next one is right, and so is one without a plan."""
     model = build_model("llama")
     handle = attach(model, cp_mesh())
     batch = FlashCPCollator(dist.get_world_size())(make_documents([12, 9]))

@@ -1,4 +1,4 @@
-"""What workers run for the tests of evaluation."""
+"""Functions that workers run for the tests of evaluation."""
 
 import tempfile
 
@@ -26,13 +26,13 @@ from tests.trainer_cases import USE_DEVICE, training_arguments
 
 
 def evaluating_arguments(**arguments):
-    """Arguments of a run on two ranks per group that evaluates after each step."""
+    """Return the arguments of a run with two ranks per group that evaluates after each step."""
     defaults = dict(parallelism_config=FlashCPPlugin(cp_size=2), max_steps=1, eval_strategy="steps", eval_steps=1)
     return training_arguments(**{**defaults, **arguments})
 
 
 def evaluation_loss(lengths, cp_size=None, per_batch=2):
-    """eval_loss, and the mean over all targets of the evaluation set. The last batch is smaller than the others."""
+    """Return eval_loss and the mean over all targets of the evaluation set, whose last batch is smaller."""
     fresh_accelerate()
     plugin = FlashCPPlugin(cp_size=cp_size or dist.get_world_size())
     features = make_documents(lengths)
@@ -47,13 +47,13 @@ def evaluation_loss(lengths, cp_size=None, per_batch=2):
 
 
 def most_likely(logits, labels):
-    """As preprocess_logits_for_metrics: a row of logits and one of labels come in."""
+    """Serve as preprocess_logits_for_metrics: reduce a row of logits to the most likely tokens."""
     assert logits.shape[:2] == labels.shape and len(labels) == 1
     return logits.argmax(-1)
 
 
 def predictions(lengths, cp_size, per_batch, preprocess=None, **collator_options):
-    """`evaluate` with compute_metrics: what that sees, the metric it returns, and what each document alone gives."""
+    """Call `evaluate`, and return the inputs of compute_metrics, its metric, and the results for single documents."""
     fresh_accelerate()
     features, seen = make_documents(lengths), []
 
@@ -108,7 +108,7 @@ def padded_predictions(lengths, cp_size, per_batch):
 
 
 class _Generate(TrainerCallback):
-    """Ten tokens from every rank's own prompt, after a training step and during evaluation."""
+    """Generates ten tokens from a prompt of each rank, after a training step and during evaluation."""
 
     def __init__(self):
         self.found = []
@@ -128,7 +128,7 @@ class _Generate(TrainerCallback):
 
 
 def generated_in_callbacks(lengths):
-    """Whether `generate` on the model in training equals that of the same parameters under sdpa (learning rate 0)."""
+    """Return whether the trained model generates the same tokens as its parameters under sdpa (learning rate 0)."""
     fresh_accelerate()
     callback, features = _Generate(), make_documents(lengths)
     trainer = FlashCPTrainer(
@@ -151,7 +151,7 @@ def generated_in_callbacks(lengths):
 
 
 def document_losses(lengths, cp_size, per_batch):
-    """Loss sums and targets by document, the documents' own, and the perplexity of one without targets."""
+    """Return loss sums and targets by document, their references, and the perplexity of a document without targets."""
     fresh_accelerate()
     features = make_documents(lengths, prompt=0.3)
     features[1]["labels"] = [-100] * lengths[1]
@@ -184,8 +184,10 @@ class _SFTTrainer(FlashCPTrainerMixin, SFTTrainer):
 
 
 def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
-    """eval_loss, TRL's own eval_mean_token_accuracy and eval_entropy, and what the documents alone give (for one batch
-    of all of them, since TRL averages batches)."""
+    """Return eval_loss, TRL's eval_mean_token_accuracy and eval_entropy, and the references from single documents.
+
+    The references treat all documents as one batch, because TRL averages over batches.
+    """
     fresh_accelerate()
     features, seen = make_documents(lengths), []
 
@@ -232,7 +234,7 @@ def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
 
 
 def padded_rows(features):
-    """As transformers' own collators: rows filled up on the right."""
+    """Pad rows on the right, as transformers' collators do."""
     longest = max(len(feature["input_ids"]) for feature in features)
 
     def pad(values, fill):
@@ -275,7 +277,7 @@ ON_ONE_RANK = {
 
 
 def on_one_rank(lengths, kind):
-    """Evaluation with cp_size 1, training, and what each document alone gives."""
+    """Evaluate with cp_size 1, train, and return the references from single documents as well."""
     fresh_accelerate()
     base, arguments, options, as_stock = ON_ONE_RANK[kind]
     features, seen = make_documents(lengths, prompt=0.3), []
@@ -310,14 +312,14 @@ def on_one_rank(lengths, kind):
     if as_stock and dist.get_world_size() == 1:
         expected = sum(loss_sum / count for loss_sum, count in zip(sums, targets)) / len(sums)
     elif as_stock:
-        expected = loss  # stock's own way with unequal processes
+        expected = loss  # as in the stock Trainer with unequal processes
     else:
         expected = sum(sums) / sum(targets)
     shape = np.shape(seen[0].predictions)
     return {
         "loss": loss,
         "expected": expected,
-        # Python objects come in lists, and Seq2SeqTrainer keeps rows that fill up the last batch.
+        # Python objects are gathered in lists, and Seq2SeqTrainer keeps the rows that complete the last batch.
         "rows": len(lengths) if kind in ("eval_use_gather_object", "predict_with_generate") else shape[0],
         "expected_rows": len(lengths),
         "trained": trainer.state.global_step == 1,
@@ -333,7 +335,7 @@ class _Endless(IterableDataset):
 
 
 def refused_before_training(kind):
-    """dp 2 x cp 2. The error's note has the step at which it came."""
+    """Train on dp 2 x cp 2 until evaluation raises; the error's note has the step."""
     fresh_accelerate()
     features = make_documents([40, 25, 18, 31])
     family, overrides, options = "llama", {}, {"eval_dataset": features}
@@ -360,7 +362,7 @@ def refused_before_training(kind):
 
 
 def router_logits_ignored():
-    """Shapes of what metrics see during training."""
+    """Return the shapes of the inputs of compute_metrics during training."""
     fresh_accelerate()
     features, seen = make_documents([25, 18]), []
     trainer = FlashCPTrainer(
@@ -375,7 +377,7 @@ def router_logits_ignored():
 
 
 def loss_of_flattened_rows():
-    """dp 2 x cp 2 with batches that others packed, one dataset row each: three rows on two groups."""
+    """Evaluate three rows that others packed, one per batch, on dp 2 x cp 2."""
     fresh_accelerate()
     features = make_documents([40, 25, 18])
     trainer = FlashCPTrainer(

@@ -1,7 +1,7 @@
-"""The calls that a GPU would get, through PyTorch's meta kernels: shapes, dtypes and arguments, but no numbers.
+"""Runs calls for a GPU through PyTorch's meta kernels, which check shapes, dtypes and arguments but compute nothing.
 
-With a CUDA build of PyTorch the tensors are fake CUDA tensors, which know their device, on machines without a GPU too;
-with a CPU build they are meta tensors.
+With a CUDA build of PyTorch, the tensors are fake CUDA tensors, which have a device even on machines without a GPU.
+With a CPU build, they are meta tensors.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ FAKE = torch.device("cuda" if torch.version.cuda else "meta")
 
 @contextlib.contextmanager
 def fake_cuda():
-    """Tensors made inside on `FAKE` have no numbers. What kernels keep for later calls is cleared before and after."""
+    """Let tensors on `FAKE` have no data, and clear the caches of kernels before and after the context."""
     varlen.deal_rounds.cache_clear()
     try:
         with FakeTensorMode() if torch.version.cuda else contextlib.nullcontext():
@@ -28,7 +28,7 @@ def fake_cuda():
 
 
 def forward_and_backward(kernel, shape, rectangles, **options):
-    """A kernel's out and logsumexp for bf16 tensors on `FAKE`, inside [`fake_cuda`]; nothing is computed."""
+    """Call a kernel on bf16 tensors on `FAKE`, inside [`fake_cuda`]; nothing is computed."""
     query, key, value, grad_out = (
         torch.empty_like(tensor, dtype=torch.bfloat16, device=FAKE) for tensor in make(shape, rectangles)
     )

@@ -1,6 +1,7 @@
-"""What the processes of the fault tests run, and how they are started.
+"""Functions that the processes of the fault tests run, and functions that start those processes.
 
-Each case is a world of its own: forked from a server that has imported everything, so that it takes a second or two.
+Each case starts new processes, which are forked from a server that has imported everything. That takes a second or
+two.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from tests.wrapper_cases import fsdp_arguments, fsdp_on_cpu, full
 
 
 LENGTHS = [40, 25, 18, 31, 22, 12, 9, 33, 27, 16, 21, 38]
-OUTER_SECONDS = 100  # for a case to end at all
+OUTER_SECONDS = 100  # time limit of a case
 STEPS = 4
 
 
@@ -66,7 +67,7 @@ def sigterm():
 
 
 class Fault(TrainerCallback):
-    """Does `action` at a point of the training: in the forward or backward of the third step, or after it."""
+    """Calls `action` at a point of the training: in the forward or backward of the third step, or after it."""
 
     def __init__(self, point, action):
         self.point, self.action, self.steps = point, action, 0
@@ -97,16 +98,16 @@ class FaultyTrainer(FlashCPTrainer):
     fault = None
 
     def _save_rng_state(self, output_dir):
-        """Rank 0 has written the model by now, and the optimizer; not yet its trainer state."""
+        """Fail at the moment when rank 0 has written the model and the optimizer, but not its trainer state."""
         if self.fault is not None and self.fault.point == "save" and self.state.global_step == 4:
             if not self.args.should_save:
-                time.sleep(1)  # rank 0 goes on to the end of what transformers does
+                time.sleep(1)  # rank 0 first finishes transformers' own work
             self.fault.action()
         super()._save_rng_state(output_dir)
 
 
 class FaultyDocuments(torch.utils.data.Dataset):
-    """The action runs where a document of the third step is read, in a data loader worker."""
+    """Calls the action when a data loader worker reads a document of the third step."""
 
     def __init__(self, action):
         self.documents, self.action = make_documents(LENGTHS), action
@@ -121,13 +122,13 @@ class FaultyDocuments(torch.utils.data.Dataset):
 
 
 def train(directory, *fault, fsdp=False, **options):
-    """A digest of the trained parameters, and the last step; see `_train`."""
+    """Return a digest of the trained parameters, and the last step; see `_train`."""
     with fsdp_on_cpu() if fsdp else contextlib.nullcontext():
         return _train(directory, *fault, fsdp=fsdp, **options)
 
 
 def _train(directory, point=None, action=None, victim=None, *, resume=None, timeout=60, fsdp, steps=STEPS, **more):
-    """The rank `victim` has the fault."""
+    """Train with the fault on the rank `victim`."""
     fresh_accelerate()
     mine = point is not None and victim == int(os.environ["RANK"])
     fault = Fault(point, action) if mine else None
@@ -164,7 +165,7 @@ def digest(model):
 
 
 def group_timeouts(cp_size, timeout):
-    """Of all process groups that this rank is in, in seconds."""
+    """Return the timeouts of all process groups of this rank, in seconds."""
     fresh_accelerate()
     plugin = FlashCPPlugin(cp_size=cp_size)
     Accelerator(
@@ -177,7 +178,7 @@ def group_timeouts(cp_size, timeout):
 
 
 def plain_loop(action, victim):
-    """A loop of the user's own under DDP, on two groups of two, with the fault on a rank of one group."""
+    """Run a user's training loop under DDP on two groups of two ranks, with the fault on a rank of one group."""
     model = build_model("llama")
     attach(model, cp_mesh())
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -190,8 +191,11 @@ def plain_loop(action, victim):
 
 
 def outcomes(directory, world_size, function, *args, rank_0_holds_store=False, timeout=60, victim=None, **kwargs):
-    """By rank: `("returned", value)`, the name and message of what it raised, or `("ended", exit code)` if it died;
-    `None` if it did not end by itself. Waits for all but the victim."""
+    """Wait for all ranks but the victim, and return an outcome per rank.
+
+    It is `("returned", value)`, the name and message of the error that it raised, `("ended", exit code)` if it died,
+    or `None` if it did not end by itself.
+    """
     context = multiprocessing.get_context("forkserver")
     store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [Path(directory, f"outcome-{rank}") for rank in range(world_size)]
@@ -251,11 +255,11 @@ def _run(file, rank, world_size, port, rank_0_holds_store, timeout, function, ar
         outcome = (type(error).__name__, str(error))
     file.with_suffix(".part").write_bytes(pickle.dumps(outcome))
     file.with_suffix(".part").rename(file)
-    os._exit(0)  # gloo's teardown may abort
+    os._exit(0)  # because gloo's teardown may abort
 
 
 def main(directory):
-    """What torchrun starts: rank 1 is killed in the first attempt."""
+    """Run as the script that torchrun starts: rank 1 is killed in the first attempt."""
     torch.set_num_threads(1)
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     result = train(

@@ -1,14 +1,16 @@
-"""Checks of a plan that share no code with the library: partition, tokens, attention pairs and exact KV volumes.
+"""Checks a plan without code of the library: partition, tokens, attention pairs and exact KV volumes.
 
-Counts by NumPy arrays over single tokens, so keep batches to some hundred thousand tokens.
+It counts with NumPy arrays over single tokens, so batches should have at most a few hundred thousand tokens.
 """
 
 import numpy as np
 
 
 def check_plan(lengths, cp_size, slices):
-    """Counts per rank `tokens`, `pairs`, `received` and `sent` (exact exchange: a token once to every rank that needs
-    it), after asserting that the slices are an exact partition and no rank is empty."""
+    """Assert that the slices are a partition and no rank is empty, and return counts per rank.
+
+    They are `tokens`, `pairs`, and KV `received` and `sent`, where each token is sent once to each rank that needs it.
+    """
     assert len(slices) == cp_size
     owner = [np.full(length, -1, dtype=np.int64) for length in lengths]
     for rank, pieces in enumerate(slices):
@@ -28,7 +30,7 @@ def check_plan(lengths, cp_size, slices):
         tokens += np.bincount(ranks, minlength=cp_size)
         np.add.at(pairs, ranks, np.arange(1, len(ranks) + 1))
         for holder in np.unique(ranks):
-            # The last query of this holder sees every key before it.
+            # The last query of this rank attends to every key before it.
             needed = ranks[: np.flatnonzero(ranks == holder)[-1]]
             foreign = needed[needed != holder]
             received[holder] += len(foreign)
@@ -38,12 +40,12 @@ def check_plan(lengths, cp_size, slices):
 
 
 def costs(counts):
-    """`(total KV, bottleneck)`: all that travels, and the largest max(received, sent) of a rank."""
+    """Return the total KV that is sent, and the largest max(received, sent) of a rank."""
     return int(counts["received"].sum()), int(max(counts["received"].max(), counts["sent"].max()))
 
 
 def assert_caps(counts, max_token_imbalance):
-    """Tokens equal within one, or at most `max_token_imbalance` times the mean."""
+    """Assert the caps. Tokens must be equal within one, or at most `max_token_imbalance` times the mean."""
     tokens = counts["tokens"]
     cap = max_token_imbalance * tokens.sum() / len(tokens)
     assert tokens.max() - tokens.min() <= 1 or tokens.max() <= np.ceil(cap), tokens

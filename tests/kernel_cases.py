@@ -7,7 +7,7 @@ from hf_flashcp.layout import Rectangle
 from tests.device import DEVICE
 
 
-FP64 = 1e-12  # largest difference of out, logsumexp, dq, dk, dv, which are of order 1
+FP64 = 1e-12  # largest allowed difference of out, logsumexp, dq, dk, dv, which are of order 1
 SHAPES = [(4, 2, 8, 8), (2, 2, 8, 12), (4, 1, 12, 8)]  # H_q, H_kv, D_k, D_v
 SCALE = 0.3
 
@@ -30,7 +30,8 @@ FULL = {
 
 
 class EmulatedVarlen(VarlenKernel):
-    """Sequence by sequence by the formulas; particular about what it is given, like the real ones."""
+    """A varlen kernel that applies the formulas to one sequence at a time, and checks its inputs as strictly as real
+    ones."""
 
     name = "emulated"
 
@@ -87,7 +88,7 @@ class EmulatedVarlen(VarlenKernel):
 
 
 def make(shape, rectangles, dtype=torch.float64, seed=0):
-    """query, key, value, grad_out as a model has them: views of (T, H, D)."""
+    """Return query, key, value and grad_out as in a model: views of (T, H, D) tensors."""
     heads, kv_heads, key_dim, value_dim = shape
     rows = max(r.q_stop for r in rectangles) + 3
     keys = max(r.k_stop for r in rectangles) + 2
@@ -98,7 +99,7 @@ def make(shape, rectangles, dtype=torch.float64, seed=0):
 
 
 def run(kernel, inputs, rectangles, whole=None, **options):
-    """out, logsumexp, dq, dk, dv; backward from `whole`, a merged out and logsumexp, or from its own."""
+    """Return out, logsumexp, dq, dk, dv. Backward starts from `whole`, a merged out and logsumexp, or from its own."""
     query, key, value, grad_out = inputs
     options = ScoreOptions(scale=SCALE, **options)
     out, lse = kernel.forward(query, key, value, rectangles, options)
@@ -106,14 +107,14 @@ def run(kernel, inputs, rectangles, whole=None, **options):
         index = torch.cat([torch.arange(r.q_start, r.q_stop, device=out.device) for r in rectangles])
         whole = out.new_zeros(grad_out.shape).index_copy_(1, index, out), lse.new_zeros(query.shape[:2])
         whole[1].index_copy_(1, index, lse)
-    # The kernel adds: from 1, not from 0.
+    # Gradients start at 1, because the kernel must add to them.
     grads = Gradients(*(torch.ones(x.shape, dtype=lse.dtype, device=lse.device) for x in (query, key, value)))
     kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options, grads)
     return out, lse, *(grad - 1 for grad in grads)
 
 
 def textbook(inputs, rectangles, causal, window=None, softcap=None):
-    """out, logsumexp, dq, dk, dv by autograd over one dense mask per rectangle."""
+    """Return out, logsumexp, dq, dk, dv from autograd with one dense mask per rectangle."""
     query, key, value = (tensor.detach().clone().requires_grad_() for tensor in inputs[:3])
     groups = query.shape[0] // key.shape[0]
     outs, lses, loss = [], [], 0.0

@@ -1,5 +1,7 @@
-"""`accelerate launch` and torchrun in processes forked from one that has imported everything: their own code, but that
-no interpreter is started."""
+"""Runs `accelerate launch` and torchrun in processes that are forked from one that has imported everything.
+
+They run their own code, except that no new interpreter is started.
+"""
 
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ def accelerate(arguments):
 
 
 def run_forked(main, arguments, output, **environment):
-    """What `main` and the processes that it launches print, into the file `output`; fails if one of them does."""
+    """Run `main`, and write its output and that of the processes it launches to a file. Fail if one of them fails."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_run, args=(main, arguments, output, environment)
     )
@@ -50,7 +52,7 @@ def _forking_launch(config, entrypoint):
 
 
 def _python(_, *arguments):
-    """What the interpreter does with a script, or with -m, and its arguments; the first is -u."""
+    """Run a script, or a module with -m, as the interpreter does; the first argument is -u."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_module = arguments[0] == "-m"
     sys.argv = list(arguments[is_module:])

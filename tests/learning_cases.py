@@ -1,4 +1,4 @@
-"""What workers run for the test of recipes/learning."""
+"""Function that workers run for the test of recipes/learning."""
 
 import os
 from unittest import mock
@@ -10,7 +10,7 @@ from tests.accelerate_state import fresh_accelerate
 
 
 def log_of_training(*argv):
-    """The recipe's log, with all processes sharing each batch."""
+    """Train with all processes sharing each batch, and return the recipe's log."""
     fresh_accelerate()
     with mock.patch.dict(os.environ, PARALLELISM_CONFIG_CP_SIZE=str(dist.get_world_size())):
         trainer = train(*parse_arguments(["--config", "recipes/learning/retrieval.yaml", *argv]))

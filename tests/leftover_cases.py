@@ -1,4 +1,4 @@
-"""What the tests of processes that outlive others run, below a process that adopts whatever is left behind.
+"""Functions for the tests of leftover processes. They run below a process that adopts orphaned processes.
 
 Spawned workers import this file, so it imports little.
 """
@@ -21,8 +21,10 @@ ENDINGS = {
 
 
 class Documents:
-    """Says in a directory which processes have read it. Many: accelerate reads a batch ahead, and workers end with the
-    last."""
+    """A dataset that records in a directory which processes have read it.
+
+    It has many documents, because accelerate reads a batch ahead, and workers end after the last batch.
+    """
 
     def __init__(self, directory):
         self.directory = directory
@@ -64,7 +66,8 @@ def own_loader(directory, method):
 
 
 def ranks_that_end(arguments):
-    """One for each ending, all with a worker that waits: nothing is left of them, their fork servers included."""
+    """Start a rank for each way to end, each with a waiting worker, and check that nothing is left, fork servers
+    included."""
     make_loader, method, directory = arguments
     adopt_orphans()
     _forget_fork_server()
@@ -86,7 +89,7 @@ def _read_and_end(make_loader, directory, method, ending):
 
 
 def pool_that_is_killed(directory):
-    """In the middle of a function that its workers run."""
+    """Kill a pool while its workers run a function."""
     adopt_orphans()
     _forget_fork_server()
     process = multiprocessing.get_context("fork").Process(target=_run_pool, args=(directory,))
@@ -112,7 +115,7 @@ def _sleep(directory):
 
 
 def pool_that_is_forgotten(_):
-    """Its process ends all the same."""
+    """Leave a pool open; its process must end nevertheless."""
     from hf_flashcp.distributed.workers import WorkerPool
 
     _kept.append(WorkerPool())
@@ -123,7 +126,8 @@ _kept = []
 
 
 def _forget_fork_server():
-    """That of the tests, which is no descendant: whoever needs one starts it."""
+    """Forget the tests' fork server, which is not a descendant of this process, so that a new one is started if
+    needed."""
     server = forkserver._forkserver
     server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     server.set_forkserver_preload([])

@@ -1,7 +1,7 @@
-"""A pytest plugin: the run fails if a process that it started is still there when it ends.
+"""A pytest plugin that fails the run if a process that it started is still running when it ends.
 
-On Linux the process that runs pytest adopts whatever its descendants leave behind, so that all of them are found,
-whichever session, environment or command line they have. Elsewhere nothing is checked.
+On Linux the process that runs pytest adopts the orphaned processes of its descendants. So all of them are found, in
+any session and with any environment or command line. On other systems nothing is checked.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from pathlib import Path
 import pytest
 
 
-SECONDS = 20  # for what has been told to end, or noticed by itself that it should
+SECONDS = 20  # grace period for processes that are about to end
 PR_SET_CHILD_SUBREAPER = 36
 _FOUND = pytest.StashKey[dict]()
 
 
 def adopt_orphans():
-    """From now on a process whose parent ends becomes this one's child, if this one is an ancestor."""
+    """Make descendants whose parent ends children of this process, from this call on."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def descendants():
-    """Ids of the processes below this one that run, with their command lines."""
+    """Return the ids and command lines of the running descendants of this process."""
     parents = {}
     for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             state, parent = (directory / "stat").read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parents[int(directory.name)] = int(parent)
@@ -48,7 +48,7 @@ def _command_line(process):
 
 
 def wait_for_the_end(of=descendants):
-    """What `of` still finds after `SECONDS`."""
+    """Return the processes that `of` still finds after `SECONDS`."""
     deadline = time.monotonic() + SECONDS
     while (found := of()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -56,8 +56,11 @@ def wait_for_the_end(of=descendants):
 
 
 def _helpers():
-    """What ends with this process: daemons, such as the workers of a loader that is still referred to, fork server and
-    resource tracker. `multiprocess` is what `datasets` has in place of `multiprocessing`."""
+    """Return the processes that end together with this one: daemons, the fork server and the resource tracker.
+
+    Daemons are, for example, workers of a loader that is still referenced. `datasets` uses `multiprocess` in place of
+    `multiprocessing`.
+    """
     for process in multiprocessing.active_children():
         if process.daemon:
             yield process.pid
@@ -69,7 +72,7 @@ def _helpers():
 
 
 def end_leftovers():
-    """Ends whatever is still there and should not be: process ids with command lines."""
+    """End the processes that should not be running any more. Return their ids with command lines."""
     helpers = set(_helpers())
 
     def others():
@@ -83,7 +86,7 @@ def end_leftovers():
 
 
 def _checks(config):
-    return sys.platform == "linux" and not hasattr(config, "workerinput")  # those of pytest-xdist are descendants
+    return sys.platform == "linux" and not hasattr(config, "workerinput")  # workers of pytest-xdist are descendants
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""What workers run for the tests of models that come and go while a Trainer lives."""
+"""Functions that workers run for the tests of Trainers whose model changes."""
 
 import copy
 import tempfile
@@ -23,7 +23,7 @@ LENGTHS = [40, 3, 17, 25]
 
 
 def other_model():
-    """Other weights than those of `build_model`."""
+    """Return a model with other weights than `build_model`."""
     model = build_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
@@ -51,7 +51,7 @@ def _trainer(make=training_arguments, cp_size=None, **options):
 
 
 def _reference_of(model, lora=False):
-    """The model's parameters under sdpa."""
+    """Return a model with the same parameters under sdpa."""
     reference = build_model("llama", "sdpa")
     reference = with_lora(reference) if lora else reference
     values = {plain_name(name): full(value.detach()) for name, value in model.named_parameters()}
@@ -60,7 +60,7 @@ def _reference_of(model, lora=False):
 
 
 def _checked(trainer, keep, features, models, lora=False):
-    """Errors of the last step's gradient and of eval_loss, and whether the handle is the current model's alone."""
+    """Return the errors of the last gradient and of eval_loss, and whether only the current model has a handle."""
     reference = _reference_of(trainer.model, lora)
     expected_loss, expected = per_document_gradients(reference, features, own_loss=True)
     current = transformers_model(trainer.model)
@@ -75,7 +75,7 @@ def _checked(trainer, keep, features, models, lora=False):
 
 
 class _Models(list):
-    """A `model_init` that keeps what it has made."""
+    """A `model_init` that keeps the models that it creates."""
 
     def __call__(self, trial=None):
         torch.manual_seed(0)
@@ -103,7 +103,7 @@ def train_twice():
 
 
 def evaluated_first(how, arguments, cp_size=None):
-    """Training after an evaluation, for which accelerate prepares the model in another way."""
+    """Train after an evaluation, for which accelerate prepares the model differently."""
     fresh_accelerate()
     model = build_model("llama", dtype=torch.float32 if "bf16" in arguments else torch.float64)
     trainer, keep, features = _trainer(model=model, arguments=arguments, cp_size=cp_size)
@@ -113,7 +113,7 @@ def evaluated_first(how, arguments, cp_size=None):
 
 
 def assigned(how):
-    """`trainer.model = other` before or after training."""
+    """Assign `trainer.model = other` before or after training."""
     fresh_accelerate()
     first = build_model("llama")
     trainer, keep, features = _trainer(model=first)
@@ -130,7 +130,7 @@ def assigned(how):
 
 
 def wrapped_in_lora():
-    """A model that gets adapters after the trainer has been made."""
+    """Add adapters to a model after its trainer has been created."""
     fresh_accelerate()
     model = build_model("llama")
     trainer, keep, features = _trainer(model=model)
@@ -148,7 +148,7 @@ def sharded_with_model_init():
 
 
 def _searched(trainer, trials):
-    """`hyperparameter_search` with a backend of our own: what each trial's evaluation gave."""
+    """Run `hyperparameter_search` with our own backend, and return the evaluation of each trial."""
     losses = []
 
     class Backend:
@@ -171,7 +171,7 @@ def _searched(trainer, trials):
 
 
 def search():
-    """Three trials, each with a model of its own, the last with a learning rate of 0."""
+    """Run three trials, each with its own model, the last with a learning rate of 0."""
     fresh_accelerate()
     models = _Models()
     trainer, keep, features = _trainer(model_init=models)
@@ -194,7 +194,7 @@ def model_init_with_another_attention():
 
 
 def saved(how):
-    """load_best_model_at_end and resuming: the model that is left is the attached one."""
+    """Use load_best_model_at_end, and resume. The trainer's model must be the attached one in both cases."""
     fresh_accelerate()
     directory = Path(tempfile.mkdtemp())
     shared = [str(directory)]
@@ -221,7 +221,7 @@ def saved(how):
 
 
 def callback_with_model_init():
-    """A stock Trainer, trained twice: a new model each time."""
+    """Train twice with a stock Trainer, which creates a new model each time."""
     fresh_accelerate()
     models, keep, callback = _Models(), KeepGradient(), FlashCPCallback()
     features = make_documents(LENGTHS, prompt=0.3)

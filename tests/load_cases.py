@@ -1,4 +1,4 @@
-"""What the load tests run: a long training with its process measured, and cases that a seed and a number give."""
+"""Functions for the load tests: a long training whose process is measured, and random cases by seed and number."""
 
 import collections
 import gc
@@ -30,11 +30,11 @@ from tests.models import FAMILIES, HYBRIDS, build_model, make_documents
 from tests.trainer_cases import training_arguments
 
 
-SCALE = 256  # of tokens: a pack of 65,536 with its documents becomes one of about 256
+SCALE = 256  # divides lengths: a pack of 65,536 tokens becomes one of about 256
 
 
 def drawn_pack(number):
-    """A packed row, the five distributions in turn."""
+    """Return the lengths of a packed row; the numbers take turns through the five distributions."""
     name = LENGTH_DISTRIBUTIONS[number % len(LENGTH_DISTRIBUTIONS)]
     lengths = [max(1, round(length / SCALE)) for length in sample_pack(name, 256 * SCALE, seed=number)]
     documents = make_documents(lengths, seed=number, prompt=0.2)
@@ -59,7 +59,7 @@ class _FewPacks(Dataset):
 
 
 def kept_by_the_library():
-    """Entries of whatever the modules of hf_flashcp keep, by name: caches of functions, and dicts, lists and sets."""
+    """Return the sizes of all caches, dicts, lists and sets that modules of hf_flashcp hold, by name."""
     containers = (dict, list, set, collections.deque, weakref.WeakKeyDictionary)
     sizes = {}
     for module_name, module in sorted(sys.modules.items()):
@@ -100,7 +100,7 @@ class _Measure(TrainerCallback):
 
 
 def soak(steps, every, accumulation=1):
-    """Training with evaluation of a model with windows; every pack and so every plan another. What was measured."""
+    """Train and evaluate a model with sliding windows, with a new plan in every step. Return the measurements."""
     fresh_accelerate()
     measure = _Measure(every)
     trainer = FlashCPTrainer(
@@ -127,7 +127,8 @@ def soak(steps, every, accumulation=1):
 
 
 def random_lengths(rng, cp_size, most=20_000):
-    """Ugly on purpose: ones, giants among them, equal and nearly equal lengths, powers of two, heavy tails."""
+    """Return difficult lengths: ones, a few huge documents, equal and nearly equal ones, powers of two, heavy
+    tails."""
     count = int(rng.integers(1, 2 ** rng.integers(1, 8)))
     length = int(rng.integers(1, 2 ** rng.integers(1, 12)))
     lengths = {
@@ -136,7 +137,7 @@ def random_lengths(rng, cp_size, most=20_000):
         "equal": lambda: [length] * count,
         "nearly equal": lambda: length + np.arange(count),
         "powers of two": lambda: 2 ** rng.integers(0, 11, count),
-        "giants": lambda: [*rng.integers(1, 6000, rng.integers(1, 4)), *rng.integers(1, 4, count)],
+        "huge": lambda: [*rng.integers(1, 6000, rng.integers(1, 4)), *rng.integers(1, 4, count)],
         "corpus": lambda: np.ceil(np.array(sample_pack("pile", 2**17, seed=count)) / (1 + length)),
     }
     lengths = [int(each) for each in lengths[rng.choice(list(lengths))]()]
@@ -147,8 +148,11 @@ def random_lengths(rng, cp_size, most=20_000):
 
 
 def check_random_plan(seed, number):
-    """A plan of any strategy and options: a partition within its caps, whose report says what counting finds, and the
-    default not above Algorithm 1."""
+    """Check a plan with a random strategy and options.
+
+    It must be a partition within its caps, its report must equal independent counts, and the default must not need
+    more KV than Algorithm 1.
+    """
     rng = np.random.default_rng([seed, number])
     cp_size = int(rng.integers(1, 65))
     lengths = random_lengths(rng, cp_size)
@@ -184,7 +188,7 @@ def check_random_plan(seed, number):
 
 
 def random_training(seed, number):
-    """`(world_size, arguments of training_errors)`."""
+    """Return `(world_size, arguments of training_errors)`."""
     rng = np.random.default_rng([seed, number])
     world_size = int(rng.integers(2, 5))
     family = str(rng.choice([*FAMILIES, *HYBRIDS]))
@@ -209,7 +213,7 @@ def training_errors(family, lengths, strategy, options):
 
 
 def check_layouts(plan, ranks):
-    """What each of these ranks sends to another is, token by token and in order, what that one needs of it."""
+    """Check that each of these ranks sends to another exactly the tokens that it needs, in order."""
     layouts = {rank: RankLayout(plan, rank) for rank in ranks}
     starts = np.concatenate(([0], np.cumsum(plan.lengths)))
     cpu = torch.device("cpu")
@@ -225,7 +229,7 @@ def check_layouts(plan, ranks):
         for receiver in ranks:
             expected = []
             if receiver != sender:
-                last = {document: start for document, start, _ in plan.slices[receiver]}  # the last slice's
+                last = {document: start for document, start, _ in plan.slices[receiver]}  # of the last slice
                 for document, start, stop in plan.slices[sender]:
                     stop = min(stop, last.get(document, 0))
                     expected += range(starts[document] + start, starts[document] + max(start, stop))

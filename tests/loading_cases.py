@@ -1,4 +1,4 @@
-"""What workers run for the tests of data loading: which documents each rank trains on, step by step."""
+"""Functions that workers run for the tests of data loading: which documents does each rank train on, step by step?"""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.trainer_cases import losses_by_step, training_arguments
 
 
 def numbered_documents(count):
-    """Of different lengths; the first token of each is its number."""
+    """Return documents of different lengths, whose first token is their number."""
     return [{"input_ids": [number, *range(1, 3 + number % 5)]} for number in range(count)]
 
 
@@ -26,7 +26,7 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 class _Augmented(torch.utils.data.Dataset):
-    """Random tokens behind each document's number, from three generators."""
+    """A dataset with random tokens after each document's number, from three generators."""
 
     def __init__(self, documents):
         self.documents = documents
@@ -44,7 +44,7 @@ def _dataset(kind, documents):
         return documents
     if kind == "augmented":
         return _Augmented(documents)
-    if kind == "uneven stream":  # shards of different lengths: accelerate gives a group every other one
+    if kind == "uneven stream":  # shards of different lengths, because accelerate gives every other shard to a group
         return IterableDataset.from_generator(_shard, gen_kwargs={"shards": [documents[:3], documents[3:]]})
     if kind == "torch stream":
         return _Stream(documents)
@@ -80,7 +80,7 @@ def _train(kind, count, cp_size, resume=None, **arguments):
 
 
 def documents_by_step(*args, **options):
-    """The numbers of the documents of each step."""
+    """Return the numbers of the documents in each step."""
     return _train(*args, **options).seen
 
 
@@ -89,18 +89,18 @@ def documents_by_step_with(kind, count, cp_size, options):
 
 
 def rows_by_step(kind, count, cp_size, options):
-    """The tokens of each step."""
+    """Return the tokens of each step."""
     return _train(kind, count, cp_size, **options).rows
 
 
 def uneven_stream(options):
-    """What each step read, and the losses logged."""
+    """Return the documents that each step read, and the logged losses."""
     trainer = _train("uneven stream", 16, 2, **options)
     return trainer.seen, losses_by_step(trainer)
 
 
 def resumed_documents(kind, directory):
-    """Those of a run over eight steps, and of its resumption at the third."""
+    """Return the documents of a run over eight steps, and of a run that resumes at the third step."""
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "output_dir": directory}
     seen = documents_by_step(kind, 16, 2, **options)
     torch.distributed.barrier()

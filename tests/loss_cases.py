@@ -1,4 +1,4 @@
-"""What workers run for the tests of loss functions: some that ranks can share, and some that they cannot."""
+"""Functions that workers run for the tests of loss functions, some of which ranks can share and some not."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from tests.router_cases import ROUTER
 
 
 def own_shift(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
-    """A loss of whole rows, as loss functions were before shift_labels."""
+    """A loss of whole rows, in the style of loss functions without shift_labels."""
     return F.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="sum") / num_items_in_batch
 
 
@@ -34,7 +34,7 @@ def pairs_of_tokens(logits, labels, vocab_size, shift_labels=None, num_items_in_
 
 
 def focal(logits, labels, vocab_size, shift_labels=None, num_items_in_batch=None, **kwargs):
-    """Another sum over targets, which does not take labels at all where it is given shift_labels."""
+    """Another sum over targets, which ignores labels if it is given shift_labels."""
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
     losses = F.cross_entropy(logits[0].double(), targets[0], reduction="none", ignore_index=-100)
     return ((1 - (-losses).exp()) ** 2 * losses).sum() / num_items_in_batch
@@ -59,13 +59,16 @@ def _model(family, loss, attn_implementation="flashcp"):
 
 
 def first_step(family, loss, prompt=0.3):
-    """What a step with this loss function raises on this rank, or `None`; the model has it back in either case."""
+    """Return the error of a step with this loss function on this rank, or `None`.
+
+    The model must keep its loss function.
+    """
     model = _model(family, loss)
     attach(model, cp_mesh())
     features = make_documents([40, 3, 17], prompt=prompt)
     batch = FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "whole_doc"))(features)
     try:
-        # Without labels nothing can be said yet.
+        # A forward without labels cannot be checked.
         model(input_ids=batch["input_ids"], flashcp_plan=batch["flashcp_plan"])
         model(**batch)
         found = None
@@ -76,7 +79,7 @@ def first_step(family, loss, prompt=0.3):
 
 
 def gradient_error(family, loss):
-    """Against the documents alone, each with the same loss function."""
+    """Return the gradient error, compared with single documents and the same loss function."""
     features, size = make_documents([40, 3, 17], prompt=0.3), dist.get_world_size()
     reference, model = _model(family, loss, "sdpa"), _model(family, loss)
     count = target_count(features)
@@ -90,7 +93,7 @@ def gradient_error(family, loss):
 
 
 def _message_of_a_step(model, forward):
-    """What a step with this forward raises, or `None`."""
+    """Return the error of a step with this forward, or `None`."""
     model.forward = forward
     attach(model, cp_mesh())
     try:
@@ -100,7 +103,7 @@ def _message_of_a_step(model, forward):
 
 
 def losses_inside_the_forward(uses_shift_labels, extra):
-    """What a step raises when the model's forward computes its loss by itself, as fused kernels make it."""
+    """Return the error of a step whose forward computes the loss itself, as with fused kernels."""
     model = build_model("llama")
     forward = model.forward
 
@@ -116,7 +119,7 @@ def losses_inside_the_forward(uses_shift_labels, extra):
 
 
 def handed_on_by_nobody():
-    """A model that calls its loss function without shift_labels."""
+    """Return the error for a model that calls its loss function without shift_labels."""
     model = build_model("llama")
     forward = model.forward
 
@@ -129,7 +132,8 @@ def handed_on_by_nobody():
 
 
 def already_sharded():
-    """Loss of a batch that the caller has sharded, over that of the same batch sharded by the hooks."""
+    """Return the loss of a batch that the caller has sharded, divided by that of the same batch sharded by the
+    hooks."""
     model = build_model("qwen3_moe", **ROUTER)
     attach(model, cp_mesh())
     batch = FlashCPCollator(dist.get_world_size())(make_documents([40, 3, 17]))
@@ -137,7 +141,8 @@ def already_sharded():
 
 
 def loss_function_mentioned_alone():
-    """What two steps raise with a forward that names `loss_function`, but takes another loss, from labels."""
+    """Return the errors of two steps with a forward that mentions `loss_function` but computes another loss from
+    labels."""
     model = build_model("llama")
     forward = model.forward
 

@@ -1,4 +1,4 @@
-"""What workers run for the whole-model tests."""
+"""Functions that workers run for the tests of whole models."""
 
 from functools import partial
 
@@ -51,14 +51,17 @@ def family_errors_with(family, lengths, strategies, options):
 
 
 def family_errors(family, lengths, strategies, **options):
-    """The largest of `model_errors` over strategies: against transformers' eager attention, all of it in fp64."""
+    """Return the largest `model_errors` over strategies, compared with transformers' eager attention, all in fp64."""
     with float64_throughout():
         errors = model_errors(family, lengths, strategies, reference="eager", **options)
     return max(map(max, errors.values()))
 
 
 def checkpointed_errors(family, lengths, checkpointing):
-    """What a model computes in fp32 stays fp32: `float64_throughout` does not reach recomputation."""
+    """Return the largest error with checkpointing.
+
+    Parts in fp32 stay fp32, because `float64_throughout` does not cover recomputation.
+    """
     (errors,) = model_errors(family, lengths, ["whole_doc"], reference="eager", checkpointing=checkpointing).values()
     return max(errors)
 
@@ -145,7 +148,7 @@ def rank_without_targets():
 
 
 def loss_of_skipped_positions():
-    """Logged by the trainer, for one document of 30 tokens."""
+    """Return the loss that the trainer logs for one document of 30 tokens."""
     from tests.trainer_cases import training_arguments
 
     fresh_accelerate()
@@ -164,7 +167,7 @@ def loss_of_skipped_positions():
 
 
 def window_of_the_mask_alone(lengths, features=None):
-    """A model whose mask has a window of 5 tokens that its attention calls do not carry."""
+    """Run a model whose mask has a window of 5 tokens, which its attention calls do not pass on."""
     from transformers.masking_utils import create_causal_mask, sliding_window_overlay
     from transformers.models.llama import modeling_llama as module
 
@@ -178,7 +181,7 @@ def window_of_the_mask_alone(lengths, features=None):
 
 
 def without_exchange(family, lengths):
-    """Gradient error when every rank attends to its own tokens only."""
+    """Return the gradient error if every rank attends only to its own tokens."""
     from hf_flashcp.layout import RankLayout
 
     original = RankLayout.stages
@@ -197,8 +200,10 @@ def _total(loss):
 
 
 def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
-    """[gradient error, loss error] with FSDP2 over data- and context-parallel ranks, each layer its own unit, and the
-    gradient error of bf16 parameters on a single process."""
+    """Return [gradient error, loss error] with FSDP2 over all ranks, and the bf16 error of a single process.
+
+    FSDP2 shards over data- and context-parallel ranks, with one unit per layer.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -223,7 +228,7 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
 
     expected_loss, expected = from_one_rank(reference, torch.float64)
     _, single = from_one_rank(reference, torch.bfloat16, rank=1)
-    # Each data-parallel group takes its share of the documents; the loss is scaled as Trainer scales it.
+    # Each data-parallel group has its share of the documents; the loss is scaled as in Trainer.
     groups = world_size // plugin.cp_size
     mine = features[dist.get_rank() // plugin.cp_size :: groups]
     batch = on_device(FlashCPCollator(plugin.cp_size)(mine))

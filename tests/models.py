@@ -1,4 +1,4 @@
-"""Tiny random models and their per-document gradients, the reference of every test of a whole model."""
+"""Tiny random models and their per-document gradients, which are the reference in all tests of whole models."""
 
 import torch
 import torch.distributed as dist
@@ -49,15 +49,15 @@ _MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attent
 _ROPE = {"rope_theta": 10000.0}
 _FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 
-# Families whose attention is plain: full, without anything more.
+# Families with plain full attention.
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
 }
-# The families that we promise, with windows shorter than the documents of the tests, and RoPE on both sides of its
-# threshold.
+# The tested families. Sliding windows are shorter than the documents of the tests; some documents are shorter than
+# RoPE's threshold, and some longer.
 FAMILIES = {
     **CONFIGS,
     "cohere2": Cohere2Config(**SMALL, **_MIXED),
@@ -121,12 +121,12 @@ FAMILIES = {
     ),
 }
 
-# Recurrent, convolutional and attention layers in one model, for plans that keep documents whole.
+# Models with recurrent or convolutional layers beside attention, for plans that keep documents whole.
 HYBRIDS = {name: tiny_copy(default_config(name)) for name in ("granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next")}
 
 
 def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **overrides):
-    """The same weights on every rank, device and for every attention implementation."""
+    """Build a model with the same weights on every rank and device, and for every attention implementation."""
     torch.manual_seed(0)
     config = {**FAMILIES, **HYBRIDS}[family]
     config = type(config)(**{**config.to_dict(), **overrides})
@@ -135,13 +135,13 @@ def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **ov
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms, biases and sinks begin as ones and zeros
+            if parameter.dim() == 1:  # norms, biases and sinks are initialized to ones and zeros
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.to(DEVICE, dtype)
 
 
 def tokenizer():
-    """A token for each of the vocabulary's numbers."""
+    """Return a tokenizer with one token per number in the vocabulary."""
     vocabulary = {f"<{i}>": i for i in range(SMALL["vocab_size"])}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<0>"
@@ -149,7 +149,7 @@ def tokenizer():
 
 
 def make_documents(lengths, seed=0, prompt=0.0):
-    """Features with random tokens; the first `prompt` part of each document's labels is masked."""
+    """Return documents with random tokens; the first part of their labels, given by the share `prompt`, is masked."""
     generator = torch.Generator().manual_seed(seed)
     features = []
     for length in lengths:
@@ -160,7 +160,7 @@ def make_documents(lengths, seed=0, prompt=0.0):
 
 
 def with_skipped_positions(features):
-    """The same documents with positions that begin anywhere and skip (PoSE)."""
+    """Return the same documents with positions that start anywhere and skip numbers (PoSE)."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for feature in features:
@@ -175,17 +175,17 @@ def target_count(features):
 
 
 def exact_loss_sum(logits, shift_labels):
-    """Summed negative log likelihood in the logits' own dtype (transformers casts logits to fp32)."""
+    """Return the summed negative log likelihood in the dtype of the logits (transformers casts them to fp32)."""
     return F.cross_entropy(logits.flatten(0, -2), shift_labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def per_document_gradients(model, features, own_loss=False):
-    """Mean loss over all targets and its gradients, each document run alone, on one device."""
+    """Return the mean loss over all targets and its gradients, with each document run alone on one device."""
     model.zero_grad()
     total, count = 0.0, target_count(features)
     for feature in features:
         inputs = {"input_ids": torch.tensor([feature["input_ids"]], device=DEVICE), "use_cache": False}
-        if "position_ids" in feature:  # with a mask, or transformers would look for documents in the positions
+        if "position_ids" in feature:  # the mask keeps transformers from looking for documents in the positions
             inputs["position_ids"] = torch.tensor([feature["position_ids"]], device=DEVICE)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         labels = torch.tensor([feature["labels"]], device=DEVICE)
@@ -218,6 +218,6 @@ def gradients(model):
 
 
 def largest_error(ours, reference):
-    """Largest relative Frobenius norm over parameters, which must be the same ones."""
+    """Return the largest relative error (Frobenius norm) of a parameter. Both sides must have the same parameters."""
     assert ours.keys() == reference.keys()
     return gradient_error(ours, reference)

@@ -1,4 +1,4 @@
-"""What workers run for the tests of numbers that go wrong."""
+"""Functions that workers run for the tests of inf, NaN and other numerical edge cases."""
 
 import math
 
@@ -16,8 +16,10 @@ from tests.trainer_cases import KeepGradient, losses_by_step, training_arguments
 
 
 def differences_of_other_documents(todo, sick, kernel, options):
-    """For each (plan, which input, value): how many numbers of out, dq, dk, dv differ from those of the sound batch,
-    in all documents but the one that has `value` in every head of one token."""
+    """Count, for each (plan, input, value), the numbers of out, dq, dk, dv that differ from the original batch.
+
+    One token of a document has `value` in every head of the input; that document is not counted.
+    """
     return [_differences(*each, sick, make_kernel(kernel), options) for each in todo]
 
 
@@ -32,7 +34,7 @@ def _differences(plan, which, value, sick, kernel, options):
 
 
 def step_without_targets(cp_size, average):
-    """The logged loss of a step whose labels are all masked, and the largest gradient."""
+    """Return the logged loss and the largest gradient of a step whose labels are all masked."""
     fresh_accelerate()
     documents = [{"input_ids": [1, 2, 3, 4, 5], "labels": [-100] * 5}] * 8
     keep = KeepGradient()
@@ -55,8 +57,11 @@ def step_without_targets(cp_size, average):
 
 
 class PiecesThatSeeNothing(EagerKernel):
-    """Keys in pieces of five, of which a causal row sees none of the last or, with a window, of the first: such rows
-    have the logsumexp `empty`."""
+    """A kernel that processes keys in pieces of five.
+
+    Causal rows attend to no key of the last piece or, with a window, of the first. Such rows have the logsumexp
+    `empty`.
+    """
 
     def __init__(self, empty, last_first):
         self.empty, self.last_first, self.found = empty, last_first, 0
@@ -77,8 +82,10 @@ class PiecesThatSeeNothing(EagerKernel):
 
 
 def errors_with_pieces_that_see_nothing(plan, dtype, options):
-    """For each sign and order: whether there were empty rows, and the errors of out, dq, dk, dv; and last those of the
-    kernel in one piece."""
+    """Return, for each sign and order, whether there were empty rows, and the errors of out, dq, dk, dv.
+
+    The last entry has the errors of the kernel in one piece.
+    """
     inputs = cases.make_inputs(plan.lengths, 4, 2, 8, 12, getattr(torch, dtype), 0)
     expected = cases.reference_attention(list(plan.lengths), *(tensor.double() for tensor in inputs), **options)
     results = []

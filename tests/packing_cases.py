@@ -1,4 +1,4 @@
-"""Documents, and what workers run for the tests of packed datasets."""
+"""Documents and functions that workers run for the tests of packed datasets."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from tests.trainer_cases import saving_arguments, training_arguments
 
 
 def documents(lengths, weights=False, completion_mask=False, vocabulary=None):
-    """Rows whose tokens are numbered through the dataset."""
+    """Return rows whose tokens are numbered consecutively through the dataset."""
     rows, first = [], 0
     for length in lengths:
         ids = list(range(first, first + length))
@@ -34,7 +34,7 @@ class iterable(torch.utils.data.IterableDataset):
 
 
 def numbered(rows, read):
-    """The rows, each of which is added to `read` when it is."""
+    """Yield the rows, and append each one to `read` when it is read."""
     for row in rows:
         read.append(row)
         yield row
@@ -68,7 +68,7 @@ def _trainer(dataset, cp_size, arguments=training_arguments, **options):
 
 
 def trained_rows(lengths, window, stream):
-    """What a rank trains on in two epochs (of a stream: three steps), the last log, and what it refuses."""
+    """Return the rows that a rank trains on in two epochs (three steps of a stream), the last log, and the errors."""
     length = {"max_steps": 3} if stream else {"num_train_epochs": 2}
     trainer = _trainer(packed(lengths, window, stream), 2, gradient_accumulation_steps=2, **length)
     trainer.train()
@@ -83,7 +83,7 @@ def trained_rows(lengths, window, stream):
 
 
 def resumed_rows(lengths, window, stream, directory):
-    """What a run of six steps trains on, and what one does that goes on after its second."""
+    """Return the rows of a run of six steps, and of a run that resumes after its second step."""
 
     def train(resume):
         trainer = _trainer(

@@ -1,4 +1,4 @@
-"""Documents lengths that tests share: cases collected from other context-parallel projects, and drawn ones."""
+"""Document lengths for several tests: cases from other context-parallel projects, and random ones."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ def from_cu_seqlens(bounds):
     return [stop - start for start, stop in zip(bounds, bounds[1:])]
 
 
-# Packs that other projects test with or have got wrong, in tokens.
+# Packs from the tests and bug reports of other projects, in tokens.
 KNOWN_PACKS = {
     "ring_flash_attention": from_cu_seqlens([0, 120, 1248, 4232]),
     "ring_flash_attention_128": from_cu_seqlens([0, 128, 1248, 4240]),
@@ -43,7 +43,7 @@ KNOWN_PACKS = {
 
 @st.composite
 def packs(draw, cp_size=None, max_documents=6, max_length=40):
-    """`(lengths, cp_size)` with at least one token a rank."""
+    """Draw `(lengths, cp_size)` with at least one token per rank."""
     cp_size = cp_size or draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, max_length), min_size=1, max_size=max_documents))
     if sum(lengths) < cp_size:
@@ -53,7 +53,7 @@ def packs(draw, cp_size=None, max_documents=6, max_length=40):
 
 @st.composite
 def arbitrary_plans(draw, cp_size=None):
-    """Any valid plan: documents cut anywhere, several odd slices of a document on one rank."""
+    """Draw any valid plan, with documents split anywhere, and several slices of a document on one rank."""
     lengths, cp_size = draw(packs(cp_size))
     pieces = []
     for document, length in enumerate(lengths):
@@ -64,7 +64,7 @@ def arbitrary_plans(draw, cp_size=None):
     for piece, owner in zip(pieces, owners):
         slices[owner].append(piece)
     for rank in range(cp_size):
-        if not slices[rank]:  # give an empty rank the first token of the longest piece elsewhere
+        if not slices[rank]:  # give an empty rank the first token of the longest slice on another rank
             donor, piece = max(
                 ((other, piece) for other in range(cp_size) for piece in slices[other]),
                 key=lambda entry: (len(slices[entry[0]]) > 1, entry[1][2] - entry[1][1]),
@@ -78,7 +78,7 @@ def arbitrary_plans(draw, cp_size=None):
 
 
 def owners(plan):
-    """Of each document the rank of every token, (length,)."""
+    """Return for each document the rank of every token, (length,)."""
     found = [np.full(length, -1) for length in plan.lengths]
     for rank, held in enumerate(plan.slices):
         for document, start, stop in held:

@@ -1,14 +1,16 @@
-"""The best plans there are for small batches, by integer programming (HiGHS through scipy): what strategies and the
-lower bound are tested against. Shares no planning code with the library.
+"""Optimal plans of small batches by integer programming (HiGHS through scipy).
 
-Variables, for block b of document i (`block` tokens; of a longer document a few hundred are a lot) and rank r:
+Strategies and the lower bound are tested against them. No planning code is shared with the library.
 
-- x_ibr, binary: r holds the block,
-- u_ibr, continuous: r needs or holds it, u_ibr >= x_ibr and u_ibr >= u_i,b+1,r,
-- s_ibr, continuous, only where sending counts: ranks that r sends it to,
+A document i is divided into blocks b of `block` tokens, of which a few hundred are already many. The variables are,
+for each block and each rank r:
+
+- x_ibr, binary: r holds the block;
+- u_ibr, continuous: r needs or holds the block, u_ibr >= x_ibr and u_ibr >= u_i,b+1,r;
+- s_ibr, continuous, only if sent KV is part of the objective: the number of ranks to which r sends the block,
   s_ibr >= sum over the others of u - (N - 1) (1 - x).
 
-A rank receives sum t (u - x) tokens and sends sum t s, t being a block's tokens.
+With t tokens in a block, a rank receives sum t (u - x) tokens and sends sum t s.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ from hf_flashcp.planning import ShardPlan
 
 
 OBJECTIVES = ("total", "received", "sent", "bottleneck")
-"""Least total KV, least largest receive of a rank, least largest send, least largest max(received, sent)."""
+"""What to minimize: total KV, or the largest received, sent, or max(received, sent) of any rank."""
 
 
 @dataclass
 class Optimum:
-    """Attributes:
-    value (`int`): tokens of KV, counted from the plan.
-    plan (`ShardPlan`): validated, within the caps.
-    proven (`bool`): whether the solver proved that no plan cut at multiples of `block` is below.
-    least (`float`): what the solver proved of every such plan; the value, if `proven`.
+    """The best plan that the solver found.
+
+    Attributes:
+        value (`int`): tokens of KV, counted from the plan.
+        plan (`ShardPlan`): a valid plan within the caps.
+        proven (`bool`): the solver proved that no plan with cuts at multiples of `block` has a lower value.
+        least (`float`): proven lower bound for all such plans; equals `value` if `proven`.
     """
 
     value: int
@@ -52,16 +56,17 @@ def best_plan(
     max_token_imbalance: float = 1.0,
     seconds: float = 60.0,
 ) -> Optimum | None:
-    """The least `objective` of all plans whose cuts are multiples of `block` tokens.
+    """Find the plan with the least `objective` among all plans whose cuts are multiples of `block` tokens.
 
     Args:
-        lengths: tokens of each document, multiples of `block`.
-        max_imbalance: the most attention pairs of a rank, as a multiple of the mean.
-        max_token_imbalance: the most tokens of a rank, likewise; where that leaves no room, equal within one block.
-        seconds: time limit of the solver; its best plan so far is returned after that.
+        lengths: tokens in each document, multiples of `block`.
+        max_imbalance: cap on the attention pairs of a rank, as a multiple of the mean.
+        max_token_imbalance: cap on the tokens of a rank, as a multiple of the mean. If no plan meets it, tokens must
+            be equal within one block.
+        seconds: time limit of the solver, after which its best plan so far is returned.
 
     Returns:
-        `Optimum`, or `None` if no plan was found (none exists, or the time was too short).
+        `Optimum`, or `None` if no plan was found, because there is none or because the time was too short.
     """
     if objective not in OBJECTIVES or any(length % block for length in lengths):
         raise ValueError(f"objective {objective!r}, lengths {lengths}, block {block}")
@@ -82,7 +87,7 @@ def best_plan(
 
 
 def objective_of(plan: ShardPlan, objective: str) -> int:
-    """What `best_plan` minimises, of any plan."""
+    """Return the value of the objective that `best_plan` minimizes, for any plan."""
     report = plan.report()
     return {
         "total": report["kv_total"],
@@ -107,7 +112,7 @@ class _Model:
         self.upper = [1.0] * (2 * count)
         self.integrality = [1] * count + [0] * count
         self.rows: list[tuple[dict[int, float], float, float]] = []
-        # Ranks are alike: the k-th block of an order in which the longest document's end comes first is on rank <= k.
+        # Ranks are interchangeable. So, counted from the end of the longest document, block k is on rank <= k.
         order = sorted(range(len(self.blocks)), key=lambda number: (-lengths[self.blocks[number][0]], -number))
         for place, number in enumerate(order[:cp_size]):
             for rank in range(place + 1, cp_size):
@@ -131,7 +136,7 @@ class _Model:
                     self.at_least({self.u[number, rank]: 1.0, self.u[following, rank]: -1.0}, 0)
 
     def caps(self, max_imbalance: float, max_token_imbalance: float) -> None:
-        """In units of blocks and of the mean's pairs, so that the solver's tolerances do not matter."""
+        """Add the caps, in units of blocks and of the mean pairs, so that the solver's tolerances do not matter."""
         count, cp_size = len(self.blocks), self.cp_size
         most = min(math.floor(max_token_imbalance * count / cp_size + 1e-9), count)
         least = 1
@@ -147,7 +152,7 @@ class _Model:
                 self.at_least(held, 0, max_imbalance)
 
     def objective(self, name: str) -> np.ndarray:
-        """Costs of all columns, in blocks."""
+        """Return the costs of all columns, in blocks."""
         if name == "total":
             largest = None
         else:

@@ -1,6 +1,6 @@
-"""What docs/versioning.md promises, as text: `python -m tests.public_api` writes it to tests/public_api.txt.
+"""Writes the API that docs/versioning.md covers to tests/public_api.txt: `python -m tests.public_api`.
 
-Names and signatures are read from the source, so that they are the same with every version of Python and transformers.
+Names and signatures are read from the source, so they do not depend on the versions of Python and transformers.
 """
 
 import argparse
@@ -17,12 +17,12 @@ SNAPSHOT = Path(__file__).with_suffix(".txt")
 
 
 def names():
-    """Import paths of what is in the Python reference, in its order."""
+    """Return the import paths of everything in the Python reference, in its order."""
     return re.findall("^::: (.*)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def described(name, each):
-    """One line for a function, attribute or constant, and one more for each public member of a class or module."""
+    """Return one line for a function, attribute or constant, and one more per public member of a class or module."""
     if each.is_function:
         return [each.signature(name=name)]
     if each.is_attribute:
@@ -37,7 +37,8 @@ def described(name, each):
 
 
 def options(command, parser):
-    """One line for a command and one for each of its options; of a group of commands, those of all but bench."""
+    """Return one line for a command and one per option; for a group of commands, those of all commands except
+    bench."""
     lines = [f"{command}:"]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""What workers run for the tests of saving and resuming."""
+"""Functions that workers run for the tests of saving and resuming."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,10 @@ LENGTHS = [40, 25, 18, 31, 22, 12, 9, 33, 27, 16, 21, 38]
 
 
 def train(directory, cp_size, resume=False, steps=6):
-    """Losses by step and the trained parameters; saves every two steps. Documents are shuffled, by the seed; a step
-    has two of them, whatever cp_size."""
+    """Train, save every two steps, and return losses by step and the trained parameters.
+
+    Documents are shuffled with the seed. A step has two documents, for any cp_size.
+    """
     fresh_accelerate()
     trainer = FlashCPTrainer(
         model=build_model("llama"),
@@ -36,7 +38,8 @@ def train(directory, cp_size, resume=False, steps=6):
 
 
 def resumed_and_not(directory, cp_size, other_cp_size):
-    """A run of six steps, and what a resumption at its second step gives: with the same cp_size and another one."""
+    """Return a run of six steps, and runs that resume at its second step with the same cp_size and with another
+    one."""
     losses, parameters = train(directory, cp_size)
     dist.barrier()
     again_losses, again = train(directory, cp_size, resume=True)
@@ -54,7 +57,7 @@ def resumed_and_not(directory, cp_size, other_cp_size):
 
 
 def traces(directory):
-    """Whether the saved model mentions us, and how far plain transformers' logits are from the trained model's."""
+    """Return whether the saved model mentions us, and the difference of its logits under plain transformers."""
     _, parameters = train(directory, dist.get_world_size(), steps=2)
     checkpoint = Path(directory) / "checkpoint-2"
     config = json.loads((checkpoint / "config.json").read_text())

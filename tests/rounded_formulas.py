@@ -1,4 +1,4 @@
-"""Attention with the roundings that a fused kernel cannot avoid: what the errors of such kernels are measured by."""
+"""Attention with the rounding that no fused kernel can avoid, as a yardstick for the errors of kernels."""
 
 import torch
 
@@ -6,14 +6,14 @@ from tests.kernel_cases import SCALE
 
 
 def rounded_formulas(inputs, rectangles, causal, window=None, whole=None):
-    """out, logsumexp, dq, dk, dv in the inputs' dtype, by formulas in fp32.
+    """Return out, logsumexp, dq, dk, dv in the inputs' dtype, from formulas in fp32.
 
-    Tensor cores multiply numbers of 16 bits and sum in fp32. So what enters a second product is rounded first, the
-    softmax's shares and the gradients of the scores, and so are the results: out, dq, dk and dv of each rectangle, the
-    last two in every query head before grouped heads are summed. Scores, their softmax and the logsumexp are not.
+    Tensor cores multiply 16-bit numbers and accumulate in fp32. So the inputs of a second product are rounded first:
+    the probabilities and the gradients of the scores. The results are rounded as well: out, dq, dk and dv of each
+    rectangle, dk and dv in every query head before grouped heads are summed. Scores, softmax and logsumexp are not.
 
     Args:
-        whole: the merged out and logsumexp that backward starts from; defaults to those of the rectangles.
+        whole: the merged out and logsumexp from which backward starts; defaults to those of the rectangles.
     """
     query, key, value, grad_out = inputs
 

@@ -1,4 +1,7 @@
-"""What workers run for the tests of router losses: ranks, against one process with transformers' own function."""
+"""Functions that workers run for the tests of router losses.
+
+Ranks are compared with one process and transformers' function.
+"""
 
 import contextlib
 import sys
@@ -31,7 +34,7 @@ def stock_function(model):
 
 
 def reference_loss(model, batches, targets=None):
-    """The sum over targets of all batches by their number, and the router loss of each batch as one packed row."""
+    """Return the mean loss over the targets of all batches, and the router loss of each batch as one packed row."""
     count = targets or sum(target_count(features) for features in batches)
     total, router_losses = 0.0, []
     for features in batches:
@@ -47,7 +50,7 @@ def reference_loss(model, batches, targets=None):
 
 
 def router_errors(family, lengths, strategy, losses_add_up, shared=True):
-    """[gradient, loss, aux_loss] error of a packed batch: ranks' losses averaged, or added up."""
+    """Return the [gradient, loss, aux_loss] errors of a packed batch, with ranks' losses averaged or added up."""
     with float64_throughout(), contextlib.nullcontext() if shared else _own_tokens_alone():
         size, features = dist.get_world_size(), make_documents(lengths, prompt=0.3)
         reference, model = build_model(family, "eager", **ROUTER), build_model(family, **ROUTER)
@@ -73,7 +76,7 @@ def router_errors(family, lengths, strategy, losses_add_up, shared=True):
 
 @contextlib.contextmanager
 def _own_tokens_alone():
-    """As if nothing were added up over ranks."""
+    """Compute the router loss from a rank's own tokens, without a sum over ranks."""
     original = router_loss.add_over_ranks
     router_loss.add_over_ranks = lambda numbers, group, what: numbers
     try:
@@ -83,7 +86,7 @@ def _own_tokens_alone():
 
 
 def unknown_term():
-    """The message when a model's router loss is not shared."""
+    """Return the error for a model whose router loss is not computed over all ranks."""
     model = build_model("mixtral", **ROUTER)
     attach(model, cp_mesh())
     module = sys.modules[type(model).__module__]
@@ -98,8 +101,11 @@ def unknown_term():
 
 
 def trainer_router_errors(lengths, cp_size, per_batch, callback=False, global_router_loss=False, **arguments):
-    """[gradient, logged loss] error of a Trainer step against what stock Trainer makes of the same batches: it adds up
-    the router losses of a step's batches, or averages those of groups if it averages over devices."""
+    """Return the [gradient, logged loss] errors of a Trainer step, compared with the stock Trainer on these batches.
+
+    The stock Trainer adds up the router losses of a step's batches, or averages over groups if it averages over
+    devices.
+    """
     fresh_accelerate()
     steps, groups = arguments.get("gradient_accumulation_steps", 1), dist.get_world_size() // cp_size
     features = make_documents(lengths, prompt=0.3)[: per_batch * groups * steps]
@@ -128,7 +134,7 @@ def trainer_router_errors(lengths, cp_size, per_batch, callback=False, global_ro
         if arguments.get("average_tokens_across_devices", True):
             main, aux = reference_loss(reference, batches)
             expected = main + COEFFICIENT * sum(aux)
-        else:  # each group takes the mean over its own targets
+        else:  # each group uses the mean over its own targets
             expected = 0.0
             for group in range(groups):
                 main, aux = reference_loss(reference, batches[group::groups])
@@ -144,7 +150,7 @@ class _StockInOrder(Trainer):
 
 
 def evaluation_error(lengths, cp_size, per_batch):
-    """Relative error of eval_loss, which weighs each batch's router loss by its number of targets."""
+    """Return the relative error of eval_loss, which weights each batch's router loss by its number of targets."""
     fresh_accelerate()
     with float64_throughout():
         features = make_documents(lengths, prompt=0.3)
@@ -169,7 +175,7 @@ def trainer_router_errors_with(lengths, cp_size, options):
 
 
 def other_formula():
-    """The message when a model's own function takes the largest probability instead of the mean."""
+    """Return the error for a model whose own function uses the largest probability instead of the mean."""
     model = build_model("mixtral", **ROUTER)
     module = sys.modules[type(model).__module__]
     own = getattr(module, router_loss.FUNCTION)
@@ -184,7 +190,7 @@ def other_formula():
 
 
 def z_loss_errors(lengths, losses_add_up):
-    """[gradient, loss] error of Bamba, whose loss has coefficient * mean(logsumexp(logits)^2) in it."""
+    """Return the [gradient, loss] errors of Bamba, whose loss has a term coefficient * mean(logsumexp(logits)^2)."""
     with float64_throughout():
         size, features = dist.get_world_size(), make_documents(lengths, prompt=0.3)
         config = tiny_copy(default_config("bamba"))
@@ -211,7 +217,7 @@ def z_loss_errors(lengths, losses_add_up):
 
 
 def checked_gradient_error(lengths):
-    """Error of `per_document_gradients`, which recipes compare a step with, for two batches."""
+    """Return the error of `per_document_gradients`, the reference of the recipes, for two batches."""
     with float64_throughout():
         features = make_documents(lengths, prompt=0.3)
         features[1]["labels"] = [-100] * lengths[1]

@@ -1,4 +1,5 @@
-"""A second opinion on step times: tiles and tokens counted one by one, sharing no code with the planner."""
+"""Independent prediction of step times, which counts tiles and tokens one by one and shares no code with the
+planner."""
 
 import dataclasses
 
@@ -6,7 +7,8 @@ import numpy as np
 
 
 def step_times(plan, model):
-    """(cp_size,) seconds by rank, attention alone and the whole step: what `CostModel.step_time` should predict."""
+    """Return the seconds that `CostModel.step_time` should predict, by rank, for attention alone and for the whole
+    step."""
     owner = [np.full(length, -1) for length in plan.lengths]
     for rank, slices in enumerate(plan.slices):
         for document, start, stop in slices:
@@ -99,7 +101,7 @@ def call_seconds(rectangles, layers, model, causal, backward):
 
 
 def wire_seconds(first, second, rank, layers, model, backward):
-    """What others give this rank and get from it, node by node; then what is handed on inside the node."""
+    """Return the seconds of the transfers between nodes, and then those of forwarding within the node."""
     profile = model.hardware
     node = np.arange(len(first)) // profile.ranks_per_node
     width = layers.kv_heads * (layers.key_dim + layers.value_dim)
@@ -115,7 +117,8 @@ def wire_seconds(first, second, rank, layers, model, backward):
 
 
 def traffic_of(owner, window, group, ranks_per_node):
-    """Tokens that go from rank to rank in either step; without ranks_per_node there is one."""
+    """Return the tokens sent from rank to rank in each of two steps; without ranks_per_node, there is only one
+    step."""
     cp_size = max(int(ranks.max()) for ranks in owner) + 1
     first, second = np.zeros((2, cp_size, cp_size))
     for ranks in owner:
@@ -138,7 +141,7 @@ def traffic_of(owner, window, group, ranks_per_node):
 
 
 def seen_by(ranks, viewer, window):
-    """Which tokens the tokens of `viewer` attend to."""
+    """Return the tokens to which the tokens of `viewer` attend."""
     seen = np.zeros(len(ranks) + 1, dtype=int)
     for token in np.flatnonzero(ranks == viewer):
         seen[0 if window is None else max(0, token - window + 1)] += 1

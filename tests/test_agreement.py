@@ -1,4 +1,4 @@
-"""Ranks that differ: the same error on all of them, naming ranks and difference, well before any timeout."""
+"""Ranks that differ raise the same error, which names the ranks and the difference, well before any timeout."""
 
 import threading
 
@@ -8,7 +8,7 @@ from hf_flashcp.distributed.liveness import within
 from tests import agreement_cases
 
 
-SECONDS = 30  # the promise: nobody waits longer for the error
+SECONDS = 30  # no rank waits longer for the error
 
 
 def check(results, kind, *fragments):
@@ -26,7 +26,7 @@ def test_different_batches(pool):
 
 def test_different_strategies(pool):
     results = pool.run(2, agreement_cases.different_strategies)
-    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use one strategy")
+    check(results, "BatchError", "Ranks disagree on the batch", "plan is ", "use the same strategy")
     assert all("documents is" not in message for _, message, _ in results)
 
 
@@ -50,13 +50,15 @@ def test_different_cp_sizes(pool):
     check(results, "ConfigurationError", "cp_size is 2 on ranks 0, 1 and 4 on ranks 2, 3")
 
 
-def test_a_rank_that_does_not_come_is_named(pool):
+def test_a_missing_rank_is_named(pool):
     first, _, third = pool.run(3, agreement_cases.a_rank_that_does_not_come)
     check([first, third], "ConfigurationError", "for ranks [1] to compare a test", "Missing: rank 1", "Do this.")
-    assert not any("; rank" in message for _, message, _ in (first, third))  # those who ask wait themselves
+    assert not any(
+        "; rank" in message for _, message, _ in (first, third)
+    )  # ranks that wait for the missing one wait themselves
 
 
-def test_agreement_leaves_no_trail_in_the_store(pool):
+def test_agreement_leaves_no_keys_in_the_store(pool):
     pool.run(4, agreement_cases.agree_many_times, 200)
     before = pool._store.num_keys()
     pool.run(4, agreement_cases.agree_many_times, 200)
@@ -65,7 +67,7 @@ def test_agreement_leaves_no_trail_in_the_store(pool):
 
 def test_debug_mode_checks_every_exchange(pool):
     results = pool.run(2, agreement_cases.exchange_that_does_not_fit)
-    check(results, "ConfigurationError", "An exchange of KV does not fit", "which expects")
+    check(results, "ConfigurationError", "An exchange of KV differs between ranks", "which expects")
     assert pool.run(2, agreement_cases.exchange_that_fits)[0][0] is None
 
 
@@ -86,7 +88,7 @@ def test_calls_to_the_store_share_a_thread_until_one_does_not_return():
     assert late[0].ident == first and not late[0].is_alive()
 
 
-def test_a_store_that_is_gone_answers_nothing():
+def test_a_lost_store_gives_no_answer():
     def gone():
         raise RuntimeError("Broken pipe")
 

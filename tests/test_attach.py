@@ -1,4 +1,4 @@
-"""What attaching changes about a model on one rank, and what it leaves alone."""
+"""What does attaching change about a model on one rank, and what does it leave alone?"""
 
 import copy
 import gc
@@ -81,8 +81,8 @@ def test_generate_on_an_attached_model(training):
 
 
 @pytest.mark.parametrize("name", [*CACHES, "states_under_another_name"])
-def test_a_cache_is_known_under_every_name(name):
-    """By its type, too, should it be renamed again."""
+def test_caches_are_recognized_under_every_name(name):
+    """Caches are also recognized by their type, in case the argument is renamed again."""
     batch = {"input_ids": torch.tensor([[1]]), name: DynamicCache()}
     assert has_cache(batch) and not has_cache({**batch, name: None})
     model = build_model("llama").train()
@@ -91,14 +91,14 @@ def test_a_cache_is_known_under_every_name(name):
 
 
 def test_generate_on_attached_ranks(pool):
-    """Each generates by itself, in training mode too; a forward with labels and a cache is refused."""
+    """Each rank generates on its own, also in training mode; a forward with labels and a cache is refused."""
     for tokens, expected, message in pool.run(2, attach_cases.generate_in_training_mode):
         assert tokens == expected
         assert "has labels and a key-value cache" in message
 
 
 def test_a_model_is_saved_as_a_whole(tmp_path, pool):
-    """It comes back attached for one process, and may be attached again."""
+    """A saved model loads with flashcp attention for one process, and can be attached again."""
     for path in pool.run(2, attach_cases.save_whole_models, str(tmp_path)):
         for family in attach_cases.SAVED:
             model = torch.load(f"{path}/{family}.pt", weights_only=False)
@@ -142,6 +142,6 @@ def test_models_with_other_heads_are_refused(head):
 
 def test_quantized_weights_are_refused():
     model = build_model("llama")
-    model.is_quantized = True  # as transformers' quantizers set it
+    model.is_quantized = True  # as set by transformers' quantizers
     with pytest.raises(UnsupportedModelError, match="has quantized weights"):
         attach(model, None)

@@ -1,4 +1,4 @@
-"""One attention layer under every kind of plan, against each document alone on one device in fp64."""
+"""One attention layer under every kind of plan, compared with each document alone on one device in fp64."""
 
 import pytest
 import torch
@@ -149,7 +149,8 @@ def exact_kernels(options):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_variants_are_exact(pool, cp_size, variant):
-    """Windows shorter and longer than slices and documents, softcap, sinks, and what models combine."""
+    """Sliding windows shorter and longer than slices and documents, softcap, sinks, and combinations found in
+    models."""
     options = VARIANTS[variant]
     todo = [
         cases.Case(
@@ -190,7 +191,7 @@ def test_windows_longer_than_a_block_of_queries_are_exact(pool, kernel):
 
 @pytest.mark.parametrize("window", [4, 6])
 def test_a_window_one_too_long_or_too_short_fails(pool, window):
-    """The comparison notices a window that is off by one: 5 is what the reference has."""
+    """The comparison notices a window that is off by one; the reference has 5."""
     plan = plan_documents([40, 17], 2, strategy="per_doc")
     for errors in pool.run(2, cases.error_of_another_window, plan, 5, window):
         assert min(errors) > 1e-3
@@ -231,7 +232,7 @@ NAMED_TRAFFIC = [
 
 
 @pytest.mark.parametrize("plan, received, sent", NAMED_TRAFFIC)
-def test_tokens_on_the_wire_are_those_of_the_report(pool, plan, received, sent):
+def test_the_report_counts_the_sent_tokens(pool, plan, received, sent):
     report = plan.report()
     assert report["kv_received"] == received
     assert report["kv_sent"] == sent
@@ -250,7 +251,7 @@ def test_tokens_on_the_wire_are_those_of_the_report(pool, plan, received, sent):
 @pytest.mark.parametrize(
     "plan", [ODD_PLAN, plan_documents([24, 24, 3], 3, strategy="per_doc")], ids=["odd", "per_doc"]
 )
-def test_only_the_missing_part_of_windows_travels(pool, plan, window):
+def test_only_the_missing_part_of_windows_is_sent(pool, plan, window):
     report = plan.report(window=window)
     assert report["kv_received"] == tokens_seen_but_not_held(plan, window)
     results = pool.run(plan.cp_size, cases.counted_traffic, plan, (4, 2, 8, 12), None, {"window": window})
@@ -265,7 +266,7 @@ def test_only_the_missing_part_of_windows_travels(pool, plan, window):
 
 
 def tokens_seen_but_not_held(plan, window):
-    """Counted one token at a time."""
+    """Count them one token at a time."""
     counts = []
     for slices in plan.slices:
         held = {(document, token) for document, start, stop in slices for token in range(start, stop)}
@@ -275,7 +276,7 @@ def tokens_seen_but_not_held(plan, window):
 
 
 def test_layers_of_different_heads_share_a_plan(pool):
-    """Heads, head dimensions and windows that change from layer to layer: one batch, one plan, two layouts."""
+    """Heads, head dimensions and windows differ between layers: one batch, one plan, two layouts."""
     for errors in pool.run(3, cases.errors_of_different_layers, plan_documents([40, 17, 8], 3, strategy="per_doc")):
         assert max(errors) < FP64
 
@@ -288,8 +289,8 @@ def test_stages_carry_each_token_once(pool):
         assert sum(call["sent"] for call in calls[3:]) == report["grad_sent"][rank]
 
 
-def test_stages_that_nobody_needs_do_not_exist(pool):
-    # Everything travels from rank 0 to rank 1: of the three ring offsets only the first is needed.
+def test_stages_without_transfers_do_not_exist(pool):
+    # All KV goes from rank 0 to rank 1, so only the first of the three ring offsets is needed.
     plan = ShardPlan([8, 4, 4], 4, [[(0, 0, 4)], [(0, 4, 8)], [(1, 0, 4)], [(2, 0, 4)]])
     for calls in pool.run(4, cases.counted_traffic, plan, (4, 2, 8, 8), [[1], [2], [3]]):
         assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""Collator and shard_inputs: what goes in, what each rank gets, and what is refused."""
+"""Collator and shard_inputs: their inputs, the batch of each rank, and refused batches."""
 
 import pickle
 
@@ -19,7 +19,7 @@ from tests.packs import arbitrary_plans
 DOCUMENTS = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}]
 
 
-def test_the_batch_is_the_flattening_collators_with_targets_and_a_plan():
+def test_the_batch_equals_the_flattening_collators_plus_targets_and_a_plan():
     options = dict(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = FlashCPCollator(2, **options)(DOCUMENTS)
     for key, expected in DataCollatorWithFlattening(**options)(DOCUMENTS).items():
@@ -54,8 +54,8 @@ def test_position_ids_of_a_packed_row_say_where_documents_begin():
 
 
 @given(st.data())
-def test_positions_arrive_unchanged_where_lengths_are_given(data):
-    """By seq_lengths, cu_seq_lens_q or a plan: positions may begin anywhere, skip, repeat or fall."""
+def test_positions_are_unchanged_if_lengths_are_given(data):
+    """With seq_lengths, cu_seq_lens_q or a plan, positions may start anywhere, skip, repeat or decrease."""
     rows, expected, all_lengths = [], [], []
     for lengths in data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3)):
         row = {"input_ids": [*range(sum(lengths))], "seq_lengths": lengths}
@@ -77,7 +77,7 @@ def test_positions_arrive_unchanged_where_lengths_are_given(data):
 
 
 def test_masks_leave_targets():
-    """A completion mask on the first document, assistant masks on the second, labels and both on the third."""
+    """The first document has a completion mask, the second assistant masks, the third labels and both masks."""
     features = [
         {"input_ids": [1, 2, 3, 4], "completion_mask": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 1]},
         {"input_ids": [5, 6, 7], "assistant_masks": torch.tensor([0, 1, 0])},
@@ -118,7 +118,7 @@ def test_padding_is_a_document_without_targets(options):
     assert full["flashcp_plan"].lengths == (4, 2, 3)
 
 
-def test_values_of_tokens_are_sharded_along():
+def test_per_token_values_are_sharded_too():
     features = [
         {"input_ids": [1, 2, 3, 4, 5, 6], "seq_lengths": [4, 2], "token_type": [10, 20, 30, 40, 50, 60]},
         {"input_ids": [7, 8, 9], "token_type": np.array([70, 80, 90])},
@@ -128,7 +128,7 @@ def test_values_of_tokens_are_sharded_along():
         assert torch.equal(part["token_type"], 10 * part["input_ids"])
 
 
-def test_masks_are_columns_like_others_where_they_are_asked_for():
+def test_masks_are_kept_as_columns_on_request():
     features = [
         {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]},
         {"input_ids": [4, 5], "completion_mask": [0, 1]},
@@ -138,7 +138,7 @@ def test_masks_are_columns_like_others_where_they_are_asked_for():
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
 
 
-def test_whole_numbers_may_be_floats():
+def test_integral_floats_are_accepted():
     features = [{"input_ids": np.array([1.0, 2.0, 3.0]), "attention_mask": torch.ones(3)}]
     batch = FlashCPCollator(2)(features)
     assert batch["input_ids"].tolist() == [[1, 2, 3]] and batch["input_ids"].dtype == torch.int64
@@ -161,11 +161,11 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": [1]}, {"input_ids": []}], BatchError, "Feature 1 has no tokens"),
         ([{"text": "a"}], BatchError, "Feature 0 has no tokens"),
         ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], BatchError, "Feature 0 has 3 input_ids but 2 labels"),
-        ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, for 3 tokens"),
-        ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "none of them zero"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}], BatchError, "add up to 2, and 3 tokens"),
+        ([{"input_ids": [1, 2, 3], "seq_lengths": [3, 0]}], BatchError, "each at least 1"),
         ([{"input_ids": [1]}], PlanError, "1 tokens for cp_size 2"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], BatchError, "masks 1 of 2 tokens"),
-        ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give their lengths as seq_lengths"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], BatchError, "give the documents' lengths as seq_lengths"),
         ([{"input_ids": [1, 2], "completion_mask": [1]}], BatchError, "2 input_ids but 1 completion_mask"),
         (
             [{"input_ids": [1, 2.5]}],
@@ -182,7 +182,7 @@ def test_the_collator_is_stateless_and_survives_a_spawned_worker():
         ([{"input_ids": torch.ones(2, device="meta")}], BatchError, "of type Tensor"),
         ([[1, 2]], BatchError, "Feature 0 is of type list, not a mapping of columns"),
         ({"input_ids": [[1, 2]]}, BatchError, "Feature 0 is of type str"),
-        ([{2: 3, "a": 4}], BatchError, "only 2, a"),
+        ([{2: 3, "a": 4}], BatchError, "its columns are 2, a"),
     ],
 )
 def test_bad_documents_are_named(features, error, message):
@@ -215,7 +215,7 @@ def test_bad_collator_arguments(arguments, message):
 
 
 class FakeGroup:
-    """A process group as far as cutting a batch needs one."""
+    """The part of a process group that sharding a batch needs."""
 
     def __init__(self, rank, size):
         self.rank, self.size = lambda: rank, lambda: size
@@ -265,7 +265,7 @@ def test_sharding_twice_changes_nothing():
     assert isinstance(once["flashcp_plan"], RankPlan)
 
 
-def test_the_given_batch_is_left_alone():
+def test_the_given_batch_is_not_modified():
     batch = FlashCPCollator(2)(DOCUMENTS)
     keys, plan = set(batch), batch["flashcp_plan"]
     shards(batch, 2)
@@ -349,7 +349,7 @@ def test_bad_batches_are_named_on_every_rank(batch, error, message):
 
 
 def test_layout_of_a_named_plan():
-    """The picture of rank_layout.py: this rank holds [2,4) and [7,10) of twelve tokens."""
+    """The example in rank_layout.py: this rank holds [2,4) and [7,10) of twelve tokens."""
     layout = RankLayout(ShardPlan([12], 2, [[(0, 2, 4), (0, 7, 10)], [(0, 0, 2), (0, 4, 7), (0, 10, 12)]]), 0)
     (stage,) = layout.stages(CPU)
     assert layout.token_index.tolist() == [2, 3, 7, 8, 9]
@@ -370,13 +370,13 @@ def test_layout_joins_slices_that_need_the_same_prefix():
     assert stage.rows.ranges == ((0, 2), (3, 4))
 
 
-def test_layout_orders_keys_only_where_a_slice_does_not_find_them_in_one_range():
-    """From rank 1 come tokens 2..5, from rank 2 tokens 0, 1 and 7. The slice [8,9) needs them all, [6,7) all but 7."""
+def test_layout_reorders_keys_only_if_a_slice_needs_several_ranges():
+    """Rank 1 sends tokens 2..5, rank 2 sends tokens 0, 1 and 7. The slice [8,9) needs all of them, [6,7) all but 7."""
     plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 2, 6), (0, 9, 12)], [(0, 0, 2), (0, 7, 8)]])
     (stage,) = RankLayout(plan, 0).stages(CPU)
     assert stage.recv_splits == [0, 4, 3]
     assert stage.key_order is None and stage.rectangles == ((0, 1, 0, 6), (1, 2, 0, 7))
-    # The same with ranks 1 and 2 exchanged: between 0, 1 and 2..5 lies 7, which [6,7) must not see.
+    # The same with ranks 1 and 2 swapped: 7 lies between 0, 1 and 2..5, and [6,7) must not see it.
     plan = ShardPlan([12], 3, [[(0, 6, 7), (0, 8, 9)], [(0, 0, 2), (0, 7, 8)], [(0, 2, 6), (0, 9, 12)]])
     (stage,) = RankLayout(plan, 0).stages(CPU)
     assert stage.recv_splits == [0, 3, 4]
@@ -389,7 +389,7 @@ def test_layout_orders_keys_only_where_a_slice_does_not_find_them_in_one_range()
 
 
 def test_window_layout_of_a_named_plan():
-    """The picture of window_layout.py: this rank holds [6,13) of thirteen tokens, the window is 4."""
+    """The example in window_layout.py: this rank holds [6,13) of thirteen tokens, and the sliding window is 4."""
     layout = WindowLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
     (stage,) = layout.stages(CPU)
     assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(CPU).ranges == ((3, 7),)
@@ -398,8 +398,8 @@ def test_window_layout_of_a_named_plan():
     assert stage.causal and stage.rectangles == ((0, 3, 0, 6),) and stage.rows.ranges == ((0, 3),)
 
 
-def test_overlapping_bands_share_what_travels():
-    """Slices [4,5) and [7,8), window 5: keys 3 and 4 of [0,8) lie in both bands, and 3 travels once."""
+def test_overlapping_bands_share_received_keys():
+    """With slices [4,5) and [7,8) and window 5, keys 3 and 4 of [0,8) lie in both bands, and 3 is sent once."""
     layout = WindowLayout(ShardPlan([8], 2, [[(0, 4, 5), (0, 7, 8)], [(0, 0, 4), (0, 5, 7)]]), 0, 5)
     (stage,) = layout.stages(CPU)
     assert stage.recv_splits == [0, 6] and stage.local_rows.ranges == ((0, 2),)

@@ -21,7 +21,7 @@ def call(kernel, causal, rectangles):
     return Call(causal, rectangles, *times)
 
 
-def test_the_fit_finds_the_kernel_that_made_the_times():
+def test_the_fit_recovers_the_kernel_behind_the_times():
     forward, backward = Pass(7e10, 30.0, 90.0), Pass(6e10, 12.0, 70.0)
     kernel = Kernel(32, 1, 2e-4, float(EFFICIENCIES[17]), forward, backward)
     calls = [call(kernel, *shape) for shape in calibrate._calls()]
@@ -34,7 +34,7 @@ def test_the_fit_finds_the_kernel_that_made_the_times():
     assert root_mean_square(ratios) < 1e-9
 
 
-def test_a_line_is_found_and_never_falls():
+def test_a_fitted_line_never_falls():
     assert fit_line([10, 1000, 100_000], [2e-3 + size / 5e6 for size in (10, 1000, 100_000)]) == pytest.approx(
         (2e-3, 5e6)
     )
@@ -67,11 +67,11 @@ def test_command(capsys, tmp_path, monkeypatch):
     code, out, _ = run(capsys, f"simulate --lengths 300,200,100 --cp-size 2 --hardware {path} --json")
     (cell,) = json.loads(out)["cells"]
     assert code == 0 and "measured by flashcp bench calibrate" in cell["description"]
-    # No data sheet, no MFU.
+    # Without a peak from a data sheet there is no MFU.
     assert {row["mfu"] for row in cell["schemes"].values()} == {None}
 
 
 @pytest.mark.parametrize("option", ["--packs 0", "--rounds 0", "--cp-size 1"])
-def test_options_that_make_no_sense(capsys, option):
+def test_invalid_options(capsys, option):
     code, out, err = run(capsys, f"bench calibrate {option}")
     assert code == 2 and out == "" and "must be at least" in err

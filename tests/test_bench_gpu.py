@@ -1,4 +1,4 @@
-"""`flashcp bench gpu`, rehearsed on CPU: every step runs, and one that goes wrong costs only itself."""
+"""`flashcp bench gpu` on a CPU: every step runs, and a step that fails does not affect the others."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def rows_of(folder):
 
 @pytest.fixture(scope="module")
 def rehearsal(forked, tmp_path_factory):
-    """The command's exit code, what it printed, and its folder."""
+    """Run the command on a CPU. Returns its exit code, its output and its folder."""
     folder = tmp_path_factory.mktemp("gpu") / "new"
     done = subprocess.run(
         [sys.executable, "-m", "hf_flashcp", "bench", "gpu", "--device", "cpu", "--output", folder],
@@ -44,7 +44,7 @@ def rehearsal(forked, tmp_path_factory):
     return done.returncode, done.stdout, folder
 
 
-def test_every_step_passes_a_rehearsal(rehearsal):
+def test_every_step_passes_on_a_cpu(rehearsal):
     code, out, folder = rehearsal
     rows = rows_of(folder)
     assert [(row["step"], row["status"], row["problems"], row["cut"]) for row in rows] == [
@@ -69,7 +69,7 @@ def test_limits_fit_into_nine_minutes_and_correctness_into_three():
     assert sum(step.seconds for step in STEPS if step.group == CORRECTNESS) <= 180
 
 
-# What goes wrong
+# Steps that fail
 
 
 def succeed(settings, value):
@@ -92,7 +92,7 @@ def crash(settings):
     os._exit(3)
 
 
-def take_for_ever(settings):
+def take_too_long(settings):
     time.sleep(60)
 
 
@@ -113,13 +113,13 @@ def unhappy(run, settings):
     return found
 
 
-def test_a_step_that_goes_wrong_costs_only_itself(forked):
+def test_a_failing_step_does_not_affect_the_others(forked):
     steps = [
         step_of("a", fail_on_purpose),
         step_of("b", stumble),
         step_of("c", use_too_much),
         step_of("d", crash),
-        step_of("e", take_for_ever, seconds=1),
+        step_of("e", take_too_long, seconds=1),
         Step("f", CORRECTNESS, 20, "", unhappy),
         step_of("g", succeed, 5),
     ]
@@ -148,7 +148,7 @@ def cut(run, settings):
 
 
 def test_a_step_that_was_cut_short_has_not_passed(forked, tmp_path):
-    """What was left out has not been shown, so the step runs again."""
+    """A step that left something out for lack of time runs again."""
     machine, steps = {"device": "a CPU"}, [Step("a", CORRECTNESS, 20, "", cut)]
     for times in (1, 2):
         run_steps(steps, Settings("cpu"), Pools("cpu"), Results(tmp_path, machine), lambda *_: None)
@@ -158,14 +158,16 @@ def test_a_step_that_was_cut_short_has_not_passed(forked, tmp_path):
 @pytest.mark.parametrize(
     "line", ['{"step": "device", "sta', "[]", "null", '{"step": "device"}', '{"machine": 1, "step": "device"}']
 )
-def test_lines_that_are_no_results_are_named(tmp_path, line):
-    """Such as the last line of a run that was killed while it wrote."""
+def test_lines_that_are_not_results_are_named(tmp_path, line):
+    """A run that was killed while writing leaves such a last line."""
     (tmp_path / "steps.jsonl").write_text(line + "\n")
-    with pytest.raises(ConfigurationError, match=r"Line 1 of .*steps.jsonl is not the result of a step: delete it"):
+    with pytest.raises(
+        ConfigurationError, match=r"Line 1 of .*steps.jsonl is not the result of a step. Delete the line"
+    ):
         Results(tmp_path, {"device": "a CPU"})
 
 
-def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+def test_a_folder_that_cannot_be_created(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert (
         main(["bench", "gpu", "--device", "cpu", "--steps", "device", "--output", str(tmp_path / "file" / "x")]) == 2
@@ -179,7 +181,7 @@ def test_a_library_for_another_gpu_is_a_problem(monkeypatch):
     assert problems == ["the kernel library was loaded, but flash_attn_3 runs on CUDA only"]
 
 
-def test_a_failed_step_is_run_again_and_a_run_ends_in_time(forked, tmp_path, monkeypatch):
+def test_a_failed_step_runs_again_and_a_run_respects_its_time_limit(forked, tmp_path, monkeypatch):
     machine = {"device": "a CPU"}
     steps = [step_of("a", succeed, 1), step_of("b", fail_on_purpose)]
     run_steps(steps, Settings("cpu"), Pools("cpu"), Results(tmp_path, machine), lambda *_: None)
@@ -190,31 +192,33 @@ def test_a_failed_step_is_run_again_and_a_run_ends_in_time(forked, tmp_path, mon
     run_steps(steps, Settings("cpu"), Pools("cpu"), results, lambda *_: None)
     assert [row["status"] for row in results.rows("ab")] == ["passed", "not run"]
     assert results.rows("a")[0]["tables"] == {"Values": [{"value": 1}]}
-    with pytest.raises(ConfigurationError, match="has results of a CPU, and this is an H100: give another --output"):
+    with pytest.raises(
+        ConfigurationError, match="has results of a CPU, but this machine is an H100. Pass another --output"
+    ):
         Results(tmp_path, {"device": "an H100"})
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--steps", "nonsense", "host"], "There is no step nonsense: choose from"),
+        (["--steps", "nonsense", "host"], "There is no step nonsense. Choose from"),
         (["--device", "cpu", "--kernel-library", "missing.so"], "The kernel library missing.so does not exist"),
     ],
 )
-def test_bad_options_are_one_line(capsys, options, said):
+def test_errors_about_options_are_one_line(capsys, options, said):
     assert main(["bench", "gpu", *options]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_machine_without_a_gpu_is_told(forked, capsys):
+def test_the_error_on_a_machine_without_a_gpu(forked, capsys):
     assert main(["bench", "gpu", "--steps", "device"]) == 2
-    assert "PyTorch sees no GPU here: run this on a machine with one, or rehearse" in capsys.readouterr().err
+    assert "PyTorch sees no GPU here. Run this on a machine with a GPU" in capsys.readouterr().err
 
 
 @pytest.fixture
 def one_thread():
-    """Operators this small are no faster with more, and much slower on a busy machine, where threads wait."""
+    """Run on one thread: such small operators gain nothing from more, and a busy machine makes threads wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -222,7 +226,7 @@ def one_thread():
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, one_thread):
-    """2% too much in one of the gradients."""
+    """One of the gradients is 2% too large."""
     right = CPUFlashKernel._backward_block
 
     def wrong(self, *args):
@@ -271,7 +275,7 @@ def test_steps_of_several_ranks(pool):
 
 
 def test_the_command_under_a_launcher(pool, tmp_path):
-    """As torchrun starts it: the first rank writes."""
+    """When torchrun starts the command, the first rank writes the files."""
     assert pool.run(2, the_command, str(tmp_path)) == [0, 0]
     assert [(row["step"], row["status"]) for row in rows_of(tmp_path)] == [("links", "passed")]
     assert "one node" in (tmp_path / "report.txt").read_text()
@@ -300,7 +304,7 @@ def fail_while_others_wait():
     return results and results.rows(step.name for step in steps)
 
 
-def test_ranks_that_wait_for_one_that_failed_go_on(pool):
+def test_ranks_go_on_after_waiting_for_one_that_failed(pool):
     (row, following), _ = pool.run(2, fail_while_others_wait)
     assert row["status"] == "failed" and "rank 1: ConfigurationError: this rank is wrong" in row["message"]
     assert "rank 0: " in row["message"] and row["seconds"] < 20
@@ -318,8 +322,11 @@ def test_cluster_steps_need_a_launch():
 
 
 def test_blocks_are_counted_call_by_call():
-    """32 heads, blocks of 128 queries. Disjoint keys share a call, in which every sequence gets as many blocks as the
-    longest; prefixes of the same keys take calls of their own."""
+    """Count blocks of 128 queries for 32 heads.
+
+    Rectangles with disjoint keys share a call, in which every sequence gets as many blocks as the longest one.
+    Prefixes of the same keys need calls of their own.
+    """
     disjoint = [Rectangle(0, 1024, 0, 10), Rectangle(1024, 1025, 10, 20), Rectangle(1025, 1153, 20, 30)]
     assert rectangles.started_blocks(disjoint, 32) == 32 * 3 * 8
     assert rectangles.useful_blocks(disjoint, 32) == 32 * (8 + 1 + 1)
@@ -339,7 +346,7 @@ def test_tables():
     assert [shown(value) for value in (0.0, 12345.6, 1e9, 3, "x")] == ["0", "12,346", "1.0e+09", "3", "x"]
 
 
-def test_what_is_not_finite_is_null_in_json():
+def test_values_that_are_not_finite_are_null_in_json():
     found = Found()
     found.add("Errors", {"error": float("inf"), "bound": 1.0}, {"error": float("nan"), "bound": 1.0})
     row = runner.row_of(STEPS[0], {"device": "a CPU"}, "failed", 1.0, found)

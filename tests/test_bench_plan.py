@@ -22,7 +22,7 @@ def found():
 
 
 @given(arbitrary_plans())
-def test_plan_quality_is_what_the_report_says(plan):
+def test_plan_quality_equals_the_report(plan):
     report, quality = plan.report(), plan_quality(plan)
     assert quality["kv_total"] == report["kv_total"]
     assert quality["bottleneck"] == max(report["kv_received"] + report["kv_sent"])
@@ -76,7 +76,7 @@ def test_table_and_json(found):
         assert re.search(rf"^{strategy} ", table, re.MULTILINE)
 
 
-def test_caps_seeds_and_other_planners_are_taken():
+def test_caps_seeds_and_other_planners():
     def everything_zigzag(lengths, cp_size):
         return plan_documents(lengths, cp_size, strategy="per_doc")
 
@@ -93,7 +93,7 @@ def test_caps_seeds_and_other_planners_are_taken():
     assert "tokens at most 3 x the mean" in text(wide)
 
 
-def test_progress_is_silent_where_no_terminal_is(capsys):
+def test_progress_is_silent_without_a_terminal(capsys):
     measure("pile", [1024], [2], packs=1)
     assert capsys.readouterr() == ("", "")
 

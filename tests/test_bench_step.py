@@ -51,8 +51,8 @@ def test_command(capsys, tmp_path):
     assert "64 tokens, 2 processes, 1 thread each" in table and table.count("search") == 2
 
 
-def test_stages_and_an_all_gather_take_the_same_step(pool):
-    """Three ranks, where stages differ."""
+def test_stages_and_an_all_gather_compute_the_same_step(pool):
+    """On three ranks, one stage and several differ."""
     plan = plan_documents([70, 30, 20], 3, strategy="per_doc")
     staged = plan_documents([70, 30, 20], 3, strategy="per_doc", num_stages=2)
     assert staged != plan
@@ -102,7 +102,7 @@ EVENTS = [
 
 
 def events():
-    """Of one thread, and of another that does not count."""
+    """Return events of one thread, and of another thread that must be ignored."""
     for name, begin, duration, number in EVENTS:
         arguments = {} if number is None else {"Sequence number": number}
         yield {"name": name, "ts": begin, "dur": duration, "tid": 1, "args": arguments}
@@ -139,7 +139,7 @@ def test_a_layer_of_a_trace():
         ("--window 1", "tokens"),
         ("--model no_such_model", "No usable config for 'no_such_model'"),
         ("--device cuda --plot layer.png", "--plot draws a step on CPU"),
-        (f"--device cuda --cp-size {torch.cuda.device_count() + 2}", "GPUs was asked for"),
+        (f"--device cuda --cp-size {torch.cuda.device_count() + 2}", "GPUs, but PyTorch sees"),
     ],
 )
 def test_errors(capsys, options, message):

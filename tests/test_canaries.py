@@ -1,7 +1,8 @@
-"""What hf_flashcp takes from the inside of transformers, accelerate and TRL. A failure here says that upstream has
-moved: each docstring names the upstream line, what leans on it, and what to do.
+"""Internals of transformers, accelerate and TRL on which hf_flashcp relies.
 
-Lines are those of transformers 5.24, accelerate 1.15 and TRL 1.16; all of it holds in transformers 5.17 too.
+A failure here means that upstream has changed. Each docstring names the upstream line, the code here that relies on
+it, and what to do. Line numbers are those of transformers 5.24, accelerate 1.15 and TRL 1.16; the tests also pass with
+transformers 5.17.
 """
 
 import importlib
@@ -55,7 +56,7 @@ def names(function):
 
 
 def mask_arguments(create=create_causal_mask, config=None, position_ids=None, **options):
-    """The keyword arguments with which a mask function is called."""
+    """Return the keyword arguments with which transformers calls a mask function."""
     calls = []
     ALL_MASK_ATTENTION_FUNCTIONS.register("canary", lambda *args, **kwargs: calls.append((args, kwargs)))
     config = config or LlamaConfig(**SMALL)
@@ -67,18 +68,24 @@ def mask_arguments(create=create_causal_mask, config=None, position_ids=None, **
 
 
 def test_a_name_with_flash_in_it_is_taken_for_a_flash_kernel():
-    """utils/generic.py:270, is_flash_attention_requested: the reason for the internal name. If it no longer tests for
-    "flash", register "flashcp" under its own name and drop the renaming (integrations/registration.py)."""
+    """utils/generic.py:270, is_flash_attention_requested, is the reason for the internal name.
+
+    If it no longer looks for "flash", register "flashcp" under its own name and drop the renaming
+    (integrations/registration.py).
+    """
     from transformers.utils.generic import is_flash_attention_requested
 
     assert is_flash_attention_requested(requested_attention_implementation="flashcp")
     assert not is_flash_attention_requested(requested_attention_implementation=INTERNAL_NAME)
 
 
-def test_a_choice_of_attention_enters_through_two_doors():
-    """configuration_utils.py:595, the property that configs and `from_pretrained` set, for sub-configs too, and
-    modeling_utils.py:1970, set_attn_implementation. Another door, or a model with a property of its own, has to rename
-    "flashcp" too (integrations/registration.py, register). HRM has one: it refuses the name by itself."""
+def test_attention_is_chosen_in_two_places():
+    """configuration_utils.py:595, the property that configs (sub-configs too) and `from_pretrained` set, and
+    modeling_utils.py:1970, set_attn_implementation.
+
+    Any further place, or a model that overrides the property, has to rename "flashcp" as well (register in
+    integrations/registration.py). HRM overrides it, and refuses the name itself.
+    """
     assert isinstance(PreTrainedConfig.__dict__["_attn_implementation"], property)
     assert names(PreTrainedModel.set_attn_implementation)[:2] == ["self", "attn_implementation"]
     config = LlamaConfig(**SMALL, attn_implementation="flashcp")
@@ -90,7 +97,7 @@ def test_a_choice_of_attention_enters_through_two_doors():
 
 
 def test_class_flags():
-    """modeling_utils.py:1095 and 1143: what model_support.check_model reads. Find the new signal there."""
+    """modeling_utils.py:1095 and 1143, which model_support.check_model reads. Find the new flags there."""
     assert PreTrainedModel._supports_attention_backend is False and PreTrainedModel._is_stateful is False
     assert AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))._supports_attention_backend
 
@@ -103,22 +110,24 @@ def test_mask_functions_are_called_by_keyword():
 
 
 def test_a_window_is_the_local_size_of_its_mask():
-    """masking_utils.py:1248: how attach notices a window that only the mask has."""
+    """masking_utils.py:1248, by which attach notices a sliding window that only the mask has."""
     config = LlamaConfig(**SMALL)
     config.sliding_window = 3
     assert mask_arguments(create_sliding_window_causal_mask, config)["local_size"] == 3
 
 
-def test_blocks_that_see_ahead_show_above_the_diagonal():
-    """masking_utils.py:114: what registration._check_mask_function probes for."""
+def test_bidirectional_blocks_show_above_the_diagonal():
+    """masking_utils.py:114, for which registration._check_mask_function probes."""
     function = mask_arguments(block_sequence_ids=torch.tensor([[0, 0, -1, -1, -1, -1]]))["mask_function"]
     tokens = torch.arange(5)
     assert function(0, 0, tokens, tokens + 1).tolist() == [True, False, False, False, False]
 
 
 def test_packed_documents_are_found_by_one_function(monkeypatch):
-    """masking_utils.py:870: registration.py replaces find_packed_sequence_indices inside a sharded forward. If masks
-    learn of documents elsewhere too, positions that skip inside a document look like a mask of the model's own."""
+    """masking_utils.py:870: registration.py replaces find_packed_sequence_indices inside a sharded forward.
+
+    If other code derives documents as well, positions that skip inside a document look like a mask of the model.
+    """
     positions = torch.tensor([[0, 1, 2, 7, 8, 9]])
     last, tokens = torch.tensor(5), torch.arange(6)
     assert not mask_arguments(position_ids=positions)["mask_function"](0, 0, last, tokens).all()
@@ -127,7 +136,7 @@ def test_packed_documents_are_found_by_one_function(monkeypatch):
 
 
 def test_keyword_arguments_of_a_forward_reach_attention():
-    """The plan travels as one. Where a model drops it the first step says so."""
+    """The plan is passed as a keyword argument. If a model drops it, the first step raises an error."""
     found = []
 
     def attention(*args, flashcp_plan=None, **kwargs):
@@ -141,15 +150,20 @@ def test_keyword_arguments_of_a_forward_reach_attention():
 
 
 def test_length_dependent_rope_looks_at_the_largest_position():
-    """modeling_rope_utils.py:49 and 89: why per_document_rope.py appends a document's last position. If the length
-    comes from elsewhere, give it there."""
+    """modeling_rope_utils.py:49 and 89, because of which per_document_rope.py appends a document's last position.
+
+    If the length comes from elsewhere, supply it there.
+    """
     source = inspect.getsource(dynamic_rope_update)
     assert source.count("seq_len = torch.max(position_ids) + 1") == 2
     assert '"dynamic" in rope_type' in source and 'rope_type == "longrope"' in source
 
 
 def test_the_loss_takes_shifted_labels_and_a_count():
-    """loss/loss_utils.py:51: shards have shift_labels, cut after the shift. Else compute the loss in the mixin."""
+    """loss/loss_utils.py:51: shards have shift_labels, which are split after the shift.
+
+    Else compute the loss in the mixin.
+    """
     logits, shifted = torch.randn(1, 3, 5), torch.tensor([[1, -100, 2]])
     expected = torch.nn.functional.cross_entropy(logits[0], shifted[0], ignore_index=-100, reduction="sum") / 7
     options = {"num_items_in_batch": torch.tensor(7), "shift_labels": shifted, "flashcp_plan": object()}
@@ -167,13 +181,15 @@ def test_the_loss_takes_shifted_labels_and_a_count():
     ],
 )
 def test_trainer_methods_that_the_mixin_overrides(method, parameters):
-    """trainer.py: adapt integrations/trainer.py to the new signature."""
+    """trainer.py: adapt integrations/trainers/trainer.py to the new signature."""
     assert names(getattr(Trainer, method)) == parameters
 
 
 def test_the_trainer_shards_before_the_forward_and_scales_the_loss():
-    """trainer.py:2076, 2363 and 2215: the count of targets is divided by cp_size, the loss multiplied by the number of
-    processes. If either moves, work out W S_r / N again (docs/launch.md)."""
+    """trainer.py:2076, 2363 and 2215: the target count is divided by cp_size, the loss multiplied by the processes.
+
+    If either changes, derive W S_r / N again (docs/launch.md).
+    """
     assert "_prepare_context_parallel_inputs" in inspect.getsource(Trainer.training_step)
     count = inspect.getsource(Trainer._get_num_items_in_batch)
     assert "get_cp_size" in count or "non_data_parallel_size" in count
@@ -181,8 +197,10 @@ def test_the_trainer_shards_before_the_forward_and_scales_the_loss():
 
 
 def test_accelerate_reads_the_mesh_dimension_cp():
-    """data_loader.py:1158 and parallelism_config.py:124-355, which FlashCPPlugin overrides. Without "cp" there, give
-    the ranks of a group the same batches with a sampler of our own."""
+    """data_loader.py:1158 and parallelism_config.py:124-355, which FlashCPPlugin overrides.
+
+    If "cp" disappears there, give the ranks of a group the same batches with our own sampler.
+    """
     source = inspect.getsource(accelerate.data_loader.prepare_data_loader)
     assert '"cp" in torch_device_mesh.mesh_dim_names' in source
     config = ParallelismConfig()
@@ -194,7 +212,8 @@ def test_accelerate_reads_the_mesh_dimension_cp():
 
 
 def test_accelerate_s_dispatcher_does_not_know_cp():
-    """data_loader.py:1117: why dispatch_batches is refused. If it learns, allow it (integrations/trainer.py)."""
+    """data_loader.py:1117, because of which dispatch_batches is refused. If it supports cp, allow it
+    (integrations/trainers/trainer.py)."""
     assert '"cp"' not in inspect.getsource(accelerate.data_loader.DataLoaderDispatcher)
 
 
@@ -207,8 +226,11 @@ def test_accelerate_s_dispatcher_does_not_know_cp():
     ],
 )
 def test_trl_refuses_context_parallelism_where_we_do(module, config):
-    """trl/trainer/*_config.py: guards on cp_enabled, which FlashCPPlugin has False; integrations/trl_guards.py refuses
-    every trainer but SFTTrainer instead. A guard that is gone upstream says that its trainer may be let in."""
+    """trl/trainer/*_config.py: guards on cp_enabled, which is False in FlashCPPlugin.
+
+    integrations/trainers/trl_guards.py refuses every trainer except SFTTrainer instead. If a guard disappears
+    upstream, its trainer may be supported.
+    """
     config = getattr(importlib.import_module(f"trl.trainer.{module}"), config)
     assert "cp_enabled" in inspect.getsource(inspect.unwrap(config.__post_init__))
 
@@ -226,7 +248,7 @@ SHARDED = {
     "input_pronunciation_ids",
     "per_layer_inputs",
 }
-"""A number or vector for each token."""
+"""Arguments with one number or vector per token."""
 SWITCHES = {
     "use_cache",
     "logits_to_keep",
@@ -240,7 +262,7 @@ SWITCHES = {
     "vision_feature_select_strategy",
     "lang_ids",
 }
-"""The same on every rank; use_cache is turned off."""
+"""Arguments that are the same on every rank; use_cache is turned off."""
 BESIDE_TEXT = {
     "encoder_hidden_states",
     "encoder_attention_mask",
@@ -268,11 +290,11 @@ BESIDE_TEXT = {
     "actions",
     "lm_kwargs",
 }
-"""Arguments for encoders, for decoders beside them and for towers, none of which is sharded."""
+"""Arguments for encoders, for decoders of encoders, and for image and audio towers, none of which is sharded."""
 
 
 def language_models():
-    """Classes of causal and multimodal language models whose attention we may get to see."""
+    """Return the classes of causal and multimodal language models that may call our attention."""
     mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     names = {name for mapping in mappings for entry in mapping.values() for name in np.atleast_1d(entry)}
     classes = (getattr(transformers, name, None) for name in sorted(names))
@@ -280,8 +302,10 @@ def language_models():
 
 
 def test_every_argument_of_a_forward_is_known():
-    """modeling_*.py. Put a new name on the list of what happens to it: a new name of one that we read belongs into
-    integrations/forward_arguments.py, or into layout/batch.py."""
+    """modeling_*.py: put a new name on the list that says what happens to it.
+
+    If it replaces a name that we read, add it to integrations/models/forward_arguments.py or data/batch.py.
+    """
     known = {"self", "kwargs", "attention_mask", *CACHES, *SHARDED, *SWITCHES, *BESIDE_TEXT}
     unknown = {
         name: model.__name__
@@ -308,9 +332,11 @@ def test_arguments_by_position_are_those_of_the_forward():
     assert names(LlamaForCausalLM.forward)[:4] == ["self", "input_ids", "attention_mask", "position_ids"]
 
 
-def test_layers_say_whether_they_run_again():
-    """modeling_utils.py:3221, _set_gradient_checkpointing: flag and function keep their names under both names of the
-    arguments, and a `context_fn` is a keyword of the function. integrations/checkpointing.py reads them."""
+def test_layers_show_whether_they_are_recomputed():
+    """modeling_utils.py:3221, _set_gradient_checkpointing, which integrations/models/checkpointing.py reads.
+
+    Flag and function have the same names with both names of the argument. `context_fn` is a keyword of the function.
+    """
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     assert layers_run_again(model) == set()
     enable_checkpointing(model)
@@ -321,8 +347,8 @@ def test_layers_say_whether_they_run_again():
     assert layers_run_again(model) == set()
 
 
-def test_wrapped_layers_say_how_they_run_again():
-    """torch's checkpoint_wrapper.py, which accelerate puts around layers under FSDP2 (fsdp_utils.py:701)."""
+def test_wrapped_layers_show_how_they_are_recomputed():
+    """torch's checkpoint_wrapper.py, with which accelerate wraps layers under FSDP2 (fsdp_utils.py:701)."""
     assert "checkpoint_wrapper(layer" in inspect.getsource(accelerate.utils.fsdp_utils.fsdp2_apply_ac)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     layers = model.model.layers
@@ -333,7 +359,7 @@ def test_wrapped_layers_say_how_they_run_again():
 
 
 def test_checkpointing_is_called_by_one_of_two_names():
-    """training_args.py:908 and trainer.py:1503, since 5.24: the old name warns, and goes in v6."""
+    """training_args.py:908 and trainer.py:1503, from 5.24 on: the old name warns, and will be removed in v6."""
     fields = TrainingArguments.__dataclass_fields__
     assert {CHECKPOINTING_ARGUMENT, f"{CHECKPOINTING_ARGUMENT}_kwargs"} <= fields.keys()
     assert "every_n_layers" in fields[f"{CHECKPOINTING_ARGUMENT}_kwargs"].metadata["help"]
@@ -341,7 +367,7 @@ def test_checkpointing_is_called_by_one_of_two_names():
 
 
 def test_every_text_model_checkpoints_by_layers():
-    """modeling_layers.py:55, GradientCheckpointingLayer: no other module runs its layers again by itself."""
+    """modeling_layers.py:55, GradientCheckpointingLayer: no other module recomputes its layers."""
     root = Path(transformers.__file__).parent / "models"
     files = root.glob("*/modeling_*.py")
     assert not [path.name for path in files if "_gradient_checkpointing_func(" in path.read_text(encoding="utf-8")]

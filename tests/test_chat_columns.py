@@ -1,4 +1,4 @@
-"""Columns beside texts and messages: what a chat template takes reaches it, everything else is named."""
+"""Columns beside texts and messages: those that the chat template uses reach it, all others are reported."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ EXAMPLES = {
     "documents": [{"title": "Rain", "text": "It rains."}],
     "chat_template_kwargs": {"mood": "cheerful", "level": 3},
 }
-# Writes all that it gets, nulls included.
+# Writes everything that it receives, including nulls.
 EVERYTHING = (
     "[{{ tools | tojson }}][{{ documents | tojson }}][{{ mood }}{{ level }}]"
     "{% for message in messages %}<{{ message | tojson }}>"
@@ -38,8 +38,8 @@ def written(tokenized):
 
 @pytest.mark.parametrize("form", ["value", "JSON"])
 @pytest.mark.parametrize("given", [[name] for name in TEMPLATE_COLUMNS] + [list(TEMPLATE_COLUMNS)], ids=", ".join)
-def test_what_the_template_takes_reaches_it(given, form):
-    """As TRL's SFTTrainer gives it, where a row has none too."""
+def test_template_arguments_reach_the_template(given, form):
+    """Columns reach the template as in TRL's SFTTrainer, also when a row has none."""
     columns = {name: EXAMPLES[name] for name in given}
     tokenizer = byte_tokenizer(chat_template=EVERYTHING)
     as_given = columns if form == "value" else {name: json.dumps(value) for name, value in columns.items()}
@@ -67,7 +67,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in TEMPLATE_COLUMNS for value in BAD_VALUES[name]])
-def test_values_that_are_not_what_the_template_takes(name, value):
+def test_values_that_the_template_rejects(name, value):
     rows = Dataset.from_list(
         [{"messages": chat("a", "b"), name: None}, {"messages": None, name: value}]
         + [{"messages": chat("Hi.", "Hello!"), name: value}]
@@ -106,7 +106,7 @@ def test_keys_that_arrow_filled_in_are_left_out():
     tokenizer = byte_tokenizer(chat_template=EVERYTHING)
     expected = [tokenizer.apply_chat_template(row["messages"], tokenize=False, **arguments_of(row)) for row in rows]
     assert written(tokenize_chats(dataset, tokenizer)) == expected
-    assert expected[1].count("null") == 2  # the enum's, and that there are no documents
+    assert expected[1].count("null") == 2  # the enum's nulls, and the missing documents
 
 
 def test_nulls_in_json_stay():
@@ -167,11 +167,11 @@ def test_every_template_that_a_row_can_get_has_marks():
     assert tokenize_chats(with_tools.select_columns("messages"), tokenizer).counts["whole"] == 1
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": EVERYTHING}
     assert "weather" in written(tokenize_chats(with_tools, tokenizer))[0]
-    with pytest.raises(BatchError, match="The tokenizer has no chat template, or none that is called default"):
+    with pytest.raises(BatchError, match='The tokenizer has no chat template, or none named "default"'):
         tokenize_chats(with_tools, byte_tokenizer(chat_template={"tool_use": TEMPLATE}))
 
 
-def test_what_a_template_raises_names_the_row():
+def test_errors_of_a_template_name_the_row():
     template = TEMPLATE.replace("{{ message.content }}{{ eos_token }}", "{{ message.content + 1 }}")
     with pytest.raises(BatchError, match="refuses the conversation in row 1: "):
         tokenize_chats(
@@ -186,8 +186,8 @@ ONE_LETTER = (
 
 
 @pytest.mark.parametrize("roles", ["AU", "AUA", "SA", "SAU", "UA", "UAUA", "AA"])
-def test_the_assistants_turns_are_the_targets_whoever_begins(roles):
-    """The first token of a document is predicted from nothing: a turn that is this token alone teaches nothing."""
+def test_the_assistants_turns_are_the_targets_whoever_speaks_first(roles):
+    """The first token of a document has no context, so a turn that consists only of it is not a target."""
     names = {"A": "assistant", "U": "user", "S": "system"}
     messages = [{"role": names[role], "content": ""} for role in roles]
     dataset = Dataset.from_dict({"messages": [chat("", ""), messages]})
@@ -211,7 +211,7 @@ def test_the_assistants_turns_are_the_targets_whoever_begins(roles):
 
 
 def test_marks_that_run_over_the_users_turn():
-    """As transformers 5.17 makes them of an assistant's turn that is the first token."""
+    """transformers 5.17 returns such marks if an assistant's turn is the first token."""
 
     class Marked(PreTrainedTokenizerFast):
         def apply_chat_template(self, *args, **kwargs):

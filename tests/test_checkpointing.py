@@ -1,5 +1,4 @@
-"""Activation checkpointing in all its kinds: exact gradients, what is exchanged, and where layers keep what they
-received."""
+"""All kinds of activation checkpointing: exact gradients, number of exchanges, and where received KV is kept."""
 
 import pytest
 
@@ -15,7 +14,7 @@ FP64 = 1e-12
 
 @pytest.mark.parametrize("cp_size, lora", [(1, False), (2, False), (2, True), (3, False)])
 def test_every_combination_is_exact(pool, cp_size, lora):
-    """Kinds of checkpointing, every second layer, offload, received KV kept or not."""
+    """All kinds of checkpointing, every second layer, offload, received KV kept or not."""
     for found in pool.run(cp_size, checkpointing_cases.errors, lora):
         assert len(found) == 36 and max(found.values()) < FP64
 
@@ -29,9 +28,11 @@ def test_hybrids_are_exact(pool, cp_size, family):
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("family, strategy", [("llama", "per_doc"), *((family, "whole_doc") for family in HYBRIDS)])
 def test_wrappers_around_layers_are_exact(pool, family, strategy, attach_first):
-    """As FSDP2's activation checkpointing puts them there, before or after the model is attached."""
+    """Wrappers as in FSDP2's activation checkpointing, added before or after the model is attached."""
     for found in pool.run(2, checkpointing_cases.wrapped_errors, family, strategy, attach_first):
-        everything = found.pop("everything offloaded")  # with other strides, for what hybrids compute in fp32
+        everything = found.pop(
+            "everything offloaded"
+        )  # other strides change the rounding of the parts that hybrids compute in fp32
         assert len(found) == 4 and max(found.values()) < FP64
         assert everything < (1e-6 if family in HYBRIDS else FP64)
 
@@ -46,7 +47,7 @@ def test_a_forward_whose_saved_tensors_are_offloaded_is_exact(pool, keep):
     [
         (None, 1, None, True, 4 * 2),
         (None, 1, None, False, 4 * 3),
-        ("plain", 1, None, False, 4 * 3),  # forward, forward again, backward
+        ("plain", 1, None, False, 4 * 3),  # forward, recomputed forward, backward
         ("plain", 1, False, True, 4 * 4),
         ("plain", 2, None, True, 2 * 3 + 2 * 2),
         ("plain", 2, None, False, 2 * 3 + 2 * 3),
@@ -58,13 +59,13 @@ def test_a_forward_whose_saved_tensors_are_offloaded_is_exact(pool, keep):
         ("attention kept", 1, True, False, 4 * 2),
     ],
 )
-def test_layers_that_run_again_keep_what_they_receive(pool, kind, every, keep, kept_by_plan, exchanges):
-    """By default: the others do as the plan says."""
+def test_recomputed_layers_keep_received_kv(pool, kind, every, keep, kept_by_plan, exchanges):
+    """This is the default; other layers follow the plan."""
     found = pool.run(2, checkpointing_cases.exchanges, kind, every, keep, kept_by_plan)
     assert found == [exchanges, exchanges]
 
 
-def test_ranks_that_differ_in_checkpointing_say_so(pool):
+def test_ranks_that_differ_in_checkpointing_raise(pool):
     for error in pool.errors(2, checkpointing_cases.checkpointed_on_one_rank):
         assert isinstance(error, BatchError)
         assert "layers_run_again is [0, 1] on rank 0 and [] on rank 1" in str(error)

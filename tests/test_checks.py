@@ -1,4 +1,4 @@
-"""Versions and checks: what is said of them in several places agrees, and no check is one that nobody runs."""
+"""Versions and checks agree in all places that mention them, and every check runs somewhere."""
 
 import ast
 import re
@@ -78,21 +78,20 @@ def test_the_oldest_python_is_the_same_everywhere():
     assert f"Python {oldest} is the oldest" in PAGE
 
 
-def test_the_page_of_models_is_of_the_pinned_versions():
+def test_the_models_page_was_written_with_the_pinned_versions():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     made_with = re.search(r"with transformers (\S+) and torch (\S+)\. ", page).groups()
     assert made_with == (PINNED["transformers"], PINNED["torch"]), "make it again, with the command that it names"
 
 
 def test_line_numbers_of_the_canaries_are_of_the_pinned_versions():
-    said = f"Lines are those of transformers {short(PINNED['transformers'])}, accelerate {short(PINNED['accelerate'])}"
-    assert f"{said} and TRL {short(PINNED['trl'])}" in (ROOT / "tests" / "test_canaries.py").read_text(
-        encoding="utf-8"
-    )
+    versions = {name: short(PINNED[name]) for name in ("transformers", "accelerate", "trl")}
+    said = "Line numbers are those of transformers {transformers}, accelerate {accelerate} and TRL {trl}"
+    assert said.format(**versions) in (ROOT / "tests" / "test_canaries.py").read_text(encoding="utf-8")
 
 
 def third_party_imports(folder):
-    """`{distribution: file}` of what files below a folder import, wherever they do."""
+    """Return `{distribution: file}` for all imports in the files of a folder, at the top or in functions."""
     files = sorted((ROOT / folder).rglob("*.py"))
     ours = {"hf_flashcp", *sys.stdlib_module_names, *(path.stem for path in files)}
     found = {}
@@ -110,7 +109,7 @@ def third_party_imports(folder):
 
 @pytest.mark.parametrize("folder", ["hf_flashcp", "recipes"])
 def test_everything_that_is_imported_is_declared(folder):
-    """As a dependency, or in an extra for what only some features need."""
+    """As a dependency, or in an extra if only some features need it."""
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {
         re.match(r"[\w-]+", each)[0]

@@ -39,7 +39,7 @@ rank 3  doc 0 [1536, 2560)  doc 1 [384, 640)    doc 2 [192, 320)
 
 
 def run(capsys, line):
-    """Exit code, stdout and stderr of `flashcp {line}`, in this process."""
+    """Run `flashcp {line}` in this process. Return its exit code, stdout and stderr."""
     try:
         code = main(line.split())
     except SystemExit as stop:
@@ -49,7 +49,7 @@ def run(capsys, line):
 
 
 def png_size(path):
-    """Width and height, after checking every chunk of the file and that the pixels inflate to that size."""
+    """Return width and height, after checking every chunk of the file and the number of its pixels."""
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     position, chunks = 8, []
@@ -77,7 +77,7 @@ def test_traffic_between_ranks_adds_up_to_the_report(plan):
 
 
 def test_traffic_of_a_zigzag():
-    # Rank 0 holds [0, 4) and [12, 16), rank 1 what lies between: it needs 4 tokens and gives 8.
+    # Rank 0 holds [0, 4) and [12, 16), rank 1 the tokens between them: it receives 4 tokens and sends 8.
     assert plan_documents([16], 2, strategy="per_doc").kv_traffic().tolist() == [[0, 4], [8, 0]]
 
 
@@ -96,10 +96,10 @@ def test_slices_are_listed_only_while_a_person_can_read_them(capsys):
     assert sum(int(line.split()[2].replace(",", "")) for line in table[1:9]) == 131_072
 
 
-def test_layers_with_a_window_are_counted_beside(capsys):
+def test_layers_with_a_window_are_counted_separately(capsys):
     line = ["plan", "--lengths", "16,3", "--cp-size", "2", "--strategy", "per_seq", "--sliding-window", "4"]
     assert main(line) == 0
-    assert "with a window of 4" in capsys.readouterr().out
+    assert "with a sliding window of 4" in capsys.readouterr().out
     assert main([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # rank 0 holds [0,5) and [14,16) of the first document and all of the second, rank 1 the rest
@@ -147,7 +147,7 @@ def test_the_default_strategy_and_seed_are_the_library_s(capsys):
         ("--lengths-from pile --window 9 --seed -1 --cp-size 2", "error: seed must be at least 0, got -1"),
     ],
 )
-def test_what_cannot_be_planned_exits_with_2_and_a_sentence(capsys, line, message):
+def test_planning_errors_exit_with_2_and_a_sentence(capsys, line, message):
     code, out, err = run(capsys, f"plan {line}")
     assert (code, out) == (2, "")
     assert err.startswith(message) and err.count("\n") == 1
@@ -216,7 +216,7 @@ def test_a_plot_that_cannot_be_written(capsys, tmp_path):
         assert err.startswith("error: Cannot write the plot to ") and message in err
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
+def test_a_plot_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch):
     for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, module, None)
     code, out, err = run(capsys, f"plan --lengths 8 --cp-size 2 --plot {tmp_path / 'plan.png'}")
@@ -277,15 +277,15 @@ def test_bench_table2_counts_what_the_plans_say(capsys):
 
 
 def test_eq5_leaves_out_the_last_shard_of_each_document():
-    # Rank 0 holds [0,4) and the last shard [12,16), rank 1 holds [4,12): 8 of 8 tokens a rank must be gathered.
+    # Rank 0 holds [0,4) and the last shard [12,16), rank 1 holds [4,12): 8 of 8 tokens per rank must be gathered.
     assert padded_all_gather_fraction(plan_documents([16], 2, strategy="per_doc")) == 1.0
     # Whole documents are their own last shards.
     assert padded_all_gather_fraction(plan_documents([8, 8], 2, strategy="whole_doc")) == 0.0
-    # One head of one token of twelve on two ranks: the largest contribution is 1 of 6.
+    # One rank shares one token, out of 6 tokens per rank.
     assert padded_all_gather_fraction(plan_documents([5, 4, 3], 2, strategy="flashcp")) == 1 / 6
 
 
-def test_a_reader_that_stops_early_is_no_error():
+def test_a_reader_that_stops_early_is_not_an_error():
     command = (
         f"{sys.executable} -m hf_flashcp plan --lengths-from pile --window 400000 --cp-size 64 --json | head -c 10"
     )

@@ -1,4 +1,4 @@
-"""`check_cluster`, and the recipe around it."""
+"""`check_cluster`, and the recipe that uses it."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ def checked(**options):
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])
-def test_a_sound_cluster(pool, cp_size):
+def test_a_working_cluster(pool, cp_size):
     found = pool.run(cp_size, checked)
     for rank in found:
         assert rank["ranks"] == found[0]["ranks"] and len(rank["ranks"]) == cp_size
@@ -79,12 +79,12 @@ def with_another_version():
 @pytest.mark.parametrize(
     "function, message",
     [
-        (with_wrong_data, r"an all-to-all brought wrong data to rank 1 .*: check the network"),
+        (with_wrong_data, r"an all-to-all delivered wrong data to rank 1 .*: check the network"),
         (with_a_wrong_layer, r"attention in torch.float64 with the kernel cpu_flash is off by 1.*e-02 on rank 0"),
         (with_another_version, r'Ranks disagree on versions: hf_flashcp is "0.0" on rank 0 and "0.1" on rank 1'),
     ],
 )
-def test_what_is_wrong_is_named_on_every_rank(pool, function, message):
+def test_problems_are_named_on_every_rank(pool, function, message):
     for error in pool.errors(2, function):
         assert isinstance(error, ConfigurationError)
         with pytest.raises(ConfigurationError, match=message):
@@ -96,7 +96,7 @@ def one_rank_stays_away():
         checked(timeout=datetime.timedelta(seconds=2))
 
 
-def test_a_rank_that_does_not_come_is_named(pool):
+def test_a_missing_rank_is_named(pool):
     error, nothing = pool.errors(2, one_rank_stays_away)
     assert nothing is None and "Waited 2 seconds for ranks [1] to compare versions" in str(error)
 

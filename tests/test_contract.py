@@ -1,4 +1,4 @@
-"""What Trainer's evaluation promises, against the stock Trainer with one document per row on one device."""
+"""Evaluation compared with the stock Trainer, which has one document per row on one device."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ from tests import contract_cases
 LENGTHS = [40, 3, 17, 25, 9]
 LAYOUTS = [(1, 1, 2), (2, 1, 1), (3, 3, 1), (4, 2, 1)]  # processes, cp_size, documents per batch
 
-# Arguments that Trainer's evaluation reads, beside those of OPTIONS: they say where and how fast, not what.
+# Further arguments of Trainer's evaluation, which affect only where and how fast it runs.
 OTHER_ARGUMENTS = {
     "bf16_full_eval",
     "debug",
@@ -29,7 +29,7 @@ OTHER_ARGUMENTS = {
     "use_liger_kernel",
     "world_size",
 }
-# Fields of TrainingArguments about evaluation, and whether they are served; the others are refused.
+# Fields of TrainingArguments about evaluation, and whether they are supported; all others are refused.
 EVALUATION_ARGUMENTS = {
     "batch_eval_metrics": True,
     "bf16_full_eval": True,
@@ -51,12 +51,13 @@ EVALUATION_ARGUMENTS = {
 
 
 def needs_one_document_per_batch(name):
-    """Stock losses are those of batches."""
+    """Return whether an option must run with one document per batch, because the stock Trainer has losses per
+    batch."""
     return "loss" in contract_cases.OPTIONS[name].get("args", {}).get("include_for_metrics", [])
 
 
 @pytest.mark.parametrize("name", contract_cases.OPTIONS)
-def test_evaluation_is_the_stock_trainer_s(pool, name):
+def test_evaluation_equals_the_stock_trainers(pool, name):
     (expected,) = pool.run(1, contract_cases.stock, name, LENGTHS)
     for world_size, cp_size, per_batch in LAYOUTS:
         if needs_one_document_per_batch(name):
@@ -70,7 +71,7 @@ def test_evaluation_is_the_stock_trainer_s(pool, name):
 
 
 def test_every_option_of_the_evaluation_is_in_the_table():
-    """A new one upstream has to be served or refused: add it to OPTIONS, or to plugin.py's refused arguments."""
+    """A new upstream option must be supported or refused: add it to OPTIONS, or to plugin.py's refused arguments."""
     methods = (Trainer.evaluation_loop, Trainer.prediction_step, Trainer.evaluate, Trainer.predict)
     read = {name for method in methods for name in re.findall(r"\bargs\.(\w+)", inspect.getsource(method))}
     covered = {name for options in contract_cases.OPTIONS.values() for name in options.get("args", {})}

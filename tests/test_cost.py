@@ -52,7 +52,7 @@ def model_of(profile=H100, **changes):
     st.sampled_from([1, 2, 8]),
     st.sampled_from([None, [[1], [2], [3], [4]], [[1, 2], [3, 4]], [[2, 4], [1], [3]]]),
 )
-def test_prediction_is_what_counting_tiles_and_tokens_gives(case, strategy, window, ranks_per_node, offset_groups):
+def test_predictions_equal_those_from_counted_tiles_and_tokens(case, strategy, window, ranks_per_node, offset_groups):
     lengths, cp_size = case
     profile = dataclasses.replace(H100, ranks_per_node=ranks_per_node)
     model = CostModel(profile, 1e9, (AttentionLayers(3, 8, 2, 64, 48, window), AttentionLayers(2, 4, 4, 128, 128)))
@@ -69,7 +69,7 @@ def test_prediction_is_what_counting_tiles_and_tokens_gives(case, strategy, wind
     "corpus, window, cp_size", [("pile", 16384, 4), ("wlb_llm", 32768, 8), ("prolong64k", 32768, 8)]
 )
 def test_no_strategy_is_predicted_to_be_faster(corpus, window, cp_size, profile):
-    """By the evaluator that shares nothing with the planner; other strategies count where they keep to the caps."""
+    """According to the independent evaluator. Other strategies count only if they keep to the caps."""
     model = model_of(PROFILES[profile])
     lengths = sample_pack(corpus, window, seed=3)
     ours = plan_documents(lengths, cp_size, cost_model=model)
@@ -87,7 +87,7 @@ def test_no_strategy_is_predicted_to_be_faster(corpus, window, cp_size, profile)
     assert compared >= 3
 
 
-def test_stages_are_chosen_where_the_link_is_slow():
+def test_a_slow_link_leads_to_stages():
     lengths = sample_pack("prolong64k", 65536, seed=1)
     model = model_of(INFINIBAND)
     one, chosen = (plan_documents(lengths, 8, cost_model=model, num_stages=stages) for stages in (1, None))
@@ -119,7 +119,7 @@ def test_any_pack_can_be_planned_for_time(case, cap):
     assert report["pair_imbalance"] <= max(cap, without["pair_imbalance"]) * (1 + 1e-12)
 
 
-def test_a_fast_link_buys_balance_and_a_slow_one_buys_silence():
+def test_a_fast_link_favours_balance_and_a_slow_one_little_traffic():
     lengths = sample_pack("prolong64k", 131072, seed=1)
     slow = dataclasses.replace(H100, intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=1e9))
     on_fast, on_slow = (
@@ -142,8 +142,8 @@ def test_a_fast_link_buys_balance_and_a_slow_one_buys_silence():
         ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "head_dim": 16}),
     ],
 )  # fmt: skip
-def test_linear_work_is_that_of_the_parameters(model_type, sizes):
-    """With every expert chosen, a token meets each weight matrix once: two operations a parameter."""
+def test_linear_work_follows_from_the_parameters(model_type, sizes):
+    """If every expert is chosen, a token uses each weight matrix once: two operations per parameter."""
     common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
               "vocab_size": 100}  # fmt: skip
     config = AutoConfig.for_model(model_type, **{**common, **sizes})
@@ -165,9 +165,11 @@ def test_linear_work_is_that_of_the_parameters(model_type, sizes):
     assert windows == expected.get(model_type, {None: 2})
 
 
-def test_published_kernel_speeds_are_met():
-    """FlashAttention-2 in the FlashAttention-3 paper, H100, head dim 128, 16K tokens in all: within 8%, and
-    within 14% where documents of 512 tokens leave a head only four tiles."""
+def test_predictions_match_published_kernel_speeds():
+    """Compare with FlashAttention-2 in the FlashAttention-3 paper: H100, head dim 128, 16K tokens in total.
+
+    Predictions are within 8%, or 14% for documents of 512 tokens, which have only four tiles per head.
+    """
     published = {
         (False, False): [309, 350, 362, 368, 370, 370],
         (True, False): [191, 260, 298, 319, 333, 335],
@@ -225,7 +227,7 @@ def test_profiles_name_their_sources():
 
 
 @pytest.mark.parametrize("strategy", ["flashcp", "search"])
-def test_a_cap_that_is_not_met_is_named(strategy):
+def test_an_unmet_cap_is_named(strategy):
     with pytest.warns(UnmetCapWarning, match=r"max_imbalance=1.01 is not met.*3 documents of 10 tokens on 4 ranks"):
         plan_documents([4, 4, 2], 4, strategy=strategy, max_imbalance=1.01)
     with warnings.catch_warnings():
@@ -258,7 +260,7 @@ def test_plan_command_predicts_and_plans_for_time(capsys, config_file):
     assert f"predicted step          {1000 * predicted.seconds:,.1f} ms on the slowest rank" in text
 
 
-def test_plan_command_says_what_it_lacks(capsys, tmp_path):
+def test_plan_command_names_missing_options(capsys, tmp_path):
     line = "plan --lengths 100,20 --cp-size 2 --hardware h100".split()
     assert main(line) == 2 and "--hardware and --model go together" in capsys.readouterr().err
     broken = tmp_path / "broken.json"

@@ -1,4 +1,4 @@
-"""Debug mode: what is sound passes, what is not is found and named, on every rank."""
+"""Debug mode: correct layers pass, and errors are found and named on every rank."""
 
 import math
 
@@ -28,7 +28,7 @@ def plan_of(lengths, cp_size, staged=False, strategy="per_doc"):
 
 
 def check(errors, kind, *fragments):
-    """The same error on every rank, which says all this."""
+    """Check that every rank raises the same error, which contains all these texts."""
     assert len({str(error) for error in errors}) == 1
     assert type(errors[0]) is kind
     for fragment in fragments:
@@ -67,7 +67,7 @@ def test_a_checksum_shows_every_order(order):
 def test_a_checksum_of_many_elements_is_that_of_their_pieces_at_their_places(monkeypatch):
     rows = torch.randn(50, 7).to(DEVICE)
     whole = checksums(rows, [50])
-    monkeypatch.setattr("hf_flashcp.exchange.checksums._AT_ONCE", 11)
+    monkeypatch.setattr("hf_flashcp.exchange.checksums._CHUNK", 11)
     assert checksums(rows, [50]) == whole
 
 
@@ -77,32 +77,32 @@ def test_a_checksum_of_many_elements_is_that_of_their_pieces_at_their_places(mon
     ids=["stage 1", "stage 2", "stage 2, backward"],
 )
 @pytest.mark.parametrize("change", [debug_cases.flip, debug_cases.swap])
-def test_rows_that_change_on_their_way(pool, change, number, rank, source, what):
-    """One bit, or two rows, in what one rank receives in one of two stages, forward and backward."""
+def test_rows_that_change_in_transit(pool, change, number, rank, source, what):
+    """One bit or two rows change in the data that one rank receives in one of two stages, forward and backward."""
     args = plan_of(LENGTHS, 3, staged=True), number, rank, change, "received"
     errors = pool.errors(3, debug_cases.layer_with_a_bad_transfer, *args)
-    said = f"from rank {source} to {rank} arrived with another checksum."
-    check(errors, FlashCPError, "An exchange of KV was changed on its way", f"rows of {what} (", said)
+    said = f"from rank {source} to {rank} arrived with a different checksum."
+    check(errors, FlashCPError, "Data changed during an exchange of KV", f"rows of {what} (", said)
     assert str(errors[0]).count("rows of") == 1
 
 
 @pytest.mark.parametrize(
     "number, what", [(0, "12 rows of keys and values (3,072"), (1, "6 rows of gradients of keys and values (1,536")]
 )
-def test_a_buffer_that_is_written_to_before_its_rows_are_there(pool, number, what):
-    """H_kv (D_k + D_v) is 32, 8 bytes each."""
+def test_a_buffer_that_is_overwritten_before_its_rows_arrive(pool, number, what):
+    """A row has H_kv (D_k + D_v) = 32 numbers of 8 bytes."""
     args = plan_of([24], 2), number, 1, debug_cases.flip, "sent"
     errors = pool.errors(2, debug_cases.layer_with_a_bad_transfer, *args)
-    said = f"{what} bytes) from rank 1 to 0 were written to on rank 1 after they had been posted."
-    check(errors, FlashCPError, "An exchange of KV was changed on its way", said)
+    said = f"{what} bytes) from rank 1 to 0 were overwritten on rank 1 after they had been posted."
+    check(errors, FlashCPError, "Data changed during an exchange of KV", said)
 
 
 # The reference
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
-def test_sound_layers_pass(pool, cp_size):
-    """In every dtype, with what layers may ask for, one key head or two, uneven heads, in one stage and in several."""
+def test_correct_layers_pass(pool, cp_size):
+    """Every dtype and layer option, one or two KV heads, heads of uneven width, one or several stages."""
     shapes = [(4, 2, 8, 8), (4, 1, 8, 12), (2, 2, 12, 8), (4, 2, 16, 16)]
     plans = [plan_of(LENGTHS, cp_size), plan_of(LENGTHS, cp_size, staged=True)]
     plans.append(plan_of(LENGTHS, cp_size, strategy="search"))
@@ -114,7 +114,7 @@ def test_sound_layers_pass(pool, cp_size):
     pool.run(cp_size, debug_cases.layers, todo)
 
 
-def test_what_is_not_finite_in_the_data_is_no_deviation(pool):
+def test_inf_and_nan_in_the_data_are_not_deviations(pool):
     layer = plan_of(LENGTHS, 2), (4, 2, 8, 8), "bfloat16"
     changes = debug_cases.sick_key, debug_cases.sick_value
     pool.run(2, debug_cases.layers, [(layer, {"change": change}) for change in changes])
@@ -122,17 +122,17 @@ def test_what_is_not_finite_in_the_data_is_no_deviation(pool):
 
 @pytest.mark.parametrize("what", ["the output", "dQ", "dK", "dV"])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_a_wrong_number_of_one_rank_is_named(pool, dtype, what):
-    """Twice what it should be, in one head of one local row."""
+def test_a_wrong_number_on_one_rank_is_named(pool, dtype, what):
+    """In one head of one local row, a number is twice what it should be."""
     plan = plan_of([60], 2)
     assert plan.slices[1][0][:2] == (0, 15)
     errors = pool.errors(2, debug_cases.wrong_layer, plan, dtype, what)
-    check(errors, FlashCPError, f"Attention of the layer in {dtype} is not what float64 gives")
+    check(errors, FlashCPError, f"Attention of the layer in {dtype} does not match the float64 reference")
     assert f"{what} of document 0 at token 20, head 1, on rank 1 is off by" in str(errors[0])
     assert "on rank 0" not in str(errors[0])
 
 
-def test_a_logsumexp_that_only_backward_needs_is_named(pool):
+def test_a_wrong_logsumexp_is_named_although_only_backward_uses_it(pool):
     errors = pool.errors(2, debug_cases.wrong_layer, plan_of([30, 30], 2, strategy="whole_doc"), "bfloat16", "lse")
     check(errors, FlashCPError, "the logsumexp of document 1 at token 5, head 1, on rank 1 is off by")
 
@@ -140,7 +140,7 @@ def test_a_logsumexp_that_only_backward_needs_is_named(pool):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_exchange_that_is_left_out_is_found_in_every_dtype(pool, dtype):
     errors = pool.errors(2, debug_cases.layer_without_exchange, plan_of([300, 40], 2), dtype)
-    check(errors, FlashCPError, "is not what float64 gives", "of document 0 at token", "on rank 0", "on rank 1")
+    check(errors, FlashCPError, "does not match the float64", "of document 0 at token", "on rank 0", "on rank 1")
 
 
 # Whole models
@@ -171,20 +171,20 @@ SELECTIVE = {"use_reentrant": False, "context_fn": save_attention_context_fn}
     ids=["none", "plain", "reentrant", "selective"],
 )
 def test_every_second_step_of_a_model_checks_a_layer(pool, options, expected):
-    """A layer that is checkpointed runs twice, and so does its check."""
+    """A checkpointed layer runs twice, and so does its check."""
     for seen in pool.run(2, debug_cases.checked_layers, 3, 2, options):
         assert seen == expected
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
-def test_sound_models_pass_in_bf16(pool, family):
+def test_correct_models_pass_in_bf16(pool, family):
     for seen in pool.run(3, debug_cases.checked_layers, 2, 1, {"family": family, "dtype": "bfloat16"}):
         assert [len(step) for step in seen] == [2, 2]
 
 
 def test_a_wrong_layer_of_a_model_is_named(pool):
     errors = pool.errors(3, debug_cases.model_with_a_wrong_layer)
-    check(errors, FlashCPError, f"Attention of {TWO} in float64 is not what float64 gives", "head 3, on rank 0")
+    check(errors, FlashCPError, f"Attention of {TWO} in float64 does not match the float64", "head 3, on rank 0")
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,11 @@ def test_environments_that_differ_or_are_wrong(pool, environment, error, message
     check(pool.errors(3, debug_cases.one_forward, environment), error, message)
 
 
-# What it costs
+# Costs
 
 
-def test_collectives_and_bytes_are_the_documented_ones(pool):
-    """Of docs/concepts.md. N = 3, one stage, H_kv = 2, D_k + D_v = 20, bf16; C = 66 tokens, 22 on each rank."""
+def test_collectives_and_bytes_are_as_documented(pool):
+    """Numbers of docs/concepts.md for N = 3, one stage, H_kv = 2, D_k + D_v = 20, bf16, C = 66 tokens, 22 per rank."""
     args = plan_of([54, 12], 3), (4, 2, 8, 12), "bfloat16"
     exchange = [("gather", 8 * 3 * (3 * 3 + 2)), ("gather", 8 * 3 * 2 * 3)]
     verdict = [("gather", 8 * 3 * 7)]
@@ -217,5 +217,5 @@ def test_collectives_and_bytes_are_the_documented_ones(pool):
 
 
 def test_no_tensor_has_the_size_of_all_scores(pool):
-    """Blocks of 2 heads x 3 queries x 600 keys, 2**12 scores at most; all would be 2 x 600 x 600."""
+    """Blocks have 2 heads x 3 queries x 600 keys, at most 2**12 scores; all scores would be 2 x 600 x 600."""
     assert pool.run(1, engine_cases.largest_tensor_of_a_check, plan_of([600], 1), 2**12)[0] <= 2**15

@@ -1,4 +1,4 @@
-"""The doctor: tiny copies, its verdicts and its pages."""
+"""The doctor: tiny copies, its results and its page."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def run(capsys, line):
     return code, out, err
 
 
-def test_a_tiny_copy_is_small_and_keeps_what_mixes_tokens():
+def test_a_tiny_copy_is_small_and_keeps_how_tokens_attend():
     gemma = tiny_copy(Gemma2Config())
     assert gemma.layer_types == ["sliding_attention", "full_attention"] and gemma.sliding_window == 8
     assert gemma.attn_logit_softcapping == 50.0 and (gemma.num_attention_heads, gemma.num_key_value_heads) == (4, 2)
@@ -59,7 +59,7 @@ def test_a_tiny_copy_is_small_and_keeps_what_mixes_tokens():
         assert sum(parameter.numel() for parameter in build(config, "eager").parameters()) < 200_000
 
 
-def test_a_tiny_copy_leaves_the_config_alone():
+def test_a_tiny_copy_does_not_modify_the_config():
     config = Gemma2Config()
     before = config.to_dict()
     tiny_copy(config)
@@ -91,7 +91,7 @@ def test_the_error_of_a_gradient_that_should_be_zero_is_measured_against_the_oth
 
 
 def test_a_supported_model(capsys, tmp_path):
-    """From a directory with a config and no weights, as a report and as JSON."""
+    """Check a directory that has a config but no weights, as a report and as JSON."""
     LlamaConfig(num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(
         tmp_path
     )
@@ -101,7 +101,7 @@ def test_a_supported_model(capsys, tmp_path):
     assert f"CUDA: torch_flash is {EXPERIMENTAL}" in out
     code, out, _ = run(capsys, f"doctor {tmp_path / 'config.json'} --json")
     found = json.loads(out)
-    assert code == 0 and found["verdict"] == "supported" and found["gradient_error"] < 1e-12
+    assert code == 0 and found["result"] == "supported" and found["gradient_error"] < 1e-12
     (group,) = found["layers"]
     assert (group["layers"], group["heads"], group["kv_heads"], group["key_dim"]) == (32, 32, 8, 128)
     kernels = {device: (chosen["kernel"], chosen["status"]) for device, chosen in group["kernels"].items()}
@@ -120,7 +120,7 @@ def test_a_model_of_several_kinds_of_layers(capsys):
     "config, message",
     [
         ("bloom", "refused: does not call its attention through transformers' attention interface"),
-        ("llama4", "refused: Llama4ForCausalLM scales queries by their place in the row"),
+        ("llama4", "refused: Llama4ForCausalLM scales queries by their index in the row"),
         ("doge", "refused: DogeAttention (layer 0) got an attention_mask"),
         (LlamaConfig(attention_dropout=0.1), "to change: set attention_dropout to 0 (it is 0.1)"),
     ],
@@ -148,13 +148,13 @@ def test_wrong_arguments_exit_with_2(capsys, line, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_a_wrong_gradient_is_a_refusal(pool, monkeypatch):
+def test_a_wrong_gradient_is_refused(pool, monkeypatch):
     found = {"stage": "done", "error": None, "refused": False, "gradient_error": 1e-3, "loss_error": 0.0}
     monkeypatch.setattr(doctor, "run_check", lambda *args: found)
     diagnosis = doctor.diagnose(LlamaConfig(), pool)
-    assert (diagnosis.verdict, diagnosis.reason) == (
+    assert (diagnosis.result, diagnosis.reason) == (
         "refused",
-        "gradients differ by 1e-03 from those of the documents alone",
+        "gradients differ by 1e-03 from those of documents run alone",
     )
 
 
@@ -162,7 +162,7 @@ def _abort(*_):
     os.abort()
 
 
-def test_a_check_that_dies_is_a_finding(pool, monkeypatch):
+def test_a_check_that_crashes_is_reported(pool, monkeypatch):
     monkeypatch.setattr("hf_flashcp.doctor.gradients.check_gradients", _abort)
     found = run_check(pool, tiny_copy(LlamaConfig()), 2, "per_doc", 60.0)
     assert found["stage"] == "lost" and "died with exit code" in found["error"]
@@ -172,8 +172,8 @@ def test_a_check_that_dies_is_a_finding(pool, monkeypatch):
 
 def test_the_page_of_all_models(pool):
     diagnoses = diagnose_all(pool, ["bloom", "deepseek_v3", "gemma2", "qwen3_next"])
-    verdicts = ["refused", "supported", "supported", "whole-document plans only"]
-    assert [d.verdict for d in diagnoses] == verdicts
+    results = ["refused", "supported", "supported", "whole-document plans only"]
+    assert [d.result for d in diagnoses] == results
     text = page(diagnoses)
     assert "| supported | 2 |" in text and "| refused | 1 |" in text and "## Whole-document plans only" in text
     assert "| gemma2 | Gemma2ForCausalLM | sliding window in some layers; softcap |" in text

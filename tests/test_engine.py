@@ -1,4 +1,4 @@
-"""The engine: stages, what it calls and copies, its precision. That it is exact is tests/test_attention.py's."""
+"""The engine: stages, calls and copies, precision, memory. tests/test_attention.py tests exactness."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_offset_groups_belong_to_a_plan():
 @pytest.mark.parametrize(
     "groups", [[[1, 2]], [[1, 2], [2, 3]], [[1, 2, 3], []], [[0, 1, 2, 3]], [[1, 2, 4]], [1, 2, 3], "123"]
 )
-def test_offset_groups_that_are_no_partition_are_refused(groups):
+def test_offset_groups_that_are_not_a_partition_are_refused(groups):
     with pytest.raises(PlanError, match="offset_groups are"):
         plan_documents([40], 4).with_offset_groups(groups)
 
@@ -58,7 +58,7 @@ STAGES = {
 @pytest.mark.parametrize("stages", ["two", "all"])
 @pytest.mark.parametrize("cp_size", [3, 4])
 def test_strategies_and_variants_in_stages_are_exact(pool, cp_size, stages):
-    """Every strategy, full attention and variants; one stage is what the other tests run."""
+    """Every strategy with full attention and variants, in several stages; the other tests use one stage."""
     groups = STAGES[stages](cp_size)
     todo = [
         cases.Case(
@@ -88,15 +88,15 @@ def test_eight_ranks_in_stages_are_exact(pool):
         assert max(max(error) for error in errors) < FP64
 
 
-def test_what_travels_next_is_posted_before_the_present_stage_is_computed(pool):
+def test_the_next_transfer_is_posted_before_a_stage_is_computed(pool):
     plan = plan_documents([24, 24], 3, strategy="per_doc").with_offset_groups([[1], [2]])
     forward = ["post", "post", "local forward", "wait", "remote forward", "wait", "remote forward"]
     backward = ["remote backward", "post", "remote backward", "post", "local backward", "wait", "wait"]
     assert pool.run(3, cases.issue_order, plan) == [forward + backward] * 3
 
 
-def test_every_rank_enters_a_stage_that_one_needs(pool):
-    """All travels from rank 0 to rank 1: the others post their nothing, both ways."""
+def test_every_rank_enters_a_stage_that_any_rank_needs(pool):
+    """All KV goes from rank 0 to rank 1; the other ranks post empty transfers, in both directions."""
     plan = ShardPlan([8, 4, 4], 4, [[(0, 0, 4)], [(0, 4, 8)], [(1, 0, 4)], [(2, 0, 4)]])
     orders = pool.run(4, cases.issue_order, plan.with_offset_groups([[1], [2], [3]]))
     idle = ["post", "local forward", "wait", "post", "local backward", "wait"]
@@ -114,7 +114,7 @@ def test_profilers_see_named_ranges(pool):
         forward = ["pack", "local pass", arrives, "stage 1", "merge", arrives, "stage 2", "merge"]
         expected = [*forward, "stage 1, backward", "stage 2, backward", "local pass, backward", leaves, leaves]
         assert [name for name in names if name in expected] == [name for name in expected if name in names]
-        assert {"pack", "local pass", arrives, "local pass, backward", leaves, "add what came home"} <= set(names)
+        assert {"pack", "local pass", arrives, "local pass, backward", leaves, "add returned gradients"} <= set(names)
 
 
 # Rows
@@ -131,7 +131,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_are_ranges_where_these_are_few_or_long(name):
+def test_rows_are_ranges_if_these_are_few_or_long(name):
     numbers, as_ranges = ROWS[name]
     as_ranges = as_ranges and (ON_CPU or not name.startswith("five"))
     rows = Rows(np.array(numbers, dtype=np.int64), DEVICE)
@@ -173,7 +173,7 @@ def test_groups_of_rows_are_as_long_as_they_can_be(numbers):
 @pytest.mark.devices("cpu")
 @settings(max_examples=200)
 @given(plan=arbitrary_plans(), stages=st.sampled_from(sorted(STAGES)), window=st.none() | st.integers(1, 45))
-def test_the_report_counts_what_layouts_say(plan, stages, window):
+def test_the_report_agrees_with_the_layouts(plan, stages, window):
     if STAGES[stages] and plan.cp_size > 2:
         plan = plan.with_offset_groups(STAGES[stages](plan.cp_size))
     report = plan.report(window=window)
@@ -189,9 +189,9 @@ def test_the_report_counts_what_layouts_say(plan, stages, window):
         assert report["copies"][rank] == sends + copies
 
 
-# A range of rows takes a `copy_` for K and one for V to be packed, a `lerp_` to be merged, an `add_` when its gradient
-# is home; more than four take one operator of the index kind together. `cat` puts keys into document order, and a
-# `copy_` a range their gradients back.
+# A range of rows needs a `copy_` for K and one for V to be packed, a `lerp_` to be merged, and an `add_` for its
+# returned gradient; more than four ranges share one index operator. `cat` puts keys into document order, and a `copy_`
+# per range puts their gradients back.
 def copies(copy=0, lerp=0, add=0, **more):
     return {"copy_": copy, "lerp_": lerp, "add_": add, **more}
 
@@ -199,7 +199,7 @@ def copies(copy=0, lerp=0, add=0, **more):
 ONE_DOCUMENT = plan_documents([16], 2, strategy="per_doc")
 TWO_DOCUMENTS = plan_documents([24, 24], 3, strategy="per_doc")
 NAMED_COUNTS = {
-    # collectives; of each rank kernel calls, copies as the report counts them, and operators that copy
+    # collectives; for each rank kernel calls, copies as the report counts them, and operators that copy
     "one document": (ONE_DOCUMENT, 2, [(4, 3, copies(2, 1, 1))] * 2),
     "whole documents": (plan_documents([16, 16], 2, strategy="whole_doc"), 0, [(2, 0, {})] * 2),
     "zigzag, used as it arrives": (plan_documents([32], 4, strategy="per_doc"), 2, [(4, 3, copies(6, 1, 3))] * 4),
@@ -235,8 +235,8 @@ def test_collectives_kernel_calls_and_copies_are_those_of_the_report(pool, name)
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_many_slices_take_few_operators_and_no_values_are_read(pool, window):
-    """Fourteen documents on four ranks: no operator waits for the device, and their number does not grow with that of
-    the documents."""
+    """With fourteen documents on four ranks, no operator waits for the device, and many documents need no more
+    operators."""
     few, many = (plan_documents([40] * count, 4, strategy="per_doc") for count in (7, 14))
     options = {"window": window}
     for one, other in zip(*(pool.run(4, engine_cases.counts, plan, options) for plan in (few, many))):
@@ -248,12 +248,15 @@ def test_many_slices_take_few_operators_and_no_values_are_read(pool, window):
 
 
 def test_bf16_error_does_not_grow_with_ranks_and_stages(pool):
-    """The error of dK and dV at cp 8 is no larger than on one rank. Of out and dQ, partial results leave the kernels
-    rounded to bf16, one rounding more than on one rank (1.16 times the error here, 1.41 if it were all the error), but
-    no more of them on 8 ranks than on 2, or in 7 stages than in one, since they are summed in fp32.
+    """The error of dK and dV at cp 8 is no larger than on one rank.
 
-    On a GPU kernels err less, so the roundings of what travels and is merged weigh more, at most as much as all the
-    error of a single rank."""
+    Kernels round partial results of out and dQ to bf16, which is one rounding more than on one rank: 1.16 times the
+    error here, and 1.41 times if rounding were the only error. More ranks or stages do not add roundings, because
+    partial results are summed in fp32.
+
+    On a GPU, kernels have smaller errors, so the rounding of sent and merged tensors weighs more; at most, it equals
+    the whole error of a single rank.
+    """
     all_of_it = 1.05 * 2**0.5
     to_one, to_two = ((1.2, 1.2, 1.1, 1.1), 1.1) if ON_CPU else ((all_of_it,) * 4, 1.2)
     lengths, shape = [1024, 512, 256, 128, 128], (8, 2, 64, 64)
@@ -284,8 +287,8 @@ def test_two_runs_are_equal_to_the_last_bit(pool, stages):
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("window", [None, 8])
-def test_saved_bytes_are_the_documented_ones(pool, keep, window):
-    """Of function.py's formula; e = 2, E = 4."""
+def test_saved_bytes_are_as_documented(pool, keep, window):
+    """Compare with the formula in function.py for e = 2, E = 4."""
     plan = plan_documents([40, 24], 3, strategy="per_doc")
     heads, kv_heads, key_dim, value_dim = 4, 2, 8, 12
     args = (plan, (heads, kv_heads, key_dim, value_dim), "bfloat16", {"keep_received_kv": keep, "window": window})
@@ -295,7 +298,7 @@ def test_saved_bytes_are_the_documented_ones(pool, keep, window):
         own = tokens * (2 * (heads + kv_heads) * (key_dim + value_dim) + 4 * heads)
         kept = received * 2 * kv_heads * (key_dim + value_dim) if keep else 0
         if window and keep:
-            bands = found - own - kept  # the rank's own tokens there, those of overlapping bands twice
+            bands = found - own - kept  # the rank's own tokens, twice if they lie in overlapping bands
             assert 0 < bands <= 2 * tokens * 2 * kv_heads * (key_dim + value_dim)
         else:
             assert found == own + kept
@@ -305,9 +308,11 @@ def test_saved_bytes_are_the_documented_ones(pool, keep, window):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("stages", ["one", "all"])
 def test_peak_memory_of_a_layer(pool, stages, keep):
-    """At cp N: a single process's peak over N; of each received row its KV, the gradients in fp32 and on the wire, and
-    those of a kernel's block; of each sent row one in bf16 and one in fp32; in stages, outputs in fp32. And no tensor
-    has anything near T x T elements."""
+    """The peak at cp N is at most that of one process / N, plus the rows below; no tensor has about T x T elements.
+
+    A received row adds its KV, its gradients in fp32 and as sent, and those of a kernel's block. A sent row adds one
+    row in bf16 and one in fp32. Stages add outputs in fp32.
+    """
     lengths, shape, cp_size = [4096, 1024, 512], (4, 2, 32, 32), 4
     single, largest = pool.run(1, engine_cases.peak_memory, plan_documents(lengths, 1), shape, {})[0]
     assert largest < lengths[0] ** 2 / 8
@@ -337,8 +342,8 @@ def test_keys_fetched_again_are_exact(pool, stages):
 
 
 @pytest.mark.devices("cpu")
-def test_keys_are_fetched_again_where_a_rank_receives_more_than_four_tokens_for_each_of_its_own():
-    """One document over six ranks: the first holds its first and last twelfth and receives all the others."""
+def test_keys_are_fetched_again_if_a_rank_receives_more_than_four_tokens_per_own_token():
+    """One document over six ranks: the first rank holds the first and last twelfth, and receives all others."""
     near, far = (RankPlan(plan_documents([60], size, strategy="per_doc"), 0, FakeGroup(size)) for size in (5, 6))
     assert near.plan.report()["kv_received"][0] / near.layout.num_tokens <= 4 and near.keep_received_kv
     assert far.plan.report()["kv_received"][0] / far.layout.num_tokens == 5 and not far.keep_received_kv
@@ -372,19 +377,19 @@ SELECTIVE = {"use_reentrant": False, "context_fn": save_attention_context_fn}
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_selective_checkpointing_attends_and_exchanges_once(pool, family, kwargs, keep, exchanges, forwards):
-    """A layer's forward is a local and a remote kernel call and an exchange, its backward as much."""
+    """Forward of a layer takes a local and a remote kernel call and an exchange, and so does backward."""
     for error, counts in pool.run(2, engine_cases.checkpointed, family, [40, 3, 17, 25], kwargs, keep):
         assert error < FP64
         assert counts == (exchanges, forwards, 2)
 
 
 def test_selective_checkpointing_in_a_trainer(pool):
-    """Through TrainingArguments, which trackers write down as JSON."""
+    """Set the option through TrainingArguments, which trackers log as JSON."""
     for error, counts in pool.run(2, engine_cases.selective_trainer, [40, 3, 17], SELECTIVE):
         assert error < 1e-6 and counts == (2, 2, 2)
 
 
-def test_ranks_that_differ_in_keeping_kv_say_so(pool):
+def test_ranks_that_differ_in_keeping_kv_raise(pool):
     for error in pool.errors(2, engine_cases.keep_on_one_rank):
         assert isinstance(error, BatchError) and "keep_received_kv is true on rank 0 and false on rank 1" in str(error)
 
@@ -397,9 +402,11 @@ def test_ranks_that_differ_in_keeping_kv_say_so(pool):
     ],
 )
 def test_compiled_models(pool, whole, backend, breaks):
-    """Same gradients, breaks at the attention call (in a whole model also at the mask, before the layers, and once at
-    the loss, which the first pack checks and the second one compiles); a further pack makes no new graph. In debug
-    mode, which changes none of it."""
+    """Compiled models have the same gradients, and a further pack compiles no new graph.
+
+    Graphs break at the attention call. In a whole model they also break at the mask, before the layers, and once at
+    the loss, which is checked on the first pack and compiled on the second. Debug mode changes none of this.
+    """
     packs = [[40, 3, 17, 1, 25], [30, 9], [64, 5, 7], [33, 20, 20]]
     for errors, graphs, found in pool.run(2, engine_cases.compiled, packs, backend, whole):
         assert max(errors) < FP64

@@ -1,4 +1,5 @@
-"""Mistakes: one clear error of our types on every rank, before or at the first step, and no hang."""
+"""User mistakes raise one clear error of our types on every rank, at the latest in the first step, and nothing
+hangs."""
 
 import os
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ def check(results, error, message):
         ("bidirectional", "is_causal=False"),
     ],
 )
-def test_models_that_would_not_be_exact(pool, name, message):
+def test_models_that_would_not_be_exact_are_refused(pool, name, message):
     check(pool.errors(2, error_cases.train_step, name), UnsupportedModelError, message)
 
 
@@ -54,7 +55,7 @@ def test_attaching_to_the_wrong_thing(pool, kind, error, message):
     check(pool.errors(2, error_cases.attach_to, kind), error, message)
 
 
-def test_a_layer_that_never_calls_us(pool):
+def test_a_layer_that_bypasses_our_attention(pool):
     check(pool.errors(2, error_cases.never_calls_us), UnsupportedModelError, "1 attention layers of LlamaForCausalLM")
 
 
@@ -79,7 +80,7 @@ def test_bad_batches(pool, changes, error, message):
     check(pool.errors(2, error_cases.forward_with, changes), error, message)
 
 
-def test_a_cut_document_in_a_model_with_recurrent_layers(pool):
+def test_a_split_document_in_a_model_with_recurrent_layers(pool):
     check(pool.errors(2, error_cases.train_step, "qwen3_next"), BatchError, "which need whole documents, but the plan")
 
 

@@ -25,7 +25,7 @@ from tests.test_cli import png_size, run
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Operators this small are no faster with more, and much slower on a busy machine, where threads wait."""
+    """Run on one thread: such small operators gain nothing from more, and a busy machine makes threads wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,18 +52,18 @@ def test_estimate_against_measured_memory_of_ranks(pool, name):
 
 @pytest.mark.parametrize("lengths", [(16,), (64,), (256,)])
 @pytest.mark.parametrize("name", ["llama, bf16", "llama, fp32, autocast", "big vocabulary, bf16"])
-def test_few_tokens_peak_elsewhere(name, lengths):
+def test_the_peak_with_few_tokens(name, lengths):
     config, options = CASES[name]
     assert_near(compare(config, options, lengths))
 
 
-def test_received_kv_is_held_where_one_document_is_shared(pool):
+def test_received_kv_is_held_if_one_document_is_shared(pool):
     config = {**LLAMA, "num_key_value_heads": 8}
     for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (1024,)):
         assert_near(found, within=0.02)
 
 
-def test_estimate_where_attention_is_the_peak(pool):
+def test_estimate_if_attention_is_the_peak(pool):
     narrow = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}
     config = {**LLAMA, **narrow, "num_key_value_heads": 8, "head_dim": 32}
     for found in pool.run(2, compare_on_ranks, config, {"dtype": "bfloat16", "mixed_precision": "no"}, (4096,)):
@@ -93,7 +93,7 @@ def test_parameters_are_counted(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(FAMILIES[family])
     counted = sum(parameter.numel() for parameter in model.parameters())
-    # Of models this small biases are several percent.
+    # In such small models, biases are several percent of the parameters.
     assert abs(MemoryShape.from_config(model.config).parameters / counted - 1) < 0.05
 
 
@@ -152,7 +152,7 @@ def test_workspace_of_flash_attention_2():
     assert backward_workspace(SHAPE, 16384, 114688) == sum(buffers.values())
 
 
-def test_workspace_expands_keys_of_grouped_queries_alone():
+def test_workspace_expands_keys_only_for_grouped_queries():
     grouped = backward_buffers(SHAPE, 1000, 4000)
     equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 4000)
     assert equal["expanded dk, dv"] == 0
@@ -166,7 +166,7 @@ def test_workspace_expands_keys_of_grouped_queries_alone():
         (80, 80, 80, 96, 0),
         (192, 192, 192, 192, 0),
         (160, 160, 160, 192, 0),
-        # Padded with zeros: value, output and its gradient; all five.
+        # Tensors padded with zeros: value, output and its gradient; all five.
         (192, 128, 192, 192, 2 * 100 * 32 + 700 * 8),
         (12, 12, 16, 32, 3 * 100 * 32 + 2 * 700 * 8),
     ],
@@ -197,7 +197,7 @@ def test_estimate_of_one_long_document_has_the_workspace():
     parts = choice.memory.moments["last layer's backward"]
     assert parts["attention workspace"] == pytest.approx(backward_workspace(SHAPE, 16384, 114688, 2), rel=0.01)
     assert sum(parts.values()) - sum(on_cpu.memory.moments["last layer's backward"].values()) > 1e9
-    # With few logits to hold, it decides how much fits.
+    # With few logits, the workspace decides how much fits.
     small = {**LLAMA_3_8B, "vocab_size": 1024}
     (choice,) = choices(small, H100, setup, [131072], [8])
     (on_cpu,) = choices(small, H100, replace(setup, device="cpu"), [131072], [8])
@@ -219,9 +219,9 @@ def test_points_of_attention_s_backward():
     assert local.temporary == always + c * kv * 45000
     assert local.workspace == backward_workspace(SHAPE, 1000, 1000)
     assert end.temporary == always + c * (queries + 1000 * kv) and end.workspace == 0
-    # Fetched again, KV is held until its stage is computed.
+    # KV that is fetched again is held until its stage is computed.
     assert points(40000, kept=False)[0].temporary - stage.temporary == c * kv * 40000
-    # Of two equal stages the second has the gradients of the first under way.
+    # During the second of two equal stages, the gradients of the first are being sent.
     second = points(20000, kept=True)[0]
     assert stage.temporary - second.temporary == (4 - c) * kv * 20000
     assert second.workspace == backward_workspace(SHAPE, 1000, 20000)
@@ -272,7 +272,7 @@ def _choice(cp_size, fits, tokens_per_second):
         ([(2, True, 100), (4, True, 150), (8, True, 151)], 4, "50% faster than cp_size 2"),
         ([(1, False, 9), (2, True, 5)], 2, "the only one that fits"),
         ([(1, False, 9)], None, "nothing fits"),
-        ([(4, True, 9)], 4, "the one asked for"),
+        ([(4, True, 9)], 4, "the size that was asked for"),
     ],
 )
 def test_the_choice(rows, expected, reason):
@@ -295,7 +295,7 @@ def test_command_prints_a_table(capsys, config):
     assert "\ncp_size 8: the smallest that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
         assert f"\n  {part}" in out or f"\n{part}" in out
-    assert "\nin the last layer's backward: 27.1, of which attention workspace 5.1\n" in out
+    assert "\nin the last layer's backward: 27.1 GiB, of which 5.1 GiB is attention workspace\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1
     assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
@@ -329,8 +329,8 @@ def test_command_draws(capsys, config, tmp_path):
         ("--window 4096 --gpus 8 --cp-size 3", "cp_size 3 does not divide the 8 GPUs: choose one of 1, 2, 4, 8"),
         ("--window 4096 --gpus 0", "gpus must be at least 1"),
         ("--window 4096 --gpus 8 --hardware abacus", "There is no hardware profile 'abacus'"),
-        ("--window 1048576 --gpus 8", "does not fit on 8 GPUs: the largest that does has "),
-        ("--window 4096 --gpus 8 --sharding ddp --dtype float32", "less than 1,024 tokens, with cp_size"),
+        ("--window 1048576 --gpus 8", "does not fit on 8 GPUs. The largest window that fits has "),
+        ("--window 4096 --gpus 8 --sharding ddp --dtype float32", "fewer than 1,024 tokens, with cp_size"),
     ],
 )
 def test_errors(capsys, config, options, message):

@@ -1,4 +1,4 @@
-"""Faults in real processes: the other ranks end with one error that names who is missing, and what was saved is whole.
+"""Faults in real processes: other ranks raise one error that names the missing ranks, and saved files are complete.
 
 Nothing here measures time; a case fails if it does not end within `OUTER_SECONDS`.
 """
@@ -25,7 +25,7 @@ resumes = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Digests of the parameters of a run without a fault, by how they are sharded and the number of steps."""
+    """Return digests of the parameters after runs without a fault, by kind of sharding and number of steps."""
     kept = {}
 
     def run(fsdp=False, steps=STEPS):
@@ -72,17 +72,20 @@ def check_error(outcome, *fragments):
     ),
 )
 def test_killed(point, victim, fsdp, tmp_path, undisturbed):
-    """The other rank names it and its host, and what it waited for; resuming ends as if nothing had happened."""
+    """The other rank names the killed rank, its host and the collective.
+
+    A resumed run ends with the same parameters.
+    """
     directory = str(tmp_path)
     fault = (directory, 2, train, directory, point, fault_cases.kill, victim)
     found = outcomes(*fault, victim=None, fsdp=fsdp)
     assert found[victim] == ("ended", -9)
-    waited_for = {"forward": "keys and values of other ranks of training step 3", "save": "saving checkpoint-4"}
+    waited_for = {"forward": "keys and values of other ranks during training step 3", "save": "saving checkpoint-4"}
     check_error(
         found[1 - victim],
         f"Missing: rank {victim} (host ",
-        "does not answer: killed, or stopped",
-        waited_for.get(point, "of training step "),
+        "does not answer: killed or stopped",
+        waited_for.get(point, "during training step "),
     )
     assert checkpoints(directory) == ["checkpoint-2"]
     resumed = outcomes(directory, 2, train, directory, resume=True, fsdp=fsdp)
@@ -95,12 +98,12 @@ def test_killed(point, victim, fsdp, tmp_path, undisturbed):
     "point, action, said",
     [
         ("forward", fault_cases.sleep, "fault_cases.py:"),
-        ("between steps", fault_cases.stop, "does not answer: killed, or stopped"),
+        ("between steps", fault_cases.stop, "does not answer: killed or stopped"),
     ],
     ids=["asleep in forward", "stopped between steps"],
 )
 def test_stalled(point, action, said, tmp_path):
-    """The other rank ends when `ddp_timeout` has passed, and says where a process is that still answers."""
+    """The other rank ends after `ddp_timeout`, and says where the stalled process is if it still answers."""
     directory = str(tmp_path)
     first, second = outcomes(directory, 2, train, directory, point, action, 1, victim=1, timeout=6)
     check_error(first, "Missing: rank 1 (host ", said, "The backend said")
@@ -125,10 +128,10 @@ def test_a_rank_that_ends_by_itself(point, action, more, said, tmp_path):
 
 
 def test_survivors_in_two_groups_agree(tmp_path):
-    """A loop of the user's own on four ranks: all three say the same of the fourth."""
+    """In a user's loop on four ranks, three ranks raise the same error about the fourth."""
     found = outcomes(str(tmp_path), 4, fault_cases.plain_loop, fault_cases.kill, 2)
     assert found[2] == ("ended", -9)
-    for rank in (0, 1, 3):  # one at a collective of its own, another already comparing the next batch
+    for rank in (0, 1, 3):  # one rank waits in its own collective, another already compares the next batch
         kind, message = found[rank]
         assert kind in ("FlashCPError", "BatchError"), found[rank]
         assert "Missing: rank 2 (host " in message and "which does not answer" in message
@@ -136,7 +139,7 @@ def test_survivors_in_two_groups_agree(tmp_path):
 
 @pytest.mark.parametrize("action", [fault_cases.kill, fault_cases.stop], ids=["killed", "stopped"])
 def test_rank_0_with_the_store(action, tmp_path):
-    """Without a launcher rank 0 holds the key-value store: the error says so, and that nobody can be asked."""
+    """Without a launcher, rank 0 holds the key-value store. The error says so, and that no rank can be asked."""
     directory = str(tmp_path)
     fault = (directory, 3, train, directory, "between steps", action, 0)
     found = outcomes(*fault, victim=0, rank_0_holds_store=True, timeout=6)
@@ -147,7 +150,7 @@ def test_rank_0_with_the_store(action, tmp_path):
 
 @resumes
 def test_sigterm_saves_and_stops_all_ranks_after_the_same_step(tmp_path, undisturbed):
-    """Only one rank gets the signal, as when one node of several is taken away."""
+    """Only one rank gets the signal, as if one of several nodes were preempted."""
     directory, options = str(tmp_path), {"enable_jit_checkpoint": True, "steps": 12, "save_total_limit": 1}
     first, second = outcomes(directory, 2, train, directory, "between steps", fault_cases.sigterm, 1, **options)
     assert first == second and first[0] == "returned" and 3 <= first[1][1] < 12
@@ -158,7 +161,7 @@ def test_sigterm_saves_and_stops_all_ranks_after_the_same_step(tmp_path, undistu
 
 @resumes
 def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
-    """As when a process dies after the last checkpoint: no step more is taken."""
+    """A run whose process died after the last checkpoint takes no further step."""
     directory = str(tmp_path)
     for resume in (None, True):
         assert outcomes(directory, 2, train, directory, resume=resume) == [("returned", undisturbed())] * 2
@@ -166,15 +169,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
 
 
 def test_every_process_group_has_the_configured_timeout(tmp_path):
-    """PyTorch gives the groups of a device mesh 30 minutes, or 10, whatever the default group has."""
+    """PyTorch gives the groups of a device mesh 30 or 10 minutes, regardless of the default group's timeout."""
     for kind, timeouts in outcomes(str(tmp_path), 4, fault_cases.group_timeouts, 2, 77, timeout=77):
         assert kind == "returned" and len(timeouts) >= 3 and set(timeouts) == {77.0}
 
 
 @resumes
 def test_torchrun_restarts_and_resumes(tmp_path, undisturbed):
-    """`--max-restarts 1`: rank 1 is killed after its third step; the second attempt ends with the same parameters.
-    With the rendezvous' own store it would find the addresses of the first attempt's processes, most times."""
+    """With `--max-restarts 1`, a second attempt ends with the same parameters after rank 1 was killed in the first.
+
+    With the rendezvous' own store, it would usually find the addresses of the first attempt's processes.
+    """
     arguments = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.fault_cases"]
     run_forked(
         torchrun.main,

@@ -1,5 +1,7 @@
-"""Whatever comes in, a sound result or one of our errors comes out. `python -m tests.fuzz` feeds these properties by
-coverage; here each gets a few examples."""
+"""Any input gives a valid result or one of our errors.
+
+`python -m tests.fuzz` searches for counterexamples by coverage; here each property gets a few examples.
+"""
 
 import contextlib
 import dataclasses
@@ -52,7 +54,7 @@ def test_targets_take_bytes(name):
 
 
 LARGEST_CHECKED = 200_000
-"""Tokens up to which plans are checked token by token."""
+"""Largest number of tokens for which plans are checked token by token."""
 
 
 @settings(max_examples=200)
@@ -64,7 +66,7 @@ LARGEST_CHECKED = 200_000
     )
 )
 def test_plan_json(data):
-    """What is read as a plan is one: it partitions the documents, is counted alike, and is written as it was read."""
+    """JSON that is read as a plan is a valid one: a partition with correct counts, which is written as it was read."""
     try:
         found = ShardPlan.from_dict(data)
     except PlanError:
@@ -89,7 +91,7 @@ def is_sound(plan, lengths, cp_size):
 @settings(max_examples=60)
 @given(lengths, cp_sizes, planner_options())
 def test_planner(lengths, cp_size, options):
-    """Plans partition the documents and keep to the caps, or say that they do not."""
+    """Plans partition the documents, and keep to the caps or warn that they do not."""
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -120,7 +122,7 @@ PLAN_OPTIONS = {field.name for field in dataclasses.fields(PlanSettings)}
     collator_options,
 )
 def test_collator(features, cp_size, options):
-    """A batch is the documents that came in, token by token, and its plan shares them out."""
+    """A batch has the given documents, token by token, and its plan shards them."""
     try:
         settings = PlanSettings(cp_size, **{name: options[name] for name in PLAN_OPTIONS & options.keys()})
         others = {name: value for name, value in options.items() if name not in PLAN_OPTIONS}
@@ -170,12 +172,12 @@ def test_collator(features, cp_size, options):
 @settings(max_examples=100)
 @given(st.data())
 def test_config(data):
-    """A model's config, a hardware profile, a training set-up and a parallelism config give finite numbers, or say
-    which entry is wrong."""
+    """Configs of models, hardware, training and parallelism give finite numbers, or an error that names the wrong
+    entry."""
     config = data.draw(mostly(changed(CONFIG), st.dictionaries(st.sampled_from(sorted(CONFIG)), json_values)))
     profile = data.draw(mostly(st.just(H100), json_values | changed(H100), one_in=3))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numbers beyond what floats hold
+        warnings.simplefilter("ignore", RuntimeWarning)  # numbers that floats cannot hold
         with contextlib.suppress(FlashCPError):
             hardware, setup = HardwareProfile.from_dict(profile), TrainingSetup(**data.draw(setups))
             for choice in choices(config, hardware, setup, [500, 20]):
@@ -201,7 +203,7 @@ def environment(values):
 @settings(max_examples=60)
 @given(command_lines(), file_contents())
 def test_command_line(line, contents):
-    """A command prints what was asked for, or one line about what is wrong and leaves nothing behind."""
+    """A command prints its result, or one line about an error and leaves no file behind."""
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         for name, content in contents.items():
@@ -223,5 +225,5 @@ def test_command_line(line, contents):
     else:
         *said, wrong = err.splitlines()
         assert wrong.startswith("error: ")
-        # An estimate is printed, and drawn, before it says that nothing fits.
+        # An estimate is printed and drawn before the error that nothing fits.
         assert "does not fit on" in wrong or not (said or out or new)

@@ -30,13 +30,13 @@ def one_thread():
 
 
 def rehearse(step, seconds=float("inf")):
-    """The step in this process, as it is written to a file."""
+    """Run a step on a CPU in this process. Return its row as it would be written to the file."""
     settings = Settings("cpu", deadline=time.monotonic() + seconds)
     found = step(lambda processes, function, *arguments: [function(settings, *arguments)], settings)
     return json.loads(json.dumps(vars(found)))
 
 
-def test_a_step_beside_its_documents_alone(monkeypatch):
+def test_a_step_compared_with_single_documents(monkeypatch):
     calls = []
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -48,7 +48,7 @@ def test_a_step_beside_its_documents_alone(monkeypatch):
     found = rehearse(in_worker(model_step.model_step))
     assert found["problems"] == [] and found["cut"] == []
     records = found["tables"].pop(model_step.STEPS)
-    assert found["tables"] == {}  # no memory of a CPU
+    assert found["tables"] == {}  # memory is not measured on a CPU
     assert [record["tokens"] for record in records] == [256, 256, 512, 512]
     for packed, alone in zip(records[::2], records[1::2]):
         assert packed["attention"] == "flashcp, cpu_flash" and alone["attention"] == "sdpa, document by document"
@@ -57,7 +57,7 @@ def test_a_step_beside_its_documents_alone(monkeypatch):
         assert packed["tokens/s"] == pytest.approx(1000 * packed["tokens"] / packed["ms per step"])
         assert packed["speed over sdpa"] == pytest.approx(alone["ms per step"] / packed["ms per step"])
     lengths = sample_pack("pile", 512)
-    assert calls[-2 * len(lengths) :] == [length for length in lengths for _ in range(2)]  # of two layers
+    assert calls[-2 * len(lengths) :] == [length for length in lengths for _ in range(2)]  # two layers
 
 
 def test_steps_that_disagree_are_a_problem(monkeypatch):
@@ -84,13 +84,13 @@ def test_a_step_that_does_not_fit_in_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [in_worker(model_step.model_step), calibration.calibrate])
-def test_a_time_that_is_over_leaves_everything_out(step):
+def test_without_time_left_everything_is_left_out(step):
     found = rehearse(step, seconds=-1)
     assert found["problems"] == [] and len(found["cut"]) >= 2
     assert model_step.STEPS not in found["tables"] and "profile" not in found["more"]
 
 
-def test_memory_of_a_step_beside_the_estimate():
+def test_memory_of_a_step_compared_with_the_estimate():
     lengths = sample_pack("pile", 16_384)
     measured = model_step.Measured(0.3, 40 * 2**30, 10.0, 1.0)
     record = model_step._memory(measured, lengths, model_step.LLAMA_1B)
@@ -115,7 +115,7 @@ def test_names_of_gpus():
     assert [packaged_hardware(name) for name in names] == ["h100", "h200", "a100", "b200", None]
 
 
-def test_out_of_memory_and_nothing_else_is_caught():
+def test_only_out_of_memory_is_caught():
     assert fits_in_memory(lambda: None)
     with pytest.raises(RuntimeError, match="other"):
         fits_in_memory(lambda: (_ for _ in ()).throw(RuntimeError("other")))
@@ -148,7 +148,7 @@ def test_calibration():
     }
 
 
-def test_calibration_where_memory_runs_out(monkeypatch):
+def test_calibration_if_memory_runs_out(monkeypatch):
     functions, engine = calibration_timing._Inputs.functions, calibration_timing.RankWork.engine
     layers = []
 
@@ -191,7 +191,7 @@ KERNELS = [
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_the_fit_finds_the_kernel_of_a_gpu(kernel, noise):
+def test_the_fit_recovers_the_kernel_of_a_gpu(kernel, noise):
     calls = [Call(*work, 1.0, 1.0) for work in calibration.GPU.calls]
     seconds = calibration_fit._predicted(kernel, calibration_fit._tables(calls), LAYERS)
     seconds *= np.exp(noise * np.random.default_rng(0).standard_normal(seconds.shape))

@@ -1,4 +1,4 @@
-"""KV that crosses to each node once and is handed on there: the same attention as without."""
+"""KV is sent to each node once and forwarded there; attention is the same as with a direct exchange."""
 
 import dataclasses
 
@@ -25,8 +25,8 @@ NODES = [(4, 2), (6, 2), (6, 3), (8, 4)]
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_routes_bring_what_a_direct_exchange_brings(data):
-    """All ranks of one process exchange the positions of tokens."""
+def test_routes_deliver_the_same_as_a_direct_exchange(data):
+    """Simulate all ranks in one process, which exchange the positions of their tokens."""
     cp_size, size = data.draw(st.sampled_from(NODES))
     direct = data.draw(arbitrary_plans(cp_size))
     if data.draw(st.booleans()):
@@ -101,7 +101,7 @@ def test_attention_is_exact(pool, cp_size, size):
             assert max(error) < 1e-12, (case, error)
 
 
-def test_what_travels_is_what_the_report_says(pool):
+def test_the_report_counts_the_transfers(pool):
     plan = plan_documents(KNOWN_PACKS["mixed"], 4, strategy="per_doc").with_ranks_per_node(2)
     report = plan.report()
     sums = [np.add(report[f"intra_node_{way}"], report[f"inter_node_{way}"]) for way in ("received", "sent")]
@@ -114,7 +114,7 @@ def test_what_travels_is_what_the_report_says(pool):
 
 @settings(max_examples=30)
 @given(arbitrary_plans(6), st.sampled_from([2, 3]), st.sampled_from([None, 1, 20]), st.booleans(), st.integers(1, 6))
-def test_prediction_is_what_counting_tiles_and_tokens_gives(plan, size, window, staged, hardware_size):
+def test_predictions_equal_those_from_counted_tiles_and_tokens(plan, size, window, staged, hardware_size):
     profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=hardware_size)
     model = CostModel(profile, 1e9, (AttentionLayers(3, 8, 2, 64, 48, window), AttentionLayers(2, 4, 4, 128, 128)))
     plan = plan.with_ranks_per_node(size).with_offset_groups([[2, 4], [1], [3, 5]] if staged else None)
@@ -137,10 +137,10 @@ def test_nodes_belong_to_a_plan():
     assert hierarchical != plan and hierarchical.digest != plan.digest and "ranks_per_node=2" in repr(hierarchical)
     assert ShardPlan.from_dict(hierarchical.to_dict()) == hierarchical and "ranks_per_node" not in plan.to_dict()
     assert hierarchical.with_offset_groups([[1], [2, 3]]).ranks_per_node == 2
-    # One node, or a node each: nothing to hand on.
+    # With one node, or one rank per node, nothing is forwarded.
     for size in (None, 1, 4, 8):
         assert hierarchical.with_ranks_per_node(size) == plan
-    for size, message in ((3, "4 is no multiple"), (0, "ranks_per_node must be"), (True, "ranks_per_node must be")):
+    for size, message in ((3, "4 is not a multiple"), (0, "ranks_per_node must be"), (True, "ranks_per_node must be")):
         with pytest.raises(PlanError, match=message):
             plan.with_ranks_per_node(size)
     with pytest.raises(PlanError, match="ranks_per_node must be"):

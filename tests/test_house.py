@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md's picture of the package, read off its imports: rooms point one way, and none grows too large."""
+"""The structure in CONTRIBUTING.md: imports between rooms point one way, and no room, file or function is too
+large."""
 
 import ast
 import graphlib
@@ -25,7 +26,7 @@ BELOW = {
     "data": {"plan", "predict", "planning", "layout", "distributed"},
     "integrations": {"plan", "predict", "planning", "layout", "distributed", "exchange", "attention", "data"},
 }
-"""The rooms that each room may import from, beside `errors`."""
+"""The rooms from which each room may import, besides `errors`."""
 BELOW["doctor"] = {*BELOW, "integrations"} - {"simulation"}
 BELOW["bench"] = set(BELOW)
 BELOW["cli"] = set(BELOW)
@@ -43,7 +44,8 @@ def modules():
 
 
 def imports(name, path, typing_too=True):
-    """Modules that a file imports, at its top or in a function; with `typing_too` also those under TYPE_CHECKING."""
+    """Yield the modules that a file imports, at its top or in a function; with `typing_too` also under
+    TYPE_CHECKING."""
     tree, known = ast.parse(path.read_text(encoding="utf-8")), dict(modules())
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in walk(tree, typing_too):
@@ -65,7 +67,7 @@ def walk(node, typing_too):
 
 
 def room(module):
-    """The folder of a module; the empty one for files beside the folders."""
+    """Return the folder of a module, or an empty string for files beside the folders."""
     return module.split(".")[1] if (ROOT / PACKAGE / module.removeprefix(f"{PACKAGE}.").split(".")[0]).is_dir() else ""
 
 
@@ -95,15 +97,15 @@ def test_rooms_point_one_way(name):
     assert not wrong
 
 
-def test_no_circles():
-    """Between files, whatever is imported in functions included; annotations need no import at run time."""
+def test_no_circular_imports():
+    """Check imports between files, including those in functions; imports for annotations do not count."""
     top = {name for name in arrows() if room(name) == ""}  # the package's own names are looked up when they are used
     order = graphlib.TopologicalSorter({name: targets - top for name, targets in arrows(False).items()})
     order.prepare()
 
 
 @pytest.mark.parametrize("name", FREE_OF_TORCH)
-def test_what_plans_is_free_of_torch(name):
+def test_planning_rooms_do_not_import_torch(name):
     third_party = {
         target.split(".")[0]
         for module, path in modules()

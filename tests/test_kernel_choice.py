@@ -1,4 +1,5 @@
-"""Which kernel runs a layer, and why the others do not. How they are called is tests/test_vendor_kernels.py's."""
+"""The choice of the kernel for a layer, and the reasons against the others. tests/test_vendor_kernels.py tests the
+calls."""
 
 import pytest
 import torch
@@ -20,13 +21,13 @@ from tests.models import build_model
 
 
 CHOICES = [
-    # device, dtype, head dims, softcap -> kernel, and the reason against one
+    # device, dtype, head dims, softcap -> chosen kernel, and the reason against another one
     ("cpu", torch.bfloat16, (64, 64), None, "cpu_flash", ("torch_flash", "runs on CUDA only")),
     ("cpu", torch.float64, (192, 128), None, "cpu_flash", None),
-    ("cpu", torch.float32, (64, 64), 50.0, "eager", ("cpu_flash", "has no softcap")),
+    ("cpu", torch.float32, (64, 64), 50.0, "eager", ("cpu_flash", "does not support softcap")),
     ("cuda", torch.bfloat16, (128, 128), None, "torch_flash", ("cpu_flash", "runs on CPU only")),
     ("cuda", torch.bfloat16, (192, 128), None, "torch_flash", None),
-    ("cuda", torch.bfloat16, (128, 128), 30.0, "eager", ("torch_flash", "has no softcap")),
+    ("cuda", torch.bfloat16, (128, 128), 30.0, "eager", ("torch_flash", "does not support softcap")),
     ("cuda", torch.bfloat16, (512, 512), None, "eager", ("torch_flash", "takes heads up to 256 wide, not 512")),
     ("cuda", torch.float32, (64, 64), None, "eager", ("torch_flash", "takes float16, bfloat16, not float32")),
     ("mps", torch.float32, (64, 64), None, "eager", None),
@@ -34,7 +35,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("device, dtype, dims, softcap, name, against", CHOICES)
-def test_the_table_chooses_and_says_why(monkeypatch, device, dtype, dims, softcap, name, against):
+def test_the_chosen_kernel_and_the_reasons_against_others(monkeypatch, device, dtype, dims, softcap, name, against):
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     known = {"dtype": dtype, "key_dim": dims[0], "value_dim": dims[1]}
@@ -48,7 +49,7 @@ def test_the_table_chooses_and_says_why(monkeypatch, device, dtype, dims, softca
 @pytest.mark.parametrize(
     "installed, chosen", [("2.8.3", "flash_attn_2"), ("2.6.3", "torch_flash"), ("3.0.0b1", "torch_flash")]
 )
-def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch, installed, chosen):
+def test_flash_attn_is_preferred_if_installed(monkeypatch, installed, chosen):
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: installed)
     assert select_kernel(torch.device("cuda"), dtype=torch.bfloat16, key_dim=128).name == chosen
     if chosen == "flash_attn_2":
@@ -58,7 +59,7 @@ def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch, installed, c
 
 
 def gpu(monkeypatch, *capability):
-    """This machine has a GPU of that compute capability."""
+    """Let PyTorch report a GPU with this compute capability."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
@@ -73,8 +74,8 @@ def chosen(**known):
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
-def test_flash_attention_4_is_called_directly_where_it_is_activated(monkeypatch, capability):
-    """Never through PyTorch's operators, which it has taken over."""
+def test_flash_attention_4_is_called_directly_if_activated(monkeypatch, capability):
+    """It is never called through PyTorch's operators, which it has replaced."""
     gpu(monkeypatch, *capability)
     assert chosen().name == "torch_flash"
     activate(monkeypatch, "FA4")
@@ -91,7 +92,7 @@ def test_flash_attention_4_takes_wider_heads_on_hopper(monkeypatch, capability, 
     assert reasons["flash_attn_4"] == f"takes heads up to {limit} wide, not 264"
 
 
-def test_flash_attention_3_runs_where_its_operators_are_registered(monkeypatch):
+def test_flash_attention_3_runs_if_its_operators_are_registered(monkeypatch):
     gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(capabilities, "_installed_flash_attn", lambda: "2.8.3")
     assert chosen().name == "flash_attn_2"
@@ -111,8 +112,8 @@ def test_flash_attention_3_needs_a_hopper_gpu(monkeypatch, capability):
 
 
 @pytest.mark.parametrize("name, capability", [("FA3", (8, 0)), ("FA3", (10, 0)), ("FA4", (8, 0)), ("FA4", (12, 0))])
-def test_what_was_activated_and_cannot_run_is_an_error(monkeypatch, name, capability):
-    """Not a silent fall back to the formulas: PyTorch's own kernel has been replaced."""
+def test_an_activated_kernel_that_cannot_run_is_an_error(monkeypatch, name, capability):
+    """There is no silent fallback to the formulas, because PyTorch's own kernel has been replaced."""
     gpu(monkeypatch, *capability)
     activate(monkeypatch, name)
     said = f"{name} was activated in PyTorch, but it needs a GPU of .*this one has {capability[0]}"
@@ -149,16 +150,16 @@ def test_kernel_libraries_that_cannot_be_loaded(monkeypatch, tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be loaded: .*nvidia-cuda-runtime-cu12"):
         load_kernel_library(tmp_path / "_C.so")
     (tmp_path / "_C.so.xz").write_bytes(b"not compressed")
-    with pytest.raises(ConfigurationError, match="is not a whole .xz file"):
+    with pytest.raises(ConfigurationError, match="is not a complete .xz file"):
         load_kernel_library(tmp_path / "_C.so.xz")
 
 
-def test_where_no_kernel_can_run_the_error_says_so():
+def test_the_error_if_no_kernel_can_run():
     with pytest.raises(FlashCPError, match="No attention kernel of flashcp.*float8_e4m3fn.*bfloat16"):
         select_kernel(torch.device("cpu"), dtype=torch.float8_e4m3fn)
 
 
-def test_a_gpu_without_a_fused_kernel_is_told_once(caplog):
+def test_a_gpu_without_a_fused_kernel_warns_once(caplog):
     capabilities._say_why_slow.cache_clear()
     for _ in range(3):
         assert select_kernel(torch.device("cuda"), dtype=torch.float64, key_dim=64, value_dim=64).name == "eager"
@@ -180,7 +181,7 @@ def test_kernels_that_no_gpu_has_run_are_experimental():
     }
 
 
-def test_kernels_are_deterministic_where_pytorchs_switch_is_on():
+def test_kernels_are_deterministic_if_pytorchs_switch_is_on():
     cuda = torch.device("cuda")
     plain = select_kernel(cuda, dtype=torch.bfloat16)
     with deterministic_algorithms():

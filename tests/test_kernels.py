@@ -1,4 +1,4 @@
-"""Attention kernels against the formulas in fp64, rectangle by rectangle."""
+"""Attention kernels compared with the formulas in fp64, for many kinds of rectangles."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ of_the_cpu_kernel = pytest.mark.skipif(not ON_CPU, reason="measures the kernel f
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors: threads cost more than they bring."""
+    """Run on one thread, because tensors are small and more threads cost time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread():
 
 
 class SmallBlocks(CPUFlashKernel):
-    """Every way of cutting, at sizes that the formulas are quick for."""
+    """A kernel with small blocks, so that small tensors cover every way of splitting."""
 
     _ROWS = 8
     _FULL_ROWS = 16
@@ -72,7 +72,7 @@ def test_full_rectangles_are_exact(kernel, rectangles):
 @of_the_cpu_kernel
 @pytest.mark.parametrize("threads, fold", [(1, 6), (2, 6), (3, 3), (4, 3), (5, 2), (7, 1), (40, 1)])
 def test_every_thread_has_a_head_to_itself(threads, fold):
-    """12 heads, 2 KV heads: as many of a group's six share rows as leave a head for each thread."""
+    """With 12 heads and 2 KV heads, as many of a group's six heads share rows as leave one head for each thread."""
     torch.set_num_threads(threads)
     assert cpu_flash._fold(12, 6) == fold
     for rectangles, causal in ((CAUSAL["squares"], True), (FULL["prefixes of two"], False)):
@@ -94,8 +94,8 @@ def test_softcap_is_exact(kernel, window):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_parts_merged_by_logsumexp_are_the_whole(kernel):
-    """Keys in two calls, forward and backward, equal to one call: what an exchange in stages relies on."""
+def test_parts_merged_by_logsumexp_equal_one_call(kernel):
+    """Two calls on parts of the keys, forward and backward, equal one call. The exchange in stages relies on this."""
     inputs = query, key, value, grad_out = make((8, 2, 8, 8), [Rectangle(0, 70, 0, 90)])
     whole = textbook([query[:, :70], key, value, grad_out[:, :70]], [Rectangle(0, 70, 0, 90)], causal=False)
     parts = [[Rectangle(0, 70, 0, 37)], [Rectangle(0, 70, 37, 90)]]
@@ -130,7 +130,7 @@ def test_arbitrary_rectangles_are_exact(data):
         assert difference(run(kernel, inputs, rectangles, causal=False), reference) < FP64
 
 
-def test_rounds_are_as_few_as_overlapping_keys_need():
+def test_there_are_no_more_rounds_than_overlapping_keys_need():
     rounds = varlen.deal_rounds(tuple(FULL["prefixes of two"]), DEVICE)
     assert [(r.sequences.max_seqlen_q, r.sequences.max_seqlen_k) for r in rounds] == [(4, 5), (17, 30), (3, 40)]
     assert [r.sequences.cu_seqlens_k.tolist() for r in rounds] == [[0, 5, 6], [0, 17, 47], [0, 40]]
@@ -147,7 +147,7 @@ def test_rows_without_gaps_are_not_copied_and_rounds_are_built_once():
     assert varlen.deal_rounds(equal, DEVICE) is varlen.deal_rounds(documents, DEVICE)
     kernel = EmulatedVarlen()
     run(kernel, make((4, 2, 8, 8), documents), documents, causal=True)
-    assert kernel.calls == [3, 3]  # one call each way, of three sequences
+    assert kernel.calls == [3, 3]  # one call with three sequences, in forward and in backward
 
 
 def relative_errors(ours, reference):
@@ -161,8 +161,10 @@ def relative_errors(ours, reference):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_is_no_worse_than_one_plain_call(shape, rows, keys, causal, window, dtype):
-    """Relative error against fp64 of out, dq, dk, dv: at most 1.25 times that of PyTorch's sdpa in one call; without a
-    window, where that does not put a mask of its own on every key, 1.05 times."""
+    """Relative errors of out, dq, dk, dv against fp64 are at most 1.25 times those of PyTorch's sdpa in one call.
+
+    Without a window, for which sdpa needs a mask over all keys, the factor is 1.05.
+    """
     rectangles = [Rectangle(0, rows, 0, keys)]
     inputs = [x[:, :n] for x, n in zip(make(shape, rectangles, dtype), (rows, keys, keys, rows))]
     reference = textbook([tensor.double() for tensor in inputs], rectangles, causal=causal, window=window)
@@ -184,7 +186,7 @@ def test_reduced_precision_is_no_worse_than_one_plain_call(shape, rows, keys, ca
 
 
 def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
-    """Keys in 1 to 16 calls, outputs merged in fp32 and gradients summed there: relative error against fp64."""
+    """Relative errors against fp64 with keys in 1 to 16 calls, merged outputs in fp32 and summed gradients in fp32."""
     names = [CPUFlashKernel.name] if ON_CPU else fused_kernels(key_dim=32, value_dim=32)
     if not names:
         pytest.skip("no fused kernel runs here")
@@ -193,7 +195,10 @@ def test_the_error_in_bf16_does_not_grow_with_the_number_of_parts():
 
 
 def _check_errors_of_parts(kernel):
-    keys, limit = 1024, 1.05 if ON_CPU else 1.1  # on a GPU a kernel's own error is smaller beside the parts' roundings
+    keys, limit = (
+        1024,
+        1.05 if ON_CPU else 1.1,
+    )  # on a GPU, a kernel's own error is smaller compared with the rounding of the parts
     query, key, value, grad_out = make((4, 1, 32, 32), [Rectangle(0, 256, 0, keys)], torch.bfloat16)
     inputs = query[:, :256], key[:, :keys], value[:, :keys], grad_out[:, :256]
     out, _, *grads = textbook([tensor.double() for tensor in inputs], [Rectangle(0, 256, 0, keys)], causal=False)
@@ -230,10 +235,12 @@ LONG_FULL = {"long": [Rectangle(0, 300, 0, 500), Rectangle(300, 700, 0, 700)]}
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (80, 80), (128, 128), (256, 256), (192, 128)])
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_kernels_err_at_most_twice_as_much_as_they_must(name, key_dim, value_dim, dtype):
-    """The relative error of out, dq, dk, dv against fp64 is at most twice that of the formulas with the roundings that
-    no fused kernel can avoid. The logsumexp, which is not rounded, is within 1e-3. Where the kernel can be
-    deterministic, two runs are bitwise equal."""
+def test_errors_of_fused_kernels_are_at_most_twice_the_unavoidable(name, key_dim, value_dim, dtype):
+    """Relative errors against fp64 are at most twice those of the formulas with the rounding that no kernel can avoid.
+
+    This holds for out, dq, dk and dv. The logsumexp, which is not rounded, is within 1e-3. If the kernel can be
+    deterministic, two runs are bitwise equal.
+    """
     if name not in fused_kernels(None, key_dim, value_dim):
         pytest.skip(f"{name} {dict(explain_kernels(DEVICE.type, key_dim=key_dim, value_dim=value_dim))[name]}")
     kernel, deterministic = make_kernel(name), make_kernel(name, deterministic=True)
@@ -263,7 +270,7 @@ def check_errors(ours, least, exact, where):
 
 
 def check_merged_parts(kernel, inputs):
-    """Backward of two parts from the merged out and logsumexp of both."""
+    """Run backward of two parts from the merged out and logsumexp of both."""
     query, key, *_ = inputs
     parts = [[Rectangle(0, query.shape[1], 0, 300)], [Rectangle(0, query.shape[1], 300, key.shape[1])]]
     whole = [Rectangle(0, query.shape[1], 0, key.shape[1])]

@@ -28,12 +28,12 @@ from tests.learning_cases import log_of_training
 
 
 def entries(tokens):
-    """Key and value by place."""
+    """Return keys and values by position."""
     return {place: divmod(int(token), VALUES) for place, token in enumerate(tokens) if token < FIRST_QUESTION}
 
 
 def questions(tokens):
-    """Place of each question by its key."""
+    """Return the position of each question by its key."""
     return {int(t) - FIRST_QUESTION: i for i, t in enumerate(tokens) if FIRST_QUESTION <= t < FIRST_VALUE}
 
 
@@ -52,7 +52,7 @@ def test_answers_stand_at_the_stated_distance(seed, num_tokens):
 
 @settings(max_examples=10)
 @given(st.integers(0, 1000), st.integers(NEAR + 2 * KEYS, FAR))
-def test_windows_hold_near_entries_with_their_questions_and_far_ones_never(seed, window):
+def test_windows_contain_near_entries_with_their_questions_but_never_far_ones(seed, window):
     documents, _ = make_documents(seed, 3, 512, 900)
     pieces = cut(documents, window)
     for column in ("input_ids", "labels"):
@@ -64,7 +64,7 @@ def test_windows_hold_near_entries_with_their_questions_and_far_ones_never(seed,
     assert sum(len(questions(tokens)) for tokens in pieces["input_ids"]) == 3 * KEYS
 
 
-def test_accuracy_by_distance_counts_each_question_where_it_belongs():
+def test_accuracy_by_distance_counts_each_question_in_its_bin():
     documents, distances = make_documents(0, 4, 512, 900)
     longest = max(map(len, documents["labels"]))
     labels = np.array([row + [IGNORE_INDEX] * (longest - len(row)) for row in documents["labels"]])
@@ -78,8 +78,8 @@ def test_accuracy_by_distance_counts_each_question_where_it_belongs():
     assert metrics == {f"accuracy_{octave}": float(octave < 512) for octave in (0, 32, 64, 256, 512)}
 
 
-def test_one_process_and_two_follow_one_loss_curve(pool, tmp_path):
-    """Ten steps in fp32 to 1e-6 of the loss; 2e-7 was measured, two neighbours in fp32."""
+def test_one_process_and_two_have_the_same_loss_curve(pool, tmp_path):
+    """Losses of ten steps in fp32 agree to 1e-6; measured were 2e-7, which is one rounding step in fp32."""
     options = "--num_documents 60 --num_eval_documents 3 --max_tokens 768 --row_tokens 1024 --max_steps 10"
     options += f" --logging_steps 1 --eval_steps 10 --disable_tqdm true --output_dir {tmp_path}"
     (one, cp1), *_ = pool.run(1, log_of_training, *options.split())

@@ -1,4 +1,4 @@
-"""Nothing that a run or the tests have started outlives it."""
+"""No process that a run or the tests have started outlives them."""
 
 import subprocess
 import sys
@@ -54,12 +54,15 @@ def test_a_run_that_leaves_a_process_fails(text, options, tmp_path):
 @linux
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_loader_workers_end_with_their_rank(forked, method, tmp_path):
-    """Those of any trainer with any collator; under forkserver their parent is a server, which lives as they do."""
+    """Loader workers of any trainer with any collator.
+
+    With forkserver, their parent is a server, which must end too.
+    """
     check_ranks(leftover_cases.trainer_s_loader, method, tmp_path)
 
 
 @linux
-def test_loader_workers_of_a_loop_of_one_s_own_end_with_their_rank(forked, tmp_path):
+def test_loader_workers_of_a_users_loop_end_with_their_rank(forked, tmp_path):
     check_ranks(leftover_cases.own_loader, "forkserver", tmp_path)
 
 
@@ -75,5 +78,5 @@ def test_workers_of_a_pool_end_with_the_process_that_made_it(forked, tmp_path):
 
 
 @linux
-def test_a_pool_that_nobody_closes_does_not_keep_its_process(forked, tmp_path):
+def test_an_open_pool_does_not_keep_its_process_alive(forked, tmp_path):
     run_forked(leftover_cases.pool_that_is_forgotten, None, tmp_path / "log")

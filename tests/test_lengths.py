@@ -33,7 +33,7 @@ def test_bins_are_ordered_counted_and_cited(name):
     assert "arXiv:" in source or "github.com/" in source
     assert sum(count for *_, count in bins) == PUBLISHED[name][0]
     assert all(low < high and count > 0 for low, high, count in bins)
-    # Each bin begins at the end of the one before or right after it.
+    # Each bin begins at the end of the previous one, or right after it.
     assert all(after[0] - before[1] in (0, 1) for before, after in zip(bins, bins[1:]))
 
 
@@ -88,7 +88,7 @@ def test_a_pack_fills_its_window_with_the_drawn_documents(name, window):
         (lambda: sample_lengths("pile", 1, seed=-1), "seed must be at least 0, got -1"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(draw, message):
+def test_errors_about_drawing_lengths(draw, message):
     with pytest.raises(PlanError, match=message):
         draw()
 

@@ -1,4 +1,4 @@
-"""The model that a Trainer trains and evaluates is the attached one, wherever it has come from."""
+"""The model that a Trainer trains and evaluates is the attached one, wherever it comes from."""
 
 import pytest
 import transformers
@@ -22,7 +22,7 @@ def check(results, models, tolerance=EXACT):
 @pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("times", [1, 2])
 def test_model_init(pool, world_size, times):
-    """A model for `__init__` and one for each `train`."""
+    """`model_init` creates a model for `__init__` and one for each `train`."""
     check(pool.run(world_size, lifecycle_cases.model_init, times), 1 + times)
 
 
@@ -77,7 +77,7 @@ def test_hyperparameter_search(pool, world_size):
     assert all(found["losses"] == 3 for found in results)
 
 
-def test_a_trial_cannot_set_what_is_refused(pool):
+def test_a_trial_cannot_set_a_refused_option(pool):
     for error in pool.errors(2, lifecycle_cases.search_with_a_refused_option):
         assert type(error) is ConfigurationError and "auto_find_batch_size cannot be used" in str(error)
 

@@ -1,7 +1,7 @@
 """Long runs and many random cases: `python -m pytest -m load`. A sample of each runs with all other tests.
 
-What fails names its seed and number: `check_random_plan(seed, number)` and `random_training(seed, number)` of
-`tests/load_cases.py` give the same case again.
+A failure names its seed and number: `check_random_plan(seed, number)` and `random_training(seed, number)` in
+`tests/load_cases.py` repeat the case.
 """
 
 import secrets
@@ -20,12 +20,12 @@ from tests.test_models import FP64, check
 
 
 CACHES = ("_causal_mask", "_window_edge_mask", "deal_rounds", "_searched", "_fastest")
-IMPORTS = "import tests.load_cases"  # what workers begin with: long on a busy machine
+IMPORTS = "import tests.load_cases"  # starting workers takes long on a busy machine
 COUNTS = ("process groups", "open files", "threads", "Python threads", "store keys")
 
 
 def assert_nothing_grows(found):
-    """Counts and what the library keeps are equal at every measurement, but for caches that still fill."""
+    """Check that all counts are equal at every measurement, except those of caches that are still filling."""
     for one, other in zip(found, found[1:]):
         assert {name: one[name] for name in COUNTS} == {name: other[name] for name in COUNTS}
         for name, size in other["kept"].items():
@@ -33,7 +33,7 @@ def assert_nothing_grows(found):
 
 
 def growth(found, name):
-    """Per step, of a line through the measurements."""
+    """Return the growth per step, from a line through the measurements."""
     return np.polyfit([each["step"] for each in found], [each[name] for each in found], 1)[0]
 
 
@@ -45,8 +45,10 @@ def test_a_short_training_leaves_nothing_behind(pool):
 @pytest.mark.load
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
-    """Memory and Python's objects too, from step 1000 on, when caches are full and the allocator has what it needs.
-    2 kB are the token ids of a pack."""
+    """From step 1000 on, memory and Python's objects do not grow either: caches are full, and the allocator is warm.
+
+    The token ids of a pack take 2 kB.
+    """
     with WorkerPool() as pool:
         pool.run(cp_size, exec, IMPORTS, timeout=600)
         ranks = pool.run(cp_size, load_cases.soak, 2000, 100, timeout=3600)
@@ -77,7 +79,7 @@ def test_twenty_thousand_random_plans(capsys):
 
 
 def check_training(pool, seed, number):
-    """The largest error through a loss in fp64."""
+    """Check the largest error, with a loss in fp64."""
     world_size, args = load_cases.random_training(seed, number)
     results = pool.run(world_size, load_cases.training_errors, *args)
     try:
@@ -90,7 +92,7 @@ def check_training(pool, seed, number):
 
 @pytest.mark.parametrize("number", range(6))
 def test_a_few_random_trainings_are_exact(pool, number):
-    """Lengths, windows, stages and kept or fetched KV drawn together; `test_models` has each family on one pack."""
+    """Lengths, windows, stages, and whether KV is kept are random; `test_models` tests each family on one pack."""
     check_training(pool, 0, number)
 
 
@@ -106,7 +108,7 @@ def test_five_hundred_random_trainings_are_exact(pool, capsys):
 @pytest.mark.load
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sixteen_processes_are_exact(sixteen, strategy):
-    """On however few cores there are."""
+    """Sixteen processes run on any number of cores."""
     for error in sixteen.run(16, model_cases.family_errors, "gemma3", [70, 3, 40, 1, 25, 33], [strategy]):
         assert error < FP64
 
@@ -121,7 +123,7 @@ def sixteen():
 @pytest.mark.load
 @pytest.mark.parametrize("name", LENGTH_DISTRIBUTIONS)
 def test_a_thousand_ranks(name, capsys):
-    """4,194,304 tokens on 1,024 ranks: the partition, the caps, and what a few of them send each other."""
+    """Check partition and caps of 4,194,304 tokens on 1,024 ranks, and the transfers between a few ranks."""
     lengths = sample_pack(name, 2**22, seed=0)
     plan = plan_documents(lengths, 1024)
     counts = check_plan(lengths, 1024, plan.slices)

@@ -1,4 +1,4 @@
-"""Data loading: ranks of a group read the same documents, groups different ones, an epoch each once."""
+"""Data loading: ranks of a group read the same documents, groups read different ones, and an epoch has each once."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def flat(steps):
     ids=["list", "table, workers", "stream", "stream, workers", "torch stream"],
 )
 def test_an_epoch_has_each_document_once(pool, kind, options, world_size, cp_size):
-    """Streams in an order of their own; lists and tables shuffled, anew each epoch."""
+    """Streams keep their own order; lists and tables are shuffled anew in each epoch."""
     groups, count = world_size // cp_size, 16
     steps = count // (2 * groups)
     if "stream" in kind:
@@ -45,8 +45,9 @@ def test_an_epoch_has_each_document_once(pool, kind, options, world_size, cp_siz
         assert len(epochs) == 2 and epochs[0] != epochs[1]
 
 
-def test_workers_that_are_kept(pool):
-    """One each: PyTorch waits five seconds for every worker of a loader that is collected as garbage."""
+def test_persistent_workers(pool):
+    """Each loader has one worker, because PyTorch waits five seconds for every worker of a garbage-collected
+    loader."""
     kept = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
     options = {"num_train_epochs": 2, **WORKERS, "dataloader_num_workers": 1, **kept}
     first, second = pool.run(2, loading_cases.documents_by_step_with, "table", 16, 2, options)
@@ -63,16 +64,16 @@ def test_split_batches_gives_each_group_a_part_of_a_batch(pool, kind, options):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_are_no_copy_of_their_rank(pool, method):
-    """The default of Python 3.14 on Linux is forkserver."""
+def test_workers_that_are_not_copies_of_their_rank(pool, method):
+    """With forkserver, the default in Python 3.14 on Linux, workers are not copies of their rank."""
     options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": method}
     first, second = pool.run(2, loading_cases.documents_by_step_with, "table", 16, 2, options)
     assert first == second and len(set(flat(first))) == 4
 
 
 @pytest.mark.parametrize("options", [{}, WORKERS], ids=["0 workers", "2 workers"])
-def test_random_data_is_drawn_alike_in_a_group(pool, options):
-    """And differently by the workers of another group, as Trainer seeds those of other processes."""
+def test_ranks_of_a_group_draw_the_same_random_data(pool, options):
+    """Workers of another group draw other data, because Trainer seeds them differently."""
     rows = pool.run(4, loading_cases.rows_by_step, "augmented", 12, 2, {"num_train_epochs": 1, **options})
     assert rows[0] == rows[1] and rows[2] == rows[3]
     if options:
@@ -81,7 +82,10 @@ def test_random_data_is_drawn_alike_in_a_group(pool, options):
 
 
 def test_a_stream_that_ends_before_another_groups(pool):
-    """It begins again: a group of three documents beside one of thirteen. Losses are of both all the same."""
+    """The shorter stream starts again: one group has three documents, the other thirteen.
+
+    Losses still cover both groups.
+    """
     results = pool.run(4, loading_cases.uneven_stream, {"max_steps": 5})
     seen = [seen for seen, _ in results]
     assert seen[0] == seen[1] == [[0, 1], [2], [0, 1], [2], [0, 1]]
@@ -90,7 +94,7 @@ def test_a_stream_that_ends_before_another_groups(pool):
 
 
 def test_streams_that_end_apart_while_batches_are_accumulated(pool):
-    """An optimizer step of one batch in one group and of two in the other: they would wait for each other."""
+    """An optimizer step would have one batch in one group and two in the other, so that they would wait forever."""
     options = {"max_steps": 9, "gradient_accumulation_steps": 2}
     for error in pool.errors(4, loading_cases.uneven_stream, options):
         assert isinstance(error, BatchError) and "batches is 2 on ranks 0, 1 and 1 on ranks 2, 3" in str(error), error
@@ -105,7 +109,7 @@ def test_resuming_in_an_epoch_goes_on_with_the_same_batches(pool, tmp_path, kind
 
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_last_batch_with_fewer_documents(pool, last):
-    """Fifteen documents at two a step for one group; the last one alone is still more tokens than ranks."""
+    """One group reads fifteen documents, two per step; the last document alone still has more tokens than ranks."""
     count = 14 + last
     (seen, _) = pool.run(2, loading_cases.documents_by_step_with, "list", count, 2, {"num_train_epochs": 1})
     assert [len(step) for step in seen] == [2] * 7 + [last]

@@ -1,4 +1,4 @@
-"""Loss functions: those that ranks can share train exactly, all others are refused on every rank by what they do."""
+"""Loss functions that ranks can share train exactly; all others are detected and refused on every rank."""
 
 import pytest
 
@@ -21,7 +21,7 @@ REFUSED = {
 @pytest.mark.parametrize("loss", loss_cases.LOSSES)
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_a_loss_that_ranks_cannot_share_is_refused(pool, cp_size, loss, family):
-    """On ranks that have no targets, too."""
+    """The loss is also refused on ranks without targets."""
     for prompt in (0.3, 1.0):
         for message in pool.run(cp_size, loss_cases.first_step, family, loss, prompt):
             if loss in REFUSED:
@@ -39,7 +39,7 @@ def test_other_sums_over_targets_are_exact(pool, cp_size, loss):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_rank_may_have_a_loss_that_shifts_labels_by_itself(pool, family):
-    """No token of one document is trained to predict the first of the next."""
+    """No token of a document is trained to predict the first token of the next document."""
     assert pool.run(1, loss_cases.first_step, family, "own_shift") == [None]
     if family == "llama":
         assert pool.run(1, loss_cases.gradient_error, family, "own_shift")[0] < 1e-12
@@ -47,7 +47,7 @@ def test_one_rank_may_have_a_loss_that_shifts_labels_by_itself(pool, family):
 
 @pytest.mark.parametrize("extra", [0.0, 0.25])
 def test_a_loss_inside_the_forward(pool, extra):
-    """Nothing is told from the loss's value: a further term changes it."""
+    """The check does not rely on the value of the loss, because further terms change it."""
     assert pool.run(2, loss_cases.losses_inside_the_forward, True, extra) == [None] * 2
     for message in pool.run(2, loss_cases.losses_inside_the_forward, False, extra):
         assert "computes its loss from labels and not from shift_labels" in message
@@ -55,14 +55,14 @@ def test_a_loss_inside_the_forward(pool, extra):
 
 def test_a_model_that_does_not_hand_shift_labels_on(pool):
     for message in pool.run(2, loss_cases.handed_on_by_nobody):
-        assert "does not hand shift_labels on to its loss function" in message
+        assert "does not pass shift_labels to its loss function" in message
 
 
-def test_a_forward_that_seems_to_call_its_loss_function_is_found_out_in_the_second_step(pool):
+def test_a_forward_that_only_mentions_its_loss_function_is_refused_in_the_second_step(pool):
     for first, second in pool.run(2, loss_cases.loss_function_mentioned_alone):
         assert first is None and "computes its loss from labels and not from shift_labels" in second
 
 
-def test_who_shards_the_batch_makes_no_difference(pool):
+def test_sharding_by_caller_or_hooks_gives_the_same_loss(pool):
     for ratio in pool.run(2, loss_cases.already_sharded):
         assert ratio == 1.0

@@ -1,4 +1,4 @@
-"""Gradients of whole models against per-document runs on one device."""
+"""Gradients of whole models, compared with per-document runs on one device."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.packs import KNOWN_PACKS
 # Relative Frobenius norm of each parameter's gradient, and relative difference of the loss.
 FP64 = 1e-12
 FP32 = 1e-5
-OWN_LOSS = 1e-6  # through the model's own loss: transformers casts logits to fp32
+OWN_LOSS = 1e-6  # with the model's own loss, because transformers casts logits to fp32
 
 LENGTHS = [40, 3, 17, 1, 25]
 
@@ -35,14 +35,15 @@ def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_families(pool, cp_size, family):
-    """Windows, softcap, sinks, MLA, experts, kinds of RoPE: gradients and loss, on two ranks with every strategy."""
+    """Gradients and loss on two ranks with every strategy: windows, softcap, sinks, MLA, experts, all kinds of
+    RoPE."""
     strategies = STRATEGIES if cp_size == 2 else ["per_doc", "search"][: cp_size - 1 or 1]
     for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, strategies):
         assert error < FP64
 
 
 def test_nodes(pool):
-    """Keys, values and their gradients cross to each node once: windows, softcap, sinks, and forward run again."""
+    """KV and its gradients are sent to each node once: windows, softcap, sinks, and recomputed forwards."""
     nodes = {"topology": Topology(2)}
     for checkpointing in (None, False, True):
         options = {**nodes, "checkpointing": checkpointing}
@@ -53,7 +54,7 @@ def test_nodes(pool):
 
 
 @pytest.mark.parametrize("family", ["phi3, longrope", "llama, dynamic"])
-def test_rope_that_looks_at_what_a_rank_holds_fails(pool, family):
+def test_rope_that_depends_on_a_ranks_own_tokens_fails(pool, family):
     for error in pool.run(2, model_cases.family_errors_without_rope_hooks, family, LENGTHS):
         assert error > 1e-3
 
@@ -67,7 +68,7 @@ def test_rope_that_looks_at_what_a_rank_holds_fails(pool, family):
     ],
 )
 def test_positions_that_skip_inside_a_document(pool, cp_size, family):
-    """Documents are what seq_lengths says: nothing is read into their positions, neither documents nor a window."""
+    """seq_lengths defines the documents; their positions imply neither further documents nor a window."""
     options = {"features": with_skipped_positions(make_documents(LENGTHS))}
     strategies = ["whole_doc"] if family in HYBRIDS else STRATEGIES
     for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, strategies, options):
@@ -75,14 +76,15 @@ def test_positions_that_skip_inside_a_document(pool, cp_size, family):
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
-def test_the_trainer_takes_positions_that_skip(pool, cp_size):
+def test_the_trainer_accepts_positions_that_skip(pool, cp_size):
     for difference in pool.run(cp_size, model_cases.loss_of_skipped_positions):
         assert abs(difference) < OWN_LOSS
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_a_window_that_only_the_mask_has_is_seen_on_every_rank(pool, cp_size):
-    """Wherever documents are cut, whatever their positions, and when none of them is as long as the window."""
+    """The window is noticed wherever documents are split, for any positions, and if all documents are shorter than
+    it."""
     skipping = with_skipped_positions(make_documents([60]))
     skipping[0]["position_ids"] = [3 * position for position in range(60)]
     for arguments in (([40, 3, 17],), ([4] * 10,), ([60], skipping)):
@@ -101,7 +103,8 @@ def test_hybrids_on_whole_documents(pool, cp_size, family):
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_checkpointed_hybrids(pool, family, checkpointing):
-    """A recurrent layer that runs again in backward still runs once a document (without that: 0.2 and more)."""
+    """A recurrent layer that is recomputed in backward still runs once per document (otherwise errors are above
+    0.2)."""
     for error in pool.run(2, model_cases.checkpointed_errors, family, LENGTHS, checkpointing):
         assert error < 1e-4  # these layers compute in fp32
 
@@ -138,12 +141,12 @@ def test_variations(pool, options):
 
 
 def test_a_rank_without_any_target(pool):
-    """whole_doc puts the first document, all of it prompt, alone on a rank."""
+    """whole_doc gives a rank only the first document, which consists of a prompt."""
     check(pool.run(2, model_cases.rank_without_targets), FP64)
 
 
-def test_a_test_that_must_fail(pool):
-    """The comparison notices an attention that forgets what other ranks hold."""
+def test_the_comparison_can_fail(pool):
+    """The comparison notices an attention that ignores the keys of other ranks."""
     results = pool.run(2, model_cases.without_exchange, "llama", LENGTHS)
     assert all(gradient_error > 1e-3 for gradient_error in results)
 
@@ -156,6 +159,7 @@ def test_fsdp2(pool, world_size, cp_size):
 
 
 def test_fsdp2_mixed_precision(pool):
-    """bf16 parameters, fp32 reduction: as near to fp64 as a single process in bf16; the plan passes FSDP2's casts."""
+    """With bf16 parameters and fp32 reduction, errors are those of a single process in bf16; FSDP2 does not cast the
+    plan."""
     for gradient_error, _, single in pool.run(4, model_cases.fully_sharded_errors, "llama", LENGTHS, 2, True):
         assert 0 < gradient_error <= 2 * single

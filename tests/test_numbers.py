@@ -1,5 +1,4 @@
-"""Numbers that go wrong stay where they are: inf and NaN in a document, rows without keys, batches without a target,
-far positions."""
+"""Numerical edge cases: inf and NaN in a document, rows without keys, batches without a target, far positions."""
 
 import itertools
 import math
@@ -21,8 +20,9 @@ SICK = 3
 
 @pytest.mark.parametrize("options", [{}, {"window": 16}, {"sinks": True}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("kernel", ["cpu_flash", "eager"])
-def test_what_is_not_finite_stays_in_its_document(pool, kernel, options):
-    """To the last bit of out, dq, dk and dv, with NaN or inf in any of a document's q, k, v or incoming gradients."""
+def test_inf_and_nan_stay_in_their_document(pool, kernel, options):
+    """Other documents' out, dq, dk and dv are bitwise equal with NaN or inf in a document's q, k, v or output
+    gradient."""
     if kernel == "cpu_flash" and "softcap" in options:
         pytest.skip("the flash kernel knows no softcap")
     todo = [
@@ -35,13 +35,13 @@ def test_what_is_not_finite_stays_in_its_document(pool, kernel, options):
         assert differences == [[0, 0, 0, 0]] * len(todo)
 
 
-# Rows of one of two outputs, by whether they have keys in the first and in the second.
+# Rows of two outputs, by whether they have keys in the first and in the second.
 KEYS = list(itertools.product((True, False), repeat=2)) * 3
 ROWS = {"ranges": range(2, 14), "index": [*range(0, 10, 2), 11, *range(12, 18)]}
 
 
 def partial_outputs(dtype, empty):
-    """Two outputs (2, 12, 4) and logsumexps of rows that have keys or have none, and the output over both."""
+    """Return two outputs (2, 12, 4) and logsumexps, in which some rows have no keys, and the output over all keys."""
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 12, 10), (2, 10, 4)
     scores, values = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
@@ -59,8 +59,8 @@ def partial_outputs(dtype, empty):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("empty", [-math.inf, math.inf])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.bfloat16, 2**-6)])
-def test_rows_without_keys_merge_as_nothing(dtype, bound, empty, rows, second_first):
-    """With keys in both parts, in either, in none; others are left alone. As FlashAttention-2 writes inf."""
+def test_rows_without_keys_do_not_affect_a_merge(dtype, bound, empty, rows, second_first):
+    """Rows have keys in both parts, in one or in none; FlashAttention-2 writes inf for rows without keys."""
     first, second, expected, expected_lse = partial_outputs(dtype, empty)
     if second_first:
         first, second = second, first
@@ -77,8 +77,8 @@ def test_rows_without_keys_merge_as_nothing(dtype, bound, empty, rows, second_fi
 
 @pytest.mark.parametrize("second_first", [False, True])
 @pytest.mark.parametrize("sick_lse", [math.nan, math.inf])
-def test_a_row_that_data_made_nan_is_not_taken_for_one_without_keys(sick_lse, second_first):
-    """FlashAttention-2 writes a logsumexp of inf there too. The row is NaN, whatever it merges with, and no other."""
+def test_a_nan_row_is_not_mistaken_for_one_without_keys(sick_lse, second_first):
+    """FlashAttention-2 writes a logsumexp of inf there too. Only this row is NaN, whatever it is merged with."""
     first, second, expected, _ = partial_outputs(torch.float64, math.inf)
     sick = [row for row, keys in enumerate(KEYS) if keys[1]]
     second[0][:, sick], second[1][:, sick] = math.nan, sick_lse
@@ -93,8 +93,8 @@ def test_a_row_that_data_made_nan_is_not_taken_for_one_without_keys(sick_lse, se
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"sinks": True}, {"softcap": 5.0}], ids=str)
 def test_passes_in_which_rows_see_no_key(pool, options, dtype):
-    """Forward and backward of a layer, with a logsumexp of -inf and inf, the empty part first or last: as exact as in
-    one pass."""
+    """Forward and backward are as exact as in one pass, with a logsumexp of -inf or inf and the empty part first or
+    last."""
     plan = plan_documents([40, 7, 23], 3, strategy="per_doc")
     for results in pool.run(3, numbers_cases.errors_with_pieces_that_see_nothing, plan, dtype, options):
         *pieces, (_, whole) = results
@@ -105,7 +105,7 @@ def test_passes_in_which_rows_see_no_key(pool, options, dtype):
 
 @pytest.mark.parametrize("world_size, cp_size, average", [(1, 1, True), (2, 2, False), (4, 2, True)])
 def test_a_step_without_any_target(pool, world_size, cp_size, average):
-    """Zero, and no gradient, where the mean over no targets would be NaN and end the run."""
+    """The loss is zero without a gradient; a mean over no targets would be NaN."""
     for loss, largest in pool.run(world_size, numbers_cases.step_without_targets, cp_size, average):
         assert loss == 0 and largest == 0
 

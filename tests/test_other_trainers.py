@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and stock Trainer: the gradient that reaches the optimizer against per-document runs."""
+"""TRL's SFTTrainer and the stock Trainer: gradients at the optimizer, compared with per-document runs."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def check(results):
 @pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
 def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
-    """TRL's own packing with and without document boundaries, and our collator; counters count a batch once."""
+    """TRL's packing with and without document boundaries, and our collator. Counters count a shared batch once."""
     results = pool.run(world_size, trl_cases.sft_step, {"way": way, "cp_size": cp_size})
     check(results)
     for result in results:
@@ -27,7 +27,7 @@ def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
 
 
 def test_router_loss_of_the_sft_trainer(pool):
-    """What TRL logs as aux_loss, too."""
+    """The aux_loss that TRL logs is compared as well."""
     (expected,) = pool.run(1, trl_cases.router_loss_of_sft_trainer)
     for found in pool.run(3, trl_cases.router_loss_of_sft_trainer):
         assert found == pytest.approx(expected, rel=GRADIENT) and found[2] > 1
@@ -95,7 +95,7 @@ def test_stock_evaluation_is_refused(pool, after_training):
 
 
 def test_a_plugin_without_an_attached_model_is_noticed(pool):
-    """Stock Trainer would multiply the gradient by cp_size."""
+    """The stock Trainer would multiply the gradient by cp_size."""
     errors = pool.errors(2, trl_cases.stock_trainer_without_the_callback, "sdpa")
     check_errors(errors, ConfigurationError, "no model is attached")
     errors = pool.errors(2, trl_cases.stock_trainer_without_the_callback, "flashcp")
@@ -116,5 +116,5 @@ def test_other_trainers_of_trl_are_refused(pool, name):
 
 
 def test_the_mixin_before_another_trainer_of_trl_is_refused(pool):
-    """The plugin comes from the environment there, after the config has been made."""
+    """There the plugin comes from the environment, after the config has been created."""
     check_errors(pool.errors(2, trl_cases.mixed_dpo_trainer), ConfigurationError, "DPOTrainer cannot run")

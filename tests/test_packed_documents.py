@@ -1,4 +1,4 @@
-"""Datasets of packed rows: what they hold, what they refuse, and what a trainer makes of them."""
+"""Datasets of packed rows: their contents, the rows they refuse, and training on them."""
 
 import logging
 
@@ -48,7 +48,7 @@ def test_rows_hold_the_documents_with_their_columns(as_dataset):
 
 @pytest.mark.parametrize("make", [PackedDocuments, PackedDocumentStream])
 def test_positions_that_skip_stay_with_their_tokens(make):
-    """With seq_lengths, which says that such a row is one document; in pieces of it too."""
+    """seq_lengths marks such a row as one document; pieces of it keep their positions too."""
     rows = with_skipped_positions(documents(LENGTHS))
     position_of = {token: p for row in rows for token, p in zip(row["input_ids"], row["position_ids"])}
     packs = list(make(rows, 32, overlong="split", cp_size=2))
@@ -58,11 +58,11 @@ def test_positions_that_skip_stay_with_their_tokens(make):
         assert batch["position_ids"].tolist() == [[position_of[token] for token in pack["input_ids"]]]
         assert batch["flashcp_plan"].lengths == tuple(pack["seq_lengths"])
     without = [{key: row[key] for key in ("input_ids", "position_ids")} for row in rows]
-    with pytest.raises(BatchError, match="where one has position_ids that skip, give its length as seq_lengths"):
+    with pytest.raises(BatchError, match="if its position_ids skip numbers, give its length as seq_lengths"):
         list(make(without, 32, overlong="split", cp_size=2))
 
 
-def test_epochs_differ_and_come_again():
+def test_epochs_differ_and_are_reproducible():
     def make(seed=0, epoch=0):
         packed = PackedDocuments(documents(LENGTHS * 4), 48, dp_size=2, seed=seed)
         packed.set_epoch(epoch)
@@ -76,7 +76,7 @@ def test_epochs_differ_and_come_again():
     assert list(packed) == second == make(epoch=1) and make(seed=1) != first
 
 
-def test_workers_that_stay_follow_the_epoch():
+def test_persistent_workers_follow_the_epoch():
     packed = PackedDocuments(documents(LENGTHS), 48)
     loader = DataLoader(packed, batch_size=None, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
@@ -102,7 +102,7 @@ def test_a_stream_loses_nothing(lengths, overlong, sizes, strategy):
     expected = sorted(token for ids in expected if overlong != "drop" or len(ids) <= 40 for token in ids)
     found = tokens_of(packs)
     assert set(found) <= set(expected) and len(found) == len(set(found))
-    # Fewer tokens than cp_size can be left at the end.
+    # Fewer tokens than cp_size may remain at the end.
     assert len(expected) - len(found) < sizes.get("cp_size", 1)
     assert report["rows_skipped"] == lengths.count(0) and report["documents_in"] == len(lengths) - lengths.count(0)
     assert report["documents_in"] == report["documents_packed"] + report["documents_dropped"]
@@ -111,7 +111,7 @@ def test_a_stream_loses_nothing(lengths, overlong, sizes, strategy):
     assert report["packs"] == len(packs)
 
 
-def test_a_stream_goes_on_where_it_was():
+def test_a_stream_resumes_where_it_stopped():
     def make():
         return PackedDocumentStream(iterable(documents(LENGTHS * 4)), 48, dp_size=2)
 
@@ -124,11 +124,11 @@ def test_a_stream_goes_on_where_it_was():
     resumed.load_state_dict(state)
     after = list(resumed)
     assert before + after == list(make()) and after == list(rows)
-    assert list(resumed) == before + after  # the next pass is whole
+    assert list(resumed) == before + after  # the next pass is complete
 
 
 def test_a_stream_holds_a_few_steps():
-    """It is read as packs are asked for."""
+    """A stream is read only as packs are requested."""
     read = []
     source = numbered(documents([10] * 1000), read)
     stream = iter(PackedDocumentStream(source, 40, dp_size=2, look_ahead=2))
@@ -195,7 +195,7 @@ def test_a_stream_that_fails_says_where():
         yield from [{"input_ids": [1, 2, 3]}] * 3
         raise OSError("truncated file")
 
-    with pytest.raises(BatchError, match="failed after 3 rows, by OSError: truncated file") as raised:
+    with pytest.raises(BatchError, match="failed after 3 rows with OSError: truncated file") as raised:
         list(PackedDocumentStream(datasets.IterableDataset.from_generator(shards), window=64))
     assert isinstance(raised.value.__cause__, OSError)
 
@@ -214,7 +214,7 @@ def test_options_that_do_not_fit():
 
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
 def test_trainer_reads_steps_in_order(pool, stream):
-    """dp 2 x cp 2, two micro-steps: what each group trains on, the logs, and two epochs."""
+    """dp 2 x cp 2 with two micro-steps: the rows of each group, the logs, and two epochs."""
     results = pool.run(4, packing_cases.trained_rows, LENGTHS * 3, 48, stream)
     sizes = {"cp_size": 2, "dp_size": 2, "gradient_accumulation_steps": 2}
     expected = packing_cases.packed(LENGTHS * 3, 48, stream, **sizes)

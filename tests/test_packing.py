@@ -1,4 +1,4 @@
-"""Packing by lengths: nothing is lost, every epoch has as many packs, and groups work about as long."""
+"""Packing by length: no token is lost, epochs have equal numbers of packs, and groups have about equal work."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ ATTENTION_ONLY = dataclasses.replace(CostModel.from_config(LLAMA_3_8B, "h100"), 
 
 
 def packed(problem, epoch=0):
-    """The packing, or None where no pack of so few tokens can be shared by cp_size ranks."""
+    """Return the packing, or None if there are too few tokens for cp_size ranks."""
     lengths, window, options = problem
     try:
         return pack_lengths(lengths, window, epoch=epoch, **options)
@@ -81,7 +81,7 @@ def test_every_token_is_packed_truncated_or_dropped(problem):
 
 
 @given(packing_problems())
-def test_epochs_have_as_many_packs_in_whole_steps_where_documents_suffice(problem):
+def test_epochs_have_equal_numbers_of_whole_steps_if_documents_suffice(problem):
     packings = [packed(problem, epoch) for epoch in (0, 1, 1)]
     if packings[0] is None:
         return
@@ -94,7 +94,7 @@ def test_epochs_have_as_many_packs_in_whole_steps_where_documents_suffice(proble
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 80), st.integers(1, 6))
 def test_places_of_one_step(tokens, window, packs):
-    """Nothing is lost or overfull; the places found are the ones that were to be chosen."""
+    """No document is lost, no pack is too full, and every document is in the pack that first fit would choose."""
     documents = [Waiting(float(length), index, length, 0) for index, length in enumerate(tokens)]
     for place in (least_time, best_fit):
         found, left = place(documents, window, packs)
@@ -104,7 +104,7 @@ def test_places_of_one_step(tokens, window, packs):
         assert all(sum(d.tokens for d in pack) + min(d.tokens for d in left) > window for pack in found if left)
         assert left or len(found) == min(packs, len(documents)) or place is best_fit and len(found) < packs
     assert len(cut_up([documents], packs)) == min(packs, len(documents)) if documents else True
-    # First fit in the same order, with the fullest pack first, by brute force.
+    # Brute force: first fit in the same order, trying the fullest pack first.
     rooms = []
     for length in tokens:
         fitting = [room for room in rooms if room >= length]
@@ -115,7 +115,7 @@ def test_places_of_one_step(tokens, window, packs):
     assert sorted(window - sum(d.tokens for d in pack) for pack in best_fit(documents, window)[0]) == sorted(rooms)
 
 
-def test_heavy_documents_wait_for_others_like_them_but_not_longer_than_asked():
+def test_heavy_documents_wait_for_similar_ones_within_the_look_ahead():
     packer = StepPacker(window=100, balanced=True, dp_size=2, look_ahead=2)
     packer.add(0, 90, 90.0, True)
     assert packer.tokens == 0
@@ -155,7 +155,7 @@ def test_balanced_packs_are_balanced_and_full(corpus):
 
 
 def test_groups_take_turns_within_a_step():
-    """Two micro-steps of two packs that differ: the group with the slower pack in one has the faster in the other."""
+    """Of two micro-steps with a slow and a fast pack each, every group gets one slow and one fast pack."""
     seconds = pack_lengths([100, 90, 50, 40], 100, dp_size=2, gradient_accumulation_steps=2, look_ahead=0).seconds
     assert (seconds[0] > seconds[1]) != (seconds[2] > seconds[3])
 
@@ -168,7 +168,7 @@ def test_imbalance():
 
 
 def test_times_add_up_to_the_step_of_one_device():
-    """Apart from the cost of starting kernels, and of one that is alone on the device."""
+    """Times add up except for the cost of starting kernels, and of a kernel that does not fill the device."""
     model = CostModel.from_config(LLAMA_3_8B, "h100")
     lengths = [30000, 5000, 5000, 700, 11]
     linear, attention = model.document_times(lengths)
@@ -179,8 +179,8 @@ def test_times_add_up_to_the_step_of_one_device():
     assert np.all(np.diff(linear + attention) <= 0)
 
 
-def test_the_cost_model_decides_which_packs_take_as_long():
-    """One document has as much attention as twelve others, but the work on tokens of four."""
+def test_the_cost_model_decides_which_packs_take_equally_long():
+    """One document has the attention of twelve others, but only the per-token work of four."""
     lengths = [4000] + [1000] * 20
     tokens = [
         [sum(piece.stop for piece in pack) for pack in pack_lengths(lengths, 24000, dp_size=2, cost_model=model)]
@@ -212,7 +212,7 @@ def test_bad_input(lengths, options, message):
 
 
 def test_documents_as_long_as_the_window_do_not_hold_up_the_others():
-    """They leave so much room in every step that an epoch has more packs to spare."""
+    """With many documents as long as the window, the delay stays short, and packs stay full and balanced."""
     lengths = sample_lengths("pile", 8_000)
     report = pack_lengths(lengths, 4096, overlong="truncate", dp_size=4, gradient_accumulation_steps=2).report()
     assert report["documents_truncated"] > 100 and report["fill_rate"] > 0.9

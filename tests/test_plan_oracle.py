@@ -1,4 +1,4 @@
-"""The oracle against every assignment there is, and the lower bound against both it and every strategy."""
+"""The oracle compared with all assignments, and the lower bound compared with the oracle and every strategy."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def within_caps(tokens, pairs, max_imbalance, max_token_imbalance):
 
 
 def every_plan(lengths, cp_size):
-    """`(tokens, pairs, received, sent)` of every assignment of single tokens to ranks."""
+    """Yield `(tokens, pairs, received, sent)` for every assignment of single tokens to ranks."""
     places = [(document, position) for document, length in enumerate(lengths) for position in range(length)]
     for ranks in itertools.product(range(cp_size), repeat=len(places)):
         tokens, pairs, received, sent = ([0] * cp_size for _ in range(4))
@@ -61,7 +61,7 @@ def every_plan(lengths, cp_size):
 
 @pytest.mark.parametrize("lengths, cp_size", TINY)
 @pytest.mark.parametrize("caps", [(1.05, 1.0), (1.2, 1.0), (1.5, 1.5), (math.inf, 1.3)])
-def test_oracle_finds_what_trying_every_plan_finds(lengths, cp_size, caps):
+def test_oracle_equals_exhaustive_search(lengths, cp_size, caps):
     found = [plan for plan in every_plan(lengths, cp_size) if within_caps(*plan[:2], *caps)]
     least = {
         "total": lambda plan: sum(plan[2]),
@@ -198,7 +198,7 @@ def test_bound_falls_with_wider_caps_and_ignores_the_order(case, random):
 
 
 def direct_bound(lengths, cp_size, max_imbalance):
-    """Condition (2) taken literally, for equal tokens: every end tried, other tokens sorted by position."""
+    """Compute condition (2) literally for equal tokens: try every end, with the other tokens sorted by position."""
     share, left_over = divmod(sum(lengths), cp_size)
     area = int(max_imbalance * sum(length * (length + 1) / 2 for length in lengths) / cp_size + 1e-9)
     total = 0
@@ -220,12 +220,12 @@ def direct_bound(lengths, cp_size, max_imbalance):
 
 
 @given(packs(max_documents=6, max_length=25), st.sampled_from([1.0, 1.05, 1.2, 2.0]))
-def test_bound_is_what_its_definition_says(case, max_imbalance):
+def test_bound_equals_its_definition(case, max_imbalance):
     assert kv_lower_bound(*case, max_imbalance) == direct_bound(*case, max_imbalance)
 
 
 def test_bound_takes_few_bisections_and_reads_lengths_as_plans_do(monkeypatch):
-    """606 documents on 32 ranks: some hundred looks at the cheapest tokens, each logarithmic in the documents."""
+    """606 documents on 32 ranks need about a hundred lookups of the cheapest tokens, each logarithmic in documents."""
     looks, cheapest = [], LowPositions.cheapest
     monkeypatch.setattr(LowPositions, "cheapest", lambda self, tokens: looks.append(tokens) or cheapest(self, tokens))
     kv_lower_bound(sample_pack("pile", 524288, seed=1), 32)

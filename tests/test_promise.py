@@ -1,4 +1,4 @@
-"""What docs/versioning.md promises: names and signatures, types, pinned versions, and what the distributions hold."""
+"""The promises of docs/versioning.md: names and signatures, types, pinned versions, and contents of distributions."""
 
 import difflib
 import os
@@ -44,7 +44,7 @@ def test_public_names_signatures_and_options():
     assert found == promised, CHANGED.format("\n".join(lines))
 
 
-def test_whatever_is_exported_is_promised():
+def test_everything_exported_is_in_the_reference():
     documented = set(public_api.names())
     assert {f"hf_flashcp.{name}" for name in hf_flashcp.__all__} <= documented
     for name in hf_flashcp.data.__all__:
@@ -57,7 +57,7 @@ def test_the_changelog_begins_with_this_version():
 
 
 def test_types():
-    """mypy over what pyproject.toml names: planning, packing, the command line, and a user's view of them."""
+    """Run mypy on the files that pyproject.toml names: planning, packing, the command line, and their use."""
     run(sys.executable, "-m", "mypy", "--cache-dir", os.devnull, cwd=ROOT)
 
 
@@ -85,8 +85,10 @@ def test_direct_dependencies_are_pinned():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files belong to the distribution")
 def test_distributions(tmp_path, monkeypatch):
-    """The source distribution has all that is tracked; the wheel, made from it, has the package alone; installed where
-    nothing else of the repository is, it runs on the dependencies of this interpreter."""
+    """The source distribution has all tracked files, and the wheel built from it has only the package.
+
+    Installed outside the repository, it runs with the dependencies of this interpreter.
+    """
     tracked = {name for name in run("git", "ls-files", cwd=ROOT).splitlines() if not name.startswith(".")}
     for name in tracked:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)

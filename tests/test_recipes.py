@@ -1,4 +1,4 @@
-"""The recipes as a user runs them: `accelerate launch` with their configurations, shortened, on two processes.
+"""The recipes as a user runs them: shortened, with `accelerate launch` and their configurations, on two processes.
 
 Each script is started once as a user does it; runs of the same script with other arguments are forked.
 """
@@ -76,7 +76,7 @@ def require_sums(metrics):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """On every fifth file of its corpus, which is made here as sft.py makes it."""
+    """Run the quickstart on every fifth file of its corpus, which is created here as in sft.py."""
     directory = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "recipes"))
@@ -93,7 +93,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(quickstart):
-    """Some of the default corpus: a few long documents and short ones."""
+    """Return a part of the default corpus: a few long documents and some short ones."""
     corpus = quickstart[0].parent / "cache" / "python_stdlib.jsonl"
     lines = [line for line in corpus.read_text().splitlines() if len(line) < 20_000][:40]
     path = corpus.with_name("some.jsonl")
@@ -103,7 +103,7 @@ def texts(quickstart):
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """Modules of the recipes by name."""
+    """Return the modules of the recipes by name."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     return importlib.import_module
 
@@ -169,7 +169,7 @@ assert model(**inputs).logits.isfinite().all()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path):
+def test_groups_get_packs_that_take_equally_long(quickstart, texts, tmp_path):
     directory, _ = quickstart
     printed = launch_sft(
         tmp_path,
@@ -185,8 +185,11 @@ def test_several_groups_get_packs_that_take_as_long(quickstart, texts, tmp_path)
 
 
 def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
-    """With rows that cannot be used among them, another strategy, and accumulation. In fp64: a model that hardly
-    attends yet has gradients of queries and keys that are small differences of large numbers."""
+    """Some rows cannot be used; the run has another strategy and accumulation.
+
+    It uses fp64, because the attention of an untrained model is almost uniform, and gradients of its queries and keys
+    are small differences of large numbers.
+    """
     conversations = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
     with chats.open("a") as lines:
         lines.write('{"messages": null}\n{"messages": [{"role": "user", "content": "Nobody answers."}]}\n{"messa\n')
@@ -276,7 +279,7 @@ def test_the_loop_trains(quickstart, texts, tmp_path):
 
 
 def test_the_loop_resumes(quickstart, texts, tmp_path, recipes, monkeypatch, capsys):
-    """In this process, with cp_size 1: two steps and two more are four."""
+    """In this process with cp_size 1, two steps and two more equal four."""
     loop = recipes("accelerator_loop")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
@@ -364,7 +367,7 @@ def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path)
 
 
 def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, capsys):
-    """Chats with tools, which the template does not mention or does."""
+    """Chats have tools, which one template ignores and another one uses."""
     text_rows = recipes("text_rows")
     data, template = tmp_path / "chats.jsonl", tmp_path / "template.jinja"
     messages = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi."}] * 2
@@ -383,7 +386,7 @@ def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, c
         text_rows.print_data_table(counts)
         printed = capsys.readouterr().out
         assert "columns not used" in printed and unused[-1] in printed
-        assert "of them begun by the assistant" in printed
+        assert "of these, started by the assistant" in printed
         assert json.loads(json.dumps(counts)) == counts
 
 

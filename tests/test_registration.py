@@ -1,4 +1,4 @@
-"""The name "flashcp" in transformers, and what a model does with it when nothing is sharded."""
+"""The name "flashcp" in transformers, and models that use it without sharding."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from tests.models import CONFIGS, SMALL, build_model
 from tests.vision_language_cases import qwen2_5_vl
 
 
-def test_importing_is_all_it_takes_in_either_order():
+def test_importing_registers_the_name_in_either_order():
     code = """
 import os, sys
 import accelerate, torch._dynamo
@@ -132,7 +132,7 @@ def test_generate_equals_sdpa(cache):
     ids=["softcap", "sinks"],
 )
 def test_without_a_plan_softcap_and_sinks_equal_eager(config):
-    """sdpa can do neither: the model's own eager function runs, with the mask that sdpa's mask function left out."""
+    """sdpa supports neither, so the model's own eager function runs, with the mask that sdpa's mask function omits."""
     logits = []
     ids = torch.randint(0, 67, (2, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -166,7 +166,7 @@ def test_the_function_alone_without_a_plan():
     assert torch.allclose(out[0].transpose(0, 1), expected, rtol=0, atol=1e-12)
 
 
-def test_the_function_alone_without_a_plan_says_what_it_cannot_do():
+def test_the_function_alone_without_a_plan_names_unsupported_options():
     query, key, value, _ = local_inputs([9])
     with pytest.raises(BatchError, match="without a module"):
         flashcp_attention(None, query, key, value, softcap=2.0)
@@ -195,14 +195,14 @@ def test_the_function_alone_with_options(options):
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, BatchError, "attention_mask of shape"),
         ({"dropout": 0.1}, UnsupportedModelError, "attention dropout"),
         ({"is_causal": False}, UnsupportedModelError, "is_causal=False"),
-        ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score a head"),
+        ({"s_aux": torch.zeros(3)}, UnsupportedModelError, "sinks that are not one score per head"),
         ({"sliding_window": 0}, UnsupportedModelError, "a sliding window of 0 tokens"),
         ({"position_bias": torch.zeros(1)}, UnsupportedModelError, "position bias"),
-        ({"indices": torch.zeros(1)}, UnsupportedModelError, "a choice of keys"),
-        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a choice of blocks of keys"),
+        ({"indices": torch.zeros(1)}, UnsupportedModelError, "a selection of keys"),
+        ({"block_indices": torch.zeros(1)}, UnsupportedModelError, "a selection of blocks of keys"),
     ],
 )
-def test_what_is_not_exact_is_refused(kwargs, error, message):
+def test_inexact_options_are_refused(kwargs, error, message):
     query, key, value, _ = local_inputs([8, 12])
     kwargs = {"flashcp_plan": plan_documents([8, 12], 1), **kwargs}
     with pytest.raises(error, match=message):

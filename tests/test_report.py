@@ -1,4 +1,4 @@
-"""The report command: a Trainer's logs as a page, and what is said where there are none."""
+"""The report command: a page of a Trainer's logs, and errors if there are none."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def write_state(folder, history=HISTORY):
 
 
 def test_a_page_of_a_run(tmp_path, capsys):
-    """The newest checkpoint's logs; a panel for each metric that was logged, the unknown ones too."""
+    """The page has the newest checkpoint's logs, with a panel for each logged metric, also for unknown ones."""
     write_state(tmp_path / "run" / "checkpoint-9", HISTORY[:1])
     write_state(tmp_path / "run" / "checkpoint-10")
     (tmp_path / "run" / "checkpoint-best").mkdir()
@@ -66,9 +66,9 @@ def test_the_summary_as_json(tmp_path, capsys):
     "content, message",
     [
         (None, "There is no trainer_state.json in"),
-        ("[]", "is not a trainer_state.json of a Trainer"),
-        ("{", "is not a trainer_state.json of a Trainer"),
-        ('{"log_history": []}', "has no logs"),
+        ("[]", "is not a Trainer's trainer_state.json"),
+        ("{", "is not a Trainer's trainer_state.json"),
+        ('{"log_history": []}', "has no logged values"),
     ],
 )
 def test_no_logs(tmp_path, capsys, content, message):

@@ -13,7 +13,8 @@ resumes = pytest.mark.skipif(
 
 @resumes
 def test_resuming_continues_bitwise(pool, tmp_path):
-    """Two ranks: losses after the second step and all parameters after the sixth are those of the run that went on."""
+    """On two ranks, losses after the second step and parameters after the sixth equal those of an uninterrupted
+    run."""
     for found in pool.run(2, resume_cases.resumed_and_not, str(tmp_path), 2, None):
         assert found["bitwise"]
         assert found["resumed_losses"] == found["losses"] and len(found["losses"]) == 6
@@ -21,7 +22,7 @@ def test_resuming_continues_bitwise(pool, tmp_path):
 
 @resumes
 def test_resuming_with_another_cp_size_follows_the_same_curve(pool, tmp_path):
-    """Four ranks: one group, and two data-parallel groups of two, see the same two documents a step."""
+    """On four ranks, one group and two data-parallel groups read the same two documents per step."""
     for found in pool.run(4, resume_cases.resumed_and_not, str(tmp_path), 4, 2):
         assert found["bitwise"]
         assert found["other_losses"] == pytest.approx(found["losses"], rel=1e-5)

@@ -17,14 +17,14 @@ from tests.models import build_model
 LENGTHS = [40, 3, 17, 1, 25]
 MANY = [40, 3, 17, 9, 25, 1, 30, 7, 12, 5, 5, 5]
 EXACT = 1e-12  # relative Frobenius norm of each parameter's gradient, relative difference of a loss; all in fp64
-LOGGED = 1e-6  # relative: Trainer adds up losses in fp32
+LOGGED = 1e-6  # relative, because Trainer adds up losses in fp32
 
 OTHER_FORMULAS = {"doge", "nllb_moe", "switch_transformers"}
-"""Encoder-decoder models, which are refused anyway, and one with two routers a layer."""
+"""Encoder-decoder models, which are refused anyway, and a model with two routers per layer."""
 
 
 def modeling_files():
-    """(name, module) of transformers' modeling files with a router loss."""
+    """Yield (name, module) of transformers' modeling files with a router loss."""
     for package in pkgutil.iter_modules(transformers.models.__path__):
         name = f"transformers.models.{package.name}.modeling_{package.name}"
         if (spec := importlib.util.find_spec(name)) is not None:
@@ -33,7 +33,8 @@ def modeling_files():
 
 
 def test_every_copy_of_the_function_has_the_formula():
-    """A family whose copy differs would be refused at its first step: name it above, and say so in docs/models.md."""
+    """A family whose copy differs would be refused in its first step: list it above, and mention it in
+    docs/models.md."""
     torch.manual_seed(0)
     logits = tuple(torch.randn(9, 6) for _ in range(3))
     found = dict(modeling_files())
@@ -48,8 +49,8 @@ def test_every_copy_of_the_function_has_the_formula():
 @pytest.mark.parametrize("losses_add_up", [True, False])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-def test_the_router_loss_is_that_of_the_packed_batch(pool, cp_size, family, losses_add_up):
-    """In gradients, in the loss, and in the model's `aux_loss`. All families: `python -m hf_flashcp doctor`."""
+def test_the_router_loss_equals_that_of_the_packed_batch(pool, cp_size, family, losses_add_up):
+    """Gradients, loss and `aux_loss` are compared here; `python -m hf_flashcp doctor` checks all families."""
     for strategy in ("per_doc", "whole_doc"):
         for errors in pool.run(cp_size, router_cases.router_errors, family, LENGTHS, strategy, losses_add_up):
             assert max(errors) < EXACT
@@ -91,14 +92,14 @@ def test_eval_loss_has_each_batch_s_router_loss_once(pool, world_size, cp_size):
         assert error < EXACT
 
 
-def test_a_term_that_is_not_shared_is_refused(pool):
+def test_a_term_that_is_not_computed_over_all_ranks_is_refused(pool):
     for message in pool.run(2, router_cases.unknown_term):
         assert "MixtralForCausalLM adds a term of" in message and "would count once per rank" in message
 
 
 def test_another_formula_is_refused(pool):
     for message in pool.run(2, router_cases.other_formula):
-        assert "computes its router loss otherwise than Switch Transformers do" in message
+        assert "computes its router loss differently from Switch Transformers" in message
 
 
 @pytest.mark.parametrize("losses_add_up", [True, False])
@@ -109,8 +110,8 @@ def test_z_losses_are_means_over_the_packed_batch(pool, cp_size, losses_add_up):
         assert max(errors) < EXACT
 
 
-def test_without_a_sharded_forward_it_is_transformers_own():
-    """And modules that have it already are left alone."""
+def test_without_a_sharded_forward_transformers_function_runs():
+    """Modules that already use transformers' function are not modified."""
     model = build_model("mixtral", "sdpa", **router_cases.ROUTER)
     ids = torch.tensor([[1, 2, 3, 4]])
     before = model(ids, labels=ids).aux_loss
@@ -121,5 +122,5 @@ def test_without_a_sharded_forward_it_is_transformers_own():
     assert torch.equal(model(ids, labels=ids).aux_loss, before)
 
 
-def test_the_gradient_check_of_recipes_knows_router_losses():
+def test_the_gradient_check_of_recipes_includes_router_losses():
     assert router_cases.checked_gradient_error(LENGTHS) < EXACT

@@ -41,8 +41,10 @@ ADVERSARIAL = {
 
 
 def assert_sound(lengths, cp_size, max_imbalance=1.05, max_token_imbalance=1.0, minimize_total=False):
-    """Partition, caps, determinism, and never above Algorithm 1 at the same caps: in total and, but for
-    `minimize_total`, in bottleneck. Returns the counts."""
+    """Check partition, caps and determinism, and that the plan is never worse than Algorithm 1 with the same caps.
+
+    Worse means more KV in total or, except for `minimize_total`, a larger bottleneck. Returns the counts.
+    """
     caps, again = (Caps(tuple(lengths), cp_size, max_imbalance, max_token_imbalance) for _ in range(2))
     slices = search(caps, minimize_total=minimize_total)
     assert slices == search(caps, minimize_total=minimize_total) == search(again, minimize_total=minimize_total)
@@ -91,7 +93,7 @@ def test_heavy_tails(lengths, cp_size, caps, minimize_total):
 
 @pytest.mark.parametrize("lengths", [[1, 7], [7, 1], [1] * 8, [4, 4]])
 def test_a_token_per_rank(lengths):
-    """Wide caps let a rank have two single tokens and another none."""
+    """With wide caps, one rank might get two single tokens and another none."""
     assert_sound(lengths, 8, 3.0, 2.0, False)
     assert [len(slices) for slices in plan_documents(lengths, 8, max_token_imbalance=2.0).slices] == [1] * 8
 
@@ -127,7 +129,8 @@ def test_one_long_document_with_tiny_ones_is_no_worse_than_rotated_per_doc(cp_si
 
 
 def every_round_of_algorithm_1(caps):
-    """Algorithm 1 without shortcuts: a whole plan for every number of Per-Doc documents, until one meets the caps."""
+    """Run Algorithm 1 without shortcuts: make a full plan for every number of Per-Doc documents until one meets the
+    caps."""
     lengths, cp_size = caps.lengths, caps.cp_size
     longest_first = sorted(range(len(lengths)), key=lambda document: (-lengths[document], document))
     most_pairs = caps.max_imbalance * sum(length * (length + 1) // 2 for length in lengths) / cp_size
@@ -202,8 +205,8 @@ def measured(lengths, cp_size, minimize_total):
     return report["kv_total"], max(report["kv_received"] + report["kv_sent"])
 
 
-def test_little_above_the_lower_bound():
-    """The cells of `bench plan`, one pack each."""
+def test_kv_is_close_to_the_lower_bound():
+    """Check the cells of `bench plan` with one pack each."""
     totals, least_totals, bottlenecks = [], [], []
     for corpus in LENGTH_DISTRIBUTIONS:
         for window, cp_size in itertools.product((65536, 131072, 262144, 524288), (4, 8, 16, 32)):
@@ -221,8 +224,8 @@ def test_little_above_the_lower_bound():
 
 
 ONES = [1] * 100
-# Lengths in blocks, ranks, tokens of a block, the least total in blocks at the caps 1.05 and 1.0: by
-# `plan_oracle.best_plan`, proven. Drawn from the five distributions, one for each number of ranks.
+# Lengths in blocks, ranks, tokens per block, and the proven least total in blocks at the caps 1.05 and 1.0, from
+# `plan_oracle.best_plan`. Lengths are drawn from the five distributions, one for each number of ranks.
 OPTIMA = [
     ([16, 10, 6, 5, 3, 2] + ONES[:22], 4, 1024, 20),
     ([16, 10, 6, 5, 3, 2] + ONES[:22], 2, 1024, 7),
@@ -239,7 +242,7 @@ OPTIMA = [
     ([38, 18, 8, 6, 4, 4, 3, 3, 2, 2, 2] + ONES[:6], 3, 512, 46),
     ([9, 7, 7, 5, 5, 2, 2] + ONES[:27], 4, 1024, 9),
 ]
-# The same where blocks are single tokens, so that nothing can be cut finer than the oracle cuts.
+# The same with blocks of single tokens, so that no plan can split more finely than the oracle.
 OPTIMA_IN_TOKENS = [
     ([9, 7, 5, 2, 2, 2, 2] + ONES[:35], 4, 1, 10),
     ([17, 14, 11, 4, 4, 3, 3, 3, 2] + ONES[:35], 3, 1, 8),

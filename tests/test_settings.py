@@ -1,4 +1,4 @@
-"""Settings have one place: the plugin. Collator, attached model and trainers take them from there."""
+"""Settings have one place, the plugin, from which collator, attached model and trainers read them."""
 
 import dataclasses
 import pickle
@@ -47,7 +47,7 @@ def test_the_plugin_has_every_setting_of_plans():
         {"topology": Topology(2)},
     ],
 )
-def test_a_collator_without_cp_size_plans_as_the_plugin_says(chosen):
+def test_a_collator_without_cp_size_uses_the_plugins_settings(chosen):
     FlashCPPlugin(cp_size=4, **chosen)
     expected = plan_documents(LENGTHS, 4, **chosen)
     assert expected != plan_documents(LENGTHS, 4)
@@ -62,7 +62,7 @@ def test_a_collator_takes_the_plugin_made_last():
     assert FlashCPCollator(4).settings == PlanSettings(4)
 
 
-def test_a_collator_without_cp_size_takes_the_launchers(monkeypatch):
+def test_a_collator_without_cp_size_uses_the_launchers(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"No cp_size is known: make a FlashCPPlugin\(cp_size=...\) before"):
         FlashCPCollator()
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
@@ -83,10 +83,10 @@ def test_a_collator_without_cp_size_takes_the_launchers(monkeypatch):
         ({"strategy": "zigzag"}, "Unknown strategy 'zigzag': choose one of"),
         ({"max_imbalance": 0.5}, "max_imbalance is 0.5: it is max / mean over ranks"),
         ({"num_stages": 0}, "num_stages must be a positive integer, got 0"),
-        ({"topology": Topology(3)}, "cp_size 4 is no multiple of the topology's 3 ranks_per_node"),
+        ({"topology": Topology(3)}, "cp_size 4 is not a multiple of the topology's ranks_per_node, 3"),
     ],
 )
-def test_one_wording_for_every_door(option, message):
+def test_errors_are_the_same_wherever_a_setting_is_given(option, message):
     with pytest.raises(PlanError) as planning:
         plan_documents(LENGTHS, 4, **option)
     with pytest.raises(ConfigurationError) as plugin:
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit():
         FlashCPCollator(2, settings=PlanSettings(4))
 
 
-def test_hardware_takes_the_model_that_is_attached():
+def test_hardware_uses_the_attached_model():
     plugin = FlashCPPlugin(cp_size=1, hardware="h100")
     collator = FlashCPCollator()
     with pytest.raises(ConfigurationError, match="no model is attached yet"):
@@ -125,7 +125,7 @@ def test_a_topology_takes_the_place_of_the_profiles_nodes():
     assert plan_with(settings, LENGTHS) == plan_documents(LENGTHS, 4, cost_model=model, topology=Topology(2))
 
 
-def test_a_batch_without_a_plan_is_planned_alike():
+def test_a_batch_without_a_plan_gets_the_same_plan():
     plugin = FlashCPPlugin(cp_size=1, strategy="per_seq")
     batch = {"input_ids": torch.arange(9)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])}
     assert current_settings(1) is plugin.plan_settings
@@ -133,7 +133,7 @@ def test_a_batch_without_a_plan_is_planned_alike():
 
 
 def test_batches_of_other_collators_are_planned_for_nodes(pool):
-    """As TRL packs them: no plan, documents in position_ids."""
+    """Batches as packed by TRL have no plan, and documents are given by position_ids."""
     for plan in pool.run(4, settings_cases.plan_of_a_batch_without_one, LENGTHS):
         assert plan == plan_documents(LENGTHS, 4, topology=Topology(2), num_stages=2, max_imbalance=1.2)
 
@@ -145,10 +145,10 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
     assert FlashCPTrainer(args=arguments, **options).data_collator.settings.strategy == "per_doc"
     assert FlashCPTrainer(args=arguments, data_collator=early, **options).data_collator.settings.strategy == "per_doc"
     for other, message in [
-        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Make the collator by"),
+        (FlashCPCollator(2), "plans with cp_size 2, but FlashCPPlugin with cp_size 1. Create it as"),
         (
             FlashCPCollator(settings=PlanSettings(1, "whole_doc")),
-            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Make the collator by",
+            "plans with strategy 'whole_doc', but FlashCPPlugin with strategy 'per_doc'. Create it as",
         ),
     ]:
         with pytest.raises(ConfigurationError, match=message):
@@ -156,7 +156,5 @@ def test_trainers_share_their_settings_with_the_collator(tmp_path):
 
 
 def test_attach_has_one_source_of_settings(pool):
-    assert (
-        pool.run(2, settings_cases.plugin_and_mesh_or_accelerator)
-        == [["FlashCPPlugin has cp_size 4, but the mesh has 2 ranks.", "leave plugin out"]] * 2
-    )
+    mismatch = "FlashCPPlugin has cp_size 4, but the mesh has 2 ranks. Pass the plugin of this mesh."
+    assert pool.run(2, settings_cases.plugin_and_mesh_or_accelerator) == [[mismatch, "leave plugin out"]] * 2

@@ -48,7 +48,7 @@ def row(*values):
 
 
 def test_a_pass_by_hand():
-    """Two ranks; the kernel of step 1 waits on rank 0 for a slow hop, on rank 1 for its own first kernel."""
+    """On two ranks, the kernel of step 1 waits for a slow hop on rank 0, and for its own first kernel on rank 1."""
     line = Timeline(2)
     hop = line.hop(row(5, 1))
     ends = [hop, line.kernel(row(2, 4)), line.kernel(row(3, 3), hop), copy := line.copy(row(1, 1))]
@@ -60,7 +60,7 @@ def test_a_pass_by_hand():
 
 
 def test_a_hop_waits_for_the_rank_before_it():
-    """Rank 2 is slow to begin: its KV comes late to rank 0, whose KV comes late to rank 1, and so on."""
+    """Rank 2 starts late, so its KV reaches rank 0 late, whose KV reaches rank 1 late, and so on."""
     line = Timeline(3)
     ends = [line.kernel(row(1, 1, 9))]
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_hop_waits_for_the_rank_before_it():
 
 @given(st.lists(st.tuples(*[st.floats(0, 10)] * 2), min_size=1, max_size=6), st.floats(0, 20))
 def test_stages_by_hand(stages, local):
-    """This library's exchange: all stages posted at once, gradients sent as they are computed."""
+    """In this library's exchange, all stages are posted at once, and gradients are sent once they are computed."""
     wires, works = ([stage[part] for stage in stages] for part in (0, 1))
     end, arrived = local, 0.0
     for wire, work in zip(wires, works):
@@ -87,7 +87,7 @@ def test_stages_by_hand(stages, local):
 
 
 def layer_of_times(wires, works, local):
-    """The costs of a layer on one rank whose stages take these seconds on the wire and to compute."""
+    """Return the costs of a layer on one rank whose stages take these seconds to transfer and to compute."""
 
     class Given(LayerCosts):
         def kernel_seconds(self, rectangles, **options):
@@ -108,9 +108,12 @@ def layer_of_times(wires, works, local):
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
 @pytest.mark.parametrize("layers", [MHA, GQA])
-def test_traffic_is_that_of_the_closed_forms(cp_size, layers):
-    """Bytes of a rank's forward: an all-gather and a ring (N-1) C/N tokens of KV, Ulysses (N-1) / N^2 C tokens of all
-    heads; exact exchange of one zigzagged document 3 (N-1) / 4 C in all."""
+def test_traffic_equals_closed_forms(cp_size, layers):
+    """Compare the bytes of forward with closed forms.
+
+    Per rank, an all-gather and a ring send (N-1) C/N tokens of KV, and Ulysses (N-1) / N^2 C tokens of all heads.
+    Exact exchange of one zigzagged document sends 3 (N-1) / 4 C tokens in total.
+    """
     tokens = 2 * cp_size * 64
     config = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
     model, kv = model_of(layers), layers.kv_elements_per_token * 2
@@ -124,7 +127,7 @@ def test_traffic_is_that_of_the_closed_forms(cp_size, layers):
     )
     a_rank = (cp_size - 1) / cp_size**2 * tokens * elements * 2
     assert found["ulysses"].received.sum(0) == pytest.approx([a_rank] * cp_size)
-    # One zigzagged document: rank N-1's two chunks touch and are one shard, the document's last is rank 0's.
+    # One zigzagged document: the two adjacent chunks of rank N-1 form one shard, and rank 0 has the last shard.
     assert found["flashcp_paper"].received.sum(0).tolist() == [(cp_size - 1) * tokens / cp_size * kv] * cp_size
 
 
@@ -142,7 +145,7 @@ def test_equal_documents_stay_whole():
 
 
 @pytest.mark.parametrize("cp_size, ranks_per_node, crossing", [(8, 8, 0), (8, 4, 1), (8, 2, 3), (8, 1, 7), (64, 8, 7)])
-def test_collectives_cross_to_a_node_once(cp_size, ranks_per_node, crossing):
+def test_collectives_send_to_each_node_once(cp_size, ranks_per_node, crossing):
     layer = Layer(model_of(ranks_per_node=ranks_per_node), MHA, plan_of("llama3", [6400], cp_size))
     inside, between = layer.gathered(10)
     assert (
@@ -158,8 +161,7 @@ def test_collectives_cross_to_a_node_once(cp_size, ranks_per_node, crossing):
 @settings(max_examples=40)
 @given(packs(max_documents=5, max_length=60), st.sampled_from(["ring", "zigzag_ring"]))
 def test_ring_steps_compute_each_pair_once(case, name):
-    """Token by token: in step s a rank's queries of a document that see anything of the block of rank - s see a part
-    of it that is the same for all of them."""
+    """In step s, all queries of a document that attend to the block of rank - s attend to the same part of it."""
     lengths, cp_size = case
     plan = plan_of(name, lengths, cp_size)
     pieces = RingPieces.of(plan)
@@ -178,7 +180,7 @@ def test_ring_steps_compute_each_pair_once(case, name):
 
 @pytest.mark.parametrize("pack", ["mixed", "blocks_of_128", "six_of_150", "giant_and_tiny", "ring_flash_attention"])
 @pytest.mark.parametrize("name", ["llama3", "per_doc_cp", "flashcp_paper", "ulysses", "zigzag_ring"])
-def test_kernels_are_what_counting_tiles_gives(pack, name):
+def test_kernel_times_equal_those_from_counted_tiles(pack, name):
     lengths, cp_size, model = KNOWN_PACKS[pack], 4, model_of()
     plan = plan_of(name, lengths, cp_size)
     tile = model.hardware.kernel.tile
@@ -208,7 +210,7 @@ def test_kernels_are_what_counting_tiles_gives(pack, name):
 
 
 def test_an_all_gather_by_hand():
-    """Gather, reorder, compute; compute, reorder, reduce: nothing overlaps, and the slowest rank keeps all waiting."""
+    """Gather, reorder, compute; compute, reorder, reduce: nothing overlaps, and all ranks wait for the slowest."""
     lengths, cp_size = [3000, 1000], 2
     plan = plan_of("llama3", lengths, cp_size)
     (attention, copies, exposed, transfer), back = passes("llama3", model_of(), plan, MHA)
@@ -220,7 +222,8 @@ def test_an_all_gather_by_hand():
 
 
 def test_a_ring_by_hand():
-    """Two ranks, one document: rank 0 has nothing to compute in step 1; gradients of its KV come home from rank 1."""
+    """On two ranks with one document, rank 0 has nothing to compute in step 1, and rank 1 returns the gradients of its
+    KV."""
     plan, model = plan_of("ring", [4096], 2), model_of()
     (attention, copies, exposed, transfer), back = passes("ring", model, plan, MHA)
     block = 2048 * 8 * 128
@@ -256,7 +259,7 @@ def test_exact_schemes_are_the_cost_models():
     assert found[TIMED].step_seconds <= min(found[name].step_seconds for name in ("search", "flashcp"))
 
 
-def test_utilization_counts_the_models_work_alone():
+def test_utilization_counts_only_the_models_work():
     config = {**LLAMA_3_8B, "num_hidden_layers": 1}
     model = CostModel.from_config(config, "h100")
     outcome = simulate([4096, 4096], 2, config, model, names=["whole_doc"])["whole_doc"]
@@ -280,7 +283,7 @@ def test_memory_of_gathered_kv():
 
 
 @pytest.mark.parametrize("pack", [sample_pack("pile", 16384), KNOWN_PACKS["mixed"], [64] * 8])
-def test_what_the_padded_all_gather_shares(pack):
+def test_tokens_of_a_padded_all_gather(pack):
     plan = plan_of("flashcp_paper", pack, 4)
     owner = owners(plan)
     last = [ranks[-1] for ranks in owner]
@@ -343,7 +346,7 @@ def test_sixty_four_ranks():
     model = CostModel.from_config(LLAMA_3_8B, "h100")
     found = simulate(lengths, 64, LLAMA_3_8B, model, names=["search", *BASELINES])
     assert list(found) == ["search", *(name for name in BASELINES if name != "ulysses")]
-    # A gathered token crosses to a node once, and here; a ring's block does to every rank.
+    # A gathered token is sent to each node once, a block of the ring to every rank.
     a_block = 2048 * 32 * 8 * 256 * 2
     assert (found["llama3"].received[1] == 7 * a_block).all()
     assert found["zigzag_ring"].received[1].max() == pytest.approx(63 * a_block, rel=0.001)
@@ -430,26 +433,26 @@ def test_command(capsys, tmp_path, lengths_file):
         ("--lengths 100,20 --cp-size 4 --ranks-per-node 0", "--ranks-per-node must be at least 1"),
     ],
 )
-def test_errors_teach(capsys, line, match):
+def test_errors_name_the_remedy(capsys, line, match):
     assert main(["simulate", *line.split()]) == 2
     assert re.search(match, capsys.readouterr().err.replace("\n", " "))
 
 
-def test_beside_the_papers_measurements(capsys):
+def test_predictions_compared_with_the_papers_measurements(capsys):
     assert main("bench published --packs 1 --json".split()) == 0
     found = json.loads(capsys.readouterr().out)
     for corpus, schemes in published.PAPER.items():
         for scheme in schemes:
             beside = found["parts"][corpus][scheme]
             assert beside["errors"][0] == pytest.approx(beside["predicted"][0] / schemes[scheme][0] - 1)
-        # What does not depend on the packs that the paper drew.
+        # Figures that do not depend on the paper's packs.
         for scheme in ("llama3", "per_doc_cp"):
             assert found["parts"][corpus][scheme]["errors"][3:5] == pytest.approx([-0.06, -0.07], abs=0.02)
         ratios = found["kernel_ratios"][corpus]
         assert ratios["predicted"]["backward / forward"] == pytest.approx(
             ratios["published"]["backward / forward"], rel=0.1
         )
-    # The paper's averages, reached with its own measurements of the rivals and of FlashCP's kernels.
+    # The paper's averages, computed from its measurements of other implementations and of FlashCP's kernels.
     both = found["speedups"]["32 KV heads, published"]["both"]
     assert all(both[rival] > ratio for rival, ratio in published.TARGETS.items())
     assert main("bench published --packs 1".split()) == 0

@@ -1,4 +1,4 @@
-"""Texts and chats to documents: what is a target, what is left out, and that the counts add up."""
+"""From texts and chats to documents: targets, rows that are left out, and counts that add up."""
 
 import json
 
@@ -53,7 +53,7 @@ def require_sums(tokenized):
     st.sampled_from(["truncate", "split", "drop"]),
     st.integers(1, 30),
 )
-def test_no_token_of_a_text_is_lost_uncounted(texts, overlong, max_length):
+def test_every_lost_token_of_a_text_is_counted(texts, overlong, max_length):
     tokenizer = byte_tokenizer()
     dataset = Dataset.from_dict({"text": ["first", *texts]})
     whole = [
@@ -77,7 +77,7 @@ def test_no_token_of_a_text_is_lost_uncounted(texts, overlong, max_length):
     assert list(documents) == expected[overlong]
 
 
-def test_only_what_the_assistant_writes_is_a_target():
+def test_only_the_assistants_tokens_are_targets():
     tokenizer = byte_tokenizer()
     chats = [chat("Hi.", "Hello!", "Bye.", "See you."), chat("2 + 2?", "4"), chat("And é?", "ü, naturally")]
     tokenized = tokenize_chats(Dataset.from_dict({"messages": chats}), tokenizer)
@@ -115,7 +115,7 @@ def test_chats_that_are_left_out_are_counted(overlong):
 
 def test_messages_in_another_form_are_counted():
     rows = [[{"from": "human", "value": "Hi."}], [{"role": "assistant", "content": "Hello!"}]]
-    dataset = Dataset.from_dict({"messages": rows})  # columns that a message lacks are None
+    dataset = Dataset.from_dict({"messages": rows})  # missing columns of a message are None
     counts = tokenize_chats(dataset, byte_tokenizer()).counts
     assert counts["missing"] == 1 and counts["whole"] == 1
 
@@ -167,7 +167,7 @@ def test_lines_that_do_not_parse(tmp_path, line):
     second.write_bytes(b"\n".join([*good[:2], b"", line, *good[2:]]))
     with pytest.raises(BatchError, match=r"second\.jsonl, line 4: .*1 of the lines cannot be read"):
         load_json_lines([first, second])
-    for _ in range(2):  # the second time its copy is there
+    for _ in range(2):  # the second time, the cached copy exists
         rows, skipped = load_json_lines([first, second], skip_corrupt=True, cache_dir=tmp_path / "cache")
         assert skipped == 1
         assert list(rows["text"]) == 2 * [f"document {number}" for number in range(4)]

@@ -22,8 +22,10 @@ from tests.packs import arbitrary_plans, owners
 
 
 def links(plan, ranks_per_node):
-    """(4, cp_size) tokens that a rank gets inside its node and from others, and gives inside and to others, token by
-    token, if each goes to every rank that needs it."""
+    """Count (4, cp_size) tokens: received within the node and from others, sent within the node and to others.
+
+    Each token is sent directly to every rank that needs it.
+    """
     found = np.zeros((4, plan.cp_size), dtype=np.int64)
     for owner in owners(plan):
         for holder in np.unique(owner):
@@ -38,8 +40,8 @@ def links(plan, ranks_per_node):
 
 
 def hierarchical_links(plan, size):
-    """The same where tokens cross to a node once, in the first step; and (2, cp_size) that it gets and gives in the
-    second."""
+    """Count the same if tokens are sent to each node once, and (2, cp_size) tokens received and sent in the second
+    step."""
     first, second = np.zeros((2, plan.cp_size, plan.cp_size), dtype=np.int64)
     for owner in owners(plan):
         node, place = owner // size, owner % size
@@ -81,7 +83,7 @@ def packs_in_nodes(draw):
     st.sampled_from([1.0, 1.1, math.inf]),
     st.sampled_from([1, 7.7, 100.0]),
 )
-def test_plans_are_sound_and_never_busier_than_without(case, max_imbalance, max_token_imbalance, cost):
+def test_plans_for_nodes_are_valid_and_never_busier(case, max_imbalance, max_token_imbalance, cost):
     lengths, cp_size, ranks_per_node = case
     options = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
     topology = Topology(ranks_per_node, cost)
@@ -114,7 +116,7 @@ def test_the_report_tells_links_apart(plan, ranks_per_node, window):
 
 
 @pytest.mark.parametrize("corpus, seed, at_most", [("wlb_llm", 1, 0.5), ("pile", 2, 0.8), ("prolong512k", 2, 0.9)])
-def test_nodes_spare_the_slow_links(corpus, seed, at_most):
+def test_a_topology_reduces_traffic_between_nodes(corpus, seed, at_most):
     lengths = sample_pack(corpus, 65536, seed=seed)
     flat, plan = (plan_documents(lengths, 32, topology=topology) for topology in (None, Topology(8)))
     assert busiest(plan, Topology(8)) <= at_most * busiest(flat, Topology(8))
@@ -126,13 +128,13 @@ def test_documents_that_fit_in_a_node_stay_there():
     assert not links(plan, 4)[1].any() and links(plan, 4)[0].any()
 
 
-def test_grouping_finds_who_shares_documents():
+def test_grouping_finds_ranks_that_share_documents():
     held = [[(document, 10 * place, 10 * place + 10)] for place in range(4) for document in range(6)]
     assert links(ShardPlan([40] * 6, 24, held), 4)[1].any()
     assert not links(ShardPlan([40] * 6, 24, grouped(held, 4)), 4)[1].any()
 
 
-def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
+def test_plans_use_the_nodes_of_a_cost_model(monkeypatch):
     lengths = tuple(sample_pack("pile", 32768, seed=2))
     profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=4)
     model = CostModel.from_config(LLAMA_3_8B, profile)
@@ -154,13 +156,13 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
         (lambda: Topology(8, math.nan), "inter_node_cost is nan"),
         (
             lambda: plan_documents([99], 12, topology=Topology(8)),
-            "12 is no multiple of the topology's 8 ranks_per_node",
+            "12 is not a multiple of the topology's ranks_per_node, 8",
         ),
-        (lambda: PlanSettings(16, topology=8), "topology is 8: make one by"),
-        (lambda: plan_documents([99], 16, topology=8), "topology is 8: make one by"),
+        (lambda: PlanSettings(16, topology=8), "topology is 8, not a Topology: pass"),
+        (lambda: plan_documents([99], 16, topology=8), "topology is 8, not a Topology: pass"),
         (
             lambda: PlanSettings(12, topology=Topology(8)),
-            "12 is no multiple of the topology's 8 ranks_per_node",
+            "12 is not a multiple of the topology's ranks_per_node, 8",
         ),
         (
             lambda: plan_documents([9], 2, minimize_total=True, topology=Topology(8)),
@@ -168,7 +170,7 @@ def test_a_cost_model_s_nodes_are_planned_for(monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_topologies_are_refused(make, message):
     with pytest.raises(PlanError, match=message):
         make()
 
@@ -235,4 +237,4 @@ def test_bench_nodes(capsys):
         assert row["inter_node"] == parts[1::2].max()
         assert row["step_seconds"] == model.step_time(plan).seconds
     assert cell["variants"]["directly"]["over_directly"] == 1
-    assert main(line.split()) == 0 and "once to a node" in capsys.readouterr().out
+    assert main(line.split()) == 0 and "once per node" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Training loops: the gradient that reaches the optimizer against per-document runs on one device."""
+"""Training loops: gradients at the optimizer, compared with per-document runs on one device."""
 
 from types import SimpleNamespace
 
@@ -32,14 +32,14 @@ LENGTHS = [40, 3, 17, 9, 25, 1, 30, 7, 12, 5, 5, 5]
 )
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_trainer(pool, cp_size, options):
-    """Prompt-masked labels and unequal tokens per rank throughout."""
+    """All cases have masked prompts and unequal tokens per rank."""
     for result in pool.run(cp_size, trainer_cases.trainer_step_with, LENGTHS, options):
         assert result["gradient_error"] < GRADIENT
         assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)
 
 
 def test_counters_count_a_shared_batch_once(pool):
-    """Six documents a step, with and without data-parallel groups."""
+    """Six documents per step, with and without data-parallel groups."""
     layouts = [(1, 1, 3), (2, 2, 3), (2, 1, 3), (4, 2, 3)]
     results = {}
     for world_size, cp_size, per_batch in layouts:
@@ -53,8 +53,8 @@ def test_counters_count_a_shared_batch_once(pool):
 
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("world_size, cp_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_the_documented_loss_of_ones_own(pool, world_size, cp_size, average):
-    """docs/turn_it_on.md, with gradient accumulation: gradient, logged loss and eval_loss."""
+def test_the_documented_custom_loss(pool, world_size, cp_size, average):
+    """The example in docs/turn_it_on.md with gradient accumulation: gradient, logged loss and eval_loss."""
     for result in pool.run(world_size, trainer_cases.documented_loss, LENGTHS, cp_size, average):
         assert result["gradient_error"] < GRADIENT
         assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)
@@ -67,13 +67,13 @@ def test_plan_metrics_are_logged(pool):
     assert first["flashcp_token_imbalance"] == 1.0
     assert 1.0 <= first["flashcp_pair_imbalance"] < 1.1
     assert first["flashcp_tokens_per_second"] > 0
-    # On a GPU the host does not wait for transfers, and knows nothing of their time.
+    # On a GPU the host does not wait for transfers, so it cannot time them.
     assert first["flashcp_exposed_transfer_ms"] > 0 if ON_CPU else "flashcp_exposed_transfer_ms" not in first
 
 
 @pytest.mark.devices("cpu")
 def test_speed_counts_every_group_and_no_evaluation(monkeypatch):
-    """By a clock of our own: four packs of eight tokens a group, 2 seconds of training, 5 of evaluation."""
+    """With a fake clock: four packs of eight tokens per group, 2 seconds of training, 5 of evaluation."""
     now, waited = [100.0], [3.0]
     monkeypatch.setattr(plan_metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(plan_metrics, "seconds_waited", lambda: waited[0])
@@ -103,13 +103,13 @@ def test_plain_accelerator_loop(pool, cp_size, accumulation):
 
 
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
-def test_bf16_autocast_is_as_near_to_fp64_as_a_single_process(pool, world_size, cp_size):
+def test_bf16_autocast_is_as_close_to_fp64_as_a_single_process(pool, world_size, cp_size):
     for ours, single in pool.run(world_size, trainer_cases.autocast_errors, LENGTHS, cp_size):
         assert 0 < ours <= 2 * single
 
 
 def test_two_data_parallel_groups(pool):
-    """dp 2 x cp 2 under DDP: each pair of ranks shares a batch, the loss counts targets of both."""
+    """dp 2 x cp 2 under DDP: each pair of ranks shares a batch, and the loss counts the targets of both."""
     for result in pool.run(4, trainer_cases.trainer_step_with, LENGTHS, {"cp_size": 2, "per_batch": 3}):
         assert result["gradient_error"] < GRADIENT
         assert result["loss"] == pytest.approx(result["expected_loss"], rel=GRADIENT)

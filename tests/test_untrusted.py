@@ -1,4 +1,4 @@
-"""Input from elsewhere: no code in it is run, and what is no plan, profile, config or log is one of our errors."""
+"""Untrusted input: no code in it is run, and invalid plans, profiles, configs and logs raise our errors."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 CALL_OUT = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"}
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 SAFE = {"shell": "False", "trust_remote_code": "False", "allow_pickle": "False"}
-ALLOWED = {("hf_flashcp/distributed/workers.py", "pickle")}  # over pipes to processes that it has started itself
+ALLOWED = {("hf_flashcp/distributed/workers.py", "pickle")}  # over pipes to its own child processes
 
 
 def unsafe(tree):
@@ -63,7 +63,7 @@ def test_nothing_runs_code_from_data_or_calls_out():
         "AutoConfig.from_pretrained(name, trust_remote_code=trust)",
     ],
 )
-def test_what_would_be_unsafe_is_found(line):
+def test_unsafe_code_is_found(line):
     assert len(list(unsafe(ast.parse(line)))) == 1
 
 
@@ -99,7 +99,7 @@ def test_plans_that_are_refused(change, message):
         ShardPlan.from_dict({**PLAN, **change})
 
 
-def test_keys_that_stand_twice_are_one_plan_or_none():
+def test_duplicate_keys_give_one_plan_or_an_error():
     text = json.dumps(PLAN)
     assert ShardPlan.from_dict(json.loads(text[:-1] + ', "cp_size": 2}')) == ShardPlan.from_dict(PLAN)
     with pytest.raises(PlanError):
@@ -119,7 +119,7 @@ def test_a_plan_of_a_million_slices():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ranks_per_node": "8"}, "ranks_per_node = '8': a positive number"),
+        ({"ranks_per_node": "8"}, "ranks_per_node = '8': give a positive number"),
         ({"ranks_per_node": 0.5}, "ranks_per_node = 0.5"),
         ({"ranks_per_node": True}, "ranks_per_node = True"),
         ({"linear_flops_per_second": 10**400}, "linear_flops_per_second = 1000"),
@@ -151,7 +151,7 @@ def test_configs_that_are_refused(change, message):
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"1" * 5000, b'{"hidden_size": 1e999}'])
-def test_files_that_are_none(tmp_path, text):
+def test_paths_that_are_not_files(tmp_path, text):
     file = tmp_path / "file.json"
     file.write_bytes(text)
     with pytest.raises(ConfigurationError):
@@ -168,8 +168,8 @@ def test_files_that_are_none(tmp_path, text):
 
 
 @pytest.mark.parametrize("line", ["report", "simulate --lengths 64,20 --cp-size 2 --hardware"])
-def test_json_has_null_for_what_is_no_number(tmp_path, line):
-    """A run that diverged, and a profile without a peak, of which a model's utilization would be a share."""
+def test_json_has_null_for_nan_and_infinity(tmp_path, line):
+    """NaN and infinity come from the logs of a diverged run, and as MFU from a profile without a peak."""
     contents = {"report": '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": Infinity}]}'}
     (tmp_path / "file.json").write_text(contents.get(line) or json.dumps({**H100, "peak_flops_per_second": None}))
     code, out, _ = run(*line.split(), str(tmp_path / "file.json"), "--json")
@@ -206,7 +206,7 @@ def test_pages_of_strange_logs(tmp_path, entry):
         "report {steps}",
     ],
 )
-def test_what_is_wrong_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, line):
+def test_errors_are_one_line_and_leave_no_files(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "steps").write_text('{"log_history": [{"step": 1%s, "loss": 1}]}' % ("0" * 400))
     names = {"{long}": "a" * 5000, "{lines}": "a\nb", "{steps}": "steps"}

@@ -1,4 +1,4 @@
-"""The vendors' kernels are called as their interfaces say, and what they return is used as they mean it."""
+"""The vendors' kernels are called according to their interfaces, and their results are interpreted correctly."""
 
 import functools
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from tests.fake_cuda import FAKE, fake_cuda, forward_and_backward
 from tests.kernel_cases import CAUSAL, FP64, FULL, EmulatedVarlen, difference, make, run, textbook
 
 
-# How the vendor is stood in for, the kernel that calls it, and whether it has a softcap.
+# The vendor's stand-in, the kernel that calls it, and whether it supports softcap.
 VENDORS = {
     "flash-attn 2": (vendor_kernels.flash_attn_2, FlashAttn2Kernel, True),
     "FlashAttention-3": (vendor_kernels.flash_attn_3, FlashAttn3Kernel, False),
@@ -60,7 +60,8 @@ def test_calls_fit_the_vendors_interface_and_results_are_exact(name, determinist
 @pytest.mark.parametrize("cp_size", [2, 3])
 @pytest.mark.parametrize("kernel", vendor_cases.STAND_INS)
 def test_layers_over_ranks_are_exact_through_every_vendors_kernel(pool, kernel, cp_size):
-    """With stages, windows, sinks, KV fetched again, and heads whose values are not aligned in received rows."""
+    """Covers stages, windows, sinks, KV that is fetched again, and heads whose values are not aligned in received
+    rows."""
     stages = [[offset] for offset in range(1, cp_size)]
     todo = [
         attention_cases.Case(plan_documents(lengths, cp_size, strategy=strategy), shape, **more)
@@ -80,7 +81,7 @@ def test_layers_over_ranks_are_exact_through_every_vendors_kernel(pool, kernel, 
 
 
 def received_rows(rows, heads, key_dim, value_dim):
-    """Keys and values as they arrive from another rank: those of a token side by side, all heads' keys first."""
+    """Return keys and values as received from another rank: contiguous for each token, the keys of all heads first."""
     packed = torch.randn(rows, heads * (key_dim + value_dim), generator=torch.Generator().manual_seed(0))
     keys, values = packed.bfloat16().split([heads * key_dim, heads * value_dim], dim=1)
     return keys.unflatten(1, (heads, key_dim)).transpose(0, 1), values.unflatten(1, (heads, value_dim)).transpose(0, 1)
@@ -88,8 +89,11 @@ def received_rows(rows, heads, key_dim, value_dim):
 
 @pytest.mark.parametrize("kernel", [EmulatedVarlen, FlashAttn2Kernel])
 @pytest.mark.parametrize("heads, key_dim, value_dim", [(3, 12, 16), (1, 4, 8), (5, 20, 24), (2, 8, 8), (3, 16, 12)])
-def test_what_a_kernel_gets_is_aligned(kernel, heads, key_dim, value_dim):
-    """Values begin behind 3 x 12 keys, at byte 72 of a row: not where 16 bytes can be loaded. The stand-ins check."""
+def test_inputs_of_kernels_are_aligned(kernel, heads, key_dim, value_dim):
+    """Values start after 3 x 12 keys, at byte 72 of a row, which is not aligned to 16 bytes.
+
+    The stand-ins check that.
+    """
     key, value = received_rows(20, heads, key_dim, value_dim)
     query, grad_out = (torch.randn(9, heads, width).bfloat16().transpose(0, 1) for width in (key_dim, value_dim))
     inputs, rectangles = (query, key, value, grad_out), [Rectangle(0, 9, 0, 20)]
@@ -106,10 +110,12 @@ def test_aligned_rows_are_not_copied():
 
 
 @pytest.mark.parametrize("rectangles, options", CALLS, ids=str)
-def test_pytorchs_flash_takes_our_calls(rectangles, options):
-    """Through its meta kernels, on fake CUDA tensors where PyTorch has CUDA: arguments and their order, shapes,
-    dtypes and devices, forward and backward; nothing is computed. A side without a bound is `None`, never -1, which
-    would be a bound for some of the implementations that can stand behind these operators."""
+def test_pytorchs_flash_accepts_our_calls(rectangles, options):
+    """Its meta kernels check arguments and their order, shapes, dtypes and devices, forward and backward.
+
+    Nothing is computed; tensors are fake CUDA tensors if PyTorch has CUDA. A side without a bound must be `None`: -1
+    would be a bound for some implementations of these operators.
+    """
     with fake_cuda(), seen_windows() as windows:
         kernel = TorchFlashKernel(deterministic=True)
         out, lse = forward_and_backward(kernel, (4, 2, 12, 8), rectangles, **options)
@@ -121,7 +127,7 @@ def test_pytorchs_flash_takes_our_calls(rectangles, options):
 
 
 class seen_windows(TorchDispatchMode):
-    """A list of the windows that flash operators are called with."""
+    """Records the windows with which flash operators are called."""
 
     def __enter__(self):
         super().__enter__()
@@ -140,8 +146,8 @@ class seen_windows(TorchDispatchMode):
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128), (256, 256), (12, 16)])
-def test_flash_attention_4_itself_compiles_our_calls_for_hopper(monkeypatch, dims):
-    """The package checks its arguments and compiles forward and backward, on fake CUDA tensors, without a GPU."""
+def test_flash_attention_4_compiles_our_calls_for_hopper(monkeypatch, dims):
+    """The real package checks its arguments and compiles forward and backward for fake CUDA tensors, without a GPU."""
     for name, value in (("FLASH_ATTENTION_ARCH", "sm_90"), ("CUTE_DSL_ARCH", "sm_90a")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FLASH_ATTENTION_NUM_SMS", "132")
@@ -152,12 +158,14 @@ def test_flash_attention_4_itself_compiles_our_calls_for_hopper(monkeypatch, dim
         assert out.shape == (8, rows, dims[1]) and lse.shape == (8, rows)
 
 
-# The formulas run under autocast, which meta tensors have none of.
+# EagerKernel uses autocast, which does not exist for meta tensors.
 @pytest.mark.parametrize("kernel", [TorchFlashKernel, EagerKernel] if torch.version.cuda else [TorchFlashKernel])
 @pytest.mark.parametrize("strategy, stages", [("per_doc", 1), ("per_doc", 3), ("search", 1)])
 def test_a_ranks_layer_stays_on_its_device(strategy, stages, kernel):
-    """Packing, kernels, merges and additions of every rank, on fake CUDA tensors where PyTorch has CUDA: tensors of
-    two devices would be refused."""
+    """Packing, kernels, merges and additions of every rank run on fake CUDA tensors if PyTorch has CUDA.
+
+    Operators would refuse tensors on two devices.
+    """
     plan = plan_documents([300, 40, 70, 9, 12, 33], 4, strategy=strategy, num_stages=stages)
     for rank in range(4):
         with fake_cuda():
@@ -168,8 +176,10 @@ def test_a_ranks_layer_stays_on_its_device(strategy, stages, kernel):
 
 
 def test_a_deterministic_layer_sorts_no_index_and_fills_no_memory(pool):
-    """With PyTorch's switch on in forward and backward: index operators and new tensors inside the engine do not see
-    it, since rows are distinct and all of them are written. The switch is as before afterwards."""
+    """The engine turns PyTorch's switch off for index operators and new tensors in forward and backward.
+
+    That is safe, because rows are distinct and all of them are written. Afterwards the switch is restored.
+    """
     names = set()
     for inside, restored in pool.run(
         4, determinism_cases.switches_in_a_layer, plan_documents([40] * 14, 4, strategy="per_doc")
@@ -180,7 +190,7 @@ def test_a_deterministic_layer_sorts_no_index_and_fills_no_memory(pool):
     assert names >= {"index_add_", "index_copy_", "index_select", "new_empty"}
 
 
-def test_pytorchs_flash_backward_alone_sees_the_switch():
+def test_only_pytorchs_flash_backward_sees_the_switch():
     seen = determinism_cases.switches_in_pytorchs_flash()
     assert {name for name, on, filled in seen if on} == {"_flash_attention_backward"}
     assert ("_flash_attention_backward", True, False) in seen

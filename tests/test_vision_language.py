@@ -13,7 +13,7 @@ def test_text_is_exact(pool, name, cp_size):
         assert max(errors) < 1e-12
 
 
-def test_token_types_that_change_nothing_are_welcome(pool):
+def test_token_types_without_effect_are_accepted(pool):
     assert pool.run(2, cases.token_types_of_text) == [0.0, 0.0]
 
 
@@ -30,6 +30,6 @@ def test_token_types_that_change_nothing_are_welcome(pool):
         ),
     ],
 )
-def test_what_is_not_text_is_refused(pool, case, error, message):
+def test_inputs_other_than_text_are_refused(pool, case, error, message):
     for raised in pool.errors(2, case):
         assert type(raised) is error and message in str(raised)

@@ -1,4 +1,4 @@
-"""Wrappers of accelerate, transformers and PEFT: gradients that reach the optimizer against per-document runs."""
+"""Wrappers of accelerate, transformers and PEFT: gradients at the optimizer, compared with per-document runs."""
 
 import importlib.util
 import os
@@ -13,8 +13,8 @@ from tests.device import ON_CPU, compiles_for_gpus
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-EXACT = 1e-6  # relative Frobenius norm of each parameter, and loss: through the models' own fp32 loss
-COMPILED = 1e-5  # inductor computes an RMSNorm's fp32 part in another order
+EXACT = 1e-6  # relative Frobenius norm of each parameter, and loss, with the models' own fp32 loss
+COMPILED = 1e-5  # inductor computes the fp32 part of an RMSNorm in a different order
 
 DDP = "DistributedType.MULTI_CPU" if ON_CPU else "DistributedType.MULTI_GPU"
 FSDP = "DistributedType.FSDP"
@@ -48,8 +48,11 @@ def check(results, kind, tolerance=EXACT):
     ids=str,
 )
 def test_fsdp2(pool, world_size, options):
-    """Meshes (cp 2 alone, beside dp_shard 2, dp_replicate 2, both), offload, three kinds of checkpointing, clipping,
-    tied embeddings, LoRA, a rank without targets, groups with few targets."""
+    """Covers meshes (cp 2 alone, with dp_shard 2, with dp_replicate 2, with both) and many options.
+
+    Options are offload, three kinds of checkpointing, clipping, tied embeddings and LoRA. There are ranks without
+    targets, and groups with few.
+    """
     check(pool.run(world_size, wrapper_cases.step, {"fsdp": {}, **options}), FSDP)
 
 
@@ -65,7 +68,7 @@ def test_fsdp2(pool, world_size, options):
     ids=str,
 )
 def test_ddp(pool, options):
-    """dp 2 x cp 2: gradient norm and clipping, a group without any target, unequal groups, tied embeddings, LoRA."""
+    """dp 2 x cp 2 with gradient norm and clipping, a group without targets, unequal groups, tied embeddings, LoRA."""
     check(pool.run(4, wrapper_cases.step, options), DDP)
 
 
@@ -75,7 +78,7 @@ def test_torch_compile(pool):
 
 
 @pytest.mark.parametrize("fsdp", [{}, {"activation_checkpointing": True}])
-def test_fsdp2_in_bf16_is_as_near_to_fp64_as_a_single_process(pool, fsdp):
+def test_fsdp2_in_bf16_is_as_close_to_fp64_as_a_single_process(pool, fsdp):
     for result in pool.run(4, wrapper_cases.step, {"fsdp": fsdp, "bf16": True, "dtype": torch.float32}):
         assert 0 < result["gradient_error"] <= 2 * result["single_bf16_error"]
 
@@ -93,20 +96,20 @@ def test_fsdp2_in_bf16_is_as_near_to_fp64_as_a_single_process(pool, fsdp):
     ],
 )
 def test_fsdp2_in_bf16_counts_targets_exactly(pool, way, average, expected, lora):
-    """bf16 has 8 bits: 259 would be 260."""
+    """bf16 has 8 bits of precision, so that 259 would become 260."""
     for counts in pool.run(2, wrapper_cases.counts_in_bf16, way, average, lora):
         assert counts == {expected}
 
 
 @pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 2)])
-def test_fsdp2_in_a_loop_of_ones_own(pool, world_size, accumulation):
-    """With accelerate's activation checkpointing and `use_cache` left on."""
+def test_fsdp2_in_a_users_loop(pool, world_size, accumulation):
+    """The loop uses accelerate's activation checkpointing, and leaves `use_cache` on."""
     assert max(pool.run(world_size, wrapper_cases.accelerator_loop, accumulation)) < EXACT
 
 
 @pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2_resumes_bitwise(pool, tmp_path, state_dict_type):
-    """Four ranks as dp 2 x cp 2; the checkpoint serves cp 4, and two ranks as cp 2, too."""
+    """Four ranks train as dp 2 x cp 2; the checkpoint can also be resumed with cp 4, and on two ranks with cp 2."""
     going_on = pool.run(4, wrapper_cases.train_and_save, str(tmp_path), state_dict_type, 2, False)
     losses, parameters = going_on[0]
     if state_dict_type == "FULL_STATE_DICT":
@@ -125,7 +128,7 @@ def test_fsdp2_resumes_bitwise(pool, tmp_path, state_dict_type):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(pool, sharded):
-    """fp16 autocast with torch.amp.GradScaler, which accelerate uses under DDP and FSDP2 alike: the scale halves."""
+    """fp16 autocast with torch.amp.GradScaler, which accelerate uses under both DDP and FSDP2: the scale halves."""
     for found in pool.run(2, wrapper_cases.scaled_steps, sharded):
         assert found == [(512.0, False, True), (512.0, True, True)]
 
@@ -161,6 +164,6 @@ def test_options_that_would_not_be_exact_are_refused(pool, arguments):
 )
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_ligers_fused_linear_cross_entropy(pool, cp_size):
-    """In fp32; on a CPU through Triton's interpreter."""
+    """Runs in fp32, on a CPU with Triton's interpreter."""
     for gradient_error, loss_error in pool.run(cp_size, wrapper_cases.liger_errors):
         assert gradient_error < 1e-5 and loss_error < 1e-5

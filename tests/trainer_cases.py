@@ -1,4 +1,5 @@
-"""What workers run for the trainer tests: a real training loop, its first gradient kept before the optimizer step."""
+"""Functions that workers run for the trainer tests: real training loops that record gradients before the optimizer
+step."""
 
 import re
 import tempfile
@@ -17,7 +18,7 @@ from tests.models import build_model, gradients, largest_error, make_documents, 
 
 
 class KeepGradient(TrainerCallback):
-    """The gradients of every optimizer step, after clipping, as `read` takes them from the model."""
+    """Records the gradients of every optimizer step after clipping, as `read` gets them from the model."""
 
     def __init__(self, read=gradients):
         self.steps, self.read = [], read
@@ -27,7 +28,7 @@ class KeepGradient(TrainerCallback):
 
 
 USE_DEVICE = {"use_cpu": True} if ON_CPU else {"ddp_backend": "gloo"}
-"""Arguments of TrainingArguments for this device, which ranks may share."""
+"""Options of TrainingArguments for this device, which ranks may share."""
 
 
 def training_arguments(**kwargs):
@@ -49,7 +50,7 @@ def training_arguments(**kwargs):
 
 
 def saving_arguments(**kwargs):
-    """Those of a run that learns, and saves every two steps."""
+    """Return the arguments of a run that trains and saves every two steps."""
     defaults = dict(
         save_strategy="steps",
         save_steps=2,
@@ -72,7 +73,7 @@ class InOrder(FlashCPTrainer):
 def trainer_step(
     lengths, *, cp_size=None, prompt=0.3, per_batch=3, strategy="per_doc", steps=1, own_collator=True, **arguments
 ):
-    """Gradient error of the first optimizer step, its logged loss and the expected one, and the log."""
+    """Return the gradient error of the first optimizer step, its logged and expected loss, and the log."""
     fresh_accelerate()
     cp_size = cp_size or dist.get_world_size()
     features = make_documents(lengths, prompt=prompt)
@@ -104,7 +105,8 @@ def trainer_step(
 
 
 def autocast_errors(lengths, cp_size):
-    """Gradient error against fp64 of a Trainer step under bf16 autocast, and of a single process under it."""
+    """Return the gradient errors, compared with fp64, of a Trainer step and of a single process, both in bf16
+    autocast."""
     fresh_accelerate()
     features, keep = make_documents(lengths), KeepGradient()
     trainer = InOrder(
@@ -126,7 +128,7 @@ def autocast_errors(lengths, cp_size):
 
 
 def accelerator_loop(lengths, accumulation, prompt=0.3):
-    """A plain Accelerator loop: prepare, attach, forward, backward. One batch of three documents a micro step."""
+    """Run a plain Accelerator loop (prepare, attach, forward, backward) with three documents per micro-step."""
     fresh_accelerate()
     cp_size = dist.get_world_size()
     features = make_documents(lengths, prompt=prompt)
@@ -167,7 +169,7 @@ def trainer_step_with(lengths, options):
 
 
 def documented_class():
-    """`SmoothedTrainer` of docs/turn_it_on.md."""
+    """Return the `SmoothedTrainer` of docs/turn_it_on.md."""
     page = (Path(__file__).parent.parent / "docs" / "turn_it_on.md").read_text(encoding="utf-8")
     (block,) = [each for each in re.findall("```python\n(.*?)```", page, re.DOTALL) if "class SmoothedTrainer" in each]
     namespace = {}
@@ -176,7 +178,7 @@ def documented_class():
 
 
 def _smoothed(model, features):
-    """Mean of the documented loss over all targets, its gradients, each document run alone."""
+    """Return the mean of the documented loss over all targets, and its gradients, with each document run alone."""
     model.zero_grad()
     count, total = sum(sum(label != -100 for label in feature["labels"][1:]) for feature in features), 0.0
     for feature in features:

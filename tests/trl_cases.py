@@ -1,4 +1,4 @@
-"""What workers run for the tests with TRL's SFTTrainer and with stock Trainer plus the callback."""
+"""Functions that workers run for the tests of TRL's SFTTrainer, and of the stock Trainer with the callback."""
 
 import os
 import tempfile
@@ -47,7 +47,8 @@ class _StockTrainer(InOrder, Trainer):
 
 
 def _documents_of_first_batch(trainer, rows):
-    """The documents in the first `rows` rows of the trainer's dataset, with each start's label masked."""
+    """Return the documents in the first `rows` rows of the trainer's dataset, with the label of each first token
+    masked."""
     features = []
     for row in trainer.train_dataset.select(range(rows)):
         start = 0
@@ -63,7 +64,10 @@ def _own_loss_gradients(model, features):
 
 
 def _dft_gradients(model, features):
-    """Of DFT's loss (https://huggingface.co/papers/2508.05629): each target weighed by its own probability."""
+    """Return the gradients of DFT's loss, which weights each target by its probability.
+
+    See https://huggingface.co/papers/2508.05629.
+    """
     model.zero_grad()
     total = torch.zeros(())
     for feature in features:
@@ -77,7 +81,8 @@ def _dft_gradients(model, features):
 
 
 def sft_step(options):
-    """Gradient error of the first step, logged and expected loss, num_tokens and the first batch's tokens."""
+    """Return the gradient error of the first step, logged and expected loss, num_tokens, and the first batch's
+    tokens."""
     fresh_accelerate()
     way, callback, cp_size = (
         options["way"],
@@ -132,7 +137,8 @@ def sft_step(options):
 
 
 def stock_trainer_step(options):
-    """A stock Trainer with the callback: gradient error of the first step, its log and the handle's plan."""
+    """Return the gradient error of a stock Trainer with the callback, the log of its first step, and the handle's
+    plan."""
     fresh_accelerate()
     cp_size = options.pop("cp_size", dist.get_world_size())
     features, keep, callback = make_documents(LENGTHS, prompt=0.3), KeepGradient(), FlashCPCallback()
@@ -230,7 +236,7 @@ def mixed_dpo_trainer():
 
 
 def router_loss_of_sft_trainer():
-    """Loss, gradient norm and TRL's own aux_loss of a step of packed documents that all ranks share, under activation
+    """Return loss, gradient norm and TRL's aux_loss of a step on a shared packed batch, with activation
     checkpointing."""
     fresh_accelerate()
     documents = [{"input_ids": feature["input_ids"]} for feature in make_documents([40, 3, 17, 25])]

@@ -1,4 +1,4 @@
-"""What a type checker makes of the public names. mypy reads it (tests/test_promise.py), nothing runs it."""
+"""Uses of public names for a type checker. Only mypy reads this file (tests/test_promise.py); nothing runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def planning(config: dict[str, Any]) -> None:
 
 
 def mistakes() -> None:
-    """Each ignored line is an error; one that is none any more would be reported as an unused ignore."""
+    """Contain only errors that mypy must see: a line without an error is reported as an unused ignore."""
     plan_documents(["8"], 2)  # type: ignore[list-item]
     plan_documents([8], cp_size="2")  # type: ignore[arg-type]
     ShardPlan([8], 1)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""What workers run to attend through the vendors' kernels, as their stand-ins have them."""
+"""Functions that workers run to call the vendors' kernels, in the form of stand-ins."""
 
 from tests import attention_cases, vendor_kernels
 
@@ -11,7 +11,8 @@ STAND_INS = {
 
 
 def layer_errors(kernel, todo):
-    """Errors of out, dq, dk, dv (and d_sinks) of each case, and the vendor's calls forward and backward."""
+    """Return the errors of out, dq, dk, dv (and d_sinks) for each case, and the vendor's forward and backward
+    calls."""
     with STAND_INS[kernel]() as vendor:
         errors = attention_cases.attention_errors([case._replace(kernel=kernel) for case in todo])
     return errors, (vendor.forwards, vendor.backwards)

@@ -1,13 +1,13 @@
 """Stand-ins for the vendors' kernels: their signatures and rules, computed by the formulas.
 
-A call that the vendor's interface would not take fails here as well. Signatures and rules were read from these files:
+A call that the vendor's interface would reject fails here as well. Signatures and rules were read from these files:
 
     flash-attn 2.7.3, 2.8.3      flash_attn/flash_attn_interface.py, csrc/flash_attn/flash_api.cpp
     xformers 0.0.34              xformers/flash_attn_3/_C.so (the schemas that it registers)
     flash-attn-4 4.0.0b10, b18,  flash_attn/cute/interface.py
       b20, b28, b36
 
-Where the vendors ask for fp16 or bf16, fp64 passes too, so that results can be held to 1e-12.
+Where the vendors require fp16 or bf16, the stand-ins also accept fp64, so that tests can require errors below 1e-12.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def signature(parameters):
 
 
 def arguments_of(parameters, args, kwargs):
-    """By name, defaults included; a TypeError where the vendor's function would raise one."""
+    """Return the arguments by name, including defaults. Raises a TypeError if the vendor's function would."""
     bound = signature(parameters).bind(*args, **kwargs)
     bound.apply_defaults()
     return types.SimpleNamespace(**bound.arguments)
@@ -70,7 +70,7 @@ class Vendor:
 
 
 def visible(causal, left, right, none):
-    """`(causal, window)` of our interface; `none` is how the vendor writes a side without a bound."""
+    """Return `(causal, window)` of our interface. `none` is the vendor's value for a side without a bound."""
     assert right == (0 if causal or left != none else none), (causal, left, right)
     return right == 0, None if left == none else left + 1
 
@@ -115,7 +115,7 @@ def flash_attn_2():
 
 @contextlib.contextmanager
 def modules(contents):
-    """Modules of these names with these attributes, for as long as the context lasts."""
+    """Provide modules with these names and attributes inside the context."""
     made = {name: types.ModuleType(name) for name in contents}
     for name, attributes in contents.items():
         vars(made[name]).update(attributes)
@@ -123,7 +123,7 @@ def modules(contents):
         yield
 
 
-# FlashAttention-3: the schemas of its operators
+# FlashAttention-3: schemas of its operators
 
 FA3_FORWARD = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
@@ -147,7 +147,10 @@ FA3_BACKWARD = (
 
 
 def _by_name(schema, args):
-    """The operator's arguments: the dispatcher passes them in the schema's order, without defaults at the end."""
+    """Return an operator's arguments by name.
+
+    The dispatcher passes them in schema order, without defaults at the end.
+    """
     arguments = torch._C.parse_schema(f"flash_attn_3::{schema}").arguments
     values = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
     values.update(zip((argument.name for argument in arguments), args))
@@ -166,7 +169,7 @@ def flash_attn_3():
 
     def backward(*args):
         call = _by_name(FA3_BACKWARD, args)
-        # hopper/flash_api_stable.cpp: "Deterministic backward not supported for hdim 256.", which is 193 and wider.
+        # hopper/flash_api_stable.cpp: "Deterministic backward not supported for hdim 256." (from 193 up)
         assert not (call.deterministic and call.q.shape[2] > 192)
         seen = visible(call.is_causal, call.window_size_left, call.window_size_right, -1)
         for buffer, grad in zip((call.dq, call.dk, call.dv), vendor.backward(call, call.softmax_lse, *seen)):

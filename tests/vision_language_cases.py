@@ -1,4 +1,4 @@
-"""What workers run for vision-language models: their text alone."""
+"""Functions that workers run for vision-language models, on text only."""
 
 import torch
 from transformers import (
@@ -59,9 +59,9 @@ def build(name, attn_implementation):
 
 
 def text_errors(name, lengths):
-    """[gradient error, loss error] of text-only documents."""
+    """Return the [gradient error, loss error] of text-only documents."""
     features = make_documents(lengths)
-    for feature in features:  # 66 stands for an image
+    for feature in features:  # 66 is the image token
         feature["input_ids"] = feature["labels"] = [min(token, 65) for token in feature["input_ids"]]
     with float64_throughout():
         reference, model = build(name, "eager"), build(name, TEXT_ONLY)
@@ -90,7 +90,7 @@ def flashcp_everywhere():
 
 
 def overlaid_mask(tokens=(2, 3, 4, 15, 16, 17)):
-    """Token types that make Gemma 3 attend in both directions among image tokens."""
+    """Pass token types that make Gemma 3 attend in both directions among image tokens."""
     model = build("gemma3", TEXT_ONLY).train()
     attach(model, cp_mesh())
     batch = FlashCPCollator(settings=PlanSettings(torch.distributed.get_world_size(), "whole_doc"))(

@@ -1,4 +1,4 @@
-"""What workers run for the tests of the wrappers that accelerate, transformers and PEFT put around a model."""
+"""Functions that workers run for the tests of wrappers by accelerate, transformers and PEFT."""
 
 import contextlib
 import os
@@ -42,19 +42,19 @@ from tests.trainer_cases import (
 )
 
 
-# Unequal documents, and prompts of unequal length: data-parallel groups differ in tokens and targets.
+# Documents and prompts have unequal lengths, so that data-parallel groups differ in tokens and targets.
 LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20]
 
 
 @contextlib.contextmanager
 def fsdp_on_cpu():
-    """accelerate runs FSDP2 on GPUs only; with gloo, the CPU passes for one."""
+    """Let accelerate, which supports FSDP2 only on GPUs, run it on a CPU with gloo."""
     fresh_accelerate()
     environment = {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "false"}
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(PartialState, "_prepare_backend", lambda *args: ("gloo", DistributedType.MULTI_GPU)),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),  # CPU offload pins, which needs a GPU
+        mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),  # CPU offload pins memory, which needs a GPU
     ):
         yield
     fresh_accelerate()
@@ -99,7 +99,8 @@ def with_lora(model):
 
 
 def expected_step(reference, features, per_batch, accumulation, groups, per_group):
-    """Loss and gradients of a step's documents, each run alone: the mean over all targets, or of each group's mean."""
+    """Return loss and gradients of a step's documents, each run alone: the mean over all targets, or over groups'
+    means."""
     batches = [features[start : start + per_batch] for start in range(0, per_batch * accumulation * groups, per_batch)]
     if not per_group:
         return per_document_gradients(reference, sum(batches, []), own_loss=True)
@@ -112,7 +113,7 @@ def expected_step(reference, features, per_batch, accumulation, groups, per_grou
 
 
 def step(options):
-    """Errors of the first optimizer step of a `FlashCPTrainer`, and what it logged."""
+    """Return the errors of the first optimizer step of a `FlashCPTrainer`, and its log."""
     with fsdp_on_device() if "fsdp" in options else contextlib.nullcontext():
         return _step(**options)
 
@@ -183,7 +184,8 @@ def _step(
 
 
 def counts_in_bf16(way, average=True, lora=False):
-    """The `num_items_in_batch` that a loss function gets for 259 targets under FSDP2, which casts floats to bf16."""
+    """Return the `num_items_in_batch` that a loss function gets for 259 targets under FSDP2, which casts floats to
+    bf16."""
     found = set()
 
     def loss_function(*args, num_items_in_batch=None, **kwargs):
@@ -223,11 +225,11 @@ def counts_in_bf16(way, average=True, lora=False):
             if way == "evaluate":
                 found.clear()
                 trainer.evaluate()
-    return found - {3.0, 6.0}  # of the check of loss functions
+    return found - {3.0, 6.0}  # the call of the loss function check
 
 
 def accelerator_loop(accumulation):
-    """Gradient error with FSDP2 in a loop of one's own, cp_size 2, one batch of three documents a micro step."""
+    """Return the gradient error with FSDP2 in a user's loop, with cp_size 2 and three documents per micro-step."""
     with fsdp_on_device():
         features, world_size = make_documents(LENGTHS, prompt=0.3), dist.get_world_size()
         accelerator = Accelerator(
@@ -259,7 +261,7 @@ def accelerator_loop(accumulation):
 
 
 def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
-    """Losses by step and whole parameters of four steps under FSDP2, saved after the second and the last one."""
+    """Train four steps under FSDP2, save after the second and the last, and return losses and full parameters."""
     with fsdp_on_device():
         trainer = FlashCPTrainer(
             model=build_model("llama"),
@@ -283,7 +285,7 @@ def train_and_save(directory, state_dict_type, cp_size, resume, save=True):
 
 
 def differences(ours, directory):
-    """Largest absolute difference to a model loaded by plain transformers, and whether its files mention us."""
+    """Return the largest difference to a model loaded by plain transformers, and whether its files mention us."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa")
     largest = max(float((ours[name] - value.detach()).abs().max()) for name, value in model.named_parameters())
     text = "".join(path.read_text().lower() for path in Path(directory).glob("*.json"))
@@ -291,8 +293,10 @@ def differences(ours, directory):
 
 
 def scaled_steps(sharded):
-    """fp16 loss scaling with an overflow in what one rank alone computes: scales, and whether parameters moved, by
-    step, of two steps, the first of which overflows on rank 1."""
+    """Run two steps with fp16 loss scaling; only rank 1 overflows in the first.
+
+    Returns by step the scale, and whether parameters changed.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -311,7 +315,7 @@ def scaled_steps(sharded):
         if not sharded and overflows and dist.get_rank() == 1:
             loss = loss * float("inf")
         scaler.scale(loss).backward()
-        if sharded and overflows and dist.get_rank() == 1:  # seen by the rank that holds this part, and by no other
+        if sharded and overflows and dist.get_rank() == 1:  # only the rank that holds this part sees the overflow
             next(model.parameters()).grad.to_local().view(-1)[0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
@@ -324,7 +328,7 @@ def scaled_steps(sharded):
 
 
 def loss_that_shifts_labels():
-    """A loss function of the user's own, which knows nothing of shift_labels."""
+    """A user's loss function that ignores shift_labels."""
 
     def shift_and_lose(logits, labels, vocab_size, num_items_in_batch, **kwargs):
         return F.cross_entropy(logits[0, :-1].float(), labels[0, 1:], reduction="sum") / num_items_in_batch
@@ -337,7 +341,8 @@ def loss_that_shifts_labels():
 
 
 def liger_errors():
-    """Gradient and loss error of Liger's fused linear cross-entropy, on a CPU through Triton's interpreter."""
+    """Return the gradient and loss errors of Liger's fused linear cross-entropy, on a CPU with Triton's
+    interpreter."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     features = make_documents(LENGTHS[:5], prompt=0.3)
@@ -376,7 +381,10 @@ def refused_argument(arguments):
 
 
 def grouped_by_length():
-    """The logged losses of three steps with documents of like lengths together; ranks that differ raise."""
+    """Return the logged losses of three steps with documents grouped by length.
+
+    Raises if ranks read different documents.
+    """
     fresh_accelerate()
     trainer = FlashCPTrainer(
         model=build_model("llama"),

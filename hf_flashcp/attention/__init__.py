@@ -1,4 +1,4 @@
-"""Exact attention on a rank's tokens: kernels behind one interface, merged by logsumexp, with its own backward."""
+"""Exact attention for one rank's tokens: kernels behind one interface, whose partial results are merged."""
 
 from .function import document_attention
 from .kernels import AttentionKernel, select_kernel

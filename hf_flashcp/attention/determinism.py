@@ -1,4 +1,4 @@
-"""PyTorch's global switch for deterministic algorithms, set for a few operators at a time."""
+"""A context manager that sets PyTorch's global switch for deterministic algorithms for a few operators."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils import deterministic
 
 @contextmanager
 def deterministic_algorithms(on: bool) -> Iterator[None]:
-    """Inside, PyTorch's switch is `on`, and new memory is left as it is.
+    """Set PyTorch's switch for deterministic algorithms to `on` inside the context, without filling new memory.
 
-    Where the switch is on, index_add_ and index_copy_ sort their indices and every new tensor is filled with NaN.
-    That guards against what the engine never does: the rows that one call writes to are distinct, and a tensor is
-    read only where it was written. So the engine runs with the switch off, whatever the user has set, and turns it on
-    for the one kernel whose backward reads it. Kernels are told separately, when they are made.
+    While the switch is on, index_add_ and index_copy_ sort their indices, and every new tensor is filled with NaN. The
+    engine needs neither: the rows that one call writes to are distinct, and it reads a tensor only where it has
+    written to it. Therefore the engine runs with the switch off, whatever the user has set, and turns it on only for
+    the kernel whose backward reads it. The other kernels are told when they are created.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = deterministic.fill_uninitialized_memory

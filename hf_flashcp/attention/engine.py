@@ -1,12 +1,14 @@
-"""One layer's attention on one rank: which kernel runs when, what travels meanwhile, and how results are added up.
+"""The attention of one layer on one rank: the order of kernel calls and transfers, and how their results are combined.
 
-Sends depend on nothing but local KV, so forward posts all of them before the local pass, then awaits and merges stage
-after stage. Backward runs the same rectangles with the merged output and logsumexp, remote ones first, so that their
-dK and dV travel while the next stage and at last the local pass are computed. Where the received KV was not kept it is
-fetched again, and the local pass goes first, while that travels. The README beside this file draws both.
+The rows that a rank sends depend only on its local KV, so forward posts all transfers before the local pass, and then
+awaits and merges one stage after another. Backward runs the same rectangles with the merged output and logsumexp. It
+starts with the received rectangles, so that their dK and dV travel while the next stages and the local pass are
+computed. If the received KV was not kept, backward fetches it again and runs the local pass during that transfer. The
+README in this folder shows both schedules.
 
 Partial outputs of rows that merge more than once, dQ, dK and dV are summed in the accumulate dtype (at least fp32), in
-one order on every run and device. Nothing here waits for a device: sizes and rectangles are known to the host.
+the same order on every run and device. Nothing here waits for a device, because the host knows all sizes and
+rectangles.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
 
 
 class Engine(NamedTuple):
-    """How one layer runs under one plan; its methods are the layer's forward and backward.
+    """The forward and backward pass of one layer's attention under one plan.
 
-    Shapes everywhere: query (H_q, T_r, D_k), key (H_kv, T_r, D_k), value (H_kv, T_r, D_v), out (H_q, T_r, D_v), lse
-    (H_q, T_r) in the accumulate dtype; the keys of a stage (n, H_kv * (D_k + D_v)), see [`~exchange.pack_rows`].
+    Shapes in all methods: query (H_q, T_r, D_k), key (H_kv, T_r, D_k), value (H_kv, T_r, D_v), out (H_q, T_r, D_v),
+    lse (H_q, T_r) in the accumulate dtype, and the KV of a stage (n, H_kv * (D_k + D_v)), see
+    [`~exchange.pack_rows`].
     """
 
     group: ProcessGroup | None
@@ -45,7 +48,7 @@ class Engine(NamedTuple):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Returns out, lse and the keys of each stage, an empty list if they are not kept."""
+        """Return out, lse and a list with the KV of each stage, which is empty if received KV is not kept."""
         stages = self.layout.stages(query.device)
         transfers = send_kv(key, value, self.layout, self.group)
         with named_range("local pass"):
@@ -73,9 +76,15 @@ class Engine(NamedTuple):
 
     @deterministic_algorithms(False)
     def backward(self, inputs: BackwardInputs, received: Sequence[torch.Tensor], keys_need_grad: bool) -> Gradients:
-        """Returns dQ, and dK and dV of this rank's tokens summed over the queries of all ranks, in the accumulate
-        dtype, from the keys of each stage as forward returned them; they are fetched again if they were not kept.
-        Without `keys_need_grad`, the same on every rank, no gradient travels, and dK and dV mean nothing."""
+        """Return dQ, dK and dV of this rank's tokens in the accumulate dtype.
+
+        dK and dV are summed over the queries of all ranks.
+
+        Args:
+            inputs: tensors of the forward pass and the gradient of its output.
+            received: KV of each stage as returned by `forward`; it is fetched again if it was not kept.
+            keys_need_grad: the same on every rank. If False, no gradients travel, and dK and dV are meaningless.
+        """
         _, query, key, value, _, _ = inputs
         stages = self.layout.stages(query.device)
         dtype = accumulate_dtype(query.dtype)
@@ -94,13 +103,13 @@ class Engine(NamedTuple):
                 transfers.append(send_grads_home(wire, home[stage.sent], stage, self.group))
                 if grad_local is not None:
                     stage.local_rows.add(grad_keys, grad_local)
-            del keys, wire, grad_local  # before the next stage's are made
+            del keys, wire, grad_local  # free them before the next stage allocates its own
         if not fetched:
             self._local_backward(inputs, grads)
         for transfer in transfers:
             transfer.wait()
         if transfers:
-            with named_range("add what came home"):
+            with named_range("add returned gradients"):
                 for group in self.layout.home_groups(key.device):
                     group.rows.add(grad_keys, home[group.span])
         return grads
@@ -111,7 +120,7 @@ class Engine(NamedTuple):
     def _local_forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns output and logsumexp of the local rectangles; other rows are not written yet."""
+        """Return the output and logsumexp of the local rectangles. All other rows are uninitialized."""
         rows, rectangles, options = self.layout.local_rows(query.device), self.layout.local, self._options(True)
         if rows is None:
             return self.kernel.forward(query, key, value, rectangles, options)
@@ -131,7 +140,7 @@ class Engine(NamedTuple):
     def _stage_backward(
         self, stage: Stage, keys: torch.Tensor, inputs: BackwardInputs, grad_query: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Adds to dQ; returns the gradients of the stage's keys as [`_as_received`] splits them."""
+        """Add the stage's part to dQ, and return the gradients of its KV as split by [`_as_received`]."""
         _, _, own_key, own_value, _, _ = inputs
         grad = torch.zeros_like(keys, dtype=grad_query.dtype)
         if stage.rectangles:
@@ -143,13 +152,16 @@ class Engine(NamedTuple):
 
 
 def _ordered(keys: torch.Tensor, stage: Stage) -> torch.Tensor:
-    """(n_keys, width): the keys of a stage as its rectangles find them."""
+    """Return the KV of a stage, (n_keys, width), in the order in which its rectangles address it."""
     return keys if stage.key_order is None else stage.key_order.take(keys)
 
 
 def _as_received(grad: torch.Tensor, stage: Stage, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The transpose of [`_ordered`]: gradients of the received rows, in the order received and in `dtype`, and of the
-    local ones."""
+    """Reverse [`_ordered`] for gradients.
+
+    Returns the gradients of the received rows, in `dtype` and in the order received, and the gradients of the local
+    rows, or `None` if the stage has none.
+    """
     if stage.local_rows is not None:
         rows = grad.new_zeros(stage.received + stage.local_rows.count, grad.shape[1])
         for group in stage.order_groups:

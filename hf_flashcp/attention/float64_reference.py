@@ -1,17 +1,18 @@
-"""What float64 gives for the attention of one layer on one rank, and by how much rounding explains a difference.
+"""The attention of one layer on one rank in float64, and the largest differences from it that rounding explains.
 
-Every rank attends with its own queries to each document in one piece, without exchange, parts or merging, one KV head
-at a time and queries in blocks: no more than about 2**24 scores exist at a time.
+Every rank computes the attention of its own queries to each whole document, without exchange and merging. It processes
+one KV head at a time and queries in blocks, so that at most about 2**24 scores exist at a time.
 
-Let u be the unit roundoff of the tensors' dtype, and w that in which products are summed (that of fp32, or of fp64 for
-fp64; in fp32 both are what `torch.get_float32_matmul_precision` allows). A result x of one token and head may be off,
-in the 2-norm, by
+Let u be the unit roundoff of the tensors' dtype, and w the unit roundoff of the dtype in which products are summed:
+fp64 for fp64, otherwise fp32. (In fp32, `torch.get_float32_matmul_precision` determines both.) A result x of one token
+and head may differ, in the 2-norm, by
 
     16 (u + w (sqrt(keys) + |q| |k| scale)) (|x| + spread)
 
-The spread is what errors of one unit in every term of its sums add up to, independent of each other: for out = sum p v
-it is the root of sum p^2 |v|^2, for dV of sum p^2 |dO|^2, for dQ and dK of sum ds^2 |k|^2 and of sum ds^2 |q|^2, with
-what an error of dO . out adds, which all terms of a query share. A logsumexp may be off by 16 (u + w (...) (1 + |x|)).
+The spread is the combined effect of independent errors of one unit in every term of the result's sums: the root of
+sum p^2 |v|^2 for out = sum p v, of sum p^2 |dO|^2 for dV, of sum ds^2 |k|^2 for dQ, and of sum ds^2 |q|^2 for dK. For
+dQ and dK it also includes the error of dO . out, which all terms of a query share. A logsumexp may differ by
+16 (u + w (...) (1 + |x|)).
 """
 
 from __future__ import annotations
@@ -28,23 +29,22 @@ from ..layout.rank_layout import token_index
 from .kernels.base import ScoreOptions, accumulate_dtype, cut, hidden
 
 
-MOST_SCORES = 2**24  # that exist at a time
+MOST_SCORES = 2**24  # largest number of scores that exist at a time
 _ROUNDINGS = 16
 _MATMUL_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 class Expected(NamedTuple):
-    """What float64 gives for some rows of a result (heads, T_r, D) in some heads."""
+    """The expected values of some heads and rows of a result (heads, T_r, D)."""
 
     heads: slice
     rows: slice
-    values: torch.Tensor  # (H, n, D)
-    limits: torch.Tensor  # (H, n), by how much rounding may move each row, in the 2-norm
+    values: torch.Tensor  # (H, n, D) float64
+    limits: torch.Tensor  # (H, n), largest difference of each row that rounding explains, in the 2-norm
 
 
 class Head(NamedTuple):
-    """Keys (C, D_k) and values (C, D_v) of KV head `number` for the whole packed row, and the query heads that attend
-    to them."""
+    """One KV head of the whole packed row: keys (C, D_k), values (C, D_v), and the query heads that use them."""
 
     number: int
     queries: slice
@@ -53,29 +53,35 @@ class Head(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """`rows` n of the local sequence in H query heads against `keys` m of the packed row, all that they see."""
+    """The scores of n local rows in H query heads against the m keys of the packed row that these rows see."""
 
     rows: slice
     keys: slice
     query: torch.Tensor  # (H, n, D_k)
-    scores: torch.Tensor  # (H, n, m), 0 where hidden
-    share: torch.Tensor  # (H, n, m), of each in the softmax
+    scores: torch.Tensor  # (H, n, m), 0 where masked
+    share: torch.Tensor  # (H, n, m), softmax probabilities
     lse: torch.Tensor  # (H, n)
     out: torch.Tensor  # (H, n, D_v)
-    sum_roundoff: float  # w (sqrt(keys) + ...) of the module's formula
-    roundoff: float  # u more
+    sum_roundoff: float  # w (sqrt(keys) + ...) in the module's formula
+    roundoff: float  # u + sum_roundoff
 
 
 class Reference:
-    """The formulas in float64, for this rank's queries of one layer with (H_q,) `sinks`, whose results have `dtype`.
-    Every rank of the group calls it."""
+    """The formulas of attention in float64, for this rank's queries of one layer. Every rank of the group calls it.
+
+    Args:
+        plan: plan of the packed row.
+        options: scale, window and softcap of the layer.
+        sinks: (H_q,) attention sinks, if the layer has them.
+        dtype: dtype of the results to compare with.
+    """
 
     def __init__(self, plan: RankPlan, options: ScoreOptions, sinks: torch.Tensor | None, dtype: torch.dtype):
         self._plan, self._options, self._sinks, self._dtype = plan, options, sinks, dtype
         self._starts = [0, *itertools.accumulate(plan.plan.lengths)]
 
     def heads(self, key: torch.Tensor, value: torch.Tensor, query_heads: int) -> Iterator[Head]:
-        """Gathers key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) of all ranks, head by head."""
+        """Gather key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) from all ranks, one head at a time."""
         plan, groups = self._plan.plan, query_heads // key.shape[0]
         places = [torch.from_numpy(token_index(plan, rank)).to(key.device) for rank in range(plan.cp_size)]
         counts = [len(place) for place in places]
@@ -88,7 +94,7 @@ class Reference:
             yield Head(number, queries, *row.double().split([key.shape[2], value.shape[2]], dim=-1))
 
     def scores(self, head: Head, query: torch.Tensor) -> Iterator[Scores]:
-        """Those of all of this rank's queries (H_q, T_r, D_k) in one head, block by block."""
+        """Yield the scores of all queries (H_q, T_r, D_k) of this rank for one KV head, in blocks of queries."""
         window = self._options.window
         groups = head.queries.stop - head.queries.start
         for piece in self._plan.layout.slices:
@@ -127,14 +133,14 @@ class Reference:
         return Expected(head.queries, block.rows, block.lse[..., None], limit)
 
     def grad_query(self, head: Head, block: Scores, grad_out: torch.Tensor, sums: KeySums) -> Expected:
-        """(H, n, D_k) for grad_out (H_q, T_r, D_v); adds to the gradients of the keys."""
+        """Return the expected dQ (H, n, D_k) for grad_out (H_q, T_r, D_v), and add the block's dK and dV to `sums`."""
         _, scale, _, softcap = self._options
         k, grad_out = head.key[block.keys], grad_out[head.queries, block.rows].double()
         product = grad_out * block.out
         ds = block.share * (grad_out @ head.value[block.keys].mT - product.sum(-1, keepdim=True))
         if softcap is not None:
             ds = ds * (1 - (block.scores / softcap).square())
-        error = product.norm(dim=-1)  # of dO . out, by one unit in each of its terms
+        error = product.norm(dim=-1)  # error of dO . out for an error of one unit in each of its terms
         spread = torch.hypot(_root_sum(self._normal(ds), k), error * (block.share @ k).norm(dim=-1))
         errors = scale * self._normal(ds), scale * error[..., None] * block.share
         sums.add(block, scale * ds, errors, grad_out, self._normal(block.share))
@@ -142,8 +148,10 @@ class Reference:
         return Expected(head.queries, block.rows, grad, self._limit(block.roundoff, grad, abs(scale) * spread))
 
     def grads_of_keys(self, head: Head, sums: KeySums) -> tuple[Expected, Expected]:
-        """dK (1, T_r, D_k) and dV (1, T_r, D_v) of this rank's tokens, to which all ranks' queries add, each by a
-        limit of its own."""
+        """Return the expected dK (1, T_r, D_k) and dV (1, T_r, D_v) of this rank's tokens.
+
+        They and their limits are summed over the queries of all ranks.
+        """
         limits = [
             self._limit(sums.roundoff, grad, 0.0) + _ROUNDINGS * squares.sqrt()
             for grad, squares in ((sums.key, sums.key_squares), (sums.value, sums.value_squares))
@@ -156,18 +164,21 @@ class Reference:
         return Expected(*where, key, key_limit[..., 0]), Expected(*where, value, value_limit[..., 0])
 
     def _limit(self, roundoff: float | torch.Tensor, expected: torch.Tensor, spread: torch.Tensor | float):
-        # Below the least normal number the roundoff is no longer relative.
+        # Below the smallest normal number, roundoff is absolute and not relative.
         least = torch.finfo(self._dtype).tiny * expected.shape[-1] ** 0.5
         return _ROUNDINGS * roundoff * (expected.norm(dim=-1) + spread + least)
 
     def _normal(self, factors: torch.Tensor) -> torch.Tensor:
-        """Sizes of factors, none below the least normal number: there fp16 keeps fewer digits."""
+        """Return absolute values of at least the smallest normal number, below which fp16 keeps fewer digits."""
         return factors.abs().clamp(min=torch.finfo(self._dtype).tiny)
 
 
 class KeySums:
-    """dK (C, D_k) and dV (C, D_v) of one head for the whole row, from this rank's queries, and what their limits are
-    made of: the largest roundoff of a key's blocks (C,), and sums of squares (C,) of the errors in their terms."""
+    """Sums over this rank's queries for the keys of one head: dK (C, D_k) and dV (C, D_v) of the whole packed row.
+
+    For the limits, it also holds the largest roundoff among the blocks of each key (C,), and the sums of squares (C,)
+    of the errors in the terms of dK and dV.
+    """
 
     def __init__(self, head: Head):
         self.key, self.value = torch.zeros_like(head.key), torch.zeros_like(head.value)
@@ -181,8 +192,10 @@ class KeySums:
         grad_out: torch.Tensor,
         share_errors: torch.Tensor,
     ) -> None:
-        """Adds a block's ds^T q to dK and share^T dO to dV, and to the squares what one unit in every factor
-        (H, n, m) adds to them."""
+        """Add a block's ds^T q to dK and its share^T dO to dV, and the squared errors of their terms.
+
+        The errors (H, n, m) are those of one unit in every factor.
+        """
         keys, unit = block.keys, block.roundoff**2
         self.roundoff[keys].clamp_(min=block.roundoff)
         self.key[keys] += _sum_over_rows(ds, block.query)
@@ -193,22 +206,22 @@ class KeySums:
 
 
 def _sum_over_rows(factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(m, D): the sum of factors (H, n, m) times rows (H, n, D) over heads and rows."""
+    """Return the sum (m, D), over heads and rows, of factors (H, n, m) times rows (H, n, D)."""
     return factors.flatten(0, 1).mT @ rows.flatten(0, 1)
 
 
 def _squares_over_rows(factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(m,): the sum of factors^2 |row|^2, in the same shapes."""
+    """Return the sum (m,), over heads and rows, of factors^2 |row|^2, for factors (H, n, m) and rows (H, n, D)."""
     return factors.flatten(0, 1).square().mT @ rows.square().sum(-1).flatten()
 
 
 def _root_sum(factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(..., n): the root of the sum of factors^2 |row|^2, for factors (..., n, m) and rows (m, D)."""
+    """Return the root (..., n) of the sum of factors^2 |row|^2, for factors (..., n, m) and rows (m, D)."""
     return (factors.square() @ rows.square().sum(-1)).sqrt()
 
 
 def _units(dtype: torch.dtype) -> tuple[float, float]:
-    """Unit roundoff of `dtype`, and of the sums of its products."""
+    """Return the unit roundoff of `dtype`, and that of sums of products of such numbers."""
     if dtype == torch.float32:
         return (_MATMUL_ROUNDOFF[torch.get_float32_matmul_precision()],) * 2
     return torch.finfo(dtype).eps / 2, torch.finfo(accumulate_dtype(dtype)).eps / 2

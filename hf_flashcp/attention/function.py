@@ -1,10 +1,14 @@
-"""`document_attention`: the attention of one layer on one rank, as a function that autograd knows.
+"""`document_attention`: the attention of one layer on one rank, differentiable by autograd.
 
-Saved for backward, in bytes per token of the rank, with e the size of an element and E that of the accumulate dtype
-(4, or 8 in fp64): query, key, value and output, e * (H_q * (D_k + D_v) + H_kv * (D_k + D_v)), and the logsumexp,
-E * H_q.
-Received KV, where it is kept, takes e * H_kv * (D_k + D_v) per token received, and in layers with a sliding window as
-much for each of the rank's own tokens that lie in the bands of keys. Nothing grows with the square of the tokens.
+Memory saved for backward, where e is the size of an element and E that of an element of the accumulate dtype (4 bytes,
+or 8 in fp64):
+
+- query, key, value and output: e * (H_q + H_kv) * (D_k + D_v) bytes per token of the rank;
+- logsumexp: E * H_q bytes per token of the rank;
+- received KV, if it is kept: e * H_kv * (D_k + D_v) bytes per received token. Layers with a sliding window also keep
+  this much for each of the rank's own tokens that they attend to together with received tokens.
+
+Nothing grows with the square of the number of tokens.
 """
 
 from __future__ import annotations
@@ -33,23 +37,24 @@ def document_attention(
     kernel: AttentionKernel | None = None,
     check_as: str | None = None,
 ) -> torch.Tensor:
-    """Causal attention inside each document for this rank's tokens, with KV fetched from the ranks that hold it.
+    """Compute causal attention inside each document for this rank's tokens, fetching KV from the ranks that hold it.
 
-    Every rank of the plan's group calls it, in forward and in backward.
+    Every rank of the plan's group must call it and run its backward.
 
     Args:
         query, key, value: (H_q, T_r, D_k), (H_kv, T_r, D_k) and (H_kv, T_r, D_v); H_q is a multiple of H_kv.
-        scale: factor of the scores, defaults to D_k ** -0.5.
-        window: keys that a query sees, itself included; all before it if `None`.
-        softcap: scores become softcap * tanh(scores / softcap).
-        sinks: (H_q,) a score per head that takes its share of every softmax and has no value. Its gradient is that of
-            this rank's tokens alone.
-        keep_received_kv: the same on every rank; defaults to the plan's, see [`RankPlan`].
-        kernel: defaults to the best for the device and the layer.
-        check_as: the layer's name, on every rank or none: its results are compared with those of the formulas in
-            float64, see [`CheckedEngine`].
+        scale: factor applied to the scores; defaults to D_k ** -0.5.
+        window: number of keys that a query sees, including its own; `None` for all earlier keys of the document.
+        softcap: if given, scores become softcap * tanh(scores / softcap).
+        sinks: (H_q,) one additional score per head in every softmax, without a value. Its gradient covers this rank's
+            tokens only.
+        keep_received_kv: whether to keep received KV for backward; must be the same on every rank. Defaults to the
+            plan's setting, see [`RankPlan`].
+        kernel: attention kernel; defaults to the best one for the device and the layer.
+        check_as: name of the layer. If given, which all ranks must agree on, the results are compared with the
+            formulas in float64, see [`CheckedEngine`].
 
-    Returns (H_q, T_r, D_v), as if every document had been attended to alone on one device.
+    Returns (H_q, T_r, D_v), the same result as for each document alone on one device.
     """
     dims = {"key_dim": query.shape[-1], "value_dim": value.shape[-1]}
     engine = Engine(
@@ -79,7 +84,7 @@ class _DocumentAttention(torch.autograd.Function):
         query, key, value, sinks, out, lse, *received = ctx.saved_tensors
         _, key_needs, value_needs, sinks_need, _ = ctx.needs_input_grad
         inputs = BackwardInputs(grad_out, query, key, value, out, lse)
-        # Whether keys need one is the same on every rank: it follows from which parameters the model trains.
+        # Whether keys need a gradient depends on which parameters are trained, so it is the same on every rank.
         grads = ctx.engine.backward(inputs, received, key_needs or value_needs)
         return (
             grads.query.to(query.dtype),
@@ -91,7 +96,7 @@ class _DocumentAttention(torch.autograd.Function):
 
 
 def _grad_sinks(inputs: BackwardInputs, sinks: torch.Tensor) -> torch.Tensor:
-    """(H_q,): a sink takes the share exp(sink - lse) of a row and gives nothing for it."""
+    """Return the gradient (H_q,) of the sinks, whose share of a row's softmax is exp(sink - lse)."""
     dtype = inputs.lse.dtype
     share = (sinks.to(dtype).unsqueeze(-1) - inputs.lse).exp()
     return -(share * (inputs.grad_out.to(dtype) * inputs.out.to(dtype)).sum(-1)).sum(-1).to(sinks.dtype)

@@ -1,12 +1,14 @@
-"""The engine's forward as an operator, and the checkpointing that keeps its result.
+"""The engine's forward as a PyTorch operator, and activation checkpointing that keeps its results.
 
-Activation checkpointing throws a layer's activations away and runs the layer again in backward, attention and exchange
-included. Selective checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) can keep the results
-of some operators instead, but sees only what goes through PyTorch's dispatcher. So forward is one operator:
+Activation checkpointing discards a layer's activations and runs the layer again in backward, including its attention
+and exchange. Selective checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) can keep the
+results of chosen operators, but it only sees calls that go through PyTorch's dispatcher. Therefore forward is one
+operator:
 
-    flashcp::attention(query, key, value, sinks, engine) -> (out, lse, keys of each stage if they are kept)
+    flashcp::attention(query, key, value, sinks, engine) -> (out, lse, KV of each stage if it is kept)
 
-`engine` is the number of an [`Engine`] in a table, in which it is listed while the call lasts.
+An operator cannot take a Python object, so `engine` is the number of an [`Engine`] in a table that holds it for the
+duration of the call.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def _attention(query, key, value, sinks, engine):
 def run_forward(
     engine: Engine, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """[`Engine.forward`] through the dispatcher."""
+    """Call [`Engine.forward`] through PyTorch's dispatcher."""
     number = next(_numbers)
     _engines[number] = engine
     try:
@@ -46,14 +48,14 @@ def run_forward(
 
 
 class _SaveAttention(str):
-    """A callable string, because trackers write TrainingArguments as JSON."""
+    """A string that can be called. A plain function would fail when trackers write TrainingArguments as JSON."""
 
     def __call__(self) -> tuple[Any, Any]:
         return create_selective_checkpoint_contexts(_policy)
 
 
 save_attention_context_fn = _SaveAttention("hf_flashcp.save_attention_context_fn")
-"""Activation checkpointing that does not attend twice: pass it as `context_fn`.
+"""Activation checkpointing that does not compute attention again in backward. Pass it as `context_fn`:
 
     TrainingArguments(
         activation_checkpointing=True,
@@ -62,12 +64,12 @@ save_attention_context_fn = _SaveAttention("hf_flashcp.save_attention_context_fn
 
 (Before transformers 5.24 the arguments are called `gradient_checkpointing` and `gradient_checkpointing_kwargs`.)
 
-In backward a layer's projections, norms and MLP run again, its attention and exchange do not: their results are kept
-from the first run. Per token and layer that costs H_q * D_v elements for the output and 4 bytes per query head for the
-logsumexp, and H_kv * (D_k + D_v) elements per token received; where received KV is not kept (`keep_received_kv` of
-[`attach`]) the last are fetched again in backward, without attending again. Under plain activation checkpointing a
-layer attends twice and exchanges three times instead of two. With `offload` the layer's input goes to the host; what
-is kept here stays on the device.
+Backward runs a layer's projections, norms and MLP again, but not its attention and exchange, whose results are kept
+from the first run. Per layer this takes H_q * D_v elements and 4 bytes per query head for each token of the rank
+(output and logsumexp), and H_kv * (D_k + D_v) elements for each received token. If received KV is not kept (see
+`keep_received_kv` of [`FlashCPPlugin`]), backward fetches it again, without computing attention again. Plain
+activation checkpointing computes attention twice and exchanges three times instead of twice. With `offload`, the
+layer's input moves to the host, while the results kept here stay on the device.
 """
 
 

@@ -1,7 +1,7 @@
-"""Debug mode (`FLASHCP_DEBUG=1`) of the attention: a layer's results are held against the formulas in float64.
+"""Debug mode (`FLASHCP_DEBUG=1`) of the attention: compares a layer's results with the formulas in float64.
 
-Every rank compares its output and logsumexp; in backward dQ, and dK and dV, to which all ranks' queries add.
-[`~attention.float64_reference`] computes what they should be and how far rounding may take them from it.
+Every rank compares its output and logsumexp in forward, and its dQ, dK and dV in backward.
+[`~attention.float64_reference`] computes the expected values and how much rounding may change them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,28 @@ _NAMES = ("the output", "the logsumexp", "dQ", "dK", "dV")
 
 
 def layer_to_check(forward: int, layers: int) -> int | None:
-    """Returns which of a model's `layers` is checked in its sharded forward number `forward`, from 0, and in the
-    backward of that: one in every `FLASHCP_DEBUG_EVERY`th, each time the next."""
+    """Return the index of the layer to check in a sharded forward and its backward, or `None` to check no layer.
+
+    Every `FLASHCP_DEBUG_EVERY`th forward checks one layer, starting with the first layer and moving on by one each
+    time.
+
+    Args:
+        forward: number of the sharded forward, counted from 0.
+        layers: number of layers of the model.
+    """
     every = os.environ.get("FLASHCP_DEBUG_EVERY", str(DEFAULT_EVERY))
     if not every.isdecimal() or int(every) == 0:
-        raise ConfigurationError(f"FLASHCP_DEBUG_EVERY is {every!r}: it must be a whole number of forwards, from 1.")
+        raise ConfigurationError(f"FLASHCP_DEBUG_EVERY is {every!r}: it must be a positive whole number of forwards.")
     turn, rest = divmod(forward, int(every))
     return turn % layers if rest == 0 else None
 
 
 class CheckedEngine:
-    """An [`Engine`] whose results are compared. Every rank of the group calls it; in forward or in backward it raises
-    a `FlashCPError` on all of them with the `layer` and the largest deviation of each rank that has one."""
+    """An [`Engine`] that compares its results with the formulas in float64.
+
+    Every rank of the group calls it. If a result deviates on any rank, forward or backward raises a `FlashCPError` on
+    all ranks, which names the layer and the largest deviation on each affected rank.
+    """
 
     def __init__(self, engine: Engine, plan: RankPlan, layer: str, sinks: torch.Tensor | None):
         self._engine, self._plan, self._layer = engine, plan, layer
@@ -73,15 +83,15 @@ class CheckedEngine:
 
 
 class _Deviation(NamedTuple):
-    """By how much one row of one result is off; all numbers, so that ranks can exchange them."""
+    """The deviation of one row of one result. All fields are floats, so that ranks can exchange them."""
 
-    excess: float = 0.0  # error / limit, 0 where there is no deviation
-    name: float = 0.0  # the result, as an index of `_NAMES`
+    excess: float = 0.0  # error / limit; 0 if nothing deviates
+    name: float = 0.0  # index of the result in `_NAMES`
     document: float = 0.0
     position: float = 0.0
     head: float = 0.0
-    error: float = 0.0  # in the 2-norm, like `limit`
-    limit: float = 0.0
+    error: float = 0.0  # 2-norm of the difference
+    limit: float = 0.0  # largest 2-norm that rounding explains
 
 
 class _Deviations:
@@ -90,9 +100,11 @@ class _Deviations:
         self._worst = _Deviation()
 
     def compare(self, name: str, ours: torch.Tensor, expected: Expected) -> None:
-        """Compares rows of a result (heads, T_r, D) with what float64 gives. Where data are not finite there is
-        nothing to compare. In fp16 kernels overflow on the way to what float64 finds finite, on any device; loss
-        scaling sees that."""
+        """Compare rows of a result `ours` (heads, T_r, D) with the expected values.
+
+        Rows whose expected values are not finite are skipped. In fp16, so are rows that are not finite in `ours`:
+        kernels can overflow where float64 does not, and loss scaling handles that.
+        """
         found = ours[expected.heads, expected.rows].double()
         errors = (found - expected.values).norm(dim=-1)
         known = expected.values.isfinite().all(-1) & expected.limits.isfinite()
@@ -117,19 +129,20 @@ class _Deviations:
         )
 
     def report(self, layer: str, device: torch.device) -> None:
-        """Gathers the deviations of all ranks; raises the same error on each if there is any."""
+        """Gather the deviations of all ranks, and raise the same error on each rank if there are any."""
         group = self._plan.group
         ranks = [0] if group is None else torch.distributed.get_process_group_ranks(group)
         found = [_Deviation(*numbers) for numbers in gather_numbers(self._worst, device, group)]
         problems = [
             f"{_NAMES[int(worst.name)]} of document {int(worst.document)} at token {int(worst.position)}, head "
-            f"{int(worst.head)}, on rank {rank} is off by {worst.error:.2g}, where rounding explains {worst.limit:.2g}"
+            f"{int(worst.head)}, on rank {rank} is off by {worst.error:.2g}, but rounding explains at most "
+            f"{worst.limit:.2g}"
             for rank, worst in zip(ranks, found)
             if worst.excess > 0
         ]
         if problems:
             raise FlashCPError(
-                f"Attention of {layer} in {str(self._dtype).removeprefix('torch.')} is not what float64 gives: "
-                f"{'; '.join(problems)}. A kernel, the exchange or what merges them is wrong there, or memory was "
-                "overwritten: see docs/troubleshooting.md, what debug mode found."
+                f"Attention of {layer} in {str(self._dtype).removeprefix('torch.')} does not match the float64 "
+                f"reference: {'; '.join(problems)}. A kernel, the exchange or the merging of results is wrong, or "
+                "memory was overwritten: see debug mode in docs/troubleshooting.md."
             )

@@ -1,1 +1,1 @@
-"""Measurements. Each module has one `measure` function that returns plain data; `flashcp bench` prints it."""
+"""Measurements for `flashcp bench`: in each module, `measure` returns plain data and `text` formats it."""

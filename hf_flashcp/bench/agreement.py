@@ -1,4 +1,4 @@
-"""The time that ranks take to compare their plans at every step."""
+"""The time that ranks take to compare their plans in every step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .turns import median_seconds
 
 
 def measure(world_sizes: list[int], rounds: int = 300) -> dict[str, Any]:
-    """By number of gloo processes on this machine the median `milliseconds` of a comparison on the slowest rank."""
+    """Time the comparison of plans between gloo processes on this machine.
+
+    `milliseconds` has the median on the slowest rank for each number of processes.
+    """
     with WorkerPool() as pool:
         medians = {size: max(pool.run(size, _median_milliseconds, rounds)) for size in world_sizes}
     return {"rounds": rounds, "milliseconds": medians}
@@ -32,6 +35,6 @@ def _median_milliseconds(rounds: int) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each number of processes."""
+    """Return a table with one row per number of processes."""
     title = f"comparing a plan's digest, {found['rounds']} rounds, slowest rank's median"
     return f"{title}\n\n" + table({"processes": ",", "ms": ".3f"}, found["milliseconds"].items())

@@ -1,4 +1,4 @@
-"""Results of a benchmark begin with the arguments that its tables and `--json` show."""
+"""A decorator that puts arguments of a benchmark into its results, where its tables and `--json` show them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Measure = Callable[..., dict[str, Any]]
 
 
 def with_arguments(*names: str) -> Callable[[Measure], Measure]:
-    """Makes a function put these of its arguments before what it returns, sequences as lists."""
+    """Decorate a function that returns a dict, so that the dict starts with the named arguments.
+
+    Tuples become lists.
+    """
 
     def decorate(measure: Measure) -> Measure:
         signature = inspect.signature(measure)

@@ -1,8 +1,8 @@
-"""One attention layer under each strategy, beside an all-gather exchange and the single process, in one run.
+"""Times one attention layer under each strategy, with an all-gather for comparison, and on a single process.
 
-All cases take turns, round after round, on the same processes of this machine (gloo, one thread each), so that
-whatever else the machine does falls on all of them alike. The ideal is the time of one process that runs PyTorch's
-`scaled_dot_product_attention` on one document after the other, over the number of ranks.
+All cases run in turn, round after round, on the same processes of this machine (gloo, one thread each), so that other
+load on the machine affects all of them equally. The ideal is the time of one process that runs PyTorch's
+`scaled_dot_product_attention` on one document at a time, divided by the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SINGLE = "single process"
 
 
 class AllGatherLayout(RankLayout):
-    """Every rank receives every other rank's KV, needed or not, as all-gather schemes do (FlashCP eq. 4)."""
+    """A layout in which every rank receives the KV of all other ranks, as all-gather schemes do (FlashCP eq. 4)."""
 
     def _needed_keys(self):
         return {
@@ -61,11 +61,11 @@ def measure(
     max_imbalance: float = 1.05,
     rounds: int = 10,
 ) -> dict[str, Any]:
-    """Forward and backward of one causal full-attention layer.
+    """Time forward and backward of one causal full-attention layer.
 
-    `seconds`, `forward` and `waiting` are those of the slowest rank, medians over rounds; `ideal_share` is the median
-    of the single process's time of the same round / cp_size / seconds. Bytes, calls and collectives are counted
-    exactly, on the rank with the most of each; only bytes are those of forward alone.
+    `seconds`, `forward` and `waiting` are medians over rounds on the slowest rank. `ideal_share` is the median over
+    rounds of the single process's time / cp_size / the case's time. Bytes received, kernel calls and collectives are
+    exact counts on the rank with the most of each. Bytes count forward only; the other two count both passes.
     """
     names = list(itertools.product(strategies, exchanges))
     caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
@@ -98,13 +98,16 @@ def measure(
 
 
 def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:
-    """The largest of all ranks' seconds in each round."""
+    """Return the seconds of the slowest rank in each round."""
     return [max(turn) for turn in zip(*seconds)]
 
 
 class Turn(NamedTuple):
-    """Figures of a rank in one turn of a case, or of all its turns. `rows_received` are tokens whose KV came in
-    forward; all others but `forward` count both passes."""
+    """A rank's figures for one turn of a case, or lists of them for all turns.
+
+    `rows_received` counts the tokens whose KV arrived in forward. The other figures, except `forward`, cover both
+    passes.
+    """
 
     seconds: Any
     forward: Any
@@ -117,7 +120,7 @@ class Turn(NamedTuple):
 def _time_cases(
     lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
 ) -> list[list[Sequence[float]]]:
-    """In every worker: the [`Turn`]s of every case, and last those of the single process, on rank 0."""
+    """Return the [`Turn`]s of every case on this worker; on rank 0, those of the single process come last."""
     rank = dist.get_rank()
     kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
     with _counted_transfers() as transfers:
@@ -134,7 +137,7 @@ def _time_cases(
             inputs = random_inputs(sum(lengths), shape, dtype)
             runs.append(functools.partial(_turn, alone, inputs, kernel, transfers))
         else:
-            runs.append(tuple)  # waits
+            runs.append(tuple)  # does nothing while rank 0 runs alone
         return in_turns(runs, rounds, warm_up=2)
 
 
@@ -152,7 +155,10 @@ def _turn(attend: Callable, inputs: list[torch.Tensor], kernel: _CountingKernel,
 
 
 def random_inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
-    """Query, key and value as a model's projections leave them (a token's heads side by side), and dO."""
+    """Return random query, key, value and dO, each (heads, tokens, head dim).
+
+    They are laid out like the outputs of a model's projections: the heads of one token are contiguous in memory.
+    """
     heads, kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(tokens)
     tensors = []
@@ -177,7 +183,7 @@ class _CountingKernel:
 
 @contextmanager
 def _counted_transfers():
-    """Counts collectives, rows received and seconds of waiting, in this process."""
+    """Count the collectives, received rows and seconds of waiting in this process."""
     counts = {"waiting": 0.0, "collectives": 0, "rows": 0}
     original_init, original_wait = Transfer.__init__, Transfer.wait
 
@@ -197,7 +203,7 @@ def _counted_transfers():
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each case, the single process first."""
+    """Return a table with one row per case, the single process first."""
     lengths = found["lengths"]
     shown = ",".join(map(str, lengths)) if len(lengths) <= 12 else counted(len(lengths), "document")
     columns = {

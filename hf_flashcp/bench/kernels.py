@@ -1,8 +1,8 @@
-"""What splitting costs the kernels: each rank's passes under a plan, against one call on the same work.
+"""The cost of splitting documents for the kernels: the passes of each rank, compared with one call on the same work.
 
-The one call has every local slice against the contiguous keys of its document up to its end, under a bottom-right
-causal mask: what a rank could run if all KV lay there in order. Nothing is sent here; received KV stands ready, so
-that one device shows for every rank of a plan what kernels and copies cost.
+The one call runs every local slice against the keys of its document from the start of the document to the end of the
+slice, under a bottom-right causal mask. A rank could run it if all KV were present and in order. Nothing is sent: the
+KV that a rank would receive is created beforehand, so one device can time the kernels and copies of every rank.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def measure(
     num_stages: int | None = None,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Forward and backward of one causal full-attention layer, rank by rank on one device: by strategy what
-    [`time_plan`] returns."""
+    """Time forward and backward of one causal full-attention layer, rank by rank on one device.
+
+    `strategies` has the result of [`time_plan`] for each strategy.
+    """
     chosen = torch.device(device)
     kernel = select_kernel(chosen, dtype=DTYPES[dtype], key_dim=head_dim, value_dim=head_dim)
     found = {}
@@ -64,8 +66,11 @@ def device_name(device: torch.device) -> str:
 def time_plan(
     plan: ShardPlan, kernel: AttentionKernel, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """By rank the median seconds of `one_call`, of the `kernels` under the plan (local pass and stages), and of the
-    `engine` (with packing, merges and additions)."""
+    """Time every rank of a plan, and return three lists of median seconds, one value per rank.
+
+    `one_call` is the one call, `kernels` are the kernel calls under the plan (local pass and stages), and `engine`
+    adds packing, merging and accumulation.
+    """
     ranks = []
     for rank in range(plan.cp_size):
         work = RankWork(plan, rank, kernel, shape, dtype, device)
@@ -73,13 +78,13 @@ def time_plan(
     return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
 
 
-def _over(keys: torch.Tensor | None) -> SimpleNamespace:
-    """A transfer that is over."""
+def _finished(keys: torch.Tensor | None) -> SimpleNamespace:
+    """Return a transfer that has already finished."""
     return SimpleNamespace(wait=lambda: keys)
 
 
 class _Pass(NamedTuple):
-    """One kernel call of forward and of backward."""
+    """The arguments of one kernel call, in forward and in backward."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -88,15 +93,17 @@ class _Pass(NamedTuple):
 
 
 def random_tensors(shape: Shape, rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Query (H_q, rows, D), key and value (H_kv, keys, D) and dO as a model's projections leave them: a token's heads
-    side by side."""
+    """Return random query (H_q, rows, D), key and value (H_kv, keys, D), and dO (H_q, rows, D).
+
+    They are laid out like the outputs of a model's projections: the heads of one token are contiguous in memory.
+    """
     heads, kv_heads, width = shape
     sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads))
     return [torch.randn(*size, width, dtype=dtype, device=device).transpose(0, 1) for size in sizes]
 
 
 class RankWork:
-    """One rank's layer, on random tensors, with received KV standing ready."""
+    """One rank's attention layer on random tensors, whose received KV is created beforehand."""
 
     def __init__(
         self,
@@ -120,7 +127,7 @@ class RankWork:
         self._whole = _Pass(key, value, whole, causal=True)
 
     def _in_order(self) -> tuple[Rectangle, ...]:
-        """The rank's slices against the keys of every document up to its last token of it, document after document."""
+        """Return rectangles of the rank's slices against keys that are ordered by document, without gaps."""
         ends = {piece.document: piece.stop for piece in self.layout.slices}
         starts = dict(zip(ends, accumulate(ends.values(), initial=0)))
         return tuple(
@@ -139,7 +146,7 @@ class RankWork:
         self._both(passes)
 
     def _both(self, passes: list[_Pass]) -> None:
-        """The kernel calls of forward and backward and nothing else, backward from an output of zeros."""
+        """Run only the kernel calls of forward and backward; backward gets an output of zeros."""
         dtype = accumulate_dtype(self.query.dtype)
         out = torch.zeros_like(self.query)
         lse = torch.zeros(self.query.shape[:2], dtype=dtype, device=self.query.device)
@@ -154,7 +161,7 @@ class RankWork:
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home
         engine_module.send_kv = self._send_kv
-        engine_module.send_grads_home = lambda *arguments: _over(None)
+        engine_module.send_grads_home = lambda *arguments: _finished(None)
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
             inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
@@ -166,11 +173,11 @@ class RankWork:
         if self.received:
             rows = layout.send_rows(key.device)
             pack_rows(key, value, rows, key.new_empty(rows.count, self.received[0].shape[1]))
-        return [_over(keys) for keys in self.received]
+        return [_finished(keys) for keys in self.received]
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table of each strategy's slowest rank, and of the means over ranks."""
+    """Return a table with the slowest rank of each strategy, and ratios of sums over ranks."""
     rows = []
     for strategy, ranks in found["strategies"].items():
         one, kernels, engine = (ranks[name] for name in ("one_call", "kernels", "engine"))

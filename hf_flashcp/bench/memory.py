@@ -1,8 +1,9 @@
-"""Estimated beside measured memory of small training steps on CPU.
+"""Compares the estimated memory of small training steps with measured memory, on CPU.
 
-Measured with PyTorch's profiler (`profile_memory=True`), which records every allocation and release, those inside
-operators too. (`torch.distributed._tools.mem_tracker.MemTracker` counts storages instead; it does not see inside
-`flashcp::attention`, and under checkpointing or autocast it misses releases: 6 to 13% too much on these steps.)
+Memory is measured with PyTorch's profiler (`profile_memory=True`), which records every allocation and release, also
+inside operators. `torch.distributed._tools.mem_tracker.MemTracker` is not used: it counts storages, does not see
+inside `flashcp::attention`, and misses releases under checkpointing or autocast, so that it reports 6 to 13% too much
+on these steps.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CASES = {
     "big vocabulary, bf16": (BIG_VOCABULARY, BF16),
     "big vocabulary, fp32, checkpointing": (BIG_VOCABULARY, {**FP32, "gradient_checkpointing": "full"}),
 }
-"""Configs and how they are trained on one process, by name."""
+"""Cases on one process: for each name, the config and the options of [`TrainingSetup`]."""
 
 RANK_CASES = {
     "llama, bf16, cp 2": (LLAMA, BF16),
@@ -66,17 +67,17 @@ RANK_CASES = {
     "llama, fsdp2, bf16, cp 2": (LLAMA, FSDP2),
     "qwen3, fsdp2, bf16, checkpointing, cp 2": (QWEN3, {**FSDP2, "gradient_checkpointing": "full"}),
 }
-"""The same on two ranks that share the batch."""
+"""Cases on two ranks that share the batch, in the same form."""
 
 LENGTHS = (700, 250, 74)
 
 
 def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, mesh=None) -> dict[str, float]:
-    """Runs three steps on this process and measures the last: optimizer and DDP's buckets have settled. Returns bytes
-    at the peak, and kept for backward.
+    """Measure one training step on this process, and return estimated and measured bytes.
 
-    `options` are those of [`TrainingSetup`]; without `sharding` the model is not wrapped. `mesh` has the
-    context-parallel ranks, each of which calls this.
+    `peak` is at the peak, and `kept` is what forward keeps for backward. Three steps run and the last one is measured,
+    because optimizer state and DDP's buckets exist by then. `options` are those of [`TrainingSetup`]; without
+    `sharding`, the model is not wrapped. `mesh` has the context-parallel ranks, all of which must call this function.
     """
     setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
     model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
@@ -114,7 +115,7 @@ def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, me
 
 
 def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """A model in training mode with weights that depend on its config alone."""
+    """Return a model in training mode, with random weights that depend only on its config."""
     torch.manual_seed(0)
     values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
     config = AutoConfig.for_model(config["model_type"], **values)
@@ -122,7 +123,7 @@ def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
-    """Wraps a model in DDP, or in FSDP2 in accelerate's units."""
+    """Wrap a model in DDP, or in FSDP2 with the same units as accelerate."""
     if setup.sharding == "ddp":
         return DistributedDataParallel(model)
     dtype = torch.bfloat16 if setup.mixed_precision == "bf16" else None
@@ -159,12 +160,12 @@ def _step(model, optimizer, batch, setup: TrainingSetup) -> None:
 
 
 def compare_on_ranks(config: dict[str, Any], options: dict[str, Any], lengths=LENGTHS) -> dict[str, Any]:
-    """[`compare`] on each process of a group that shares a batch."""
+    """Call [`compare`] on each process of a group whose ranks share a batch."""
     return compare(config, options, lengths, init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def measure() -> dict[str, Any]:
-    """All cases by name; of two ranks, the one whose estimate is farther off."""
+    """Measure all cases; of two ranks, return the one whose estimate has the larger error."""
     found = {name: compare(config, options) for name, (config, options) in CASES.items()}
     with WorkerPool() as pool:
         for name, (config, options) in RANK_CASES.items():
@@ -177,7 +178,7 @@ def _error(case: dict[str, Any]) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each case."""
+    """Return a table with one row per case."""
     columns = {"": ""}
     for what in ("at the peak", "for backward"):
         columns |= {f"estimated\n{what}": "MiB:.1f", f"measured\n{what}": "MiB:.1f", f"error\n{what}": "+.1%"}
@@ -185,4 +186,4 @@ def text(found: dict[str, Any]) -> str:
     for name, case in found.items():
         sizes = [(case[key]["estimated"], case[key]["measured"]) for key in ("peak", "kept")]
         rows.append((name, *(figure for e, m in sizes for figure in (e, m, e / m - 1))))
-    return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB of a process\n\n" + table(columns, rows)
+    return f"one step of {sum(LENGTHS):,} tokens on CPU; MiB per process\n\n" + table(columns, rows)

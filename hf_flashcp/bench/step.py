@@ -1,9 +1,9 @@
-"""A whole training step under each strategy and exchange, beside the single process, in one run.
+"""Times a whole training step under each strategy and exchange, and on a single process.
 
-All cases take turns, round after round, on the same processes of one machine, so that whatever else the machine does
-falls on all of them alike. A step shards a packed batch, runs the model forward and backward under DDP, clips the
-gradient and updates with AdamW. The ideal is the step of one process, whose kernels are the same, over the number of
-ranks. What a step spends its time on comes from one more round, with PyTorch's profiler, on CPU.
+All cases run in turn, round after round, on the same processes of one machine, so that other load on the machine
+affects all of them equally. A step shards a packed batch, runs the model forward and backward under DDP, clips the
+gradient and updates with AdamW. The ideal is the time of the step on one process, with the same kernels, divided by
+the number of ranks. On CPU, one more round with PyTorch's profiler shows how a step divides its time.
 """
 
 from __future__ import annotations
@@ -38,14 +38,18 @@ QWEN3 = {
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
-"""The model that is trained unless another is asked for."""
+"""Config of the model that is trained by default."""
 
 EXCHANGES = ("needed", "staged", "all")
-"""Needed KV in one stage, needed KV in a stage for each other rank, or all KV, as an all-gather does."""
+"""Ways to exchange KV.
+
+"needed" sends the needed KV in one stage, "staged" sends it in one stage per other rank, and "all" sends all KV, as an
+all-gather does.
+"""
 
 SINGLE = "single process"
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
-"""Relative tolerances of losses and gradient norms against the single process's."""
+"""Relative tolerance, for each dtype, between losses and gradient norms of a case and of the single process."""
 
 _WARM_UP = 2
 
@@ -64,12 +68,12 @@ def measure(
     threads: int = 1,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Trains on one pack of each corpus; the first case of a pack is the single process.
+    """Train on one pack of each corpus; the first case of every pack is the single process.
 
-    `ideal_share` is the median over rounds of the single process's time of the same round / cp_size / seconds. On CPU
-    `cpu_ideal_share` is the same from the CPU seconds of the busiest rank (without waiting, and without what other
-    programs take), `shares` are the ranks' time by `PARTS` in one more round with the profiler, and `layer` has what
-    [`layer_bars`] finds in that round on each rank, on the first corpus under the last strategy with the first
+    `ideal_share` is the median over rounds of the single process's time / cp_size / the case's time. On CPU there is
+    more: `cpu_ideal_share` is the same for the CPU seconds of the busiest rank, which leave out waiting and other
+    programs; `shares` has the share of the ranks' time in each of `PARTS`, from a round with the profiler; and `layer`
+    has the result of [`layer_bars`] on each rank in that round, for the first corpus, the last strategy and the first
     exchange.
     """
     names = [
@@ -80,8 +84,8 @@ def measure(
     ]
     if device == "cuda" and torch.cuda.device_count() < cp_size:
         raise ConfigurationError(
-            f"A step on {cp_size} GPUs was asked for, but PyTorch sees {torch.cuda.device_count()}: give --cp-size as "
-            "many as there are, or --device cpu."
+            f"--cp-size {cp_size} needs {cp_size} GPUs, but PyTorch sees {torch.cuda.device_count()}. Pass a smaller "
+            "--cp-size, or --device cpu."
         )
     setting = (json.dumps(config), dtype, device, threads)
     packs: list[dict[str, Any]] = []
@@ -123,7 +127,7 @@ def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]
 
 
 def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, cp_size: int) -> list[dict[str, Any]]:
-    """Rows of a table, from what every rank found in every turn, the last with the profiler."""
+    """Return one row per case from the figures of every rank in every turn; the last turn has the profiler's."""
     *timed, profiled = turns
     seconds, cpu_seconds = (
         [[max(rank[index][key] for rank in turn if index in rank) for turn in timed] for index in range(len(names))]
@@ -153,7 +157,7 @@ def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, c
 
 
 def _ideal_share(seconds: list[list[float]], index: int, ranks: int) -> float:
-    """Median over rounds of the single process's time / ranks / the case's time."""
+    """Return the median over rounds of the single process's time / ranks / the case's time."""
     return median(alone / ranks / taken for alone, taken in zip(seconds[0], seconds[index]))
 
 
@@ -166,7 +170,7 @@ def _from_zero(ranks: list[dict[str, list]]) -> list[dict[str, list]]:
 
 
 def check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
-    """Every case must have computed the same step; times of something else would mean nothing."""
+    """Check that all cases computed the same step, because otherwise their times could not be compared."""
     for case in cases:
         for what in ("loss", "grad_norm"):
             assert math.isclose(case[what], cases[0][what], rel_tol=tolerance), (
@@ -175,7 +179,7 @@ def check_agreement(cases: list[dict[str, Any]], tolerance: float) -> None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table for each pack."""
+    """Return one table per pack."""
     config = found["config"]
     parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "

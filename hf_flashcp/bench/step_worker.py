@@ -1,4 +1,4 @@
-"""A process of `bench step`: it keeps a model from turn to turn and runs the same step under many plans."""
+"""Code that runs in the processes of `bench step`: they keep a model and run the same step under many plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .memory import random_batch, random_model
 
 
 class Trainer:
-    """A model with its optimizer, whose learning rate is 0, so that every step starts from the same weights."""
+    """A model and its optimizer. The learning rate is 0, so that every step starts from the same weights."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, mesh: DeviceMesh | None):
         model = random_model(config, dtype).to(device)
@@ -36,7 +36,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step(self, batch: dict[str, Any], layout: AllGatherLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of this rank, and norm of the whole batch's gradient."""
+        """Run one step. Return this rank's loss and the norm of the whole batch's gradient."""
         with record_function(traces.STEP):
             shard = shard_inputs(batch, self.mesh)
             if layout is not None:
@@ -50,7 +50,7 @@ class Trainer:
         return loss.detach(), norm
 
     def update(self) -> torch.Tensor:
-        """Clips the gradient, updates the weights and waits for the device. Returns the gradient's norm."""
+        """Clip the gradient, update the weights and wait for the device. Return the norm of the gradient."""
         with record_function(traces.OPTIMIZER):
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -60,14 +60,14 @@ class Trainer:
         return norm
 
     def bytes_between_steps(self) -> int:
-        """Weights, the optimizer's state, and DDP's buckets of gradients."""
+        """Return the bytes of the weights, the optimizer state and DDP's gradient buckets."""
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
         states = sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
         return weights + states + (weights if self.mesh is not None else 0)
 
 
 def _name_forward(layer: torch.nn.Module) -> None:
-    """A range `LAYER` around a layer's forward, while a profiler runs."""
+    """Record a range `LAYER` around a layer's forward while a profiler runs."""
     ranges: list[Any] = []
 
     def enter(*_: Any) -> None:
@@ -82,7 +82,10 @@ def _name_forward(layer: torch.nn.Module) -> None:
 def _trainers(
     world: dist.ProcessGroup, config: str, dtype: str, device: str, threads: int
 ) -> tuple[Trainer, Trainer | None]:
-    """This process's part of the group, and on the first rank the single process too; kept from turn to turn."""
+    """Return this process's trainer in the group and, on the first rank, the trainer of the single process.
+
+    Both are kept from turn to turn.
+    """
     torch.set_num_threads(threads)
     rank, size = world.rank(), world.size()
     chosen = torch.device(device, rank if device == "cuda" else None)
@@ -96,18 +99,20 @@ def _trainers(
 
 
 Case = tuple[ShardPlan, bool]
-"""A plan, and whether everything travels."""
+"""A plan, and whether all KV is sent instead of the needed KV."""
 
 
 def run_turn(
     setting: tuple[str, str, str, int], cases: list[Case], order: list[int], profiled: bool
 ) -> dict[int, Any]:
-    """One step of every case, in this order; those with cp_size 1 on the first rank while the others wait. Returns by
-    case what this rank found."""
+    """Run one step of every case in the given order, and return this rank's figures by case.
+
+    Cases with cp_size 1 run on the first rank, while the others wait.
+    """
     shared, single = _trainers(dist.group.WORLD, *setting)
     found = {}
     for index in order:
-        plan, everything = cases[index]
+        plan, send_all = cases[index]
         trainer = single if plan.cp_size == 1 else shared
         if trainer is None:
             dist.barrier()
@@ -116,7 +121,7 @@ def run_turn(
         batch: dict[str, Any] = {"flashcp_plan": plan}
         for name, rows in random_batch(plan.lengths, trainer.vocabulary).items():
             batch[name] = rows.to(trainer.device)
-        layout = AllGatherLayout(plan, dist.get_rank()) if everything else None
+        layout = AllGatherLayout(plan, dist.get_rank()) if send_all else None
         found[index] = _measured(trainer, batch, layout, profiled)
         dist.barrier()
     return found
@@ -131,7 +136,7 @@ def _measured(
         before = torch.cuda.memory_allocated(trainer.device)
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled and not on_gpu else None
     with profiler or nullcontext():
-        dist.barrier()  # a profiler starts later here than there
+        dist.barrier()  # profilers do not start at the same time on all ranks
         begin, cpu_begin = time.perf_counter(), time.process_time()
         loss, norm = trainer.step(batch, layout)
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin

@@ -1,4 +1,4 @@
-"""Reads traces of PyTorch's profiler: allocations, and what a step spends its time on."""
+"""Reads traces of PyTorch's profiler: allocations, and the time that each part of a step takes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.profiler import profile
 
 
 FORWARD_DONE = "forward is done"
-"""A range between forward and backward."""
+"""Name of a range between forward and backward."""
 
 STEP, BACKWARD, OPTIMIZER, LAYER = "step", "backward", "optimizer", "layer"
-"""Ranges of a step, its backward, what follows, and the forward of one layer."""
+"""Names of ranges: the whole step, its backward, the clipping and update after it, and the forward of one layer."""
 
 WAIT = "flashcp: wait for"
 _ATTENTION = ("flashcp::attention", "autograd::engine::evaluate_function: _DocumentAttentionBackward")
@@ -28,8 +28,10 @@ Span = tuple[float, float]
 
 
 def trace_events(profiler: profile) -> list[dict[str, Any]]:
-    """Events of a profiler that has stopped; `ts` and `dur` in microseconds, on one clock for all processes of a
-    machine."""
+    """Return the events of a profiler that has stopped.
+
+    `ts` and `dur` are in microseconds; all processes of a machine use the same clock.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -38,7 +40,10 @@ def trace_events(profiler: profile) -> list[dict[str, Any]]:
 
 
 def kept_and_peak(events: Iterable[dict[str, Any]]) -> tuple[int, int]:
-    """Bytes allocated since the profiler started and not released: when forward was done, and at most."""
+    """Return the live bytes at the end of forward, and the peak of live bytes.
+
+    Live bytes have been allocated since the profiler started and not been released.
+    """
     live = kept = peak = 0
     for event in sorted((e for e in events if e["name"] in ("[memory]", FORWARD_DONE)), key=lambda e: e["ts"]):
         if event["name"] == FORWARD_DONE:
@@ -50,11 +55,14 @@ def kept_and_peak(events: Iterable[dict[str, Any]]) -> tuple[int, int]:
 
 
 def seconds_by_part(events: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of a step on CPU by `PARTS`, which add up to the step's.
+    """Return the seconds of a step on CPU by `PARTS`, which add up to the time of the step.
 
-    `linear` are matrix products outside attention, `attention` is this library without what it waits for, `waiting` is
-    for keys, values and their gradients, `gradients` for the all-reduce after the last gradient was computed,
-    `optimizer` clips and updates.
+    - `linear`: matrix products outside attention.
+    - `attention`: this library, without waiting.
+    - `waiting`: waiting for keys, values and their gradients.
+    - `gradients`: the all-reduce after the last gradient has been computed.
+    - `optimizer`: clipping and the update.
+    - `other`: everything else.
     """
     spans = _spans(events)
     (step,) = spans[STEP]
@@ -76,10 +84,11 @@ def seconds_by_part(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def layer_bars(events: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, float, float]]]:
-    """Forward and backward of the layer whose forward is a range `LAYER`: named ranges of attention and matrix
-    products as `(name, begin, end)` in seconds, the layer itself first.
+    """Return the ranges of one layer, for "forward" and "backward", as `(name, begin, end)` in seconds.
 
-    What belongs to its backward is known from sequence numbers, which autograd gives to an operator and its node.
+    The layer is the one whose forward is a range `LAYER`. Its own range comes first, then those of attention and of
+    matrix products. Sequence numbers, which autograd gives to an operator and its backward node, tell which ranges
+    belong to the layer's backward.
     """
     events = list(events)
     spans = _spans(events)
@@ -112,7 +121,7 @@ def _within(span: Span, other: Span) -> bool:
 
 
 def _spans(events: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:
-    """By name the spans of the thread that runs the step (on CPU its backward too)."""
+    """Return the spans, by name, of the thread that runs the step (on CPU, also its backward)."""
     events = [event for event in events if "dur" in event]
     thread = next(event["tid"] for event in events if event["name"] == STEP)
     spans: dict[str, list[Span]] = {}

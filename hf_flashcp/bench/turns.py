@@ -1,4 +1,4 @@
-"""Timing functions in turns, so that whatever else the machine does falls on all of them alike."""
+"""Timing of functions that run in turn, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch.distributed as dist
 
 
 Run = Callable[[], Sequence[float]]
-"""Does something and returns figures of it, such as the seconds that its parts took."""
+"""A function that does something and returns figures about it, for example the seconds that its parts took."""
 
 
 def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list[Sequence[float]]]:
-    """What every run returned in each round after `warm_up` ones. All processes start each turn together."""
+    """Call every run once per round, and return its figures for each round after the `warm_up` rounds.
+
+    All processes of the group start each turn together.
+    """
     found: list[list[Sequence[float]]] = [[] for _ in runs]
     for turn in range(warm_up + rounds):
         for figures, run in zip(found, runs):
@@ -28,10 +31,10 @@ def in_turns(runs: Sequence[Run], rounds: int, *, warm_up: int = 1) -> list[list
 
 
 def median_seconds(rounds: int, device: torch.device, **functions: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of each function; every round calls each once, after one round that does not count.
+    """Return the median seconds of each function. Every round calls each function once; a first round is not counted.
 
-    On a GPU the seconds are those between two CUDA events around the call, so what the host does beside the device's
-    work is not in them, and nothing waits for the device between two calls.
+    On a GPU, the time is that between two CUDA events around the call. It does not include work of the host that
+    overlaps with the device, and nothing waits for the device between two calls.
     """
     on_gpu = device.type == "cuda"
 

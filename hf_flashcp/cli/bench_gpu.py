@@ -1,4 +1,4 @@
-"""`flashcp bench gpu`."""
+"""`flashcp bench gpu`: correctness and speed on a GPU, in one run."""
 
 from __future__ import annotations
 
@@ -15,34 +15,39 @@ from tqdm import tqdm
 def add_gpu(benches) -> None:
     gpu = benches.add_parser(
         "gpu",
-        help="all that one run on a GPU can establish: correctness first, then speed",
-        description="Runs steps one after the other, each within its own time and in processes of its own, so that "
-        "one that fails costs only itself. Takes at most nine minutes on one GPU. Started by torchrun on several GPUs "
-        "it adds what one cannot show. docs/gpu.md says how to read the figures.",
+        help="check correctness and measure speed on a GPU, in one run",
+        description="Runs several steps in turn. Each step has its own time limit and its own processes, so that a "
+        "step that fails does not affect the others. A run on one GPU takes at most nine minutes. On several GPUs, "
+        "started with torchrun, it adds the steps that need more than one. docs/gpu.md explains the figures.",
     )
-    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda (default), or cpu to rehearse")
+    gpu.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cuda (default), or cpu for a quick trial with small sizes",
+    )
     gpu.add_argument(
         "--steps",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="only these steps, or groups of them: correctness, timing, cluster (default: all)",
+        help="run only these steps or groups of steps (groups: correctness, timing, cluster; default: all)",
     )
     gpu.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="write steps.jsonl, report.txt and profile.json there; steps that have passed there are not run again",
+        help="write steps.jsonl, report.txt and profile.json to this folder; steps that have passed there are skipped",
     )
     gpu.add_argument(
-        "--kernel-library", metavar="FILE", help="FlashAttention-3's library, brought along; .xz is unpacked first"
+        "--kernel-library", metavar="FILE", help="load FlashAttention-3 from this library file; .xz is unpacked first"
     )
-    gpu.add_argument("--json", action="store_true", help="print each step as a line of JSON, and nothing else")
+    gpu.add_argument("--json", action="store_true", help="print one line of JSON per step and nothing else")
     gpu.set_defaults(run=run_gpu)
 
 
 def run_gpu(arguments: argparse.Namespace) -> int:
-    """Returns 0 if all steps passed, else 1."""
+    """Run the steps that were asked for. Return 0 if all of them passed, else 1."""
     from ..attention.kernels import load_kernel_library
     from ..bench.gpu.launch import is_first, join, launched_ranks, run_together
     from ..bench.gpu.runner import PASSED, Pools, Results, run_steps
@@ -86,7 +91,7 @@ def _write(rows: list[dict[str, Any]], chosen: list[Any], arguments: argparse.Na
 
 @contextmanager
 def _progress(steps: list[Any], as_json: bool) -> Iterator[Callable[[Any, dict[str, Any] | None], None]]:
-    """A bar over the steps, and with `--json` a line after each."""
+    """Show a progress bar over the steps and, with `--json`, print one line after each."""
     with tqdm(total=len(steps), unit="step", leave=False, disable=None) as bar:
 
         def on_row(step: Any, row: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""`flashcp doctor`: whether a model trains exactly, which kernels its layers would use, and what is refused."""
+"""`flashcp doctor`: does a model train exactly, which kernels would its layers use, and what is refused?"""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
 from ..tables import table
-from .options import add_json, add_number, load_config, show
+from .options import STRATEGY, add_json, add_number, load_config, show
 
 
 MAX_PROCESSES = 4
-"""Processes that the check starts at most; more ranks follow the same code."""
+"""Largest number of processes that the check starts; a larger cp_size runs the same code."""
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check whether a model trains exactly",
-        description="Checks the gradient of a tiny random copy, split over processes, against each document alone.",
+        description="Trains a tiny random copy for one step, split over processes, and compares its gradients with "
+        "those of each document run alone.",
     )
     parser.add_argument(
         "model",
         nargs="?",
         metavar="MODEL_OR_CONFIG",
-        help="a hub name, a directory with a config.json, such a file, or a model type (its default config)",
+        help="a hub name, a config.json, a directory that has one, or a model type (checks its default config)",
     )
     add_number(parser, "--cp-size", 2, "context-parallel ranks", least=1)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help=STRATEGY)
     parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )
@@ -42,7 +43,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 if the model is supported (always after `--all-models`), else 1."""
+    """Check the models. Return 0 if the one model is supported, or after `--all-models`; else 1."""
     if arguments.all_models == (arguments.model is not None):
         raise ConfigurationError(
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."
@@ -64,7 +65,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
     processes = min(arguments.cp_size, MAX_PROCESSES)
     with WorkerPool() as pool:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
-    healthy = diagnosis.verdict in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
+    healthy = diagnosis.result in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
     groups = layer_groups(config, diagnosis.layers)
     found = {**asdict(diagnosis), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
     found["layers"] = groups
@@ -84,15 +85,15 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
         lines += [
             "",
             f"gradients of a tiny copy on {processes} processes, strategy {diagnosis.strategy}: relative difference "
-            f"{diagnosis.gradient_error:.1e} (limit {LIMIT:.0e}), of the loss {diagnosis.loss_error:.1e}"
+            f"{diagnosis.gradient_error:.1e} (limit {LIMIT:.0e}); loss: {diagnosis.loss_error:.1e}"
             + (", router loss included" if diagnosis.router_loss else ""),
         ]
     lines += [f"to change: {advice}" for advice in diagnosis.advice]
-    return [*lines, "", f"{diagnosis.verdict}{': ' + diagnosis.reason if diagnosis.reason else ''}"]
+    return [*lines, "", f"{diagnosis.result}{': ' + diagnosis.reason if diagnosis.reason else ''}"]
 
 
 def _layers(groups: list[dict[str, Any]]) -> list[str]:
-    """A table of the layers and their kernels, then why it is these and which of them are not tested."""
+    """Return a table of the layers and their kernels, then notes on rejected and untested kernels."""
     from ..attention.kernels import TESTED
 
     sizes = {"heads": "heads", "KV": "kv_heads", "key": "key_dim", "value": "value_dim", "window": "window"}

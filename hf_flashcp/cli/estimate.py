@@ -1,4 +1,4 @@
-"""`flashcp estimate`: does a window fit on some GPUs, and with which cp_size? Needs no torch."""
+"""`flashcp estimate`: does a window fit on some GPUs, and with which cp_size? Does not need torch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ from .plots import plot_memory
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "estimate",
-        help="say whether a window fits on some GPUs, and with which cp_size",
-        description="Estimates memory, step time and KV traffic of a fine-tune for every cp_size, and chooses one.",
+        help="estimate whether a window fits on your GPUs, and with which cp_size",
+        description="Estimates memory, step time and KV traffic of fine-tuning for every cp_size, and chooses one.",
     )
     options.add_model(parser, required=True)
-    options.add_number(parser, "--window", text="tokens of a packed row", required=True, least=1)
-    options.add_number(parser, "--gpus", text="in all", required=True)
+    options.add_number(parser, "--window", text="tokens in a packed row", required=True, least=1)
+    options.add_number(parser, "--gpus", text="number of GPUs in total", required=True)
     options.add_hardware(parser, default="h100")
-    options.add_number(parser, "--cp-size", text="only this one (default: all that divide the GPUs)")
+    options.add_number(
+        parser, "--cp-size", text="consider only this one (default: all that divide the number of GPUs)"
+    )
     for option, values, default, text in (
-        ("--sharding", SHARDINGS, "fsdp2", ""),
-        ("--dtype", DTYPES, "bfloat16", "in which the model is loaded, "),
-        ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's, "),
+        ("--sharding", SHARDINGS, "fsdp2", "how weights and optimizer state are distributed"),
+        ("--dtype", DTYPES, "bfloat16", "dtype in which the model is loaded"),
+        ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's mixed precision"),
     ):
-        parser.add_argument(option, choices=values, default=default, help=f"{text}default: {default}")
+        parser.add_argument(option, choices=values, default=default, help=f"{text} (default {default})")
     options.add_checkpointing(parser)
-    options.add_corpus(parser, "(default: one document as long as the window, the most traffic)")
-    options.add_number(parser, "--seed", 0, "of the draw")
+    options.add_corpus(parser, "(default: one document as long as the window, which causes the most traffic)")
+    options.add_number(parser, "--seed", 0, "random seed for --lengths-from")
     options.add_json(parser)
     options.add_plot(parser, "memory by cp_size")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Estimates, draws if asked to, and prints; after that, a window that fits with no cp_size is an error."""
+    """Estimate, draw if asked to, and print. Then raise an error if the window does not fit with any cp_size."""
     hardware = HardwareProfile.load(arguments.hardware)
     config = options.read_config(arguments.model)
     given = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")
@@ -57,13 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         plot_memory(estimate.found, estimate.usable, arguments.plot, window=arguments.window, setup=setup)
     options.show(_as_dict(estimate) if arguments.json else _text(estimate), str, arguments.json)
-    sys.stdout.flush()  # before an error on the other stream
+    sys.stdout.flush()  # so that it comes before an error on stderr
     _require_fit(estimate)
 
 
 class _Estimate(NamedTuple):
-    """What was estimated, memory in bytes. `shown` is the chosen one, or the one with the largest window where none
-    fits; `modes` are its cp_size with every kind of gradient checkpointing."""
+    """An estimate for every cp_size, with memory in bytes.
+
+    `shown` is the chosen cp_size or, if none fits, the one that allows the largest window. `modes` repeats the
+    estimate for that cp_size with every kind of gradient checkpointing.
+    """
 
     parameters: float
     setup: TrainingSetup
@@ -90,7 +95,7 @@ def _estimate(
         for mode in GRADIENT_CHECKPOINTING
     }
     usable = usable_bytes(hardware)
-    assert hardware.memory_bytes is not None  # or nothing is usable, which is an error
+    assert hardware.memory_bytes is not None  # usable_bytes raises an error without it
     parameters = MemoryShape.from_config(config).parameters
     return _Estimate(parameters, setup, lengths, hardware.memory_bytes, usable, found, chosen, reason, shown, modes)
 
@@ -101,12 +106,12 @@ def _require_fit(estimate: _Estimate) -> None:
     setup, shown, modes = estimate.setup, estimate.shown, estimate.modes
     mode = max(modes, key=lambda mode: modes[mode].largest_window)
     reach = modes[mode].largest_window
-    largest = f"{shown.largest_window:,} tokens" if shown.largest_window else "less than 1,024 tokens"
+    largest = f"{shown.largest_window:,} tokens" if shown.largest_window else "fewer than 1,024 tokens"
     other = f" ({reach:,} with --activation-checkpointing {mode})" if reach > shown.largest_window else ""
-    advice = "Take a shorter window" if shown.largest_window or reach else "Take a smaller model"
+    advice = "Use a shorter window" if shown.largest_window or reach else "Use a smaller model"
     raise ConfigurationError(
-        f"A window of {sum(estimate.lengths):,} tokens does not fit on {counted(setup.gpus, 'GPU')}: the largest that "
-        f"does has {largest}, with cp_size {shown.cp_size}{other}. {advice}"
+        f"A window of {sum(estimate.lengths):,} tokens does not fit on {counted(setup.gpus, 'GPU')}. The largest "
+        f"window that fits has {largest}, with cp_size {shown.cp_size}{other}. {advice}"
         f"{', --sharding fsdp2' if setup.sharding == 'ddp' else ''} or more GPUs."
     )
 
@@ -167,7 +172,7 @@ def _text(estimate: _Estimate) -> str:
             "",
             f"cp_size {shown.cp_size}: {estimate.reason}" if estimate.chosen else "no cp_size fits",
             "",
-            f"at its highest, with cp_size {shown.cp_size}: {shown.memory.peak}",
+            f"peak memory with cp_size {shown.cp_size}: {shown.memory.peak}",
             "",
             table({"memory": "", "GiB per GPU": "GiB:,.1f"}, parts.items()),
             *_with_workspace(shown.memory),
@@ -180,13 +185,13 @@ def _text(estimate: _Estimate) -> str:
 
 
 def _with_workspace(memory: MemoryEstimate) -> list[str]:
-    """Says what the step needs with the attention workspace, unless that is the peak, whose parts show it."""
+    """Return a line on the memory while the attention workspace exists, unless that is the peak shown above."""
     moments = {name: parts for name, parts in memory.moments.items() if parts[WORKSPACE]}
     if not moments or memory.peak in moments:
         return []
     name = max(moments, key=lambda name: sum(moments[name].values()))
     total, workspace = (size / GIB for size in (sum(moments[name].values()), moments[name][WORKSPACE]))
-    return ["", f"in the {name}: {total:,.1f}, of which {WORKSPACE} {workspace:,.1f}"]
+    return ["", f"in the {name}: {total:,.1f} GiB, of which {workspace:,.1f} GiB is {WORKSPACE}"]
 
 
 def _seconds(seconds: float) -> str:

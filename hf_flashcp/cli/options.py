@@ -1,4 +1,4 @@
-"""Options that several commands have, what they stand for, and how commands print."""
+"""Options that several commands share, functions that read their values, and how commands print results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ..predict import HARDWARE
 from ..predict.training_setup import GRADIENT_CHECKPOINTING
 
 
+STRATEGY = "how documents are sharded over ranks (default %(default)s)"
+"""Help text of `--strategy`."""
+
+
 def add_number(
     parser: argparse.ArgumentParser,
     option: str,
@@ -23,7 +27,7 @@ def add_number(
     least: int | None = None,
     **settings: Any,
 ) -> None:
-    """Adds an option for whole numbers, with its default in the help. Numbers below `least` are an error."""
+    """Add an option for whole numbers, with its default in the help text. Numbers below `least` are an error."""
     if default is not None:
         shown = default if isinstance(default, int) else " ".join(map(str, default))
         text = f"{text} (default {shown})".lstrip()
@@ -53,10 +57,10 @@ def add_model(parser: argparse.ArgumentParser, note: str = "", *, required: bool
     parser.add_argument("--model", required=required, metavar="CONFIG", help=f"{text} {note}".strip())
 
 
-def add_hardware(parser: argparse.ArgumentParser, note: str = "", **settings: Any) -> None:
-    text = f"{note} {', '.join(HARDWARE)}, or a JSON file".lstrip()
-    if settings.get("default"):
-        text += f" (default {settings['default']})"
+def add_hardware(parser: argparse.ArgumentParser, note: str = "hardware profile:", **settings: Any) -> None:
+    text = f"{note} {', '.join(HARDWARE)}, or a JSON file"
+    if default := settings.get("default"):
+        text += f" (default {default if isinstance(default, str) else ' '.join(default)})"
     parser.add_argument("--hardware", metavar="NAME", help=text, **settings)
 
 
@@ -67,7 +71,7 @@ def add_checkpointing(parser: argparse.ArgumentParser) -> None:
         dest="gradient_checkpointing",
         choices=GRADIENT_CHECKPOINTING,
         default="none",
-        help="default: %(default)s",
+        help="activation checkpointing of the layers (default %(default)s)",
     )
 
 
@@ -77,26 +81,26 @@ def add_corpus(parser: Any, note: str = "") -> None:
 
 
 def add_documents(parser: argparse.ArgumentParser) -> Any:
-    """Adds what says which documents a row has, for [`documents`]. Returns the group of exclusive options."""
+    """Add the options that [`documents`] reads, and return their mutually exclusive group for more of them."""
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
-        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens of each document of a packed row, in order"
+        "--lengths", type=comma_separated, metavar="N,N,...", help="tokens in each document of a packed row, in order"
     )
     add_corpus(given)
-    add_number(parser, "--window", text="tokens of a packed row that is drawn")
-    add_number(parser, "--seed", 0, "of the first draw")
+    add_number(parser, "--window", text="tokens in a packed row, with --lengths-from")
+    add_number(parser, "--seed", 0, "random seed of the first row that is drawn")
     return given
 
 
 def documents(arguments: argparse.Namespace, packs: int = 1) -> list[list[int]]:
-    """The documents' lengths of each row."""
+    """Return the document lengths of each row, in tokens."""
     if arguments.lengths is not None:
         if arguments.window is not None:
             raise PlanError("--window goes with --lengths-from: --lengths already says how long the row is.")
         return [arguments.lengths]
     if arguments.window is None:
         option = "--lengths-file" if arguments.lengths_from is None else "--lengths-from"
-        raise PlanError(f"{option} needs --window: the tokens to draw documents for.")
+        raise PlanError(f"{option} needs --window: the number of tokens to draw documents for.")
     seeds = range(arguments.seed, arguments.seed + packs)
     if arguments.lengths_from is not None:
         return [sample_pack(arguments.lengths_from, arguments.window, seed=seed) for seed in seeds]
@@ -105,17 +109,17 @@ def documents(arguments: argparse.Namespace, packs: int = 1) -> list[list[int]]:
 
 
 def comma_separated(text: str) -> list[int]:
-    """Returns the whole numbers of an option's value such as 4096,1024,512."""
+    """Parse an option's value, for example 4096,1024,512, into whole numbers."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of whole numbers separated by commas, such as 4096,1024,512"
+            f"{text!r} is not a list of whole numbers separated by commas, for example 4096,1024,512"
         ) from None
 
 
 def read_config(name: str) -> Any:
-    """The config in a file, a folder, or on the hub. Files are read as they are, without transformers."""
+    """Return a model's config from a file, a folder or the hub; local files are read as JSON, without transformers."""
     path = Path(name)
     try:
         if path.is_dir():
@@ -123,7 +127,7 @@ def read_config(name: str) -> Any:
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
-                raise ValueError("not an object in JSON")
+                raise ValueError("the file does not hold a JSON object")
             return config
         from transformers import AutoConfig
 
@@ -131,13 +135,13 @@ def read_config(name: str) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigurationError(
-            f"--model {name}: no config could be read ({reason}). Give a config.json, a folder with one, or a name on "
-            "the hub."
+            f"--model {name}: no config could be read ({reason}). Pass a config.json, a folder that has one, or a hub "
+            "name."
         ) from None
 
 
 def load_config(name: str) -> Any:
-    """transformers' config for a hub name, a directory, a file or a model type."""
+    """Return transformers' config object for a hub name, a directory, a file or a model type."""
     from transformers import AutoConfig
 
     from ..doctor.tiny import causal_language_models, default_config
@@ -146,15 +150,15 @@ def load_config(name: str) -> Any:
         if name in causal_language_models() and not Path(name).exists():
             return default_config(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and its validators raise a dozen kinds
+    except Exception as error:  # transformers and its validators raise many kinds of errors
         raise ConfigurationError(
-            f"No usable config for {name!r}: pass a hub name, a directory with a config.json, such a file, or a model "
-            f"type such as llama. transformers says: {' '.join(str(error).split())[:200]}"
+            f"No usable config for {name!r}. Pass a hub name, a directory with a config.json, that file itself, or a "
+            f"model type (for example llama). transformers says: {' '.join(str(error).split())[:200]}"
         ) from None
 
 
 def show(found: Any, text: Callable[[Any], str], as_json: bool, indent: int | None = None) -> None:
-    """Prints what was found as JSON, with null for numbers that are not finite, or else as text."""
+    """Print a result as text, or as JSON with null in place of numbers that are not finite."""
     if not as_json:
         print(text(found))
         return

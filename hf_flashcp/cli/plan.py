@@ -1,4 +1,4 @@
-"""`flashcp plan`: how documents would be shared, what that costs, and a picture of it. Needs no torch."""
+"""`flashcp plan`: show how documents would be sharded, and what that costs. Does not need torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plan_plot import plot_plan
 
 
 MAX_LISTED_SLICES = 12
-"""Slices of a rank up to which the table is followed by the slices themselves."""
+"""The slices themselves are listed below the table if no rank has more than this many."""
 
 _SLICES_PER_LINE = 4
 
@@ -24,28 +24,39 @@ _SLICES_PER_LINE = 4
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "plan",
-        help="show how documents would be shared over ranks, and what that costs",
-        description="Plans one packed batch and prints tokens, attention work and KV traffic of every rank.",
+        help="show how documents would be sharded over ranks, and what that costs",
+        description="Plans one packed batch, and prints the tokens, attention work and KV traffic of every rank.",
     )
     options.add_documents(parser)
     options.add_number(parser, "--cp-size", text="context-parallel ranks", required=True)
-    parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help="default: %(default)s")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=DEFAULT_STRATEGY, help=options.STRATEGY)
     parser.add_argument(
-        "--max-imbalance", type=float, default=1.05, metavar="R", help="attention pairs, max / mean (default 1.05)"
+        "--max-imbalance",
+        type=float,
+        default=1.05,
+        metavar="R",
+        help="cap on attention pairs per rank, max / mean (default 1.05)",
     )
     parser.add_argument(
-        "--max-token-imbalance", type=float, default=1.0, metavar="R", help="tokens, max / mean (default 1.0)"
+        "--max-token-imbalance",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="cap on tokens per rank, max / mean (default 1.0)",
     )
     parser.add_argument(
-        "--sliding-window", type=int, metavar="W", help="also count what layers with a window of W keys cost"
+        "--sliding-window",
+        type=int,
+        metavar="W",
+        help="also report the costs of layers with a sliding window of W keys",
     )
     options.add_number(
         parser,
         "--ranks-per-node",
-        text="ranks that share a node, to which KV crosses once: count apart what travels between nodes, and keep "
-        "that little with the strategy search (default: the hardware's)",
+        text="ranks that share a node: KV is sent to each node once, traffic between nodes is reported separately, "
+        "and the strategy search reduces it (default: the hardware profile's)",
     )
-    options.add_hardware(parser, "predict step times, and plan for them with the strategy search:")
+    options.add_hardware(parser, "predict step times with this profile, and minimize them with the strategy search:")
     options.add_model(parser, "(with --hardware)")
     options.add_json(parser, "plan, report and digest")
     options.add_plot(parser, "the plan")
@@ -53,7 +64,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plans, draws if asked to, and prints."""
+    """Plan, draw if asked to, and print."""
     (lengths,) = options.documents(arguments)
     if (arguments.hardware is None) != (arguments.model is None):
         raise PlanError("--hardware and --model go together: times depend on both.")
@@ -80,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         cost_model.step_time(plan) if cost_model else None,
         topology,
     )
-    # Counted before anything is drawn: with an impossible sliding window nothing is drawn.
+    # Reports come first, so that an invalid sliding window is an error before anything is drawn.
     shown = _as_dict(planned) if arguments.json else _text(planned)
     if arguments.plot:
         plot_plan(plan, arguments.plot, strategy=arguments.strategy)
@@ -88,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Planned(NamedTuple):
-    """A plan and what the command line asks about it."""
+    """A plan, and what the command reports about it."""
 
     plan: ShardPlan
     strategy: str
@@ -113,8 +124,10 @@ def _as_dict(planned: _Planned) -> dict[str, Any]:
 
 
 def _text(planned: _Planned) -> str:
-    """A table with one line per rank (counts of tokens, except for slices and pairs), then imbalances and traffic;
-    where ranks lie in several nodes, also what travels between these."""
+    """Return the printed report: a table with one line per rank, then imbalances and traffic.
+
+    Columns count tokens, except for slices and pairs. Traffic between nodes is included if there are several nodes.
+    """
     plan, topology = planned.plan, planned.topology
     if topology is not None and plan.cp_size <= topology.ranks_per_node:
         topology = None
@@ -155,7 +168,7 @@ def _node_line(report: dict[str, Any], topology: Topology) -> str:
 def _window_lines(plan: ShardPlan, window: int) -> list[str]:
     report = plan.report(window=window)
     return [
-        f"with a window of {window:,}",
+        f"with a sliding window of {window:,}",
         f"  attention pairs       {sum(report['pairs']):,}, imbalance {report['pair_imbalance']:.3f}",
         f"  KV moved              {report['kv_total']:,} tokens ({report['kv_fraction']:.1%})",
     ]
@@ -165,10 +178,10 @@ def _time_lines(time: StepTime) -> list[str]:
     mean = time.attention.mean()
     return [
         f"predicted step          {1000 * time.seconds:,.1f} ms on the slowest rank",
-        f"  attention             {1000 * time.attention_seconds:,.1f} ms with what it waits for, "
-        f"{time.attention_seconds / mean:.3f} x the mean of its kernels",
+        f"  attention             {1000 * time.attention_seconds:,.1f} ms including waiting, "
+        f"{time.attention_seconds / mean:.3f} x the mean kernel time",
         f"  transfer              {1000 * time.transfer.max():,.1f} ms on the wire, "
-        f"{1000 * time.exposed.max():,.1f} ms of it not hidden by attention",
+        f"of which {1000 * time.exposed.max():,.1f} ms are not hidden by attention",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A picture of a plan: what each rank holds, where documents are cut, and whose KV travels where."""
+"""Drawing of a plan: the tokens that each rank holds, where documents are split, and which ranks exchange KV."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from ..tables import counted
 from .plots import COLOURS, INK, new_figure, require_matplotlib, save_figure
 
 
-_BAR = 0.72  # of a lane
+_BAR = 0.72  # height of a bar, as a share of its lane
 _MAX_LEGEND_DOCUMENTS = len(COLOURS)
 _MAX_LABELLED_ARROWS = 30
-_MAX_ARROWS = 80  # a matrix says more than thinner ones
+_MAX_ARROWS = 80  # a matrix is easier to read than more arrows
 
 
 def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> None:
-    """Draws the ranks' local rows, and an arrow for every pair of ranks between which KV travels (for many: a
-    matrix)."""
+    """Draw every rank's row, and an arrow for each pair of ranks that exchange KV, or a matrix if there are many."""
     require_matplotlib()
     traffic = plan.kv_traffic()
     arrows = [(*pair, int(traffic[*pair])) for pair in np.argwhere(traffic).tolist()]  # sender, receiver, tokens
@@ -39,7 +38,7 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     _draw_axes(lanes, plan)
-    figure.canvas.draw()  # only a finished layout tells how many pixels a token has
+    figure.canvas.draw()  # pixels per token are known only once the layout is final
     figure.set_layout_engine("none")
     _draw_slices(lanes, plan)
     save_figure(figure, path)
@@ -66,7 +65,7 @@ def _draw_axes(axes, plan):
         range(plan.cp_size),
         [f"rank {rank}   work {pairs / mean_pairs:.2f}" for rank, pairs in enumerate(report["pairs"])],
     )
-    axes.set_xlabel("tokens of the rank's row   (work: attention pairs / mean over ranks)", color=INK)
+    axes.set_xlabel("tokens in the rank's row   (work: attention pairs / mean over ranks)", color=INK)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
@@ -75,13 +74,13 @@ def _draw_axes(axes, plan):
 
 
 def _draw_slices(axes, plan):
-    pixels_a_token = axes.get_window_extent().width / axes.get_xlim()[1]
+    pixels_per_token = axes.get_window_extent().width / axes.get_xlim()[1]
     cuts = []
     for rank, slices in enumerate(plan.slices):
         left, bars, line_widths = 0, [], []
         for document, start, stop in slices:
             width = stop - start
-            pixels = width * pixels_a_token
+            pixels = width * pixels_per_token
             bars.append((left, width))
             line_widths.append(min(0.9, pixels / 14))
             boldness = min(1.0, pixels / 50)
@@ -110,7 +109,7 @@ def _draw_slices(axes, plan):
 
 
 def _colour(document):
-    # Neighbours differ, and so do documents ten apart.
+    # Neighbouring documents get different colours, and so do documents whose numbers differ by ten.
     return COLOURS[(document + document // len(COLOURS)) % len(COLOURS)]
 
 
@@ -128,7 +127,7 @@ def _label_that_fits(axes, x, y, names, pixels):
 
 
 def _draw_arrows(axes, arrows, ranks, pitch):
-    """One column per arrow, `pitch` points wide, so that arrows never cross or cover each other."""
+    """Draw each arrow in a column of its own, `pitch` points wide, so that arrows never cross or overlap."""
     most = max(tokens for *_, tokens in arrows)
     labelled = len(arrows) <= _MAX_LABELLED_ARROWS
     widest = min(7.0, (0.3 if labelled else 0.5) * pitch)
@@ -165,7 +164,7 @@ def _draw_arrows(axes, arrows, ranks, pitch):
             )
     axes.set_xlim(-0.8, len(arrows) - 0.2)
     axes.set_xticks([])
-    axes.set_xlabel(f"KV travels from dot to arrow\nwidest: {most:,} tokens", color=INK)
+    axes.set_xlabel(f"KV is sent from dot to arrowhead\nwidest: {most:,} tokens", color=INK)
     axes.tick_params(length=0, labelleft=False)
     axes.spines[:].set_visible(False)
     axes.hlines(range(ranks), -0.8, len(arrows) - 0.2, color="#dddddd", linewidth=0.6, zorder=0)
@@ -173,7 +172,7 @@ def _draw_arrows(axes, arrows, ranks, pitch):
 
 def _draw_matrix(figure, axes, traffic):
     image = axes.imshow(traffic, cmap="Blues", vmin=0, aspect="auto")
-    axes.set_xlabel("KV travels from the row's rank to rank", color=INK)
+    axes.set_xlabel("KV is sent from the row's rank to this rank", color=INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(length=0, labelleft=False, colors=INK)
     axes.spines[:].set_visible(False)
@@ -190,5 +189,5 @@ def _legend_handles(plan):
         for document, length in enumerate(plan.lengths):
             handles.append(Patch(color=_colour(document), label=f"doc {document} ({length:,})"))
     if sum(map(len, plan.slices)) > len(plan.lengths):
-        handles.append(Line2D([], [], color=INK, linewidth=1.8, label="cut inside a document"))
+        handles.append(Line2D([], [], color=INK, linewidth=1.8, label="split inside a document"))
     return handles

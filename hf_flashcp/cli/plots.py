@@ -1,4 +1,4 @@
-"""Pictures of the command line: their colours, figures that need no display, and all but those of plans."""
+"""Plots of the commands, except those of plans, and what all plots share: colours and figures without a display."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ INK = "#2b2f36"
 
 
 def require_matplotlib() -> None:
-    """Raises a `ConfigurationError` where matplotlib is not installed."""
+    """Raise a `ConfigurationError` if matplotlib is not installed."""
     require_extra("Plots", "plot", "matplotlib")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
+    """Return an empty figure of this size in inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,13 +52,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def remove_frame(axes: Axes, labelsize: float | None = None) -> None:
-    """Leaves of a plot's frame the axes on the left and below, without ticks."""
+    """Remove a plot's top and right border and its tick marks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0, colors=INK, **({} if labelsize is None else {"labelsize": labelsize}))
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure in the format of the path's ending, and says so on stderr."""
+    """Write a figure in the format that the file name ends with, and report that on stderr."""
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -70,11 +70,11 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 def plot_memory(
     found: Sequence[Choice], usable: float, path: str | os.PathLike, *, window: int, setup: TrainingSetup
 ) -> None:
-    """Draws one bar for each cp_size; `usable` bytes are what a GPU has for training."""
+    """Draw the memory of each cp_size as a bar. `usable` is the memory that a GPU has for training, in bytes."""
     figure = new_figure(max(7, 1.1 * len(found) + 4), 4.8)
     axes = figure.subplots()
     places = range(len(found))
-    # A few sizes without context parallelism would flatten all others: bars end at a few times what a GPU has.
+    # Bars end at three times the memory of a GPU. Otherwise the bars of small cp_sizes would dwarf all others.
     top = min(max(choice.memory.total for choice in found), 3 * usable) / GIB
     bottoms = [0.0] * len(found)
     for part, colour in zip(PARTS, COLOURS):
@@ -95,7 +95,7 @@ def plot_memory(
     axes.axhline(usable / GIB, color=INK, linewidth=1.2, linestyle="--", label=f"usable: {usable / GIB:,.1f} GiB")
     axes.set_ylim(0, 1.18 * max(top, usable / GIB))
     axes.set_xticks(places, [f"{choice.cp_size}\n{choice.memory.peak}" for choice in found], fontsize=8)
-    axes.set_xlabel("cp_size, and the moment of the step at which memory is highest", color=INK)
+    axes.set_xlabel("cp_size, and the phase of the step with the peak memory", color=INK)
     axes.set_ylabel("GiB per GPU", color=INK)
     axes.set_title(
         f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}, "
@@ -119,7 +119,7 @@ _PARTS = {
 
 
 def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
-    """Draws one panel for each hardware profile and cp_size of what `flashcp simulate --json` prints."""
+    """Draw the output of `flashcp simulate --json`, with one panel for each hardware profile and cp_size."""
     cells = found["cells"]
     figure = new_figure(10, 0.3 + 4.3 * len(cells))
     for axes, cell in zip(figure.subplots(len(cells), 1, squeeze=False)[:, 0], cells):
@@ -152,7 +152,7 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
         )
         remove_frame(axes, labelsize=8)
         axes.set_xlabel(
-            f"ms of the slowest rank, and how many times {title_of(cell['reference'])}", color=INK, fontsize=9
+            f"ms on the slowest rank, and as a multiple of {title_of(cell['reference'])}", color=INK, fontsize=9
         )
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
@@ -163,16 +163,18 @@ _KINDS = {
     "linear layers": ("linear",),
     "local pass": ("local pass",),
     "stages": ("stage",),
-    "pack, merge, add what came home": ("pack", "merge", "add"),
+    "pack KV, merge outputs, add returned gradients": ("pack", "merge", "add"),
     "waiting for other ranks": ("wait",),
 }
-"""Beginnings of the names of ranges by kind; drawn in this order, the layer below the rest."""
+"""For each kind of range, the prefixes of its ranges' names. They are drawn in this order, so the layer lies below."""
 _KIND_COLOURS = dict(zip(_KINDS, ("#e4e1dc", COLOURS[0], COLOURS[2], COLOURS[4], COLOURS[5], COLOURS[3])))
 
 
 def plot_layer(found: dict[str, Any], path: str | os.PathLike) -> None:
-    """Draws forward above backward, a row for each of the first two ranks, of what `flashcp bench step --json` prints,
-    measured on CPU."""
+    """Draw one layer from the output of `flashcp bench step --json` on CPU.
+
+    Forward is above backward, and each has one row for each of the first two ranks.
+    """
     layer = found["layer"]
     ranks = layer["ranks"][:2]
     figure = new_figure(10, 4.6)

@@ -116,9 +116,11 @@ def find_state(run_dir: Path) -> Path:
             if (folder / STATE).is_file():
                 return folder / STATE
     except OSError as error:
-        raise ConfigurationError(f"Cannot look for a {STATE} in {str(run_dir)!r}: {error.strerror}.") from None
+        raise ConfigurationError(
+            f"Cannot read the folder {str(run_dir)!r} to find a {STATE}: {error.strerror}."
+        ) from None
     raise ConfigurationError(
-        f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Give the output_dir of a run that has saved a "
+        f"There is no {STATE} in {str(run_dir)!r} or its checkpoints. Pass the output_dir of a run that has saved a "
         "checkpoint, or call trainer.save_state() after training."
     )
 
@@ -131,14 +133,16 @@ def read_series(path: Path) -> Series:
             for name, value in entry.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
                     step = operator.index(entry["step"])
-                    float(step)  # or an OverflowError: plots have floats
+                    float(step)  # raises an OverflowError if it is too large to plot
                     series.setdefault(name, []).append((step, float(value)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
-            f"{str(path)!r} is not a {STATE} of a Trainer: {type(error).__name__}: {error}."
+            f"{str(path)!r} is not a Trainer's {STATE}: {type(error).__name__}: {error}."
         ) from None
     if not series:
-        raise ConfigurationError(f"{str(path)!r} has no logs. Train with logging_steps=1, or any number of steps.")
+        raise ConfigurationError(
+            f"{str(path)!r} has no logged values. Train with logging_steps set, for example to 1."
+        )
     return series
 
 

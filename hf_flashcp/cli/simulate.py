@@ -1,5 +1,4 @@
-"""`flashcp simulate`: a training step under every strategy and under other implementations, side by side. Needs no
-torch."""
+"""`flashcp simulate`: predict a training step under every strategy and other implementations. Does not need torch."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from .plots import plot_simulation
 
 
 REFERENCE = TIMED
-"""The scheme that all others are compared with."""
+"""The scheme with which all others are compared."""
 
 PARTS = ("linear", "attention", "copies", "exposed", "repeated")
 
@@ -31,20 +30,29 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "simulate",
         help="predict a training step under every strategy and under other implementations",
-        description="Predicts time, traffic and memory of a training step on some hardware, for every strategy with "
-        "this library's exchange and for other ways of context parallelism.",
+        description="Predicts the time, traffic and memory of a training step on the given hardware, for every "
+        "strategy of this library and for other implementations of context parallelism.",
     )
     options.add_documents(parser).add_argument(
-        "--lengths-file", metavar="FILE", help="draw from your own lengths: .jsonl, or whole numbers in a text file"
+        "--lengths-file",
+        metavar="FILE",
+        help="draw from your own document lengths: a .jsonl file, or a text file of whole numbers",
     )
     parser.add_argument(
-        "--column", default="length", metavar="NAME", help="of a .jsonl file: tokens or their number (default length)"
+        "--column",
+        default="length",
+        metavar="NAME",
+        help="column of a .jsonl file that has the tokens or their number (default length)",
     )
-    options.add_number(parser, "--packs", 3, "rows that are drawn", least=1)
+    options.add_number(parser, "--packs", 3, "number of rows to draw", least=1)
     options.add_model(parser, "(default: Llama 3 8B's sizes)")
     options.add_number(parser, "--cp-size", text="ranks, 2 to 256", nargs="+", required=True)
     options.add_hardware(parser, nargs="+", default=["h100"])
-    options.add_number(parser, "--ranks-per-node", text="in place of the profile's; 1: all KV crosses InfiniBand")
+    options.add_number(
+        parser,
+        "--ranks-per-node",
+        text="replaces the value of the hardware profile; with 1, all KV is sent between nodes",
+    )
     options.add_checkpointing(parser)
     options.add_json(parser)
     options.add_plot(parser, "the parts of the steps")
@@ -52,7 +60,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Simulates, draws if asked to, and prints."""
+    """Simulate, draw if asked to, and print."""
     packs = options.documents(arguments, arguments.packs)
     config = options.read_config(arguments.model) if arguments.model else LLAMA_3_8B
     profiles = {name: _profile(name, arguments.ranks_per_node) for name in arguments.hardware}
@@ -91,7 +99,7 @@ def _profile(name: str, ranks_per_node: int | None) -> HardwareProfile:
 
 
 def _cell(name: str, profile: HardwareProfile, cp_size: int, rows, model: CostModel) -> dict[str, Any]:
-    """Medians over packs, and the geometric means of each scheme's times over those of the reference."""
+    """Return medians over packs, and geometric means of each scheme's times relative to the reference's."""
     found = {}
     for scheme, outcomes in rows.items():
         found[scheme] = {

@@ -1,6 +1,7 @@
-"""From texts and chats to documents of tokens, and from documents to packed batches with a plan.
+"""Data preparation: tokenizing texts and chats into documents, and packing documents into batches with a plan.
 
-Whatever needs torch and transformers is imported on first use: drawing and packing document lengths does not.
+Modules that need torch and transformers are imported on first use. Drawing and packing document lengths does not need
+them.
 """
 
 import importlib

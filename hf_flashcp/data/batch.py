@@ -1,4 +1,4 @@
-"""`shard_inputs`: a full packed batch to this rank's part of it."""
+"""`shard_inputs`: reduces a full packed batch to one rank's part of it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from .boundaries import IGNORE_INDEX, begins_document, shift_inside_documents
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# They describe the full row; the plan replaces them.
+# These describe the full row. The plan replaces them.
 _ROW_KEYS = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def shard_inputs(
     batch: Mapping[str, Any], mesh: DeviceMesh | None, *, settings: PlanSettings | None = None
 ) -> dict[str, Any]:
-    """Cuts a full batch down to the tokens of this rank.
+    """Reduce a full batch to the tokens of this rank.
 
     Args:
-        batch (`Mapping[str, Any]`): the same on every context-parallel rank. `input_ids` (or `inputs_embeds`) is a
-            packed row (1, C) or B rows (B, T) without padding, which become B documents of one row. Documents come
-            from `flashcp_plan`, else from `cu_seq_lens_q`, else they start where `position_ids` do not go up by one,
-            else every row is one document. Every tensor with these two leading dimensions is sharded, as are
-            `position_ids` of shape (3, B, T); everything else passes through.
-        mesh (`DeviceMesh`, *optional*): 1-D, or with a dimension "cp"; `None` for cp_size 1.
-        settings (`PlanSettings`, *optional*): for batches without a plan; defaults to those of the [`FlashCPPlugin`]
-            made before, if it has as many ranks as the mesh.
+        batch (`Mapping[str, Any]`): full batch, the same on every context-parallel rank. `input_ids` (or
+            `inputs_embeds`) is a packed row (1, C), or B rows (B, T) without padding, which become documents of one
+            row. Documents are taken from `flashcp_plan`, otherwise from `cu_seq_lens_q`, otherwise they start where
+            `position_ids` do not increase by one. Without any of these, every row is one document. All tensors with
+            these two leading dimensions are sharded, and so are `position_ids` of shape (3, B, T). Everything else is
+            returned unchanged.
+        mesh (`DeviceMesh`, *optional*): mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
+        settings (`PlanSettings`, *optional*): settings for batches without a plan. Defaults to those of the
+            [`FlashCPPlugin`] created before, if its cp_size is the number of ranks in the mesh.
 
     Returns:
-        `dict`: a new dict with tensors (1, T_r, ...), `position_ids` counted inside documents, the labels' targets
-        as `shift_labels` (shifted before the cut, so that no shard loses its boundary target), a bound
-        [`RankPlan`] as `flashcp_plan`, and, where there are labels and the caller gave no `num_items_in_batch`, one
-        that makes the mean over ranks of the ranks' losses the mean over the batch's targets. A batch that is already
-        sharded is returned as it is.
+        `dict`: a new dict with tensors of shape (1, T_r, ...), and a [`RankPlan`] for this rank as `flashcp_plan`.
+        `position_ids` are those of the batch, or else count from the start of each document. `shift_labels` are the
+        targets of the tokens, shifted before the batch is sharded, so that no target is lost at the end of a shard.
+        If there are labels and the caller gave no `num_items_in_batch`, it is set such that the mean of the ranks'
+        losses is the mean over the batch's targets. A batch that is already sharded is returned unchanged.
 
     Raises:
-        BatchError: an empty batch, labels of another shape, a mask that masks something, targets across documents.
+        BatchError: the batch is empty, labels have another shape, a mask hides tokens, or labels cross documents.
         ConfigurationError: plan and mesh differ in cp_size.
         PlanError: a batch without a plan has fewer tokens than ranks.
     """
@@ -84,7 +85,7 @@ def shard_inputs(
             target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
             batch["num_items_in_batch"] = target_count
     position_ids = batch["position_ids"]
-    # Positions of another shape are not sharded.
+    # Positions of any other shape are not sharded.
     full_row = position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
     bound = RankPlan(plan, rank, group, target_count, full_row)
     index = bound.layout.token_index.to(tokens.device)
@@ -94,7 +95,7 @@ def shard_inputs(
 
 
 def content_digest(batch: Mapping[str, Any]) -> str:
-    """Hash of a batch's tokens and labels, for ranks to see that they read the same data."""
+    """Return a hash of a batch's tokens and labels, by which ranks check that they read the same data."""
     digest = hashlib.blake2b(digest_size=8)
     for key in ("input_ids", "labels"):
         if isinstance(batch.get(key), torch.Tensor):
@@ -118,7 +119,8 @@ def _row_shape(batch: dict[str, Any]) -> torch.Size:
         labels = batch.get(key)
         if labels is not None and labels.shape != shape:
             raise BatchError(
-                f"{key} have shape {tuple(labels.shape)}, but the tokens have {tuple(shape)}: one label per token."
+                f"{key} have shape {tuple(labels.shape)}, but the tokens have {tuple(shape)}. Give one label per "
+                "token."
             )
     return shape
 
@@ -135,9 +137,8 @@ def _check_mask(mask: Any) -> None:
     if masked:
         raise BatchError(
             f"attention_mask masks {masked} of {mask.numel()} tokens. A sharded batch has no padding: collate "
-            "documents with FlashCPCollator (or another padding-free collator) instead of padding them. (TRL's "
-            "'wrapped' packing pads its last, shorter row where a batch has several: pack with 'bfd', or one row per "
-            "batch.)"
+            "documents with FlashCPCollator or another padding-free collator. (TRL's 'wrapped' packing pads its last, "
+            "shorter row in batches of several rows: pack with 'bfd', or use one row per batch.)"
         )
 
 
@@ -146,10 +147,11 @@ def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()
         if not bounds:
-            raise BatchError("cu_seq_lens_q is empty: it holds where each document begins, and the end of the row.")
+            raise BatchError("cu_seq_lens_q is empty: it must hold the start of each document and the end of the row.")
         if bounds[0] != 0 or bounds[-1] != shape.numel():
             raise BatchError(
-                f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, but the batch has tokens 0 to {shape.numel()}."
+                f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, but the batch has {shape.numel()} tokens: it "
+                f"must run from 0 to {shape.numel()}."
             )
     elif (position_ids := batch.get("position_ids")) is None:
         bounds = range(0, shape.numel() + 1, shape[1])

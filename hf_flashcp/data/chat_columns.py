@@ -1,4 +1,4 @@
-"""Columns beside the messages that a chat template takes: tools, documents and further arguments of each row."""
+"""Columns of conversations that are passed to a chat template beside the messages: tools, documents and arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE_COLUMNS = {
     "chat_template_kwargs": "a dict of arguments",
 }
 
-# Arguments of apply_chat_template that change what it returns, or that tokenize_chats sets itself.
+# Arguments of apply_chat_template that change its result, or that tokenize_chats sets itself.
 _NOT_FOR_ROWS = {
     "chat_template",
     "continue_final_message",
@@ -35,11 +35,12 @@ _NOT_FOR_ROWS = {
 
 
 def is_mentioned(name: str, templates: Iterable[str]) -> bool:
+    """Return whether one of the templates contains `name` as a word."""
     return any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates)
 
 
 def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
-    """The columns of a dataset that the templates take."""
+    """Return the columns of a dataset that are passed to the templates."""
     return [
         name
         for name in names
@@ -48,26 +49,32 @@ def taken_columns(names: Iterable[str], templates: Iterable[str]) -> list[str]:
 
 
 def template_arguments(index: int, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked arguments of apply_chat_template from the columns that row `index` has of `TEMPLATE_COLUMNS`."""
+    """Return the arguments of apply_chat_template for row `index`, from its columns in `TEMPLATE_COLUMNS`.
+
+    Raises a `BatchError` if a value cannot be passed to the template.
+    """
     arguments = {name: _parsed(index, name, value) for name, value in columns.items()}
     for name, value in arguments.items():
         if not (value is None or _fits(name, value)):
             raise BatchError(
                 f"Row {index} has {name} = {reprlib.repr(columns[name])}, which the chat template cannot take. Give "
-                f"{TEMPLATE_COLUMNS[name]}, one as a string of JSON, or None."
+                f"{TEMPLATE_COLUMNS[name]}, the same as a JSON string, or None."
             )
     further = arguments.pop("chat_template_kwargs", None) or {}
     if refused := sorted(further.keys() & (_NOT_FOR_ROWS | arguments.keys())):
         raise BatchError(
-            f"Row {index} has {', '.join(refused)} in chat_template_kwargs, which a row cannot set there. Leave only "
-            "what the chat template itself reads."
+            f"Row {index} has {', '.join(refused)} in chat_template_kwargs, which a row cannot set there. Keep only "
+            "arguments that the chat template itself reads."
         )
     return arguments | further
 
 
 def without_filled(value: Any, feature: Any) -> Any:
-    """`value` without the keys that are None because other rows have them: an Arrow struct has the same keys in every
-    row. Values stored as JSON keep their nulls."""
+    """Return `value` without the keys that are None only because other rows have them.
+
+    An Arrow struct has the same keys in every row, and fills missing ones with None. Values stored as JSON keep their
+    nulls.
+    """
     if isinstance(feature, dict) and isinstance(value, dict):
         return {key: without_filled(each, feature.get(key)) for key, each in value.items() if each is not None}
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
@@ -83,8 +90,8 @@ def _parsed(index: int, name: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BatchError(
-            f"Row {index} has {name} that are not JSON: {error}. Give {TEMPLATE_COLUMNS[name]}, or one as a string of "
-            "JSON."
+            f"Row {index} has {name} that are not JSON: {error}. Give {TEMPLATE_COLUMNS[name]}, or the same as a JSON "
+            "string."
         ) from None
 
 

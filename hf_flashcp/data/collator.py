@@ -1,4 +1,4 @@
-"""`FlashCPCollator`: documents to one packed row and the plan that shards it."""
+"""`FlashCPCollator`: collates documents into one packed row, with the plan that shards it."""
 
 from __future__ import annotations
 
@@ -20,52 +20,56 @@ from .features import joined, read_documents
 
 
 MOST_PADDING = 2**24
-"""The largest `pad_to_multiple_of`: longer padding would fill the memory before any error could be raised."""
+"""Largest `pad_to_multiple_of`: longer padding could exhaust memory before an error is raised."""
 
 
 class FlashCPCollator(DataCollatorWithFlattening):
-    """Flattens documents as `DataCollatorWithFlattening` does, and plans how ranks share them.
+    """Data collator that packs documents into one row, and plans how the ranks share that row.
 
-    The batch is the full row, the same on every rank, and the plan is for all of them: cutting happens later
-    ([`attach`]), so that trainers count tokens and targets of the whole batch. Stateless and deterministic, and knows
-    nothing of its rank, so that loader workers of every rank do the same.
+    It flattens documents as `DataCollatorWithFlattening` does. Every rank gets the same full row, with the plan for
+    all ranks. The row is sharded later (see [`attach`]), so that trainers count the tokens and targets of the whole
+    batch. The collator is stateless, deterministic and independent of the rank, so that the loader workers of all
+    ranks return the same batch.
 
-    How ranks share them is set in one place, the [`FlashCPPlugin`]:
+    The settings of plans belong to the [`FlashCPPlugin`]:
 
         args = TrainingArguments(..., parallelism_config=FlashCPPlugin(cp_size=8, strategy="flashcp"))
         collator = FlashCPCollator()
 
     Args:
-        cp_size (`int`, *optional*): context-parallel ranks that share a batch. Leave it out: it comes with everything
-            else from the plugin made before, or from the environment of `accelerate launch`. Alone, without a plugin
-            of that size, it means default settings.
-        settings (`PlanSettings`, *optional*): in place of both, for use without a plugin.
-        pad_to_multiple_of (`int`, *optional*): C is a multiple of it. The padding is a document of its own: no other
-            attends to it, and it has no targets.
-        pad_token_id (`int`, *optional*, defaults to 0): in `input_ids` of padding.
-        per_token_keys (`Sequence[str]`, *optional*): further columns with a number for each token, which go to the
-            model and are sharded with the tokens. They are 0 in padding.
+        cp_size (`int`, *optional*): number of context-parallel ranks that share a batch. Usually left out, because it
+            is taken, with all other settings, from the plugin created before, or from the environment of
+            `accelerate launch`. If it is given and there is no plugin of that size, the other settings have their
+            defaults.
+        settings (`PlanSettings`, *optional*): settings to use instead, without a plugin.
+        pad_to_multiple_of (`int`, *optional*): pads the row to a multiple of this length. The padding is a separate
+            document without targets, to which no other document attends.
+        pad_token_id (`int`, *optional*, defaults to 0): `input_ids` of the padding.
+        per_token_keys (`Sequence[str]`, *optional*): further columns with one number per token, which are sharded with
+            the tokens and passed to the model. They are 0 in padding.
         kwargs: options of `DataCollatorWithFlattening` (`return_position_ids`, `separator_id`,
             `return_flash_attn_kwargs`, `return_seq_idx`, ...).
 
-    Features are documents, or packed rows with `seq_lengths` (as TRL's packing leaves them), or without them with
-    `position_ids` that start again at each document. Values are lists, arrays or tensors, one for each token:
+    A feature is a document or an already packed row. The documents of a packed row are given by `seq_lengths` (as in
+    TRL's packing), or else start where `position_ids` do not increase by one. All columns are lists, arrays or tensors
+    with one value per token:
 
     - `input_ids`;
-    - `position_ids`, which go to the model as they are; beside `seq_lengths` they may skip inside a document;
-    - `labels` (defaults to `input_ids`), not shifted;
-    - `completion_mask`, `assistant_masks`: tokens where one of them is 0 are no targets;
-    - `attention_mask`: all ones, nothing is padded here;
-    - whatever `per_token_keys` names.
+    - `position_ids`, passed to the model unchanged. Together with `seq_lengths` they may skip numbers inside a
+      document;
+    - `labels`, not shifted; defaults to `input_ids`;
+    - `completion_mask`, `assistant_masks`: a token is not a target if one of them is 0;
+    - `attention_mask`: must be all ones, because documents are not padded;
+    - the columns in `per_token_keys`.
 
-    The batch has `input_ids`, `labels` and `position_ids` (1, C), `shift_labels` (1, C) (the target of each token:
-    `labels` shifted before anything is cut), all int64, those of `per_token_keys` (1, C), and `flashcp_plan`, a
-    [`ShardPlan`].
+    The batch holds `input_ids`, `labels`, `position_ids` and `shift_labels` of shape (1, C) in int64, the columns in
+    `per_token_keys` of shape (1, C), and a [`ShardPlan`] as `flashcp_plan`. `shift_labels` are the targets of the
+    tokens, shifted before the row is sharded.
 
     Raises:
-        BatchError: no documents, an empty one, values that do not fit the tokens, masked tokens.
-        PlanError: fewer tokens than ranks.
-        ConfigurationError: no cp_size, and neither a plugin nor a launcher that says it.
+        BatchError: there are no documents, a document is empty, or its columns do not match its tokens or mask some.
+        PlanError: the batch has fewer tokens than ranks.
+        ConfigurationError: `cp_size` is neither given nor known from a plugin or a launcher.
     """
 
     def __init__(
@@ -80,8 +84,8 @@ class FlashCPCollator(DataCollatorWithFlattening):
     ):
         if misplaced := {field.name for field in dataclasses.fields(PlanSettings)} & kwargs.keys():
             raise ConfigurationError(
-                f"{', '.join(sorted(misplaced))}: FlashCPPlugin has this setting, and FlashCPCollator() takes it from "
-                "there. Without a plugin pass settings=PlanSettings(...)."
+                f"FlashCPCollator got {', '.join(sorted(misplaced))}: FlashCPPlugin has this setting, and the "
+                "collator takes it from there. Without a plugin, pass settings=PlanSettings(...)."
             )
         super().__init__(**kwargs)
         if settings is not None and cp_size not in (None, settings.cp_size):
@@ -101,7 +105,7 @@ class FlashCPCollator(DataCollatorWithFlattening):
         if isinstance(per_token_keys, str) or not {*map(type, per_token_keys)} <= {str}:
             raise BatchError(f"per_token_keys must be a list of names, got {per_token_keys!r}.")
         if taken := [key for key in per_token_keys if key in ("input_ids", "labels", "position_ids")]:
-            raise BatchError(f"per_token_keys has {', '.join(taken)}: every batch has them, leave them out.")
+            raise BatchError(f"per_token_keys has {', '.join(taken)}: every batch has them, so leave them out.")
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pad_token_id = pad_token_id
         self.per_token_keys = tuple(per_token_keys)
@@ -110,9 +114,9 @@ class FlashCPCollator(DataCollatorWithFlattening):
         self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         if get_worker_info() is not None:
-            end_with_parent()  # in a loop of the user's own nothing else makes the worker do so
+            end_with_parent()  # in a custom training loop, nothing else ends the worker with its parent
         if (return_tensors or self.return_tensors) != "pt":
-            raise BatchError('FlashCPCollator makes torch tensors: leave return_tensors at "pt".')
+            raise BatchError('FlashCPCollator only returns torch tensors: leave return_tensors at "pt".')
         documents = [
             document
             for index, feature in enumerate(features)
@@ -141,17 +145,17 @@ class FlashCPCollator(DataCollatorWithFlattening):
         return batch
 
     def share_settings(self, settings: PlanSettings) -> None:
-        """Plans with the settings of a trainer from now on.
+        """Use the settings of a trainer from now on.
 
         Raises:
-            ConfigurationError: the collator was made for others.
+            ConfigurationError: the collator was created with different settings.
         """
         names = [field.name for field in dataclasses.fields(PlanSettings)] if self._has_own_settings else ["cp_size"]
         own, others = ({name: getattr(each, name) for name in names} for each in (self.settings, settings))
         if differing := [name for name in names if own[name] != others[name]]:
             mine, theirs = (", ".join(f"{name} {each[name]!r}" for name in differing) for each in (own, others))
             raise ConfigurationError(
-                f"The collator plans with {mine}, but FlashCPPlugin with {theirs}. Make the collator by "
-                "FlashCPCollator(), without cp_size and settings: it takes the plugin's."
+                f"The collator plans with {mine}, but FlashCPPlugin with {theirs}. Create it as FlashCPCollator(), "
+                "without cp_size and settings, so that it uses those of the plugin."
             )
         self.settings = settings

@@ -1,4 +1,4 @@
-"""Reads the documents of one feature of a dataset, checked, with the labels that its masks leave."""
+"""Reads and checks the documents of one feature of a dataset, and applies its masks to the labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _WHOLE = (*TOKEN_COLUMNS, "seq_lengths")
 
 
 def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Sequence[str]) -> list[dict[str, list]]:
-    """Documents of feature `index`, checked: `input_ids`, `labels`, any `position_ids`, and `per_token_keys`."""
+    """Return the documents of feature `index`, after checking them.
+
+    Each has `input_ids`, `labels`, the columns in `per_token_keys`, and `position_ids` if the feature has them.
+    """
     if not isinstance(feature, Mapping):
         raise BatchError(
             f"Feature {index} is of type {type(feature).__name__}, not a mapping of columns: pass a list of rows."
@@ -33,20 +36,20 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
     row = {key: _numbers(index, key, feature[key]) for key in wanted if feature.get(key) is not None}
     if not row.get("input_ids"):
         raise BatchError(
-            f"Feature {index} has no tokens in input_ids, only {columns or 'nothing'}. Drop empty documents, or check "
-            "which columns the trainer keeps (remove_unused_columns)."
+            f"Feature {index} has no tokens in input_ids; its columns are {columns or 'none'}. Drop empty documents, "
+            "or check which columns the trainer keeps (remove_unused_columns)."
         )
     if missing := [key for key in per_token_keys if key not in row]:
         raise BatchError(
             f"Feature {index} has no {', '.join(missing)}, which per_token_keys asks for: its columns are {columns}. "
-            "Give every row one, and keep the column (remove_unused_columns)."
+            "Every row needs this column, and the trainer must keep it (remove_unused_columns)."
         )
     length = len(row["input_ids"])
     for key, values in row.items():
         if len(values) != length:
             raise BatchError(
-                f"Feature {index} has {length} input_ids but {len(values)} {key}: they go token by token, and labels "
-                "are shifted later."
+                f"Feature {index} has {length} input_ids but {len(values)} {key}: give one value per token. Do not "
+                "shift labels, because they are shifted later."
             )
     _require_no_padding(index, row.get("attention_mask"))
     labels = row.get("labels", row["input_ids"])
@@ -59,7 +62,7 @@ def read_documents(index: int, feature: Mapping[str, Any], per_token_keys: Seque
 
 
 def joined(documents: Sequence[Mapping[str, list]], key: str) -> list:
-    """A column of documents one after the other. Only position_ids can be missing."""
+    """Return a column of all documents, concatenated. Missing position_ids count from the start of the document."""
     return [value for each in documents for value in each.get(key, range(len(each["input_ids"])))]
 
 
@@ -68,12 +71,12 @@ def _require_no_padding(index: int, mask: list[int] | None) -> None:
         return
     if max(mask) > 1:
         raise BatchError(
-            f"Feature {index} has an attention_mask with numbers up to {max(mask)}. If it counts documents, "
-            "give their lengths as seq_lengths instead."
+            f"Feature {index} has an attention_mask with numbers up to {max(mask)}. If they number the documents of a "
+            "packed row, give the documents' lengths as seq_lengths instead."
         )
     raise BatchError(
-        f"Feature {index} has an attention_mask that masks {mask.count(0)} of {len(mask)} tokens, but nothing is "
-        "padded or masked here. Tokenize without padding."
+        f"Feature {index} has an attention_mask that masks {mask.count(0)} of {len(mask)} tokens, but packed "
+        "documents have no padding. Tokenize without padding."
     )
 
 
@@ -83,8 +86,8 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
         lengths = _numbers(index, "seq_lengths", feature["seq_lengths"])
         if sum(lengths) != length or min(lengths) < 1:
             raise BatchError(
-                f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, for {length} tokens. "
-                "They must be the lengths of the documents in the row, none of them zero."
+                f"Feature {index} has seq_lengths {lengths}, which add up to {sum(lengths)}, and {length} tokens. "
+                "They must be the lengths of the documents in the row, each at least 1."
             )
         return lengths
     if "position_ids" in row:
@@ -94,7 +97,7 @@ def _lengths(index: int, feature: Mapping[str, Any], row: Mapping[str, list]) ->
 
 
 def _numbers(index: int, key: str, values: Any) -> list:
-    """Returns a column's values: whole numbers, except in columns that `per_token_keys` names."""
+    """Return a column's values, which must be whole numbers except in columns of `per_token_keys`."""
     try:
         found = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
     except (TypeError, ValueError, RuntimeError):  # ragged rows, or a tensor without data

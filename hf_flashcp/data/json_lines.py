@@ -1,4 +1,4 @@
-"""Reads files of JSON lines, some of which may be corrupt."""
+"""Reading JSON Lines files, which may contain corrupt lines."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
 def load_json_lines(
     files: Sequence[str | os.PathLike], *, skip_corrupt: bool = False, cache_dir: str | os.PathLike = "."
 ) -> tuple[Dataset, int]:
-    """Loads files with one JSON object per line by the datasets library, which does not name the line where it fails.
+    """Load files with one JSON object per line, and name or skip lines that cannot be read.
+
+    Files are loaded by the datasets library, which does not name the line at which it fails.
 
     Args:
-        files (`Sequence[str | os.PathLike]`): the files.
-        skip_corrupt (`bool`, *optional*, defaults to `False`): read on behind lines that do not parse. Files with such
-            lines are copied to `cache_dir` without them.
-        cache_dir (`str | os.PathLike`, *optional*): folder of those copies.
+        files (`Sequence[str | os.PathLike]`): files to load.
+        skip_corrupt (`bool`, *optional*, defaults to `False`): whether to skip lines that cannot be read. Files with
+            such lines are copied to `cache_dir` without them.
+        cache_dir (`str | os.PathLike`, *optional*): folder for these copies; defaults to the current folder.
 
     Returns:
-        `tuple[Dataset, int]`: the rows, and how many lines were skipped.
+        `tuple[Dataset, int]`: the rows, and the number of skipped lines.
 
     Raises:
-        BatchError: a line that does not parse, or is not an object, without `skip_corrupt`.
+        BatchError: a line is not valid JSON or not an object, and `skip_corrupt` is not set.
     """
     from datasets.exceptions import DatasetGenerationError
 
@@ -46,8 +48,8 @@ def load_json_lines(
         if not skip_corrupt:
             file, number, reason = next((file, *line) for file, lines in corrupt.items() for line in lines.items())
             raise BatchError(
-                f"{file}, line {number}: {reason}. {sum(map(len, corrupt.values()))} of the lines cannot be read. "
-                "Repair the data, or skip such lines (skip_corrupt); how many is counted."
+                f"{file}, line {number}: {reason}. In total, {sum(map(len, corrupt.values()))} of the lines cannot be "
+                "read. Repair them, or set skip_corrupt to skip and count them."
             ) from None
         copies = [_copy(file, lines, Path(cache_dir)) if lines else file for file, lines in corrupt.items()]
         return _load(copies), sum(map(len, corrupt.values()))
@@ -60,21 +62,21 @@ def _load(files: Sequence[str | os.PathLike]) -> Dataset:
 
 
 def _decode(file: Path) -> None:
-    """Fails where a file is not UTF-8: pyarrow lets such bytes pass, and reading the row fails."""
+    """Raise a `UnicodeDecodeError` if a file is not UTF-8. pyarrow accepts such bytes, but reading the row fails."""
     with file.open(encoding="utf-8") as text:
         while text.read(1 << 20):
             pass
 
 
 def _corrupt_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields the numbers of lines that cannot be read, and why."""
+    """Yield the numbers of lines that cannot be read, and the reasons."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line, parse_constant=_no_constant)
-            except (ValueError, RecursionError) as error:  # of JSON and of Unicode
+            except (ValueError, RecursionError) as error:  # also covers UnicodeDecodeError
                 yield number, str(error)
             else:
                 if not isinstance(row, dict):
@@ -86,7 +88,7 @@ def _no_constant(name: str) -> None:
 
 
 def _copy(file: Path, corrupt: dict[int, str], directory: Path) -> Path:
-    """Copies a file without these lines, once: another process may be reading the copy."""
+    """Copy a file without its corrupt lines, unless the copy exists, because another process may be reading it."""
     state = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:16]
     copy = directory / f"{file.stem}-{name}.jsonl"

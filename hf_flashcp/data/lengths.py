@@ -1,8 +1,8 @@
-"""Document lengths like those of real corpora, drawn from binned counts. Pure NumPy: nothing here imports torch.
+"""Document lengths like those of real corpora, drawn from binned counts. Nothing here imports torch.
 
-`length_distributions.json` holds the counts: for each corpus its `source` and its `bins`, each
-`[shortest, longest, documents]` with lengths in tokens, both ends included. Single lognormals underfit every tail of
-these corpora, so lengths are drawn from the bins themselves.
+`length_distributions.json` holds the counts. Each corpus has its `source` and its `bins`, each of which is
+`[shortest, longest, documents]` with inclusive lengths in tokens. A single lognormal distribution does not fit the
+tails of these corpora, so lengths are drawn from the bins.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from ..plan.lengths import MOST_TOKENS
 _DISTRIBUTIONS = json.loads(Path(__file__).with_name("length_distributions.json").read_text(encoding="utf-8"))
 
 LENGTH_DISTRIBUTIONS = tuple(_DISTRIBUTIONS)
-"""Names that `sample_lengths` and `sample_pack` take."""
+"""Names of the distributions that `sample_lengths` and `sample_pack` accept."""
 
 _DRAWN_AT_ONCE = 256
 
 
 def sample_lengths(name: str, count: int, *, seed: int = 0) -> list[int]:
-    """Draws document lengths: a bin by its number of documents, then log-uniformly inside it.
+    """Draw document lengths from a corpus: a bin by its number of documents, then a log-uniform length inside it.
 
     Args:
         name (`str`): one of `LENGTH_DISTRIBUTIONS`.
         count (`int`): number of documents.
-        seed (`int`, *optional*, defaults to 0): equal seeds give equal lengths, and fewer are a prefix of more.
+        seed (`int`, *optional*, defaults to 0): random seed. Equal seeds give equal lengths, and a smaller count gives
+            a prefix of a larger one.
 
     Returns:
-        `list[int]`: tokens of each document, at least 1.
+        `list[int]`: number of tokens of each document, at least 1.
 
     Raises:
-        PlanError: an unknown name, a negative count or seed.
+        PlanError: the name is unknown, or the count or seed is negative.
     """
     count = _whole_number("count", count, at_least=0)
     drawn = _draw_forever(name, seed)
@@ -46,26 +47,37 @@ def sample_lengths(name: str, count: int, *, seed: int = 0) -> list[int]:
 
 
 def sample_pack(name: str, window: int, *, seed: int = 0) -> list[int]:
-    """Draws documents until a window is full. The last one is truncated, as packing a stream of documents does.
+    """Draw document lengths until a window is full. The last document is truncated to fit.
 
     Args:
         name (`str`): one of `LENGTH_DISTRIBUTIONS`.
-        window (`int`): tokens of the packed row.
-        seed (`int`, *optional*, defaults to 0): the same documents as [`sample_lengths`] draws with this seed.
+        window (`int`): number of tokens in the packed row.
+        seed (`int`, *optional*, defaults to 0): random seed, with which [`sample_lengths`] draws the same documents.
 
     Returns:
-        `list[int]`: tokens of each document; they add up to `window`.
+        `list[int]`: number of tokens of each document; they add up to `window`.
 
     Raises:
-        PlanError: an unknown name, a window below one token, a negative seed.
+        PlanError: the name is unknown, the window is shorter than one token, or the seed is negative.
     """
     return _fill(_draw_forever(name, seed), _whole_number("window", window, at_least=1))
 
 
 def read_lengths(path: str | Path, column: str = "length") -> list[int]:
-    """Reads the document lengths of a dataset that is tokenized already, from a `.jsonl` file with one document per
-    line, whose `column` holds a number of tokens or the tokens, or from any other text with whole numbers between
-    spaces, commas or line ends."""
+    """Read document lengths from a file.
+
+    Args:
+        path (`str` or `Path`): a `.jsonl` file with one document per line, or any other text file with whole numbers
+            separated by spaces, commas or line breaks.
+        column (`str`, *optional*, defaults to `"length"`): column of a `.jsonl` file that holds the number of tokens
+            of a document, or its tokens.
+
+    Returns:
+        `list[int]`: number of tokens of each document.
+
+    Raises:
+        PlanError: the file cannot be read, a line has no length, or a document is empty.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,8 +88,8 @@ def read_lengths(path: str | Path, column: str = "length") -> list[int]:
             found = _lengths_in_line(line, column if Path(path).suffix == ".jsonl" else None)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise PlanError(
-                f"{path}, line {number} has no document length: give whole numbers, or in a .jsonl file objects whose "
-                f"{column!r} is a number of tokens or the tokens."
+                f"{path}, line {number} has no document length: give whole numbers, or, in a .jsonl file, objects "
+                f"whose {column!r} is the number of tokens or a list of the tokens."
             ) from None
         if min(found, default=1) < 1:
             raise PlanError(
@@ -97,10 +109,13 @@ def _lengths_in_line(line: str, column: str | None) -> list[int]:
 
 
 def draw_pack(lengths: Sequence[int], window: int, *, seed: int = 0) -> list[int]:
-    """Fills a window with documents in random order, each at most once; the last is truncated."""
+    """Fill a window with documents in random order, each used at most once. The last one is truncated to fit."""
     space = _whole_number("window", window, at_least=1)
     if sum(lengths) < space:
-        raise PlanError(f"{len(lengths)} documents with {sum(lengths):,} tokens do not fill a window of {space:,}.")
+        raise PlanError(
+            f"{len(lengths)} documents with {sum(lengths):,} tokens do not fill a window of {space:,}: give more "
+            "documents or a shorter window."
+        )
     order = np.random.default_rng(_whole_number("seed", seed, at_least=0)).permutation(len(lengths))
     return _fill((lengths[place] for place in order), space)
 
@@ -124,7 +139,7 @@ def _draw_forever(name: str, seed: int) -> Iterator[int]:
     shortest = np.maximum(shortest, 1)
     up_to_bin = np.cumsum(documents)
     while True:
-        # Two numbers per document, next to each other in the stream: what is drawn first never depends on the count.
+        # Each document takes two consecutive random numbers, so the first documents do not depend on the count.
         which, where = generator.random((_DRAWN_AT_ONCE, 2)).T
         drawn = np.searchsorted(up_to_bin, which * up_to_bin[-1], side="right")
         low, high = shortest[drawn], longest[drawn]

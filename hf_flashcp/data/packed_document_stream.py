@@ -1,4 +1,4 @@
-"""`PackedDocumentStream`: an iterable dataset of packed rows, made from a stream of documents as they come."""
+"""`PackedDocumentStream`: an iterable dataset that packs a stream of documents into rows."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from .packing_steps import Waiting, arrange, pack_seconds
 
 
 class PackedDocumentStream(PackedRows, IterableDataset):
-    """[`PackedDocuments`] over an iterable dataset, with the documents of a few steps in memory.
+    """An iterable dataset of packed rows over an iterable dataset of documents.
 
-    Documents are packed in the order in which they come: shuffle the dataset itself. When it ends, what waits is
-    packed, and the last step can have fewer packs. Every process reads the whole stream, and one loader worker at
-    most, or each would read it again.
+    It keeps the documents of a few optimizer steps in memory. Documents are packed in the order in which they arrive,
+    so shuffle the dataset itself. When the dataset ends, the waiting documents are packed, and the last step can have
+    fewer packs. Every process reads the whole stream, with at most one loader worker, because each worker would read
+    the stream again.
 
-    To resume, `Trainer` reads what has been trained on again and drops it. [`~PackedDocumentStream.load_state_dict`]
-    does so without making rows of it, for loaders that know it (torchdata's `StatefulDataLoader`).
+    To resume a run, `Trainer` reads the documents that it has already trained on again and discards them.
+    [`~PackedDocumentStream.load_state_dict`] skips them without making rows, for loaders that support it (torchdata's
+    `StatefulDataLoader`).
 
     Args:
-        dataset (`Iterable`): of documents.
-        window (`int`): see [`PackedDocuments`], like the next ones.
-        bad_rows (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
+        dataset (`Iterable`): iterable of documents.
+        window (`int`): largest number of tokens in a packed row.
+        bad_rows (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`, see [`PackedDocuments`].
         per_token_keys (`Sequence[str]`, *optional*): further columns with one number per token.
         kwargs: options of [`pack_lengths`].
 
     Raises:
-        ConfigurationError: several loader workers.
+        ConfigurationError: there are several loader workers.
     """
 
     def __init__(
@@ -65,17 +67,19 @@ class PackedDocumentStream(PackedRows, IterableDataset):
             self.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position of the current pass: its epoch, and the packs that have been read."""
+        """Return the position in the current pass: its epoch, and the number of packs that have been read."""
         return {"epoch": int(self._epoch), "packs": self._read}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Lets the next pass go on where [`~PackedDocumentStream.state_dict`] was taken."""
+        """Continue the next pass at the position that [`~PackedDocumentStream.state_dict`] returned."""
         self.set_epoch(state["epoch"])
         self._to_skip = state["packs"]
 
     def report(self) -> dict[str, Any]:
-        """Returns [`Packing.report`] of the current pass so far, in the process that reads it, with `rows_skipped` and
-        `tokens_waiting`: tokens counted as packed whose turn has not come yet."""
+        """Return [`Packing.report`] of the current pass so far, in the process that reads the stream.
+
+        It also has `rows_skipped`, and `tokens_waiting`: tokens counted as packed that are not in a pack yet.
+        """
         options, counts = self.options, self._counts.to_dict()
         return {
             "packs": len(self._seconds),
@@ -93,7 +97,7 @@ class PackedDocumentStream(PackedRows, IterableDataset):
         if worker is not None and worker.num_workers > 1:
             raise ConfigurationError(
                 f"{worker.num_workers} loader workers would each read the whole stream. Set dataloader_num_workers "
-                "(num_workers) to 1 or 0."
+                "(num_workers of a DataLoader) to 1 or 0."
             )
         self._start()
         skipped, self._to_skip = self._to_skip, 0
@@ -117,11 +121,11 @@ class PackedDocumentStream(PackedRows, IterableDataset):
             seconds, heavy = zip(*(times(tokens_of(document)) for document in unit))
             packer.add(number, sum(map(tokens_of, unit)), sum(seconds), any(heavy))
             while packer.tokens >= tokens_of_step and packer.documents >= options.step_packs:
-                yield from self._come_out(packer.step(options.step_packs), held)
+                yield from self._emit(packer.step(options.step_packs), held)
         if rest := packer.take_rest():
-            yield from self._come_out(options.place(rest, options.packs_for(rest)), held)
+            yield from self._emit(options.place(rest, options.packs_for(rest)), held)
 
-    def _come_out(
+    def _emit(
         self, packs: list[list[Waiting]], held: dict[int, list[dict[str, list]]]
     ) -> Iterator[list[dict[str, list]]]:
         options = self.options
@@ -138,7 +142,7 @@ class PackedDocumentStream(PackedRows, IterableDataset):
             yield [document for unit in units for document in unit]
 
     def _units(self) -> Iterator[list[dict[str, list]]]:
-        """Yields documents, those of fewer than `cp_size` tokens together with others like them."""
+        """Yield units of documents that stay together: single documents, or several of fewer than `cp_size` tokens."""
         short, last = [], None
         for index, row in enumerate(_read(self.dataset)):
             try:
@@ -165,7 +169,7 @@ class PackedDocumentStream(PackedRows, IterableDataset):
                 last = last + short
             else:
                 logger.warning(
-                    "Dropped the last %d documents: their %d tokens are fewer than cp_size.", len(short), tokens
+                    "Dropped the last %d documents, whose %d tokens are fewer than cp_size.", len(short), tokens
                 )
                 self._counts.drop(len(short), tokens)
         if last is not None:
@@ -173,7 +177,7 @@ class PackedDocumentStream(PackedRows, IterableDataset):
 
 
 def _read(stream: Iterable[Any]) -> Iterator[Any]:
-    """Yields a stream's rows, and says after which row it fails. A stream that has failed cannot go on."""
+    """Yield the rows of a stream, and raise a `BatchError` that tells after which row the stream failed."""
     rows, read = iter(stream), 0
     while True:
         try:
@@ -182,9 +186,9 @@ def _read(stream: Iterable[Any]) -> Iterator[Any]:
             return
         except Exception as error:
             raise BatchError(
-                f"The stream of documents failed after {read} rows, by {type(error).__name__}: {error}. Repair the "
-                "shard that it was reading, or leave it out; to pass over single bad rows, have the stream yield them "
-                'as empty ones and set bad_rows="skip".'
+                f"The stream of documents failed after {read} rows with {type(error).__name__}: {error}. Repair the "
+                "shard that it was reading, or leave it out. To skip single bad rows, let the stream yield empty rows "
+                'in their place, and set bad_rows="skip".'
             ) from error
         read += 1
         yield row

@@ -1,4 +1,4 @@
-"""`PackedDocuments`: a dataset of packed rows, made from a dataset of documents as they are read."""
+"""`PackedDocuments`: a map-style dataset that packs the documents of another dataset into rows."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from .progress import bar_options
 class PackedDocuments(PackedRows, Dataset):
     """A map-style dataset of packed rows over a map-style dataset of documents.
 
-    Rows have what [`FlashCPCollator`] takes: `input_ids`, `labels`, `per_token_keys` and `seq_lengths`. Documents are
-    read when their row is; their lengths when the dataset is first used (from a `datasets.Dataset` without reading
-    tokens). Rows come in the order of optimizer steps: read them one by one and in order, as [`FlashCPTrainer`] does.
+    Rows have the columns that [`FlashCPCollator`] expects: `input_ids`, `labels`, `per_token_keys` and `seq_lengths`.
+    The lengths of all documents are read when the dataset is first used (for a `datasets.Dataset` without reading
+    tokens), and the documents of a row when that row is read. Rows are in the order of optimizer steps. Read them one
+    by one and in order, as [`FlashCPTrainer`] does.
 
     Args:
-        dataset (`Dataset`): of documents; see [`FlashCPCollator`] for their columns.
-        window (`int`): tokens of a packed row at most.
-        bad_rows (`str`, *optional*, defaults to `"error"`): rows without tokens, and rows whose columns do not fit
-            the tokens. With `"skip"` they are counted, logged and left out.
+        dataset (`Dataset`): dataset of documents; see [`FlashCPCollator`] for their columns.
+        window (`int`): largest number of tokens in a packed row.
+        bad_rows (`str`, *optional*, defaults to `"error"`): what to do with rows that have no tokens, or columns that
+            do not match the tokens. With `"skip"`, they are counted, logged and left out.
         per_token_keys (`Sequence[str]`, *optional*): further columns with one number per token.
-        seed (`int`, *optional*, defaults to 0): every epoch shuffles documents by it, and packs them anew.
-        kwargs: options of [`pack_lengths`]; those of the run (`cp_size`, `dp_size`, `gradient_accumulation_steps`)
-            are filled in by [`FlashCPTrainer`].
+        seed (`int`, *optional*, defaults to 0): seed of the random order. Every epoch shuffles and packs the documents
+            again.
+        kwargs: options of [`pack_lengths`]. [`FlashCPTrainer`] fills in those of the run: `cp_size`, `dp_size` and
+            `gradient_accumulation_steps`.
 
     Raises:
-        BatchError: bad rows, packed rows.
+        BatchError: a row is bad or already packed.
         PlanError: see [`pack_lengths`].
     """
 
@@ -60,7 +62,7 @@ class PackedDocuments(PackedRows, Dataset):
 
     @property
     def packer(self) -> EpochPacker:
-        """Packer of all epochs."""
+        """The packer of all epochs."""
         if self._packer is None:
             if self._lengths is None:
                 self._lengths = self._read_lengths()
@@ -69,7 +71,7 @@ class PackedDocuments(PackedRows, Dataset):
 
     @property
     def packing(self) -> Packing:
-        """Packing of the current epoch. Its documents are indices of the dataset."""
+        """The packing of the current epoch. Its documents are indices into the dataset."""
         epoch = int(self._epoch)
         if self._packed is None or self._packed[0] != epoch:
             self._packed = (epoch, self.packer.pack(self.seed, epoch))
@@ -77,10 +79,10 @@ class PackedDocuments(PackedRows, Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        self.packing  # noqa: B018, before loader workers start, each of which would pack
+        self.packing  # noqa: B018, pack before loader workers start, because each of them would pack again
 
     def report(self) -> dict[str, Any]:
-        """Returns [`Packing.report`] of the current epoch, with `rows_skipped`."""
+        """Return [`Packing.report`] of the current epoch, and the number of `rows_skipped`."""
         return {**self.packing.report(), "rows_skipped": int((self._lengths == 0).sum())}
 
     def __len__(self) -> int:
@@ -96,7 +98,7 @@ class PackedDocuments(PackedRows, Dataset):
         return join([cut(self._document(part.document, row), part.start, part.stop) for part, row in zip(parts, rows)])
 
     def _read_lengths(self) -> np.ndarray:
-        """Returns the lengths of all documents, (rows,) int64, 0 of those to skip."""
+        """Return the lengths of all documents, (rows,) int64, with 0 for rows to skip."""
         if is_datasets_available():
             import datasets
 
@@ -113,14 +115,14 @@ class PackedDocuments(PackedRows, Dataset):
             return 0
 
     def _read_arrow_lengths(self) -> np.ndarray:
-        """The same from the offsets of Arrow's lists; tokens are read of bad rows alone."""
+        """Return the same lengths from the offsets of Arrow lists, reading tokens of bad rows only."""
         import pyarrow.compute as pc
 
         names = self.dataset.column_names
         if missing := [name for name in ("input_ids", *self.per_token_keys) if name not in names]:
             raise BatchError(
                 f"The dataset has no column {', '.join(missing)}: its columns are {', '.join(names)}. Tokenize it "
-                "first, and keep what per_token_keys asks for."
+                "first, and keep the columns in per_token_keys."
             )
         columns = [name for name in (*TOKEN_COLUMNS, *self.per_token_keys) if name in names]
         found = [np.zeros(0, dtype=np.int64)]

@@ -1,10 +1,10 @@
-"""`pack_lengths` decides which documents share a packed row, and which rows an optimizer step, from lengths alone.
+"""`pack_lengths`: decides from lengths which documents share a packed row, and which rows share an optimizer step.
 
-An optimizer step has `dp_size * gradient_accumulation_steps` packs. Documents come in random order and fill one step
-after the other; what a step has no room for is first in the next. "balanced" is the variable-length packing of
-WLB-LLM (arXiv 2503.17924, section 4): the longest first, each to the pack that takes the least time, while documents
-whose attention no mix of others evens out wait until there is one of about their length for every data-parallel
-group. Nothing here imports torch.
+An optimizer step has `dp_size * gradient_accumulation_steps` packs. Documents arrive in random order and fill one step
+after another. Documents that a step has no room for come first in the next step. The strategy "balanced" is the
+variable-length packing of WLB-LLM (arXiv 2503.17924, section 4): documents are placed from long to short, each in the
+pack that takes the least time. A document with so much attention that other documents cannot balance it waits until
+there is one of similar length for every data-parallel group. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from .progress import bar_options
 
 
 MOST_WAITING = 0.1
-"""Share of the tokens left in an epoch that may wait. Else the last steps would have no short documents to fill up
-with."""
+"""Largest share of an epoch's remaining tokens that may wait, so that the last steps still get short documents."""
 
 MOST_TRIED = 20_000
-"""Documents of the trial that chooses how many packs an epoch has to spare."""
+"""Largest number of documents in the trial that chooses an epoch's number of spare packs."""
 
 MOST_SPARE = 0.2
-"""Share of packs to spare above which that trial stops."""
+"""Share of spare packs above which that trial stops."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Packs in the order in which they are trained on: `dp_size` after each other are a micro-step.
+    """The packs of an epoch in training order, in which `dp_size` consecutive packs form a micro-step.
 
     Args:
-        documents (`np.ndarray`): (n,) int64, the document of each part, pack after pack, as an index of the lengths.
-        starts (`np.ndarray`): (n,) int64, the first token of each part.
-        stops (`np.ndarray`): (n,) int64, the token behind its last one.
-        offsets (`np.ndarray`): (packs + 1,) int64, where each pack's parts begin.
+        documents (`np.ndarray`): (n,) int64, index of each part's document in the lengths, ordered by pack.
+        starts (`np.ndarray`): (n,) int64, first token of each part.
+        stops (`np.ndarray`): (n,) int64, end of each part (exclusive).
+        offsets (`np.ndarray`): (packs + 1,) int64, index of each pack's first part.
         seconds (`np.ndarray`): (packs,) predicted seconds of a training step on one device.
         delays (`np.ndarray`): (n,) delays in optimizer steps, see [`~Packing.report`].
-        options (`PackingOptions`): options that the packing was made with.
-        counts (`dict[str, int]`): documents and tokens that came in, and what became of them.
+        options (`PackingOptions`): options of the packing.
+        counts (`dict[str, int]`): numbers of documents and tokens that came in, were packed, dropped and truncated.
     """
 
     documents: np.ndarray
@@ -62,7 +61,7 @@ class Packing:
         return len(self.seconds)
 
     def __getitem__(self, index: int) -> list[DocumentPart]:
-        """Returns the parts of documents in a pack."""
+        """Return the parts of documents in a pack."""
         where = slice(self.offsets[index], self.offsets[index + 1])
         columns = (self.documents[where], self.starts[where], self.stops[where])
         return [DocumentPart(*row) for row in zip(*(column.tolist() for column in columns))]
@@ -71,13 +70,15 @@ class Packing:
         return map(self.__getitem__, range(len(self)))
 
     def report(self) -> dict[str, Any]:
-        """Returns a JSON-serializable dict: `packs`, `documents_in` and `tokens_in`, how many of them were `packed`,
-        `dropped` and `truncated`, `documents_split`, and
+        """Return statistics as a JSON-serializable dict.
 
-        - `fill_rate`: tokens packed, over those that the packs have room for;
+        - `packs`: number of packs;
+        - `documents_in` and `tokens_in`, and how many of them were `packed`, `dropped` and `truncated`;
+        - `documents_split`: number of documents that were split;
+        - `fill_rate`: packed tokens as a share of the tokens that the packs have room for;
         - `micro_step_imbalance` and `step_imbalance`, see [`imbalance`];
-        - `mean_delay` and `max_delay`: optimizer steps between the one that was being filled when a document's turn
-          came in the random order, and the one it is in.
+        - `mean_delay` and `max_delay`: number of optimizer steps between the step that was being filled when a
+          document's turn came in the random order, and the step that contains it.
         """
         options = self.options
         return {
@@ -91,9 +92,12 @@ class Packing:
 
 
 def imbalance(seconds: np.ndarray, dp_size: int, gradient_accumulation_steps: int) -> dict[str, float]:
-    """What data-parallel groups lose by waiting for the slowest: its time over the mean, 1.1 for a tenth. Where groups
-    wait in every micro-step, as under FSDP2, that is `micro_step_imbalance`, where they wait at the end of an
-    optimizer step, `step_imbalance`. A last micro-step that not every group has a pack for does not count."""
+    """Return how much data-parallel groups lose by waiting for the slowest group: its time divided by the mean.
+
+    `micro_step_imbalance` applies if groups wait for each other in every micro-step, as under FSDP2, and
+    `step_imbalance` if they wait at the end of an optimizer step. A last micro-step that does not have a pack for
+    every group is ignored.
+    """
     micro_steps = np.asarray(seconds)[: len(seconds) // dp_size * dp_size].reshape(-1, dp_size)
     if not len(micro_steps):
         return {"micro_step_imbalance": 1.0, "step_imbalance": 1.0}
@@ -119,39 +123,41 @@ def pack_lengths(
     seed: int = 0,
     epoch: int = 0,
 ) -> Packing:
-    """Packs the documents of one epoch. Every epoch has as many packs.
+    """Pack the documents of one epoch. Every epoch has the same number of packs.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each document.
-        window (`int`): tokens that a pack has room for.
-        strategy (`str`, *optional*, defaults to `"balanced"`): packs of a micro-step take about the same time.
-            `"best_fit"`: they leave as little room as possible.
-        overlong (`str`, *optional*, defaults to `"error"`): what happens to documents of more than `max_length`
-            tokens: `"error"`, `"truncate"` (tokens beyond it are left out), `"split"` (its pieces are documents of
-            their own) or `"drop"`.
-        max_length (`int`, *optional*): defaults to `window`. Balance is better with a window above it.
-        cp_size (`int`, *optional*, defaults to 1): ranks that share a pack; it gets at least as many tokens.
-        dp_size (`int`, *optional*, defaults to 1): data-parallel groups. Each reads one pack of a micro-step.
-        gradient_accumulation_steps (`int`, *optional*, defaults to 1): micro-steps of an optimizer step.
-        look_ahead (`int`, *optional*, defaults to 16): optimizer steps that a long document may wait for others of
-            about its length.
-        cost_model (`CostModel`, *optional*): of the model and hardware; defaults to Llama 3 8B on H100s. Only the
-            share of attention in its times matters.
-        seed (`int`, *optional*, defaults to 0): of the random order of documents.
-        epoch (`int`, *optional*, defaults to 0): every one has another order.
+        lengths (`Sequence[int]`): number of tokens of each document.
+        window (`int`): number of tokens that a pack has room for.
+        strategy (`str`, *optional*, defaults to `"balanced"`): packing method. `"balanced"` gives the packs of a
+            micro-step about the same time, and `"best_fit"` leaves as little unused room as possible.
+        overlong (`str`, *optional*, defaults to `"error"`): what to do with documents of more than `max_length`
+            tokens: `"error"`, `"truncate"` (leave out the tokens beyond it), `"split"` (make each piece a document) or
+            `"drop"`.
+        max_length (`int`, *optional*): largest number of tokens of a document; defaults to `window`. Packs are better
+            balanced if the window is longer.
+        cp_size (`int`, *optional*, defaults to 1): number of ranks that share a pack. Every pack has at least this
+            many tokens.
+        dp_size (`int`, *optional*, defaults to 1): number of data-parallel groups. Each reads one pack per micro-step.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1): number of micro-steps per optimizer step.
+        look_ahead (`int`, *optional*, defaults to 16): number of optimizer steps that a long document may wait for
+            others of similar length.
+        cost_model (`CostModel`, *optional*): cost model of the model and hardware; defaults to Llama 3 8B on H100s.
+            Only the share of attention in its times matters.
+        seed (`int`, *optional*, defaults to 0): seed of the random order of documents.
+        epoch (`int`, *optional*, defaults to 0): number of the epoch. The order differs between epochs.
 
     Returns:
-        `Packing`: its packs in the order of optimizer steps.
+        `Packing`: packs in the order of optimizer steps.
 
     Raises:
-        PlanError: documents without tokens, too long ones with `overlong="error"`, too few tokens for `cp_size`, or an
-            option other than those listed.
+        PlanError: a document is empty, or too long with `overlong="error"`, there are too few tokens for `cp_size`, or
+            an option is invalid.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(empty := np.flatnonzero(lengths < 1)):
         raise PlanError(
-            f"Document {empty[0]} has {lengths[empty[0]]} tokens, as have {len(empty) - 1} others: a document has at "
-            "least one. Leave them out."
+            f"Document {empty[0]} has {lengths[empty[0]]} tokens, but every document needs at least one. Leave empty "
+            f"documents out ({len(empty)} of {len(lengths)})."
         )
     options = PackingOptions(
         window,
@@ -168,11 +174,10 @@ def pack_lengths(
 
 
 class EpochPacker:
-    """Packs documents anew for each epoch, with an equal number of packs; see [`pack_lengths`]. Rows of length 0 are
-    left out.
+    """A packer that packs the documents of every epoch into the same number of packs, see [`pack_lengths`].
 
-    Documents with fewer than `cp_size` tokens cannot have a pack to themselves: those next to each other in the
-    dataset are kept together.
+    Rows of length 0 are left out. Documents with fewer than `cp_size` tokens are too short for a pack of their own, so
+    those that are neighbours in the dataset are kept together.
     """
 
     def __init__(self, lengths: np.ndarray, options: PackingOptions):
@@ -188,7 +193,7 @@ class EpochPacker:
         columns = np.stack([whole, np.zeros_like(whole), lengths[whole]])
         documents, starts, stops = np.append(columns, np.array(cut, dtype=np.int64).reshape(-1, 3).T, axis=1)
         if not len(documents):
-            raise PlanError("There are no documents to pack: all rows were left out, or there are none.")
+            raise PlanError("There are no documents to pack: the dataset is empty, or all rows were left out.")
         tokens = stops - starts
         unit = _units(tokens, options)
         by_unit = np.argsort(unit, kind="stable")
@@ -204,8 +209,11 @@ class EpochPacker:
         return [Waiting(self._seconds[unit], unit, self._tokens[unit], 0) for unit in units]
 
     def _spare(self) -> float:
-        """Share of packs to spare with which a trial on some of the documents does not have to pack many steps again:
-        documents that are long for the window leave more room in every step than few short ones fill."""
+        """Return the share of spare packs with which a trial does not have to pack many steps again.
+
+        More spare packs are needed if many documents are long for the window, and there are too few short documents to
+        fill the room that they leave.
+        """
         order = np.random.default_rng(0).permutation(len(self._tokens))[:MOST_TRIED].tolist()
         spare = self.options.spare
         while True:
@@ -217,13 +225,16 @@ class EpochPacker:
             spare *= 2
 
     def pack(self, seed: int = 0, epoch: int = 0) -> Packing:
-        """Packs an epoch: equal seeds and epochs give equal packs."""
+        """Pack an epoch. Equal seeds and epochs give equal packs."""
         order = np.random.default_rng((seed, epoch)).permutation(len(self._tokens)).tolist()
         packs, _ = self._with_rest(*self._steps(order, self.num_packs), self.num_packs)
         return self._packing(packs)
 
     def _steps(self, order: list[int], packs: int) -> tuple[list[list[list[Waiting]]], list[Waiting]]:
-        """The packs of each step, at most `packs` in all, of documents in this order, and those without room."""
+        """Pack documents in this order into steps of at most `packs` packs in total.
+
+        Returns the packs of each step, and the documents for which there was no room.
+        """
         options, coming = self.options, iter(order)
         packer, steps = options.step_packer(), []
         tokens = sum(self._tokens[unit] for unit in order)
@@ -248,8 +259,11 @@ class EpochPacker:
     def _with_rest(
         self, steps: list[list[list[Waiting]]], rest: list[Waiting], num_packs: int, most: int | None = None
     ) -> tuple[list[list[Waiting]], int | None]:
-        """The packs of all steps, the last ones of them packed again together, 1, 2, 4, ... of them until all
-        documents fit; and how many that were. `([], None)` if it would take more than `most`."""
+        """Add the documents without room by packing the last 1, 2, 4, ... steps again until all documents fit.
+
+        Returns the packs of all steps, and the number of steps that were packed again, or `([], None)` if more than
+        `most` steps would have to be.
+        """
         options, again = self.options, 1
         if not rest and sum(map(len, steps)) == num_packs:
             return [pack for step in steps for pack in step], 0
@@ -285,7 +299,10 @@ class EpochPacker:
 
 
 def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
-    """The unit of each part, (n,) int64. Its parts stay together; those long enough for a pack are alone."""
+    """Return the unit of each part, (n,) int64.
+
+    The parts of a unit stay together. Parts that are long enough for a pack of their own are units of one part.
+    """
     short = tokens < options.cp_size
     unit = np.cumsum(~short) - 1
     units, held = int((~short).sum()), 0
@@ -299,8 +316,8 @@ def _units(tokens: np.ndarray, options: PackingOptions) -> np.ndarray:
         others = np.bincount(unit[~rest], tokens[~rest]) if len(tokens) > rest.sum() else np.array([options.window])
         if others.min() + held > options.window:
             raise PlanError(
-                f"{rest.sum()} documents with {held} tokens in all are too short for a pack of their own, which "
-                f"cp_size {options.cp_size} ranks share, and no other has room for them. Leave them out."
+                f"{rest.sum()} documents with {held} tokens in total are too short for a pack of their own with "
+                f"cp_size {options.cp_size}, and no other pack has room for them. Leave them out."
             )
         unit[rest] = others.argmin()
     return unit

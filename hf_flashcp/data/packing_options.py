@@ -1,4 +1,4 @@
-"""`PackingOptions` and `Counts`: how documents are packed, and what becomes of those that do not fit."""
+"""`PackingOptions` and `Counts`: the options of packing, and counts of packed, dropped and truncated documents."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .packing_steps import StepPacker, Waiting, best_fit, least_time
 
 
 SPARE_PACKS = {"balanced": 0.03, "best_fit": 0.005}
-"""The strategies, and packs of an epoch beyond those that best fit over all documents needs, as a share of them."""
+"""Packing strategies, with the share of packs that each adds to the number that best fit over all documents needs."""
 
 OVERLONG = ("error", "truncate", "split", "drop")
 
 HEAVY_ATTENTION = 0.02
-"""Documents wait for others if their attention takes more than this share of the linear work of a full pack."""
+"""A document waits for similar ones if its attention takes more than this share of a full pack's linear time."""
 
 
 class DocumentPart(NamedTuple):
-    """Tokens `start` to `stop` (half-open) of a document of the dataset: a document of its own in its pack."""
+    """Tokens [start, stop) of a document of the dataset, which form a separate document in their pack."""
 
     document: int
     start: int
@@ -34,7 +34,7 @@ class DocumentPart(NamedTuple):
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """Options of [`pack_lengths`], checked, and what follows from them."""
+    """The checked options of [`pack_lengths`], and quantities derived from them."""
 
     window: int
     strategy: str = "balanced"
@@ -60,32 +60,41 @@ class PackingOptions:
             raise PlanError(f"overlong is {self.overlong!r}: choose what happens to long documents, one of {choices}.")
         if self.window < 2 * self.cp_size:
             raise PlanError(
-                f"A window of {self.window} tokens is too small for cp_size {self.cp_size}: give it two for each rank."
+                f"A window of {self.window} tokens is too small for cp_size {self.cp_size}: it must have at least two "
+                "tokens per rank."
             )
         if self.longest > self.window:
-            raise PlanError(f"Documents of max_length {self.longest} do not fit in a window of {self.window} tokens.")
+            raise PlanError(
+                f"Documents of max_length {self.longest} do not fit in a window of {self.window} tokens: lower "
+                "max_length, or leave it out."
+            )
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest document that is packed whole."""
         return self.max_length or self.window
 
     @property
     def step_packs(self) -> int:
+        """Packs per optimizer step."""
         return self.dp_size * self.gradient_accumulation_steps
 
     @property
     def spare(self) -> float:
+        """Share of additional packs, see `SPARE_PACKS`."""
         return SPARE_PACKS[self.strategy]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
-        """How many packs have room for documents in whatever order they come, with a share of them to spare; those of
-        whole steps if there are documents for them."""
+        """Return how many packs have room for the documents in any order, if a share of `spare` packs is added.
+
+        The number is rounded up to whole optimizer steps if there are enough documents.
+        """
         least = len(best_fit(sorted(documents, reverse=True), self.window)[0])
         steps = math.ceil(least * (1 + (self.spare if spare is None else spare)) / self.step_packs)
         return max(least, min(steps * self.step_packs, len(documents)))
 
     def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
-        """Places all documents in as many packs, `None` if they do not fit."""
+        """Place all documents in this number of packs, or return `None` if they do not fit."""
         documents = sorted(documents, reverse=True)
         for fill in (least_time, best_fit) if self.strategy == "balanced" else (best_fit,):
             found, left = fill(documents, self.window, packs)
@@ -94,10 +103,11 @@ class PackingOptions:
         return None
 
     def step_packer(self) -> StepPacker:
+        """Return a new packer with these options."""
         return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted seconds of documents on one device, (n,), and whether they wait for others like them."""
+        """Return the predicted seconds (n,) of documents on one device, and whether each waits for similar ones."""
         model = self.cost_model or CostModel.from_config(LLAMA_3_8B, "h100")
         different, which = np.unique(np.append(lengths, self.window), return_inverse=True)
         linear, attention = model.document_times(different)
@@ -105,13 +115,13 @@ class PackingOptions:
         return (linear + attention)[which[:-1]], heavy[which[:-1]]
 
     def parts(self, document: int, length: int) -> list[DocumentPart]:
-        """Cuts a document to the parts that are packed; none if it is dropped."""
+        """Return the parts of a document that are packed, or an empty list if it is dropped."""
         longest = self.longest
         if length <= longest:
             return [DocumentPart(document, 0, length)]
         if self.overlong == "error":
             raise PlanError(
-                f"Document {document} has {length} tokens, more than the {longest} that fit. Choose what happens to "
+                f"Document {document} has {length} tokens, more than the {longest} that fit. Choose what to do with "
                 'such documents: overlong="truncate", "split" or "drop".'
             )
         if self.overlong == "split":
@@ -120,7 +130,7 @@ class PackingOptions:
 
 
 class Counts:
-    """Counts of documents and tokens: those that came in are packed, dropped or, for tokens, truncated."""
+    """Counts of documents and tokens that came in, and how many of them were packed, dropped, truncated or split."""
 
     def __init__(self):
         names = ("in", "packed", "dropped", "truncated")
@@ -131,12 +141,12 @@ class Counts:
         self.tokens[name] += tokens
 
     def add_whole(self, documents: int, tokens: int) -> None:
-        """Counts documents that are packed whole."""
+        """Count documents that are packed whole."""
         self.count("in", documents, tokens)
         self.count("packed", documents, tokens)
 
     def add(self, length: int, parts: Sequence[DocumentPart]) -> None:
-        """Counts a document of `length` tokens of which `parts` are packed."""
+        """Count a document of `length` tokens, of which `parts` are packed."""
         packed = sum(part.stop - part.start for part in parts)
         self.count("in", 1, length)
         self.count("packed", int(packed > 0), packed)
@@ -145,7 +155,7 @@ class Counts:
         self.documents["split"] += len(parts) > 1
 
     def drop(self, documents: int, tokens: int) -> None:
-        """Counts documents as dropped that were counted as packed."""
+        """Change the count of documents from packed to dropped."""
         self.count("packed", -documents, -tokens)
         self.count("dropped", documents, tokens)
 

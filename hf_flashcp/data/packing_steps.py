@@ -1,4 +1,4 @@
-"""Optimizer steps from documents as they come: what each pack holds, and which packs share a micro-step."""
+"""Packing of arriving documents into optimizer steps: the documents of each pack, and the packs of each micro-step."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-ALIKE = 0.05
-"""Heavy documents are alike if their times differ by no more than this share."""
+SIMILAR = 0.05
+"""Heavy documents are similar if their times differ by at most this share."""
 
 
 class Waiting(NamedTuple):
-    """A document or unit without a pack: its predicted seconds on one device, and the optimizer step that was being
-    filled when it came. They sort by time."""
+    """A document, or a unit of several, that is waiting for a pack. Documents sort by time."""
 
-    seconds: float
+    seconds: float  # predicted on one device
     item: int
     tokens: int
-    step: int
+    step: int  # optimizer step that was being filled when the document arrived
 
 
 class StepPacker:
-    """Documents in, the packs of one optimizer step after the other out.
+    """A packer that takes documents, and returns the packs of one optimizer step after another.
 
-    With `balanced` each document goes to the pack that takes the least time, else to the one that it fits best, and a
-    heavy document waits up to `look_ahead` steps for `dp_size - 1` others that are [`ALIKE`]. `tokens` and `documents`
-    count what the next step can have.
+    With `balanced`, each document goes to the pack that takes the least time, and a heavy document waits up to
+    `look_ahead` steps for `dp_size - 1` others that are [`SIMILAR`]. Otherwise each document goes to the pack that it
+    fits best. `tokens` and `documents` count what is available for the next step.
     """
 
     def __init__(self, window: int, balanced: bool, dp_size: int, look_ahead: int):
@@ -41,32 +40,32 @@ class StepPacker:
         document = Waiting(seconds, item, tokens, self.steps)
         if heavy and self.balanced and self.look_ahead:
             bisect.insort(self._heavy, document)
-            first = self._most_alike([bisect.bisect_left(self._heavy, document)])
+            first = self._most_similar([bisect.bisect_left(self._heavy, document)])
             run = self._heavy[first : first + self.dp_size]
-            if len(run) == self.dp_size and run[-1].seconds <= (1 + ALIKE) * run[0].seconds:
+            if len(run) == self.dp_size and run[-1].seconds <= (1 + SIMILAR) * run[0].seconds:
                 self._release(first)
         else:
             self._to_pool([document])
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of documents that wait for others like them, which the next step does not have."""
+        """Tokens of the heavy documents that wait for similar ones, and are not available for the next step."""
         return sum(document.tokens for document in self._heavy)
 
     def release(self) -> bool:
-        """Lets those of them that differ least into the next step; returns whether there were any."""
+        """Make the most similar heavy documents available for the next step, and return whether there were any."""
         if not self._heavy:
             return False
-        self._release(self._most_alike(range(len(self._heavy))))
+        self._release(self._most_similar(range(len(self._heavy))))
         return True
 
     def step(self, packs: int) -> list[list[Waiting]]:
-        """The packs of the next step, none of them empty; fewer than asked for if documents run out."""
+        """Return the packs of the next step, none of them empty; fewer than requested if documents run out."""
         while self._heavy:
             oldest = min(range(len(self._heavy)), key=lambda index: self._heavy[index].step)
             if self._heavy[oldest].step + self.look_ahead > self.steps:
                 break
-            self._release(self._most_alike([oldest]))
+            self._release(self._most_similar([oldest]))
         documents, self._pool = self._left + sorted(self._pool, reverse=True), []
         found, self._left = (least_time if self.balanced else best_fit)(documents, self.window, packs)
         self.documents, self.tokens = len(self._left), sum(document.tokens for document in self._left)
@@ -74,12 +73,16 @@ class StepPacker:
         return found
 
     def take_rest(self) -> list[Waiting]:
+        """Return all documents that are left, and forget them."""
         rest = self._left + self._pool + self._heavy
         self._left, self._pool, self._heavy, self.documents, self.tokens = [], [], [], 0, 0
         return rest
 
-    def _most_alike(self, among: Sequence[int]) -> int:
-        """Where the run of `dp_size` neighbours begins whose times differ least, of those with one of `among`."""
+    def _most_similar(self, among: Sequence[int]) -> int:
+        """Return the start of the run of `dp_size` heavy documents whose times differ least.
+
+        Only runs that contain one of the documents `among` are considered.
+        """
         heavy, size = self._heavy, min(self.dp_size, len(self._heavy))
         firsts = range(max(among[0] - size + 1, 0), min(among[-1], len(heavy) - size) + 1)
         return min(firsts, key=lambda first: heavy[first + size - 1].seconds / heavy[first].seconds)
@@ -96,8 +99,11 @@ class StepPacker:
 
 
 def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Puts each document, as they come, in the pack that takes the least time of those with room. Returns `(packs,
-    left)`: at most as many packs as asked for, none empty, and the documents that had no room."""
+    """Put each document, in the given order, in the pack with room for it that takes the least time.
+
+    Returns `(packs, left)`: at most the requested number of packs, none of them empty, and the documents for which
+    there was no room.
+    """
     found: list[list[Waiting]] = [[] for _ in range(packs)]
     room = [window] * packs
     times = [(0.0, index) for index in range(packs)]
@@ -122,8 +128,11 @@ def least_time(documents: Sequence[Waiting], window: int, packs: int) -> tuple[l
 def best_fit(
     documents: Sequence[Waiting], window: int, packs: int | None = None
 ) -> tuple[list[list[Waiting]], list[Waiting]]:
-    """Puts each document, as they come, in the pack with the least room that is enough. Returns `(packs, left)`: as
-    many packs as asked for, if there are documents for them, and the documents that had no room."""
+    """Put each document, in the given order, in the pack with the least room that is enough for it.
+
+    Returns `(packs, left)`: the requested number of packs, or fewer if there are fewer documents, and the documents
+    for which there was no room.
+    """
     found: list[list[Waiting]] = []
     spaces: list[int] = []
     with_space: dict[int, list[list[Waiting]]] = {}
@@ -152,7 +161,7 @@ def best_fit(
 
 
 def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
-    """`count` packs, by halving the slowest; fewer if there are not as many documents."""
+    """Return `count` packs, by halving the slowest ones; fewer if there are fewer documents."""
     done = [pack for pack in packs if len(pack) == 1]
     several = [(-pack_seconds(pack), index, pack) for index, pack in enumerate(packs) if len(pack) > 1]
     heapq.heapify(several)
@@ -169,8 +178,10 @@ def cut_up(packs: list[list[Waiting]], count: int) -> list[list[Waiting]]:
 
 
 def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_steps: int) -> list[list[Waiting]]:
-    """The packs of one or several steps in order: those of a micro-step take about the same time, and over a step each
-    data-parallel group about the same as the others."""
+    """Return the packs of one or several steps in training order.
+
+    The packs of a micro-step take about the same time, and so do all packs of each data-parallel group over a step.
+    """
     packs = sorted(packs, key=pack_seconds, reverse=True)
     micro_steps = [packs[start : start + dp_size] for start in range(0, len(packs), dp_size)]
     steps = -(-len(micro_steps) // gradient_accumulation_steps)
@@ -180,7 +191,7 @@ def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_
     for first in range(0, len(micro_steps), gradient_accumulation_steps):
         totals = [0.0] * dp_size
         for micro_step in micro_steps[first : first + gradient_accumulation_steps]:
-            # The slowest pack to the group that has had the least.
+            # The slowest pack goes to the group with the least time so far.
             groups = sorted(range(len(micro_step)), key=totals.__getitem__)
             for group, pack in sorted(zip(groups, micro_step)):
                 totals[group] += pack_seconds(pack)
@@ -189,4 +200,5 @@ def arrange(packs: Sequence[list[Waiting]], dp_size: int, gradient_accumulation_
 
 
 def pack_seconds(pack: Sequence[Waiting]) -> float:
+    """Return the predicted seconds of a pack on one device."""
     return sum(document.seconds for document in pack)

@@ -1,4 +1,4 @@
-"""Progress bars and warnings of the first process of a run."""
+"""Progress bars that only the first process of a run shows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def on_first_process() -> bool:
-    """Returns whether this is the first process of a run, or the only one."""
+    """Return whether this is the first or only process of a run."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def bar_options(description: str, unit: str) -> dict[str, Any]:
-    """Returns tqdm's options for work that may take long: a bar on the first process, if that has a terminal."""
+    """Return options of tqdm for a bar that appears on the first process only, if it has a terminal."""
     hidden = None if on_first_process() else True
     return {"desc": description, "unit": f" {unit}", "delay": 2, "leave": False, "disable": hidden}

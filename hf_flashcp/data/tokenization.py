@@ -1,4 +1,4 @@
-"""Makes documents of tokens from texts and chats, and counts each row that is left out or cut."""
+"""Tokenizes texts and chats into documents, and counts the rows that are left out or truncated."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ KEPT = {
     "split": "kept in pieces of the window",
 }
 LEFT_OUT = {
-    "missing": "left out: no text or messages, or not in their form",
+    "missing": "left out: no text or messages, or in another format",
     "empty": "left out: empty or blank",
     "too_long": "left out: longer than the window",
     "no_assistant": "left out: no assistant turn with tokens",
     "assistant_cut_off": "left out: no assistant token within the window",
 }
-ASSISTANT_FIRST = "of them begun by the assistant"
+ASSISTANT_FIRST = "of these, started by the assistant"
 _TOKEN_COUNTS = ("tokens", "targets", "tokens_left_out")
 
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Result of [`tokenize_texts`] and [`tokenize_chats`].
+    """The result of [`tokenize_texts`] and [`tokenize_chats`].
 
     Attributes:
-        documents (`datasets.Dataset`): `input_ids`, and with chats `labels`, one row per document or piece of one.
-        counts (`dict[str, int]`): `rows` of the dataset, one count for each key of `KEPT` and `LEFT_OUT` (together
-            they are `rows`), `documents`, `tokens` in them, `targets` (tokens that have a label and one before them),
-            and `tokens_left_out` with rows that were cut or left out. With chats also `assistant_first`: of those
-            kept, conversations that begin with the assistant (after a system message, if there is one).
+        documents (`datasets.Dataset`): one row per document or piece of a document, with `input_ids`, and for chats
+            also `labels`.
+        counts (`dict[str, int]`): `rows` of the dataset, and how many of them have each of the outcomes in `KEPT` and
+            `LEFT_OUT`, which add up to `rows`; `documents`; `tokens` of the documents; `targets`, the tokens with a
+            label, except for first tokens; and `tokens_left_out`, the tokens of rows that were left out and those cut
+            off. For chats also `assistant_first`, the number of kept conversations that begin with the assistant
+            (after any system message).
         unused_columns (`tuple[str, ...]`): columns of the dataset that were not used, and
             `"chat_template_kwargs.<name>"` for arguments that the chat template does not mention.
     """
@@ -68,29 +70,32 @@ def tokenize_texts(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """Makes one document per text: the tokens that the tokenizer makes of it, and its end token behind them.
+    """Tokenize each text into one document that ends with the tokenizer's end token.
 
-    A beginning or end token that stands in the text itself is not doubled. Columns that are not used are named in one
-    warning and in the result.
+    If a text already contains its beginning or end token, the token is not repeated. A warning and the result name the
+    columns that are not used.
 
     Args:
-        dataset (`datasets.Dataset`): with a column of texts.
-        tokenizer (`PreTrainedTokenizerBase`): with an end token.
-        text_column (`str`, *optional*, defaults to `"text"`): the column's name.
-        max_length (`int`, *optional*): tokens that a document may have.
-        overlong (`str`, *optional*, defaults to `"truncate"`): longer documents are truncated to it, are split into
-            pieces that become documents of their own (`"split"`), or are left out (`"drop"`).
-        num_proc (`int`, *optional*): processes that tokenize, see `datasets.Dataset.map`.
+        dataset (`datasets.Dataset`): dataset with a column of texts.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer with an end token.
+        text_column (`str`, *optional*, defaults to `"text"`): name of the column.
+        max_length (`int`, *optional*): largest number of tokens of a document.
+        overlong (`str`, *optional*, defaults to `"truncate"`): what to do with longer documents: `"truncate"`,
+            `"split"` (make each piece a document) or `"drop"`.
+        num_proc (`int`, *optional*): number of processes that tokenize, see `datasets.Dataset.map`.
+
+    Returns:
+        `TokenizedDocuments`: the documents, and counts of what was kept and left out.
 
     Raises:
-        BatchError: no such column, a tokenizer without an end token, or nothing left.
+        BatchError: the column is missing, the tokenizer has no end token, or no documents are left.
     """
     _require_column(dataset, text_column)
     _require_overlong(overlong, OVERLONG)
     if tokenizer.eos_token_id is None:
         raise BatchError(
-            "The tokenizer has no end token, so that nothing would teach the model where a document ends. Set "
-            'tokenizer.eos_token = "...", a token of its vocabulary.'
+            "The tokenizer has no end token, so the model would not learn where a document ends. Set "
+            "tokenizer.eos_token to a token of its vocabulary."
         )
     settings = {"column": text_column, "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong}
     return _tokenized(dataset, _tokenize_texts, settings, num_proc, used=[text_column])
@@ -105,25 +110,33 @@ def tokenize_chats(
     overlong: str = "truncate",
     num_proc: int | None = None,
 ) -> TokenizedDocuments:
-    """Makes one document per conversation, as the tokenizer's chat template writes it; targets are what it marks by
-    `{% generation %}`, the assistant's tokens. transformers only warns of a template without marks.
+    """Tokenize each conversation into one document by the tokenizer's chat template.
 
-    The template gets what a row has for it, as it is or as a string of JSON: `tools` (a list of JSON schemas),
-    `documents` (a list of dicts) and `chat_template_kwargs` (a dict of arguments). Keys that are None because Arrow
-    gives every row the same ones are left out; nulls in JSON stay. Columns that are not used, `tools` and `documents`
-    among them if the template does not mention them, are named in one warning and in the result.
+    Targets are the assistant's tokens, which the template marks with `{% generation %}`. A template without these
+    marks is refused.
+
+    The following columns are passed to the template, if the dataset has them: `tools` (a list of JSON schemas),
+    `documents` (a list of dicts) and `chat_template_kwargs` (a dict of arguments). Their values can also be JSON
+    strings. Keys that are None only because Arrow gives all rows the same keys are left out, while nulls in JSON are
+    kept. A warning and the result name the columns that are not used, which include `tools` and `documents` if the
+    template does not mention them.
 
     Args:
-        dataset (`datasets.Dataset`): with a column of conversations, each a list of `{"role": ..., "content": ...}`,
-            and optionally the columns above.
-        tokenizer (`PreTrainedTokenizerBase`): with such a chat template.
-        messages_column (`str`, *optional*, defaults to `"messages"`): the column's name.
-        max_length (`int`, *optional*), num_proc (`int`, *optional*): as for [`tokenize_texts`].
-        overlong (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
+        dataset (`datasets.Dataset`): dataset with a column of conversations, each of which is a list of
+            `{"role": ..., "content": ...}`, and optionally the columns above.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer with such a chat template.
+        messages_column (`str`, *optional*, defaults to `"messages"`): name of the column of conversations.
+        max_length (`int`, *optional*): largest number of tokens of a document.
+        overlong (`str`, *optional*, defaults to `"truncate"`): what to do with longer conversations: `"truncate"` or
+            `"drop"`.
+        num_proc (`int`, *optional*): number of processes that tokenize, see `datasets.Dataset.map`.
+
+    Returns:
+        `TokenizedDocuments`: the documents, and counts of what was kept and left out.
 
     Raises:
-        BatchError: no such column, no chat template or one without marks, a conversation that it refuses, a value that
-            does not fit its column, or nothing left.
+        BatchError: the column is missing, there is no chat template or it has no marks, it refuses a conversation, a
+            value does not suit its column, or no documents are left.
     """
     _require_column(dataset, messages_column, _IN_ANOTHER_FORM)
     _require_overlong(overlong, ("truncate", "drop"))
@@ -141,31 +154,33 @@ def tokenize_chats(
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, column_names: Sequence[str]) -> list[str]:
-    """The chat templates, with marks, for rows of such a dataset: "tool_use", where there is one, for rows with
-    tools."""
+    """Return the tokenizer's chat templates for a dataset with these columns, after checking their marks.
+
+    These are the default template, and, if the dataset has a column `tools`, the template "tool_use", if there is one.
+    """
     given = tokenizer.chat_template
     named = given if isinstance(given, Mapping) else {"default": given}
     names = ["default", *(["tool_use"] if "tools" in column_names else [])]
     templates = {name: named[name] for name in names if named.get(name)}
     if "default" not in templates:
         raise BatchError(
-            "The tokenizer has no chat template, or none that is called default. Take an instruction-tuned model's "
+            'The tokenizer has no chat template, or none named "default". Use an instruction-tuned model\'s '
             "tokenizer, or set tokenizer.chat_template to a template with {% generation %} marks."
         )
     for name, template in templates.items():
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise BatchError(
                 f"The chat template{f' {name!r}' if len(named) > 1 else ''} does not mark the assistant's tokens, so "
-                "that there would be no targets. Put {% generation %} and {% endgeneration %} around what the "
-                "assistant writes, its end-of-turn token included; trl.chat_template_utils.get_training_chat_template "
-                "knows such templates of many models."
+                "there would be no targets. Put {% generation %} and {% endgeneration %} around the assistant's text "
+                "and its end-of-turn token. trl.chat_template_utils.get_training_chat_template returns such templates "
+                "for many models."
             )
     return list(templates.values())
 
 
 _IN_ANOTHER_FORM = {
-    "prompt": " Conversations are read from one column: join prompt and completion into it (the assistant's turns in "
-    "the prompt are targets then too), or train with TRL's SFTTrainer.",
+    "prompt": " Conversations are read from one column: join prompt and completion into it (assistant turns in the "
+    "prompt become targets too), or train with TRL's SFTTrainer.",
     "conversations": " Name the column (messages_column); its messages must have role and content.",
 }
 
@@ -215,7 +230,7 @@ def _tokenized(
     counts["documents"] = len(documents)
     if not len(documents):
         reasons = ", ".join(f"{counts[outcome]} {text}" for outcome, text in LEFT_OUT.items() if counts[outcome])
-        raise BatchError(f"No documents are left of {len(dataset)} rows: {reasons or 'there are none'}.")
+        raise BatchError(f"No documents are left of {len(dataset)} rows: {reasons or 'the dataset is empty'}.")
     documents = documents.select_columns(["input_ids", "labels"] if chats else ["input_ids"])
     return TokenizedDocuments(documents, counts, tuple(unused))
 
@@ -255,8 +270,10 @@ def _tokenize_texts(
 
 
 def _with_ends_once(document: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ends a document with the end token; it and the beginning token stand once where text and tokenizer both have
-    them."""
+    """Return the document with one end token, and without a repeated beginning token.
+
+    Both tokens occur twice if the text contains them and the tokenizer adds them.
+    """
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, stop = 0, len(document)
     while begin is not None and document[start : start + 2] == [begin, begin]:
@@ -307,21 +324,21 @@ def _tokenize_chats(
 def _encoded(
     index: int, messages: list[dict], arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """The tokens of a conversation, and for each of them 1 if it is the assistant's, else 0."""
+    """Return the tokens of a conversation, and a mask that is 1 for the assistant's tokens and 0 for others."""
     try:
         encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
         )
-    except Exception as error:  # templates are code: whatever they raise is about this row
+    except Exception as error:  # templates are code, so they can raise anything
         raise BatchError(
-            f"The chat template refuses the conversation in row {index}: {error}. Correct it or leave it out."
+            f"The chat template refuses the conversation in row {index}: {error}. Correct or remove this row."
         ) from error
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant" and set(roles) != {"assistant"} and all(encoded["assistant_masks"]):
-        # transformers 5.17 marks all where the assistant's first turn is one token, the first of the document.
+        # transformers 5.17 marks all tokens if the first token of the document is a whole assistant turn.
         raise BatchError(
-            f"All tokens of the conversation in row {index} are marked as the assistant's, those of other roles too. "
-            "Upgrade transformers, or move {% endgeneration %} of the chat template before the next turn."
+            f"All tokens of the conversation in row {index} are marked as the assistant's, including those of other "
+            "roles. Upgrade transformers, or move {% endgeneration %} in the chat template before the next turn."
         )
     return encoded["input_ids"], encoded["assistant_masks"]
 
@@ -339,8 +356,10 @@ def _is_conversation(messages: Any) -> bool:
 
 
 class _Rows:
-    """Columns of tokenized rows. With labels, rows also note the template arguments that nothing reads, and whether
-    the assistant speaks first."""
+    """Columns of tokenized rows.
+
+    With labels, rows also hold the names of unused template arguments, and whether the assistant speaks first.
+    """
 
     def __init__(self, with_labels: bool):
         names = ["input_ids", "outcome", *_TOKEN_COUNTS]
@@ -356,7 +375,7 @@ class _Rows:
         ignored: Sequence[str] = (),
         assistant_first: bool = False,
     ) -> None:
-        """Adds a document, or a row that is left out; `outcome` is None for the further pieces of a split one."""
+        """Add a document, or a row that is left out. `outcome` is None for all but the first piece of a document."""
         row = {
             "input_ids": document,
             "labels": labels,

@@ -1,4 +1,4 @@
-"""What ranks share beside KV: process groups, agreement, liveness, numbers of all ranks, worker processes."""
+"""Communication between ranks other than KV: process groups, agreement, liveness, gathering numbers, and workers."""
 
 from .agreement import require_agreement
 from .gather import add_over_ranks, gather_numbers, gather_rows

@@ -1,7 +1,8 @@
-"""Ranks agree or say so: values compared through the process group's key-value store before anything depends on them.
+"""Compares values between ranks through the process group's key-value store, before anything depends on them.
 
 A collective whose sizes differ between ranks hangs or corrupts memory, depending on the backend. The store needs no
-device, works before and between collectives, and gives every rank every value, so all of them raise the same error.
+device and works before and between collectives. Every rank reads the values of all ranks, so all of them raise the
+same error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .liveness import find_missing_ranks, group_timeout, result_of_others, watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_LOOK_AROUND = timedelta(seconds=1)
+_CHECK_EVERY = timedelta(seconds=1)
 _rounds: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
 
 
@@ -35,12 +36,22 @@ def require_agreement(
     error: type[FlashCPError] = ConfigurationError,
     timeout: timedelta | None = None,
 ) -> None:
-    """Returns when all ranks of `group` have called it, in the same order, with equal JSON-serializable `values`;
-    costs a write and two reads of the store.
+    """Return once all ranks of a group have called this function with equal values; raise an error if they differ.
 
-    Raises an `error` on every rank otherwise, which ends with `advice`: it names the values that differ and who has
-    which; or, after `timeout` (by default that of the group's collectives) or as soon as another rank has told of a
-    failure, the ranks that did not come. `what` the values are also tells calls apart.
+    All ranks have to make these calls in the same order. A call costs one write and two reads of the store.
+
+    Args:
+        what (`str`): what the values describe, for the message. Ranks count their calls separately for each `what`.
+        values (`dict[str, Any]`): JSON-serializable values.
+        group (`ProcessGroup`): the ranks that compare their values.
+        advice (`str`): what the user should do, with which the message ends.
+        error (`type[FlashCPError]`, *optional*, defaults to `ConfigurationError`): class of the error.
+        timeout (`timedelta`, *optional*): how long to wait for the other ranks, by default as long as the group's
+            collectives do. The wait ends early if another rank reports a failure.
+
+    Raises:
+        FlashCPError: an `error`, raised on every rank. It names the values that differ and the ranks that have each of
+            them, or the ranks that did not make the call.
     """
     watch_liveness()
     store = dist.distributed_c10d._get_default_store()
@@ -58,35 +69,35 @@ def require_agreement(
         missing = "other ranks" if check is None else f"ranks {check}"
         raise error(
             f"Waited {time.monotonic() - begin:.0f} seconds for {missing} to compare {what} (rank {rank} is here). "
-            f"{find_missing_ranks()} They failed, stalled, or have fewer batches: look at their output. {advice}"
+            f"{find_missing_ranks()} They failed, stalled, or have fewer batches: look at their output first. {advice}"
         )
-    if turn >= 2:  # a rank that wrote turn - 1 has read all of turn - 2
+    if turn >= 2:  # every rank has written turn - 1, and so has read all values of turn - 2
         store.delete_key(f"{prefix}/{turn - 2}/{rank}")
     if any(each != found[0] for each in found):
         raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
 
 
 def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict[str, Any]] | None:
-    """What stands under all keys, or `None` if they do not come."""
+    """Return the values of all keys, or `None` if one is not written in time or another rank reports a failure."""
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
         try:
-            store.wait(keys, min(left, _LOOK_AROUND))
+            store.wait(keys, min(left, _CHECK_EVERY))
             return [json.loads(value) for value in store.multi_get(keys)]
         except dist.DistStoreError:
-            if left < _LOOK_AROUND or result_of_others() is not None:
+            if left < _CHECK_EVERY or result_of_others() is not None:
                 return None
 
 
 def _differences(ranks: list[int], found: list[dict[str, Any]]) -> str:
-    """`cp_size is 2 on ranks 0, 1 and 4 on rank 2`, for every key that differs."""
+    """Return a sentence such as `cp_size is 2 on ranks 0, 1 and 4 on rank 2` for every key that differs."""
     texts = []
     for key in found[0] | found[-1]:
         holders: dict[str, list[str]] = defaultdict(list)
         for rank, values in zip(ranks, found):
             holders[json.dumps(values.get(key))].append(str(rank))
         if len(holders) > 1:
-            sides = (f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in holders.items())
+            sides = (f"{value} on rank{'s' * (len(same) > 1)} {', '.join(same)}" for value, same in holders.items())
             texts.append(f"{key} is " + " and ".join(sides))
     return "; ".join(texts)

@@ -1,6 +1,7 @@
-"""Numbers and rows of all ranks: plain collectives, which share nothing with the exchange that debug mode checks.
+"""Gathers numbers and rows of all ranks, with plain collectives.
 
-Without a group a rank is alone.
+They share no code with the exchange of KV, so that debug mode can check it with them. A group of `None` means a single
+rank.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from .liveness import naming
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_WHAT = "what debug mode compares (FLASHCP_DEBUG=1)"
+_WHAT = "values that debug mode compares (FLASHCP_DEBUG=1)"
 
 
 def gather_numbers(
     numbers: Sequence[int] | Sequence[float], device: torch.device, group: ProcessGroup | None
 ) -> list[list]:
-    """Each rank's numbers, as many from all of them: int64, or float64 if one is a float."""
+    """Return the numbers of each rank. All ranks pass equally many; they travel as float64 if one is a float, else as
+    int64."""
     dtype = torch.float64 if any(isinstance(number, float) for number in numbers) else torch.int64
     mine = torch.tensor(numbers, dtype=dtype, device=device)
     return _gathered(mine[None], group).tolist()
 
 
 def gather_rows(rows: torch.Tensor, counts: Sequence[int], group: ProcessGroup | None) -> list[torch.Tensor]:
-    """The rows of each rank, (counts[rank], ...); they travel padded to as many as the fullest rank has."""
+    """Return the rows of each rank, (counts[rank], ...). They travel padded to the largest count."""
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     return [part[:count] for part, count in zip(_gathered(padded, group).split(max(counts)), counts)]
 
 
 def add_over_ranks(tensor: torch.Tensor, group: ProcessGroup | None, what: str = _WHAT) -> torch.Tensor:
-    """`tensor`, in which the ranks' tensors are added up. `what` names them for errors."""
+    """Sum the tensors of all ranks into `tensor`, in place, and return it. Errors call the tensors `what`."""
     if group is not None:
         with naming(what):
             dist.all_reduce(tensor, group=group)

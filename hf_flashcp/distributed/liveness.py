@@ -1,10 +1,10 @@
-"""Which ranks are missing, said once and alike on all the others, when a collective fails or times out.
+"""Finds out which ranks are missing when a collective fails or times out, with the same result on all other ranks.
 
-A backend says that a connection closed or a time passed, not whose. So each process has a thread that answers from the
-process group's key-value store, also while the main thread is stuck in a collective. The first rank whose collective
-fails asks all others; a rank that does not answer was killed or is stopped, and one that answers says where its main
-thread is. What the first rank concludes is the result for all. A rank that ends with an exception of its own publishes
-that as the result.
+A backend reports that a connection was closed or that a timeout expired, but not which rank caused it. So each process
+has a thread that answers requests through the process group's key-value store, even while the main thread is stuck in
+a collective. The first rank whose collective fails asks all others. A rank that does not answer was killed or is
+stopped; a rank that answers says where its main thread is. The conclusion of the first rank is the result for all
+ranks. A rank that ends because of an exception of its own publishes that exception as the result.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch.distributed as dist
 from ..errors import FlashCPError
 
 
-ANSWER = timedelta(seconds=10)  # for a live process to answer a check, or the group's timeout if that is less
+ANSWER = timedelta(seconds=10)  # how long a live process may take to answer, unless the group's timeout is shorter
 _POLL = 1.0  # seconds
-_LATE_ANSWER = 20.0  # seconds; the store's process stalls for 5 where DNS does not name a new connection
+_LATE_ANSWER = 20.0  # seconds; the store's process stalls for 5 when DNS cannot resolve a new connection
 _MOST_NAMED = 8
 _ADVICE = (
-    "Look at the output of these ranks first. Checkpoints that were saved are whole: start again with "
+    "Look at the output of these ranks first. Saved checkpoints are complete: start again with "
     "resume_from_checkpoint=True (docs/reliability.md)."
 )
 _FAILED_COLLECTIVE = re.compile(
@@ -45,14 +45,15 @@ _watch: _Watch | None = None
 
 
 def group_timeout(group: dist.ProcessGroup | None = None) -> timedelta:
-    """What a group's collectives wait at most; by default the group of all ranks (`TrainingArguments.ddp_timeout`)."""
+    """Return the timeout of a group's collectives; of the group of all ranks (`TrainingArguments.ddp_timeout`) by
+    default."""
     group = group or dist.group.WORLD
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
 
 
 def is_failed_collective(error: BaseException) -> bool:
-    """Whether the error says that other ranks could not be reached or did not come, and not what this one did."""
+    """Return whether an error says that other ranks could not be reached, rather than that this rank failed."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _FAILED_COLLECTIVE.search(str(error)) is not None
     )
@@ -60,18 +61,21 @@ def is_failed_collective(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterator[None]:
-    """Within it, a collective that fails or times out raises one [`FlashCPError`] that names the missing ranks, each
-    with its host; and what else ends this rank is told to the others, so that they name it.
+    """Context manager in which a collective that fails or times out raises an error that names the missing ranks.
 
-    `FlashCPTrainer` and the mixin train and evaluate within it. Put it around a training loop of your own. Every rank
-    enters it. Where no launcher (torchrun, accelerate) holds the key-value store, rank 0 does, and once that is gone
-    the error says so and cannot name others.
+    The [`FlashCPError`] is the same on all ranks, and gives the host of each missing rank. An exception that ends this
+    rank is reported to the other ranks, so that their errors name it.
+
+    `FlashCPTrainer` and the mixin train and evaluate inside this context manager. Put it around a training loop of
+    your own, on every rank. If no launcher (torchrun, accelerate) holds the key-value store, the process of rank 0
+    does; once that process is gone, the error says so and cannot name other ranks.
 
     Args:
-        activity (`str` or a function that returns one): what the ranks are at, for the message.
+        activity (`str` or `Callable[[], str]`): what the ranks are doing, for the message, or a function that returns
+            it.
 
     Raises:
-        FlashCPError: a collective failed, from the backend's own error.
+        FlashCPError: a collective failed. The backend's error is its cause.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield
@@ -90,12 +94,15 @@ def name_missing_ranks(activity: str | Callable[[], str] = "training") -> Iterat
         raise
     finally:
         _activities.pop()
-        watch.run += not _activities  # all ranks may go on from a failure: it is not the cause of the next one
+        watch.run += not _activities  # all ranks may continue after a failure, which must not explain the next one
 
 
 @contextlib.contextmanager
 def naming(waited_for: str) -> Iterator[None]:
-    """Turns the failure of a collective within into the error that names the missing ranks."""
+    """Context manager that turns the failure of a collective into the error that names the missing ranks.
+
+    The message calls what the collective should have brought `waited_for`.
+    """
     try:
         yield
     except FlashCPError:
@@ -103,7 +110,7 @@ def naming(waited_for: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_failed_collective(error):
             raise
-        place = f" of {_activity()}" if _activities else ""
+        place = f" during {_activity()}" if _activities else ""
         timed_out = re.search("time(d )?out", str(error), re.IGNORECASE)
         how = "timed out waiting for" if timed_out else "lost the connection while waiting for"
         raise FlashCPError(
@@ -113,8 +120,10 @@ def naming(waited_for: str) -> Iterator[None]:
 
 
 def find_missing_ranks() -> str:
-    """Who is missing, in a sentence: the same on every rank that asks after the same failure. Takes `ANSWER` where a
-    rank does not answer."""
+    """Return a sentence that names the missing ranks, the same on every rank that asks after the same failure.
+
+    This takes as long as `ANSWER` if a rank does not answer.
+    """
     watch, most = watch_liveness(), _longest_answer()
     if watch.result is None:
         within(3 * most + 5 * _POLL, lambda: _check_liveness(watch, most))
@@ -123,19 +132,21 @@ def find_missing_ranks() -> str:
 
 
 def result_of_others() -> str | None:
-    """What another rank found out, or told of itself, if anything."""
+    """Return the result that another rank has published, or `None` if there is none."""
     return _watch.result if _watch is not None else None
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The function's result, or `None` if it takes longer or the store is gone: a call to a store whose process is
-    stopped never returns."""
+    """Call a function in another thread; return its result, or `None` if it takes too long or the store is gone.
+
+    Another thread is needed because a call to a store whose process is stopped never returns.
+    """
     helper = _idle_helpers.pop() if _idle_helpers else _Helper()
     helper.functions.put(function)
     try:
         result, error = helper.outcomes.get(timeout=seconds)
     except queue.Empty:
-        helper.functions.put(None)  # its thread ends if the call ever returns
+        helper.functions.put(None)  # ends the helper's thread if the call ever returns
         return None
     _idle_helpers.append(helper)
     if error is not None and not isinstance(error, (dist.DistError, RuntimeError)):
@@ -144,7 +155,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 class _Helper:
-    """A thread that calls functions one after the other, until it is given `None`."""
+    """A thread that calls functions one after the other until it receives `None`."""
 
     def __init__(self) -> None:
         self.functions: queue.SimpleQueue = queue.SimpleQueue()
@@ -158,15 +169,15 @@ class _Helper:
             except Exception as error:
                 outcome = None, error
             self.outcomes.put(outcome)
-            del function, outcome  # not kept until the next call
+            del function, outcome  # do not keep them alive until the next call
 
 
 _idle_helpers: list[_Helper] = []
-os.register_at_fork(after_in_child=_idle_helpers.clear)  # threads do not live on in a forked process
+os.register_at_fork(after_in_child=_idle_helpers.clear)  # a forked process does not have its parent's threads
 
 
 def watch_liveness() -> _Watch:
-    """Starts the thread that answers for this process, once for each default process group."""
+    """Start the thread that answers for this process, once per default process group, and return its state."""
     global _watch
     store = dist.distributed_c10d._get_default_store()
     if _watch is None or _watch.shared_store is not store:
@@ -177,12 +188,14 @@ def watch_liveness() -> _Watch:
 
 
 class _Watch:
+    """The thread that answers liveness checks for this process, and the results of these checks."""
+
     def __init__(self, shared_store: dist.Store):
-        # A connection of its own, on which nobody waits: a wait on the shared one blocks all others.
+        # The thread has its own connection to the store: a wait on the shared connection blocks all other calls.
         self.shared_store, self.store = shared_store, shared_store.clone()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.hosts: dict[int, str] = {}  # of the ranks that have told it
-        self.run = 0  # how many outermost `name_missing_ranks` were left; each has a check of its own
+        self.hosts: dict[int, str] = {}  # by rank, as far as ranks have published theirs
+        self.run = 0  # how many outermost `name_missing_ranks` have ended; each has its own check
         self._results: dict[int, str] = {}
         self._answered: set[str] = set()
         self._end = threading.Event()
@@ -197,18 +210,21 @@ class _Watch:
 
     @property
     def result(self) -> str | None:
+        """The result of the current run's check, or `None` before there is one."""
         return self._results.get(self.run)
 
     def keep_result(self, run: int, result: str) -> None:
         self._results.setdefault(run, result)
 
     def stop(self) -> None:
-        # Before Python is taken down: a thread that comes back from the store into an interpreter that ends aborts it.
+        """End the thread."""
+        # This runs before the interpreter shuts down: a thread that returns from the store after that aborts it.
         atexit.unregister(self.stop)
         self._end.set()
         self._thread.join(_LATE_ANSWER)
 
     def learn_hosts(self) -> None:
+        """Read the hosts of the other ranks, once all of them have published theirs."""
         keys = {rank: _host_key(rank) for rank in range(self.world_size) if rank not in self.hosts}
         if keys and self.store.check(list(keys.values())):
             self.hosts.update(zip(keys, (host.decode() for host in self.store.multi_get(list(keys.values())))))
@@ -217,7 +233,7 @@ class _Watch:
         with contextlib.suppress(dist.DistError, RuntimeError):
             while not self._end.wait(_POLL):
                 self.learn_hosts()
-                for run in (self.run, self.run - 1):  # others may not have left it yet
+                for run in (self.run, self.run - 1):  # other ranks may still be in the previous run
                     self._answer(run)
 
     def _answer(self, run: int) -> None:
@@ -244,8 +260,10 @@ def _longest_answer() -> float:
 
 
 def _check_liveness(watch: _Watch, most: float) -> None:
-    """Asks everybody, concludes, publishes, and stays until those who answered have heard it: the store may go with
-    this process."""
+    """Ask all ranks, draw a conclusion, publish it, and wait until the ranks that answered have read it.
+
+    The wait is needed because the store may end together with this process.
+    """
     run = watch.run
     watch.store.set(_key(run, "call"), str(watch.rank))
     able = [rank for rank in watch.others if watch.store.check([_host_key(rank)])]
@@ -254,7 +272,7 @@ def _check_liveness(watch: _Watch, most: float) -> None:
 
 
 def _tell_others(error: BaseException) -> None:
-    """This rank ends by its own doing."""
+    """Publish that this rank ends because of an exception of its own."""
     if not dist.is_initialized():
         return
     watch, most = watch_liveness(), min(_longest_answer(), 3 * _POLL)
@@ -270,15 +288,15 @@ def _tell_others(error: BaseException) -> None:
     within(most + 5 * _POLL, tell)
 
 
-def _publish(watch: _Watch, run: int, result: str, hearers: list[int], most: float) -> None:
+def _publish(watch: _Watch, run: int, result: str, readers: list[int], most: float) -> None:
     watch.keep_result(run, watch.store.compare_set(_key(run, "result"), "", result).decode())
-    _collect(watch, run, "heard", hearers, most)
+    _collect(watch, run, "heard", readers, most)
 
 
 def _collect(
     watch: _Watch, run: int, name: str, ranks: list[int], most: float, until: str | None = None
 ) -> dict[int, Any]:
-    """What these ranks write under `name`, of those that do so within `most` seconds and before `until` is there."""
+    """Return what ranks write under `name` within `most` seconds and before the key `until` exists, by rank."""
     found: dict[int, Any] = {}
     deadline = time.monotonic() + most
     while len(found) < len(ranks) and time.monotonic() < deadline and not (until and watch.store.check([until])):
@@ -294,31 +312,34 @@ def _conclude(watch: _Watch, answers: dict[int, dict[str, Any]]) -> str:
     silent = [rank for rank in watch.others if rank not in answers]
     known = [rank for rank in silent if watch.store.check([_host_key(rank)])]
     if known:
-        return f"Missing: {_do_not_answer(known)}: killed, or stopped."
+        return f"Missing: {_do_not_answer(known)}: killed or stopped."
     if silent:
-        return f"Missing: {_do_not_answer(silent)} and never came as far as hf_flashcp."
+        return f"Missing: {_do_not_answer(silent)} and never reached hf_flashcp."
     elsewhere = {rank: answer["at"] for rank, answer in answers.items() if not answer["waits"]}
     if elsewhere:
         texts = [f"{_name(rank)}, which is at {at}" for rank, at in elsewhere.items()]
         return f"Missing: {'; '.join(_shortened(texts))}."
     texts = [f"{_name(rank)} at {answer['at']}" for rank, answer in answers.items()]
     return (
-        "All ranks answer and are in collectives: they wait for each other in different ones, or the network between "
-        f"them failed. {'; '.join(_shortened(texts))}."
+        "All ranks answer and are in collectives: either they wait for each other in different collectives, or the "
+        f"network between them failed. They are {'; '.join(_shortened(texts))}."
     )
 
 
 def _location() -> dict[str, Any]:
-    """The line that this process's main thread is at, outside libraries where it can be, and whether it waits there
-    for other ranks, as far as its innermost function tells."""
+    """Return the line that this process's main thread is at, and whether it seems to wait for other ranks there.
+
+    The line is the innermost one outside installed packages, if there is one. Whether the thread waits is judged by
+    its innermost function.
+    """
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_back:
-        frame = frame.f_back  # a lock or a join tells nothing: its caller does
+        frame = frame.f_back  # the caller of a lock or join says more than the lock itself
     innermost, shown = frame, frame
     while shown is not None and f"{os.sep}site-packages{os.sep}" in shown.f_code.co_filename and shown.f_back:
         shown = shown.f_back
     if innermost is None:
-        return {"at": "no line of Python", "waits": False}
+        return {"at": "an unknown line", "waits": False}
     path, function = innermost.f_code.co_filename.replace(os.sep, "/"), innermost.f_code.co_name
     waits = function == "_engine_run_backward" or any(part in path for part in _WAITING_CODE)
     at = f"{shown.f_code.co_filename}:{shown.f_lineno} in {shown.f_code.co_name}"
@@ -327,8 +348,13 @@ def _location() -> dict[str, Any]:
 
 def _store_is_gone() -> str:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return "Missing: the launcher of the first node, which holds the key-value store; so no rank can be asked."
-    return f"Missing: {_name(0)}, whose process holds the key-value store; so the others cannot be asked."
+        return (
+            "Missing: the launcher of the first node, which holds the key-value store. Without the store, no other "
+            "rank can be asked."
+        )
+    return (
+        f"Missing: {_name(0)}, whose process holds the key-value store. Without the store, no other rank can be asked."
+    )
 
 
 def _activity() -> str:

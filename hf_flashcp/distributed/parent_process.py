@@ -1,8 +1,8 @@
 """Ends a worker process when the process that started it is gone, under every start method of `multiprocessing`.
 
-PyTorch's DataLoader workers watch the process id of their parent. Under the forkserver start method, Python 3.14's
-default on Linux, that parent is the server, which lives as long as the workers do: those of a rank that was killed, or
-that left through `os._exit`, would stay for ever.
+PyTorch's DataLoader workers watch the process id of their parent. Under the forkserver start method, the default of
+Python 3.14 on Linux, that parent is the server, which lives as long as the workers do. The workers of a rank that was
+killed, or that left through `os._exit`, would stay forever.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 
-_watching_in: int | None = None  # the id of this process, once it watches: a forked copy of it has to begin anew
+_watching_in: int | None = None  # id of the process whose thread watches: a forked copy needs a thread of its own
 
 
 def end_with_parent() -> None:
-    """Makes this process end when the one that started it through `multiprocessing` has ended, however that happened.
+    """Make this process end when the process that started it through `multiprocessing` has ended, for any reason.
 
-    A thread waits for it. Calling it again, or in a process that was started otherwise, does nothing.
+    A thread waits for the parent. The call does nothing if the thread exists already, or if this process was not
+    started through `multiprocessing`.
     """
     global _watching_in
     parent = multiprocessing.parent_process()
     if parent is None or _watching_in == os.getpid():
         return
     _watching_in = os.getpid()
-    # A pipe that closes with the parent, on every platform; but copies that the parent has forked keep it open.
+    # On every platform there is a pipe that closes with the parent, but forked copies of the parent keep it open.
     signs = [parent.sentinel]
     if hasattr(os, "pidfd_open"):
         try:
@@ -45,7 +46,7 @@ def _end_after(signs: Sequence[int]) -> None:
 
 
 def init_loader_worker(inner: Callable[[int], None] | None, worker_id: int) -> None:
-    """Makes a DataLoader's worker end with its rank, then calls `inner`, which was the loader's `worker_init_fn`."""
+    """Make a DataLoader's worker end with its rank, then call `inner`, the loader's original `worker_init_fn`."""
     end_with_parent()
     if inner is not None:
         inner(worker_id)

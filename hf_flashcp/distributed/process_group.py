@@ -1,4 +1,4 @@
-"""The context-parallel process group of a device mesh."""
+"""Finds the context-parallel process group in a device mesh."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def context_parallel_group(mesh: DeviceMesh | None) -> tuple[ProcessGroup | None, int, int]:
-    """`(group, rank in it, size)` of a 1-D mesh or a mesh's "cp" dimension; `(None, 0, 1)` without a mesh."""
+    """Return `(group, rank within the group, group size)` of a 1-D mesh, or of the "cp" dimension of a larger mesh.
+
+    Without a mesh this is `(None, 0, 1)`.
+
+    Raises:
+        ConfigurationError: the mesh has several dimensions, none of which is named "cp".
+    """
     if mesh is None:
         return None, 0, 1
     if mesh.ndim > 1:

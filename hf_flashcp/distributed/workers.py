@@ -1,7 +1,8 @@
-"""A persistent pool of gloo workers, so that hundreds of multi-process cases share one start-up.
+"""A persistent pool of gloo worker processes, so that hundreds of multi-process cases share one start-up.
 
-`pool.run(world_size, function, *args)` calls `function(*args)` in that many processes with torch.distributed ready.
-The function must be importable (module level). A dead or stuck worker fails the call with the tail of its stderr.
+`pool.run(world_size, function, *args)` calls `function(*args)` in `world_size` processes in which torch.distributed is
+initialized. The function must be importable (defined at module level). If a worker dies or hangs, the call fails with
+the end of the worker's output.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ TIMEOUT = 120
 
 
 class WorkerFailure(AssertionError):
-    """One or more workers raised, died or did not answer; `errors` has each rank's exception or None."""
+    """Raised if a worker raised an exception, died or did not answer.
+
+    `errors` has the exception of each rank, `None` for ranks that did not fail.
+    """
 
     def __init__(self, message, errors):
         super().__init__(message)
@@ -38,15 +42,19 @@ class WorkerFailure(AssertionError):
 
 
 class LostWorker(RuntimeError):
-    """A worker that died or did not answer in time."""
+    """The error of a worker that died or did not answer in time."""
 
 
 class WorkerPool:
-    """Processes on this machine, started when they are first needed. `close` ends them, and so does the end of the
-    process that made the pool.
+    """A pool of processes on this machine, each started when it is first needed.
 
-    With device "cuda" they use this machine's GPUs, which they share if there are fewer GPUs than workers. The
-    `start_method` of `multiprocessing` defaults to "forkserver" where the device allows it, else to "spawn".
+    `close` ends the processes, and so does the end of the process that made the pool.
+
+    Args:
+        start_method (`str`, *optional*): start method of `multiprocessing`. The default is "forkserver" if the
+            platform and the device allow it, else "spawn".
+        device (`str`, *optional*, defaults to `"cpu"`): "cpu" or "cuda". With "cuda", workers share GPUs if there are
+            fewer GPUs than workers.
     """
 
     def __init__(self, start_method: str | None = None, device: str = "cpu"):
@@ -55,7 +63,7 @@ class WorkerPool:
         self._worlds = itertools.count()
         self._world = None
         self._workers = []
-        # At exit too, before multiprocessing waits for them, and they for the next function.
+        # This also runs at exit, before multiprocessing would wait for workers that wait for their next function.
         Finalize(self, _end_workers, args=(self._workers,), exitpriority=0)
 
     def __enter__(self) -> WorkerPool:
@@ -65,7 +73,7 @@ class WorkerPool:
         self.close()
 
     def run(self, world_size: int, function: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """Results by rank; raises `WorkerFailure` if any rank fails."""
+        """Return the function's result on each rank; raise a `WorkerFailure` if any rank fails."""
         outcomes = self.outcomes(world_size, function, *args, timeout=timeout)
         failed = [rank for rank, (ok, *_) in enumerate(outcomes) if not ok]
         if failed:
@@ -76,11 +84,11 @@ class WorkerPool:
     def errors(
         self, world_size: int, function: Callable, *args: Any, timeout: float = 30
     ) -> list[BaseException | None]:
-        """The exception that each rank raised (None where it returned), none later than `timeout` seconds."""
+        """Return the exception that each rank raised within `timeout` seconds, `None` for ranks that returned."""
         return [None if ok else value for ok, value, *_ in self.outcomes(world_size, function, *args, timeout=timeout)]
 
     def outcomes(self, world_size: int, function: Callable, *args: Any, timeout: float = TIMEOUT) -> list[tuple]:
-        """`(True, result, None)` or `(False, exception, traceback)` by rank."""
+        """Return `(True, result, None)` or `(False, exception, traceback)` for each rank."""
         while len(self._workers) < world_size:
             self._start_worker(len(self._workers), function.__module__)
         if self._world is None or self._world[0] != world_size:
@@ -88,7 +96,7 @@ class WorkerPool:
         message = pickle.dumps((self._world, function, args))
         for _, connection, _ in self._workers[:world_size]:
             connection.send_bytes(message)
-        for seconds in (TIMEOUT, timeout):  # until the function is imported, then until its outcome
+        for seconds in (TIMEOUT, timeout):  # first to import the function, then to run it
             deadline = time.monotonic() + seconds
             outcomes = [self._receive(rank, deadline) for rank in range(world_size)]
             lost = any(isinstance(value, LostWorker) for _, value, _ in outcomes)
@@ -97,7 +105,7 @@ class WorkerPool:
         if lost:
             self.close()
         elif not all(ok for ok, *_ in outcomes):
-            self._world = None  # a failed rank may have left the others' collectives half done
+            self._world = None  # a failed rank may have left collectives of the other ranks unfinished
         return outcomes
 
     @cached_property
@@ -107,13 +115,14 @@ class WorkerPool:
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def close(self):
+        """End all worker processes."""
         _end_workers(self._workers)
         self._world = None
 
     def _start_worker(self, rank, module):
         context = multiprocessing.get_context(self._start_method)
         if self._start_method == "forkserver":
-            context.set_forkserver_preload(["torch", module])  # imported once, and shared
+            context.set_forkserver_preload(["torch", module])  # imported once, in the server
         connection, child = context.Pipe()
         log = Path(self._directory.name) / f"worker-{rank}.log"
         process = context.Process(target=_worker_main, args=(rank, child, str(log), self._device), daemon=False)
@@ -131,7 +140,7 @@ class WorkerPool:
             process.join(5)
             reason = f"died with exit code {process.exitcode}"
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
-        text = f"worker {rank} {reason}; the end of its output:\n{tail}"
+        text = f"worker {rank} {reason}. The end of its output:\n{tail}"
         return False, LostWorker(text), text
 
 
@@ -144,8 +153,11 @@ def _end_workers(workers):
 
 
 def _default_start_method(device):
-    """The server that workers are forked from must not initialise CUDA, which they could not do again. Imports there
-    ask whether there is a GPU; only NVML can answer without CUDA."""
+    """Return "forkserver" if the platform and the device allow it, else "spawn".
+
+    The server must not initialize CUDA, because the workers forked from it could not initialize it again. Modules that
+    the server imports ask whether there is a GPU, and only NVML answers that without initializing CUDA.
+    """
     if sys.platform != "linux":
         return "spawn"
     if device == "cuda":
@@ -158,7 +170,7 @@ def _default_start_method(device):
 
 
 def _worker_main(rank, connection, log, device):
-    end_with_parent()  # also in the middle of a function, when nothing is received
+    end_with_parent()  # even while a function runs
     stream = open(log, "w", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -168,9 +180,9 @@ def _worker_main(rank, connection, log, device):
     import numpy as np
     import torch
 
-    np.random.seed()  # forked from one process, they would draw alike
-    multiprocessing.set_start_method(None, force=True)  # of data loaders: the platform's, as under a launcher
-    gc.freeze()  # Trainer collects garbage: without what is imported, a fifth of a second sooner
+    np.random.seed()  # workers forked from one process would otherwise draw the same numbers
+    multiprocessing.set_start_method(None, force=True)  # data loaders use the platform's default, as under a launcher
+    gc.freeze()  # Trainer collects garbage, which takes a fifth of a second less without the imported objects
     torch.set_num_threads(1)
     current = None
     while True:
@@ -211,8 +223,8 @@ def _join_world(rank, device, world_size, port, name):
     os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-        torch.cuda.init()  # in a process without CUDA a DeviceMesh would take the local rank as the number of its GPU
-        # accelerate would give DDP the local rank as the number of its GPU (prepare_model in accelerator.py).
+        torch.cuda.init()  # before CUDA is initialized, a DeviceMesh would take the local rank as the GPU's index
+        # accelerate would pass the local rank to DDP as the GPU's index (prepare_model in accelerator.py).
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         os.environ.pop("ACCELERATE_USE_CPU", None)
     else:

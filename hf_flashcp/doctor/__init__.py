@@ -1,1 +1,1 @@
-"""Which models train exactly: tiny copies of them, run with documents split over ranks and with documents alone."""
+"""Checks of models and clusters before training: do gradients equal those of each document run alone?"""

@@ -1,5 +1,8 @@
-"""Checks a cluster before a long run: its ranks and versions, what collectives bring, how fast links are, and one
-attention layer against its documents alone."""
+"""Checks of a cluster before a long run.
+
+They cover the versions on every rank, the data that collectives deliver, the speed of the links, and one attention
+layer, which is compared with each document run alone.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,31 @@ if TYPE_CHECKING:
 
 CASE = LayerCase()
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Relative Frobenius norms of out, dQ, dK and dV against every document alone. bf16 is held against twice the error
-of bf16 on one device."""
+"""Largest relative errors (Frobenius norm) of out, dQ, dK and dV, compared with each document run alone.
+
+bf16 is not listed: its limit is twice the error of bf16 on one device.
+"""
 
 
 def check_cluster(
     group: ProcessGroup, device: torch.device, *, megabytes: int = 64, timeout: timedelta = timedelta(seconds=60)
 ) -> dict[str, Any]:
-    """Checks the cluster. Every rank of the world calls it, with its context-parallel group of at least two ranks.
+    """Check the cluster, and return what was measured.
 
-    `megabytes` are those of a transfer that measures a link, and `timeout` how long to wait for ranks that do not
-    come.
+    Every rank of the world must call this function, with its own context-parallel group of at least two ranks.
 
-    Returns, JSON-serializable and the same on every rank, the `ranks`, the `links` by kind ("node" for ranks of one
-    host and "network" for others), and `layer`, by dtype the kernel and the largest error of a rank. Versions that
-    differ, data that arrived wrong or a layer that is not exact are a `ConfigurationError` on every rank.
+    Args:
+        group: this rank's context-parallel group.
+        device: this rank's device.
+        megabytes: size in MiB of the transfers that measure the speed of a link.
+        timeout: how long to wait for ranks that have not called the function yet.
+
+    Returns a JSON-serializable dict that is the same on every rank. It has the `versions`; the `ranks`; the `links` by
+    kind ("node" between ranks on one host, "network" between hosts); and in `layer`, for each dtype, the kernel and
+    the largest error of any rank.
+
+    Raises a `ConfigurationError` on every rank if versions differ, if a collective delivered wrong data, or if the
+    layer is not exact.
     """
     versions = {
         "python": platform.python_version(),
@@ -61,22 +74,24 @@ def check_cluster(
 
 
 def gathered(mine: Any, group: ProcessGroup | None = None) -> list[Any]:
-    """Returns what every rank has, in a group of all ranks."""
+    """Return the objects of all ranks, in the order of the ranks. `group` must contain every rank of the world."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine, group=group)
     return found
 
 
-def _everywhere(problem: str | None) -> None:
-    """Raises an error on all ranks if any of them has a problem."""
+def _raise_on_all_ranks(problem: str | None) -> None:
+    """Raise an error on all ranks if any rank reports a problem."""
     if problems := [problem for problem in gathered(problem) if problem]:
-        raise ConfigurationError(f"The cluster is not right: {'; '.join(problems)}.")
+        raise ConfigurationError(f"The cluster failed a check: {'; '.join(problems)}.")
 
 
 def _check_collectives(group: ProcessGroup, device: torch.device) -> None:
-    """An uneven all-to-all, some parts empty, in which every number names its sender and receiver."""
+    """Run an uneven all-to-all with some empty parts, in which every number encodes its sender and receiver."""
     size, rank = group.size(), group.rank()
-    splits = [(rank + other) % 3 for other in range(size)]  # symmetric: as much to each as from it
+    splits = [
+        (rank + other) % 3 for other in range(size)
+    ]  # symmetric: each rank receives from another as much as it sends to it
     sent = torch.cat([torch.full((count,), size * rank + other) for other, count in enumerate(splits)])
     received = torch.empty(sum(splits), dtype=sent.dtype, device=device)
     dist.all_to_all_single(received, sent.to(device), splits, splits, group=group)
@@ -85,15 +100,18 @@ def _check_collectives(group: ProcessGroup, device: torch.device) -> None:
     dist.all_reduce(total)
     problem = None
     if not torch.equal(received.cpu(), expected):
-        problem = f"an all-to-all brought wrong data to rank {dist.get_rank()} ({socket.gethostname()})"
+        problem = f"an all-to-all delivered wrong data to rank {dist.get_rank()} ({socket.gethostname()})"
     elif int(total) != dist.get_world_size():
         problem = f"an all-reduce of ones gave {float(total)} on rank {dist.get_rank()} ({socket.gethostname()})"
-    _everywhere(problem and problem + ": check the network and the versions of NCCL on all hosts")
+    _raise_on_all_ranks(problem and problem + ": check the network and the NCCL version on every host")
 
 
 def _links(group: ProcessGroup, device: torch.device, megabytes: int, hosts: list[str]) -> dict[str, Any]:
-    """Every rank sends to the rank `offset` further on and receives from the one as far behind, all at once, as a
-    layer's stages do; for each offset as many bytes."""
+    """Measure bandwidth and latency of the links, by kind.
+
+    For each offset, every rank sends `megabytes` to the rank that many places after it and receives as much from the
+    rank that many places before it. All ranks do so at the same time, as in the stages of an attention layer.
+    """
     members, rank = dist.get_process_group_ranks(group), group.rank()
     found = []
     for offset in range(1, len(members)):
@@ -104,7 +122,7 @@ def _links(group: ProcessGroup, device: torch.device, megabytes: int, hosts: lis
     links = defaultdict(list)
     for measured in (measured for rank_found in gathered(found) for measured in rank_found):
         sender, receiver = measured["pair"]
-        # A transfer waits for what comes in too.
+        # A transfer also waits for the data that this rank receives.
         near = hosts[sender] == hosts[receiver] == hosts[measured["from"]]
         links["node" if near else "network"].append(measured)
     summary = {}
@@ -136,7 +154,7 @@ def _seconds(group: ProcessGroup, device: torch.device, offset: int, num_bytes: 
 
 
 def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
-    """One layer's output and gradients under a plan that cuts every document, by dtype."""
+    """Check the output and gradients of one layer under a plan that splits every document, for each dtype."""
     found = {}
     exact = torch.float64 if device.type == "cpu" else torch.float32
     for dtype in (exact, torch.bfloat16):
@@ -149,5 +167,7 @@ def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
         if not max(errors) <= limit:
             where = f"rank {dist.get_rank()} ({socket.gethostname()})"
             problem = f"attention in {dtype} with the kernel {kernel.name} is off by {max(errors):.1e} on {where}"
-        _everywhere(problem and f"{problem}, more than {limit:.1e}: report it with the versions of torch and the GPU")
+        _raise_on_all_ranks(
+            problem and f"{problem}, more than {limit:.1e}: report this with your torch version and GPU model"
+        )
     return found

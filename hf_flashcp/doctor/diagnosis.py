@@ -1,4 +1,4 @@
-"""Diagnoses models by their config or type."""
+"""Diagnosis of one model from its config or its model type."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ _ATTENTION_DROPOUT = (
 
 @dataclass
 class Diagnosis:
-    """The doctor's findings about one model: errors are those of the tiny copy in fp64, `layers` what each of its
-    attention layers asked for, and `advice` what has to change in the config before training."""
+    """The doctor's findings about one model.
+
+    Errors are relative and come from a tiny copy in fp64. `layers` describes each attention layer of that copy, and
+    `advice` lists what has to change in the config before training.
+    """
 
     model_type: str
     model_class: str
-    verdict: str
+    result: str
     reason: str = ""
     gradient_error: float | None = None
     loss_error: float | None = None
@@ -47,8 +50,10 @@ class Diagnosis:
 def diagnose(
     config: PreTrainedConfig, pool: WorkerPool, *, cp_size: int = 2, strategy: str = "per_doc", timeout: float = 120.0
 ) -> Diagnosis:
-    """Checks a tiny copy of `config` on `cp_size` CPU processes; weights are not needed. Given up after `timeout`
-    seconds."""
+    """Check a tiny copy of a model on `cp_size` CPU processes; no weights are needed.
+
+    The check is abandoned after `timeout` seconds.
+    """
     try:
         text_config = config.get_text_config()
     except ValueError as error:
@@ -58,10 +63,10 @@ def diagnose(
     model_class = classes.get(model_type)
     diagnosis = Diagnosis(model_type, model_class or type(config).__name__, NOT_CHECKED, advice=_advice(text_config))
     if model_class is None:
-        diagnosis.reason = "no causal language model of transformers has this config"
+        diagnosis.reason = "transformers has no causal language model with this config"
         return diagnosis
     if not _may_be_supported(model_class, model_type):
-        diagnosis.verdict, diagnosis.reason = REFUSED, _NO_INTERFACE
+        diagnosis.result, diagnosis.reason = REFUSED, _NO_INTERFACE
         return diagnosis
     try:
         tiny = tiny_copy(text_config)
@@ -73,9 +78,9 @@ def diagnose(
     found = run_check(pool, tiny, cp_size, diagnosis.strategy, timeout)
     diagnosis.layers, diagnosis.router_loss = found.get("layers", []), found.get("router_loss", False)
     diagnosis.gradient_error, diagnosis.loss_error = found.get("gradient_error"), found.get("loss_error")
-    diagnosis.verdict, diagnosis.reason = _verdict(found)
-    if whole and diagnosis.verdict == SUPPORTED:
-        diagnosis.verdict = WHOLE_DOCUMENTS
+    diagnosis.result, diagnosis.reason = _result(found)
+    if whole and diagnosis.result == SUPPORTED:
+        diagnosis.result = WHOLE_DOCUMENTS
     return diagnosis
 
 
@@ -84,25 +89,25 @@ def _may_be_supported(model_class: str, model_type: str) -> bool:
     return supports_backend or model_type in MIXERS
 
 
-def _verdict(found: dict[str, Any]) -> tuple[str, str]:
+def _result(found: dict[str, Any]) -> tuple[str, str]:
     if found["refused"]:
         return REFUSED, _one_line(found["error"].split(". ")[0].rstrip("."), limit=300)
     if found["stage"] == "done":
         worst = max(found["gradient_error"], found["loss_error"])
         if worst <= LIMIT:
             return SUPPORTED, ""
-        return REFUSED, f"gradients differ by {worst:.0e} from those of the documents alone"
+        return REFUSED, f"gradients differ by {worst:.0e} from those of documents run alone"
     if found["stage"] == "build" and "attn_implementation" in found["error"]:
         return REFUSED, f"does not build with flashcp ({_one_line(found['error'])})"
     if found["stage"] == "run":
-        return REFUSED, f"fails with documents split over ranks ({_one_line(found['error'])})"
-    what = {
+        return REFUSED, f"fails when documents are split over ranks ({_one_line(found['error'])})"
+    failures = {
         "build": "a tiny copy does not build",
-        "attach": "a tiny copy cannot be attached to",
+        "attach": "attach() fails on a tiny copy",
         "reference": "a tiny copy does not run alone",
-        "lost": "the check was given up",
+        "lost": "the check did not finish",
     }
-    return NOT_CHECKED, f"{what[found['stage']]} ({_one_line(found['error'])})"
+    return NOT_CHECKED, f"{failures[found['stage']]} ({_one_line(found['error'])})"
 
 
 def _advice(config: PreTrainedConfig) -> list[str]:
@@ -119,11 +124,11 @@ def _one_line(error: Any, limit: int = 160) -> str:
 
 
 def diagnose_model_type(model_type: str, pool: WorkerPool, **options: Any) -> Diagnosis:
-    """[`diagnose`] with the default config of a model type."""
+    """Call [`diagnose`] with the default config of a model type."""
     model_class = causal_language_models()[model_type]
     try:
         config = default_config(model_type)
-    except Exception as error:  # some defaults do not even pass their own validation
+    except Exception as error:  # some default configs do not pass their own validation
         if not _may_be_supported(model_class, model_type):
             return Diagnosis(model_type, model_class, REFUSED, _NO_INTERFACE)
         reason = f"its default config does not build ({_one_line(error)})"

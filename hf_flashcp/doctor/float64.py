@@ -1,4 +1,4 @@
-"""A context in which everything is computed in fp64, also what models compute in fp32 on purpose."""
+"""A context manager that makes PyTorch compute in fp64 even where a model asks for fp32."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class float64_throughout(TorchFunctionMode):  # noqa: N801 (used as a context manager)
-    """Within it `.float()`, `.to(torch.float32)`, `softmax(dtype=torch.float32)` and whatever else names fp32 in a
-    call to PyTorch works in fp64.
+    """Replace fp32 with fp64 in every call to PyTorch inside the context.
 
-    Many models compute norms, RoPE, router logits or eager attention's softmax in fp32 whatever their dtype is. Two
-    fp64 runs that differ by rounding then differ by 1e-7, which would hide an error of that size. It does not reach
-    what a checkpointed layer computes again in backward.
+    This covers `.float()`, `.to(torch.float32)`, `softmax(dtype=torch.float32)` and any other call with fp32 among its
+    arguments. Many models compute norms, RoPE, router logits or the softmax of eager attention in fp32 whatever their
+    dtype. Two fp64 runs that should differ only by fp64 rounding would then differ by about 1e-7, which would hide an
+    error of that size. Layers that gradient checkpointing recomputes in backward are not covered.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

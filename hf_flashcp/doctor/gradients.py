@@ -1,4 +1,4 @@
-"""The check itself: one step of a tiny copy, its documents split over ranks, against each document alone."""
+"""The gradient check: one step of a tiny copy with documents split over ranks, compared with each document alone."""
 
 from __future__ import annotations
 
@@ -29,30 +29,35 @@ from .tiny import build
 
 
 LENGTHS = (40, 3, 17, 1, 25)
-"""Documents of the check: longer and shorter than a tiny copy's window and RoPE threshold, and one without targets."""
+"""Lengths of the checked documents in tokens.
+
+Some are longer and some shorter than the tiny copy's sliding window and RoPE threshold; the one of 1 has no target.
+"""
 
 LIMIT = 1e-12
-"""Largest relative difference of an exact model's gradients, in fp64."""
+"""Largest relative gradient difference of a model that counts as exact, in fp64."""
 
 GRADIENT_FLOOR = 1e-3
-"""Share of the norm of all gradients that the denominator of a parameter's difference has at least."""
+"""Lower bound on the denominator of a parameter's relative difference, as a share of the norm of all gradients."""
 
 ROUTER_COEFFICIENT = 0.1
-"""Factor of a mixture-of-experts model's router loss in the loss of the check."""
+"""Weight of a mixture-of-experts model's router loss in the checked loss."""
 
 
 def check_gradients(config: PreTrainedConfig, strategy: str = "per_doc") -> dict[str, Any]:
-    """Run by every rank of a gloo group, on CPU, with the config of a tiny copy.
+    """Compare the gradients of a tiny copy, split over ranks, with those of each document alone, on CPU.
 
-    Returns the `stage` that was reached ("build", "attach", "reference", "run" or "done"), the `error` that ended it
-    there and whether it is one of this library's own (`refused`); when done, errors and `layers`: what each attention
-    layer asked for.
+    Every rank of a gloo group calls this function, with the config of a tiny copy.
+
+    Returns the last `stage` that was reached ("build", "attach", "reference", "run" or "done"), the `error` that
+    stopped the check there, and whether this library raised that error itself (`refused`). A finished check also has
+    `gradient_error`, `loss_error`, `router_loss` and `layers`, which describes each attention layer.
     """
     found: dict[str, Any] = {"stage": "build", "error": None, "refused": False}
     try:
         with float64_throughout():
             _run_stages(config, strategy, found)
-    except Exception as error:  # whatever a model raises is a finding
+    except Exception as error:  # any error that a model raises is a finding
         found["error"] = f"{error}" if isinstance(error, FlashCPError) else f"{type(error).__name__}: {error}"
         found["refused"] = isinstance(error, FlashCPError)
     return found
@@ -97,14 +102,14 @@ def _run_stages(config: PreTrainedConfig, strategy: str, found: dict[str, Any]) 
 
 
 def _documents(vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(1, n) token ids and (1, n) targets of each document."""
+    """Return the token ids (1, n) and targets (1, n) of each document."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, vocab_size, (1, length), generator=generator) for length in LENGTHS]
     return [(row, F.pad(row[:, 1:], (0, 1), value=IGNORE_INDEX)) for row in ids]
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed negative log likelihood over the number of targets of all documents."""
+    """Return the summed negative log likelihood, divided by the number of targets of all documents."""
     count = sum(LENGTHS) - len(LENGTHS)
     flat = logits.double().flatten(0, -2)
     return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
@@ -120,7 +125,7 @@ def _router_function(model: PreTrainedModel) -> Callable | None:
 
 
 def _router_loss(model: PreTrainedModel, outputs: Sequence[Any]) -> torch.Tensor:
-    """Transformers' router loss of the tokens of all documents together."""
+    """Return transformers' router loss for the tokens of all documents together."""
     logits = tuple(torch.cat(layer) for layer in zip(*(output.router_logits for output in outputs)))
     return _router_function(model)(logits, model.num_experts, model.num_experts_per_tok)
 
@@ -141,7 +146,7 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _recorded_layers():
-    """Records what the attention layers that run inside ask for, one entry per layer."""
+    """Record the shapes and options with which each attention layer is called, one entry per layer."""
     attention = ALL_ATTENTION_FUNCTIONS[INTERNAL_NAME]
     layers: dict[int, dict[str, Any]] = {}
 
@@ -169,8 +174,11 @@ def _recorded_layers():
 
 
 def run_check(pool, config: PreTrainedConfig, cp_size: int, strategy: str, timeout: float) -> dict[str, Any]:
-    """[`check_gradients`] on `cp_size` workers of a pool: the largest errors of all ranks, or the first rank's finding
-    if one did not finish. A worker that dies or does not answer is a finding too."""
+    """Run [`check_gradients`] on `cp_size` workers of a pool.
+
+    Returns the largest errors of all ranks, or the findings of a rank that did not finish. A worker that dies or does
+    not answer is reported as stage "lost".
+    """
     outcomes = pool.outcomes(cp_size, check_gradients, config, strategy, timeout=timeout)
     for completed, result, _ in outcomes:
         if not completed:

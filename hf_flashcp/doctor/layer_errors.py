@@ -1,4 +1,4 @@
-"""How far one attention layer under a plan is from its documents alone on one device."""
+"""Errors of one attention layer under a plan, compared with each document run alone on one device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 class LayerCase(NamedTuple):
-    """A layer and its plan, which cuts every document unless another strategy is given. `debug`: whether debug mode
-    compares the layer."""
+    """An attention layer and the plan under which it runs.
+
+    The default strategy splits every document over all ranks. With `debug`, debug mode checks the layer as well.
+    """
 
     lengths: tuple[int, ...] = (700, 260, 64, 31, 1)
     heads: int = 8
@@ -38,8 +40,11 @@ class LayerCase(NamedTuple):
 def layer_errors(
     case: LayerCase, group: ProcessGroup, device: torch.device, dtype: torch.dtype, kernel: AttentionKernel
 ) -> tuple[list[float], list[float]]:
-    """Relative errors against float64 (Frobenius norm) of out, dQ, dK and dV: of this rank's tokens, and of one device
-    that runs every document alone in the same dtype. Every rank of the group calls it."""
+    """Return the relative errors of out, dQ, dK and dV, compared with float64 (Frobenius norm).
+
+    The first list holds the errors of this rank's tokens; the second those of one device that runs every document
+    alone in the same dtype. Every rank of the group must call this function.
+    """
     topology = None if case.ranks_per_node is None else Topology(case.ranks_per_node)
     plan = plan_documents(
         case.lengths, group.size(), strategy=case.strategy, num_stages=case.num_stages, topology=topology
@@ -66,14 +71,14 @@ def layer_errors(
 
 
 def _inputs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key, value and dO of the whole row."""
+    """Return query, key, value and dO of the whole row, each (heads, tokens, width)."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(n, sum(case.lengths), case.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype) for size in sizes]
 
 
 def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
-    """out, dQ, dK and dV of every document alone, by PyTorch's own attention."""
+    """Return out, dQ, dK and dV from PyTorch's own attention on one document at a time."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
     out = attend_one_by_one(*leaves, case.lengths, window=case.window)
     out.backward(inputs[3])
@@ -83,8 +88,10 @@ def _alone(inputs: list[torch.Tensor], case: LayerCase) -> list[torch.Tensor]:
 def attend_one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None = None
 ) -> torch.Tensor:
-    """Attends causally in one document after the other, by `scaled_dot_product_attention`, all tensors (heads, tokens,
-    width). A window takes a mask of length x length."""
+    """Run causal `scaled_dot_product_attention` on one document at a time.
+
+    All tensors are (heads, tokens, width). With a sliding `window`, each document needs a mask of length x length.
+    """
     parts = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)))
     return torch.cat([_attend(*part, window)[0] for part in parts], dim=1)
 

@@ -1,4 +1,4 @@
-"""Groups a model's attention layers by what they ask for, with its config's sizes and the kernels that run them."""
+"""Attention layers of a model, grouped by what they need, with their sizes and the kernels that would run them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ..predict.model_config import config_value
 
 
 def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers of the tiny copy (see [`Diagnosis`]) that ask for the same, with the sizes of the real config where its
-    names say them; its `layer_types` say how many layers of a kind there are."""
+    """Group the recorded layers of a tiny copy (see [`Diagnosis`]) by their type and options.
+
+    Sizes come from the real config, as far as it names them in the usual way. The number of layers in a group comes
+    from the config's `layer_types`.
+    """
     config = config.get_text_config()
     types = list(getattr(config, "layer_types", None) or [])
     groups: dict[str, dict[str, Any]] = {}
@@ -50,7 +53,7 @@ def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list
 
 def _kv_heads(config: PreTrainedConfig) -> int | None:
     if config_value(config, "kv_lora_rank"):
-        return config_value(config, "num_attention_heads")  # MLA hands expanded keys to attention
+        return config_value(config, "num_attention_heads")  # MLA passes expanded keys to attention
     return config_value(config, "num_key_value_heads") or config_value(config, "num_attention_heads")
 
 

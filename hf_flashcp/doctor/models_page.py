@@ -32,7 +32,7 @@ def diagnose_all(
 
 def page(diagnoses: Sequence[Diagnosis]) -> str:
     """Markdown, for docs/models.md."""
-    by_verdict = {verdict: [d for d in diagnoses if d.verdict == verdict] for verdict in _SECTIONS}
+    by_verdict = {verdict: [d for d in diagnoses if d.result == verdict] for verdict in _SECTIONS}
     lines = [
         "# Models",
         "",

@@ -1,4 +1,4 @@
-"""Tiny random copies of models: small in every size, the same in whatever decides how tokens mix."""
+"""Tiny random copies of models: every size is small, but tokens attend to each other as in the original."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tiny_sizes import FAMILIES, LENGTH, SIZES
 
 
 def causal_language_models() -> dict[str, str]:
-    """`{model_type: class name}` of every causal language model of the installed transformers."""
+    """Return `{model_type: class name}` for every causal language model of the installed transformers."""
     return {
         model_type: names if isinstance(names, str) else names[0]
         for model_type, names in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
@@ -21,11 +21,12 @@ def causal_language_models() -> dict[str, str]:
 
 
 def tiny_copy(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with one layer of each kind (two if there is one kind), four heads, few experts, no dropout.
+    """Return a tiny config: one layer of each kind (at least two in all), four heads, few experts, no dropout.
 
-    Sliding windows become `WINDOW` tokens and the lengths at which RoPE changes `LENGTH`; softcap, sinks, biases, the
-    ratio of query to KV heads, MLA's different widths of keys and values, layers that differ from the others, layers
-    that share the keys of earlier ones and so on stay.
+    Sliding windows become `WINDOW` tokens, and the lengths at which RoPE changes become `LENGTH`. The copy keeps
+    everything else that affects attention: softcap, sinks, biases, the ratio of query heads to KV heads, MLA's
+    different widths of keys and values, layers with their own settings, and layers that share the keys of earlier
+    layers.
     """
     config = config.get_text_config()
     original = config.to_dict()
@@ -50,14 +51,14 @@ _DERIVED = {
     "id2label",
     "label2id",
 }
-# Lists of layers' indices, and numbers of layers at the beginning that are of another kind.
+# Config entries that list the indices of layers of a kind, or count the first layers, which are of another kind.
 _INDEX_LISTS = ("mlp_only_layers", "full_attn_idxs", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
-_MAX_KINDS = 4  # lists with more values are sizes that grow or shrink with depth
+_MAX_KINDS = 4  # a list with more distinct values holds sizes that change with depth
 
 
 def _layers_to_keep(values: dict[str, Any]) -> list[int]:
-    """The first layer of every kind, in whatever list or number the config says that layers differ."""
+    """Return the first layer of every kind, according to all lists and counts in the config that tell layers apart."""
     count = len(values.get("layer_types") or ()) or next((values[n] for n in _LAYER_COUNTS if values.get(n)), 2)
     by_layer = [values.get("layer_types") or [None] * count]
     for name, value in values.items():
@@ -79,7 +80,7 @@ def _layers_to_keep(values: dict[str, Any]) -> list[int]:
     if len(set(kept)) < 2:
         kept += [layer for layer in (0, 1) if layer < count]
     kept = sorted(set(kept))
-    # Layers that share keys and values come last and take those of the last earlier layer of their kind.
+    # Layers that share keys and values come last, and use those of the last earlier layer of their kind.
     return kept * 2 if 0 < (values.get("num_kv_shared_layers") or 0) < count else kept
 
 
@@ -114,7 +115,7 @@ def _size(name: str, value: Any, original: dict[str, Any]) -> Any:
 
 
 def _override(name: str, value: Any, original: dict[str, Any]) -> Any:
-    """A layer's own size: twice that of the others where it is larger, half where it is smaller."""
+    """Return the tiny size for one layer: twice the usual size if the original is larger, half if it is smaller."""
     usual = original.get(name)
     size = _size(name, value, original)
     if not isinstance(usual, int) or size == value:
@@ -140,7 +141,7 @@ def _shrink_rope(values: dict[str, Any]) -> None:
 
 
 def build(config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A causal language model with weights that depend on the config alone, none of them zero or one."""
+    """Build a causal language model whose random weights depend only on the config; none is exactly 0 or 1."""
     torch.manual_seed(0)
     config = type(config).from_dict(config.to_dict())
     model = _model_class(config)._from_config(
@@ -155,7 +156,10 @@ def build(config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model of a config, or of the model of which it is the text config (Emu 3, Mllama)."""
+    """Return the causal language model class for a config.
+
+    For a text config (Emu 3, Mllama), that is the class of the model to which it belongs.
+    """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     family = type(config).__module__.rpartition(".")[0]
@@ -167,7 +171,7 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
-    """The config that transformers makes for a model type when nothing is said; a decoder where it could be either."""
+    """Return transformers' default config for a model type, as a decoder if the type can be either."""
     config = AutoConfig.for_model(model_type)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True

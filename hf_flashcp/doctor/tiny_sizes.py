@@ -1,4 +1,4 @@
-"""The sizes of a tiny copy, in place of a config's own."""
+"""Sizes that replace those of the original config in a tiny copy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 
 WINDOW = 8
-"""Tokens of a sliding window, and `LENGTH` of RoPE's thresholds: documents of the check are longer and shorter."""
+"""Sliding window of a tiny copy, in tokens; some documents of the check are longer and some shorter."""
+
 LENGTH = 16
+"""Length in tokens at which a tiny copy's RoPE changes; some documents of the check are longer and some shorter."""
 
 
 def _kv_heads(value: int, values: dict[str, Any]) -> int:
@@ -45,7 +47,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 256),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), WINDOW),
     "original_max_position_embeddings": LENGTH,
-    # Where scores begin to grow with the position, and how many keys a sparse layer chooses.
+    # The position from which scores are scaled up, and the number of keys that a sparse layer selects.
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), 16),
     **dict.fromkeys(("index_topk", "index_block_size"), 4),
     "index_topk_blocks": 2,
@@ -63,7 +65,7 @@ SIZES: dict[str, Any] = {
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _ZAMBA = {"num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64}
 
-# Families whose sizes depend on each other in their own way.
+# Families whose sizes constrain each other, and so need values of their own.
 FAMILIES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],

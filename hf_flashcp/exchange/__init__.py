@@ -1,4 +1,7 @@
-"""Moving KV between ranks and its gradients home: uneven all-to-alls that carry only what is needed."""
+"""Exchange of keys and values (KV) between ranks, and of their gradients, by uneven all-to-alls.
+
+Each all-to-all carries only the rows that its receiver needs.
+"""
 
 from .checksums import debug_mode
 from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows

@@ -1,7 +1,8 @@
-"""Exchanges in two steps, in which rows cross to a node once ([`~layout.hierarchical`] has the routes).
+"""The hierarchical exchange, in two steps: rows cross to each node once and are then forwarded inside it.
 
-The second step begins when the first is done. On a GPU both run beside the local pass, on a stream of their own. A CPU
-has no such stream: there the second step begins when its result is waited for.
+[`~layout.hierarchical`] computes the routes. The second step starts when the first is done. On a GPU both run on a
+separate stream, beside the local pass. On a CPU, which has no streams, the second step starts when its result is
+awaited.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_ON_KEYS, _ON_GRADIENTS = f"{KEYS} handed on inside nodes", f"{GRADIENTS} handed on inside nodes"
+_FORWARDED_KEYS = f"{KEYS} forwarded inside nodes"
+_FORWARDED_GRADIENTS = f"{GRADIENTS} forwarded inside nodes"
 
 
 class HierarchicalTransfer:
-    """Two transfers, awaited like one [`Transfer`]: `follow` posts the second step of the rows that the first one
-    brought, waits for it and returns the result. `held` are the tensors that both use: the allocator must not reuse
-    the memory of one stream while another reads it."""
+    """Two consecutive transfers that are awaited like one [`Transfer`].
+
+    Args:
+        first: transfer of the first step.
+        follow: function that takes the rows received by `first`, posts the second step, waits for it and returns the
+            result.
+        held: tensors that both steps use. They are kept alive until the end, because the allocator must not reuse
+            memory of one stream while another stream reads it.
+    """
 
     def __init__(
         self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], held: tuple[torch.Tensor, ...]
@@ -61,16 +69,20 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def send_kv_over_nodes(
     packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor
 ) -> HierarchicalTransfer:
-    """Posts the rows of a stage: `packed` (n, width) in the first step. What the rank needs is put into `received`
-    (n_needed, width), source after source; `result` is returned when all of it has arrived."""
+    """Post the rows `packed` (n, width) that this rank sends in the first step of a stage.
+
+    The rows that this rank needs are written to `received` (n_needed, width), ordered by source rank. The transfer
+    returns `result` when all of them have arrived.
+    """
     step = stage.second_step
     assert step is not None
     arrived = packed.new_empty(sum(stage.recv_splits), packed.shape[1])
 
     def follow(arrived: torch.Tensor) -> torch.Tensor:
-        passed = arrived.new_empty(step.second.count, arrived.shape[1])
-        handed_on = step.handed_on.take(arrived)
-        second = Transfer(AllToAll(handed_on, passed, step.send_splits, step.recv_splits, group, _ON_KEYS))
+        arrived_second = arrived.new_empty(step.second.count, arrived.shape[1])
+        forwarded = step.handed_on.take(arrived)
+        splits = step.send_splits, step.recv_splits
+        second = Transfer(AllToAll(forwarded, arrived_second, *splits, group, _FORWARDED_KEYS))
         step.first.put(received, step.needed.take(arrived))
         step.second.put(received, second.wait())
         return result
@@ -82,9 +94,17 @@ def send_kv_over_nodes(
 def send_grads_over_nodes(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> HierarchicalTransfer:
-    """Posts the gradients of what [`send_kv_over_nodes`] brought, along the same ways back. A rank that handed rows on
-    adds up what comes back for each, at least in fp32, rank after rank. `grad` (n_needed, width) is contiguous; in
-    `home` (n, width) the gradients of the rows that the rank sent arrive."""
+    """Post the gradients of the rows that [`send_kv_over_nodes`] delivered, along the same routes in reverse.
+
+    A rank that forwarded rows sums the gradients that come back for each of them, in at least fp32 and in the order of
+    ranks.
+
+    Args:
+        grad: (n_needed, width), contiguous; gradients of the rows that this rank received.
+        home: (n, width); receives the gradients of the rows that this rank sent.
+        stage: stage of the exchange.
+        group: process group of the exchange.
+    """
     step = stage.second_step
     assert step is not None
     back = grad.new_empty(step.handed_on.count, grad.shape[1])
@@ -99,6 +119,6 @@ def send_grads_over_nodes(
         summed = total.to(grad.dtype)
         return Transfer(AllToAll(summed, home, stage.recv_splits, stage.send_splits, group, GRADIENTS)).wait()
 
-    away = step.second.take(grad)
-    first = Transfer(AllToAll(away, back, step.recv_splits, step.send_splits, group, _ON_GRADIENTS))
-    return HierarchicalTransfer(first, follow, (grad, away, back, home))
+    outgoing = step.second.take(grad)
+    first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, group, _FORWARDED_GRADIENTS))
+    return HierarchicalTransfer(first, follow, (grad, outgoing, back, home))

@@ -1,7 +1,8 @@
-"""The two collectives of a stage. K and V of a token travel together as one row of H_kv * (D_k + D_v) elements.
+"""The two collectives of a stage: KV in forward, gradients of KV in backward.
 
-Every rank of the group enters both, with zero splits where it has nothing to send or receive: a stage is known to
-all of them from the plan.
+The keys and values of a token travel together as one row of H_kv * (D_k + D_v) elements. Every rank of the group takes
+part in both collectives, with zero splits if it has nothing to send or receive: all ranks know the stages from the
+plan.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 def send_kv(
     key: torch.Tensor, value: torch.Tensor, layout: RankLayout, group: ProcessGroup
 ) -> list[Transfer | HierarchicalTransfer]:
-    """Posts the rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) that other ranks need, for all stages: packed
-    at once, since they depend on nothing that the stages compute.
+    """Post the rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) that other ranks need, for all stages.
 
-    Returns one transfer per stage, of rows (n, H_kv * (D_k + D_v)) as [`pack_rows`] makes them: those received, and
-    the local ones that the stage joins to them.
+    All rows are packed together, because they do not depend on anything that the stages compute.
+
+    Returns one transfer per stage. Its result has rows (n, H_kv * (D_k + D_v)) in the format of [`pack_rows`]: first
+    the received rows, then the local rows that the stage attends to beside them.
     """
     stages = layout.stages(key.device)
     if not stages:
@@ -51,20 +53,22 @@ def send_kv(
 
 
 def kv_width(key: torch.Tensor, value: torch.Tensor) -> int:
-    """H_kv * (D_k + D_v): elements of a token's keys and values."""
+    """Return the number of elements in the keys and values of one token, H_kv * (D_k + D_v)."""
     return key.shape[0] * (key.shape[2] + value.shape[2])
 
 
 def pack_rows(key: torch.Tensor, value: torch.Tensor, rows: Rows, packed: torch.Tensor) -> torch.Tensor:
-    """Copies some rows of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) into `packed` (n, H_kv * (D_k + D_v)), which
-    it returns: each row all heads of the key, then all heads of the value."""
+    """Copy `rows` of key (H_kv, T_r, D_k) and value (H_kv, T_r, D_v) into `packed` (n, H_kv * (D_k + D_v)).
+
+    Each packed row holds all heads of the key, then all heads of the value. Returns `packed`.
+    """
     for source, target in zip((key, value), split_rows(packed, key, value)):
         rows.copy(source.transpose(0, 1), target.transpose(0, 1))
     return packed
 
 
 def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views (H_kv, n, D_k) and (H_kv, n, D_v) of rows (n, H_kv * (D_k + D_v)) packed from key and value."""
+    """Return the keys (H_kv, n, D_k) and values (H_kv, n, D_v) in `packed` (n, H_kv * (D_k + D_v)), as views."""
     heads, keys = key.shape[0], key.shape[0] * key.shape[2]
     return (
         packed[:, :keys].unflatten(1, (heads, key.shape[2])).transpose(0, 1),
@@ -75,8 +79,14 @@ def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 def send_grads_home(
     grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> Transfer | HierarchicalTransfer:
-    """Posts the gradients `grad` (n_received, width), contiguous, of what `send_kv` received in a stage, in the order
-    it was received. Those of this rank's tokens arrive in `home` (n_sent, width)."""
+    """Post the gradients of the rows that `send_kv` received in a stage.
+
+    Args:
+        grad: (n_received, width), contiguous, in the order in which the rows were received.
+        home: (n_sent, width); receives the gradients of the rows that this rank sent.
+        stage: stage of the exchange.
+        group: process group of the exchange.
+    """
     if stage.second_step is not None:
         return send_grads_over_nodes(grad, home, stage, group)
     return Transfer(AllToAll(grad, home, stage.recv_splits, stage.send_splits, group, GRADIENTS))

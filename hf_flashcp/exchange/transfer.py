@@ -1,4 +1,4 @@
-"""`AllToAll`, the rows of one uneven all-to-all, and `Transfer`, which posts and awaits them."""
+"""`AllToAll`, which describes one uneven all-to-all, and `Transfer`, which posts and awaits it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,42 @@ _seconds_waited: float | None = None
 
 
 def named_range(name: str) -> contextlib.AbstractContextManager:
-    """`torch.profiler.record_function("flashcp: NAME")` while a profiler runs (an NVTX range under
-    `torch.autograd.profiler.emit_nvtx`), else nothing."""
+    """Return a profiler range called "flashcp: NAME", or an empty context if no profiler is running.
+
+    Under `torch.autograd.profiler.emit_nvtx` it is an NVTX range.
+    """
     if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(f"flashcp: {name}")
     return _NOTHING
 
 
 def seconds_waited() -> float | None:
-    """How long this process has waited for rows of other ranks, because computation did not hide their transfer or
-    because those ranks were slow. `None` before the first exchange, and on GPUs, where the host does not wait."""
+    """Return how many seconds this process has spent waiting for rows from other ranks.
+
+    It waits if computation does not hide the transfer, or if the other ranks are slower. The result is `None` before
+    the first exchange and on GPUs, where the host does not wait.
+    """
     return _seconds_waited
 
 
 class AllToAll(NamedTuple):
-    """What one rank sends and receives in one all-to-all."""
+    """The rows that one rank sends and receives in one all-to-all."""
 
-    sent: torch.Tensor  # (n_sent, width), contiguous, destination rank after destination rank
-    received: torch.Tensor  # (n_received, width), where what arrives is written, source rank after source rank
-    send_splits: list[int]  # rows of `sent` for each rank of the group
-    recv_splits: list[int]  # rows of `received` from each
+    sent: torch.Tensor  # (n_sent, width), contiguous, ordered by destination rank
+    received: torch.Tensor  # (n_received, width), buffer for the received rows, ordered by source rank
+    send_splits: list[int]  # number of rows of `sent` for each rank of the group
+    recv_splits: list[int]  # number of rows of `received` from each rank of the group
     group: ProcessGroup
-    what: str = KEYS  # names the rows for errors and profilers
+    what: str = KEYS  # name of the rows in errors and profiles
 
 
 class Transfer:
-    """An all-to-all under way, to be awaited once. Until then it holds both buffers, which must live that long.
-    `result` is the buffer whose first rows are `rows.received`, if it has more rows."""
+    """A running all-to-all, to be awaited once. It keeps both buffers alive until then.
+
+    Args:
+        rows: rows to send and to receive.
+        result: larger buffer whose first rows are `rows.received`, if there is one. `wait` returns it.
+    """
 
     def __init__(self, rows: AllToAll, result: torch.Tensor | None = None):
         self._checked = CheckedExchange(rows) if debug_mode() else None
@@ -60,7 +69,7 @@ class Transfer:
             )
 
     def wait(self) -> torch.Tensor:
-        """(n, ...) rows: those received, source rank after source rank, and what `result` has behind them."""
+        """Wait for the received rows and return them, ordered by source rank, or `result` if it was given."""
         global _seconds_waited
         begin = time.perf_counter()
         with naming(self._what), named_range(f"wait for {self._what}"):

@@ -1,4 +1,4 @@
-"""Where transformers and accelerate meet the library: attention, batches, mesh, trainers.
+"""Integration with transformers, accelerate and TRL: attention, batches, device mesh and trainers.
 
-Nothing is imported here: `registration` must be importable while transformers itself is being imported.
+This file imports nothing, because `registration` must be importable while transformers itself is being imported.
 """

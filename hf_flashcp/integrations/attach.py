@@ -1,4 +1,4 @@
-"""`attach`: hooks on a model that shard its batches, and what it checks before and at the first step."""
+"""`attach`: adds hooks to a model that shard its batches, and checks the model before and in the first step."""
 
 from __future__ import annotations
 
@@ -52,36 +52,40 @@ def attach(
     plugin: FlashCPPlugin | None = None,
     on_plan: Callable[[ShardPlan], None] | None = None,
 ) -> ContextParallelHandle:
-    """Makes `model(**batch)` run on this rank's part of a full packed batch.
+    """Make `model(**batch)` run on this rank's part of a full packed batch.
 
-    From here on a forward in training mode, or with labels or a plan, shards its batch ([`shard_inputs`]), so a plain
-    training loop stays as it is. Forwards without them, `generate()` among them, run as they would without us, as do
-    padded batches at cp_size 1. The first sharded forward checks that every attention layer called us with the plan.
+    After this call, every forward in training mode, and every forward with labels or a plan, shards its batch (see
+    [`shard_inputs`]), so an ordinary training loop needs no other change. All other forwards, such as those of
+    `generate()`, run as without this library, and so do padded batches with cp_size 1. The first sharded forward
+    checks that every attention layer used the plan.
 
     Args:
-        model (`torch.nn.Module`): a transformers model loaded with `attn_implementation="flashcp"`, bare or wrapped
-            (DDP, FSDP2, PEFT, torch.compile).
+        model (`torch.nn.Module`): a transformers model loaded with `attn_implementation="flashcp"`, which may be
+            wrapped (DDP, FSDP2, PEFT, torch.compile).
         accelerator_or_mesh (`Accelerator` or `DeviceMesh`, *optional*): an Accelerator with a [`FlashCPPlugin`], or a
             mesh that is 1-D or has a dimension "cp"; `None` for cp_size 1.
-        plugin (`FlashCPPlugin`, *optional*): settings where a mesh is given, by default those of the plugin made last,
-            if it has as many ranks. An Accelerator has its own.
-        on_plan (`Callable`, *optional*): called with the plan of each forward in training mode, for metrics.
+        plugin (`FlashCPPlugin`, *optional*): settings to use with a mesh. Defaults to the last plugin created, if its
+            cp_size is the number of ranks in the mesh. An Accelerator already has its plugin.
+        on_plan (`Callable`, *optional*): function that is called with the plan of each forward in training mode, for
+            metrics.
 
-    With torch.compile, compile the layers: `for layer in model.model.layers: layer.compile(dynamic=True)` (accelerate:
-    `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)`). The only graph breaks are then the attention
-    calls. Without `dynamic=True` the second pack recompiles once, after that or with it no pack does. A whole model
-    compiles too (`torch.compile(model, dynamic=True)`), with further breaks before its layers, where the batch is
-    sharded and where the mask is left out; its loss, which the first forward checks, is compiled at the second pack.
+    With torch.compile, compile the layers: `for layer in model.model.layers: layer.compile(dynamic=True)`, or
+    `TorchDynamoPlugin(use_regional_compilation=True, dynamic=True)` in accelerate. Then the only graph breaks are the
+    attention calls, and no pack causes a recompilation. (Without `dynamic=True`, the second pack recompiles once.)
+    Compiling the whole model also works (`torch.compile(model, dynamic=True)`). It has further graph breaks before the
+    layers, where the batch is sharded and the mask is created, and it compiles the loss at the second pack, because
+    the first forward checks the loss function.
 
     Returns:
-        `ContextParallelHandle`: with `.remove()` and the latest `.plan`. Attaching again replaces the earlier handle.
+        `ContextParallelHandle`: handle with a method `remove()` and the latest `plan`. Attaching a model again
+        replaces its earlier handle.
 
     Raises:
-        UnsupportedModelError: the model's gradients would not be exact, and why.
-        ConfigurationError: the Accelerator or mesh does not fit, or the attention kernel that was activated in PyTorch
-            does not run on this GPU.
+        UnsupportedModelError: the model's gradients would not be exact. The message gives the reason.
+        ConfigurationError: the Accelerator or mesh is not suitable, or the attention kernel that was activated in
+            PyTorch does not run on this GPU.
 
-    A forward raises a [`BatchError`] for batches that cannot be sharded, or that differ between ranks.
+    A forward raises a [`BatchError`] if its batch cannot be sharded or differs between ranks.
     """
     inner = transformers_model(model)
     check_model(inner)
@@ -93,7 +97,10 @@ def attach(
         mesh, plugin = _accelerator_mesh(accelerator_or_mesh)
     group, _, cp_size = context_parallel_group(mesh)
     if plugin is not None and plugin.cp_size != cp_size:
-        raise ConfigurationError(f"FlashCPPlugin has cp_size {plugin.cp_size}, but the mesh has {cp_size} ranks.")
+        raise ConfigurationError(
+            f"FlashCPPlugin has cp_size {plugin.cp_size}, but the mesh has {cp_size} ranks. Pass the plugin of this "
+            "mesh."
+        )
     if cp_size > 1:
         require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
     if (earlier := attached_handle(inner)) is not None:
@@ -106,19 +113,20 @@ def attach(
 
 
 def attached_handle(model: torch.nn.Module) -> ContextParallelHandle | None:
-    """The handle whose hooks a model has."""
+    """Return the handle of an attached model, or `None` if the model is not attached."""
     owners = (getattr(hook, "__self__", None) for hook in transformers_model(model)._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, ContextParallelHandle)), None)
 
 
 class ContextParallelHandle:
-    """What [`attach`] returns.
+    """The handle of an attached model, returned by [`attach`].
 
     Attributes:
-        plan (`RankPlan`, *optional*): of the latest sharded forward.
-        losses_add_up (`bool`): how ranks' losses combine where the caller gives `num_items_in_batch`. `True` (the
-            default): it counts the targets of all ranks, and their losses add up to the mean over targets. `False`: it
-            is the group's targets over cp_size, and their losses average to that mean.
+        plan (`RankPlan`, *optional*): plan of the latest sharded forward.
+        losses_add_up (`bool`): meaning of the `num_items_in_batch` that a caller passes. If `True` (the default), it
+            is the number of targets on all ranks, and the sum of the ranks' losses is the mean over targets. If
+            `False`, it is the number of targets of the group divided by cp_size, and the mean of the ranks' losses is
+            the mean over targets.
     """
 
     def __init__(
@@ -153,19 +161,19 @@ class ContextParallelHandle:
         ]
 
     def remove(self) -> None:
-        """Takes the hooks off; the model behaves as before [`attach`]."""
+        """Remove the hooks, so that the model behaves as before [`attach`]."""
         for hook in self._hooks:
             hook.remove()
 
     def __deepcopy__(self, memo: dict) -> ContextParallelHandle:
-        return self  # process groups cannot be copied; a copied model stays attached through the same handle
+        return self  # process groups cannot be copied, so a copied model shares the handle
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nor can they be saved: a model that `torch.save` wrote as a whole comes back attached for cp_size 1.
+        # Process groups cannot be saved. A whole model saved by `torch.save` is attached for cp_size 1 when loaded.
         return {**vars(self), "mesh": None, "plan": None, "_on_plan": None}
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """[`shard_inputs`] with this handle's mesh and settings, for batches that the hooks would shard."""
+        """Apply [`shard_inputs`] with this handle's mesh and settings, if the hooks would shard the batch."""
         return shard_inputs(batch, self.mesh, settings=self._settings) if self._can_shard(batch) else batch
 
     def _can_shard(self, batch: dict[str, Any]) -> bool:
@@ -176,7 +184,7 @@ class ContextParallelHandle:
 
     @torch.compiler.disable
     def _keep_count(self, model, args, kwargs):
-        """Keeps the count as it was before FSDP2 casts tensors of floats to its param_dtype."""
+        """Remember `num_items_in_batch` before FSDP2 casts floating-point tensors to its param_dtype."""
         self._count = kwargs.get("num_items_in_batch")
 
     def _restore_count(self, batch: dict[str, Any]) -> None:
@@ -185,8 +193,8 @@ class ContextParallelHandle:
             return
         if not isinstance(kept, torch.Tensor) or kept.dtype == given.dtype:
             raise BatchError(
-                f"num_items_in_batch arrives as {given.dtype}, which cannot hold a count: FSDP2 casts tensors of "
-                "floats. Pass an integer, or call attach after accelerator.prepare."
+                f"num_items_in_batch arrives as {given.dtype}, which cannot hold a count, because FSDP2 casts "
+                "floating-point tensors. Pass an integer, or call attach after accelerator.prepare."
             )
         batch["num_items_in_batch"] = kept
 
@@ -198,14 +206,14 @@ class ContextParallelHandle:
         if not (wanted and self._can_shard(batch)):
             if self.mesh is not None and batch.get("labels") is not None and has_cache(batch):
                 raise BatchError(
-                    "The batch has labels and a key-value cache, which holds no other rank's tokens. Leave the cache "
-                    "out of forwards with labels."
+                    "The batch has labels and a key-value cache, which does not hold the tokens of other ranks. Do "
+                    "not pass a cache to forwards with labels."
                 )
             return None
         if found := media(batch):
             raise BatchError(
-                f"The batch has {', '.join(found)}. flashcp shards text: what images, video and audio need of a "
-                "vision or audio tower, and the masks around them, would be lost. Train on text-only batches."
+                f"The batch has {', '.join(found)}. flashcp shards text only: the inputs of vision and audio towers, "
+                "and their masks, would be lost. Train on text-only batches."
             )
         self._restore_count(batch)
         batch = self.shard(batch)
@@ -213,7 +221,8 @@ class ContextParallelHandle:
         if self._whole_documents:
             require_whole_documents(self.plan.plan, model)
             batch.pop("seq_idx", None)
-        # A cache would hold part of the keys or a document's state for the next one, and grow when a layer runs again.
+        # A cache would hold only part of the keys, carry a document's state into the next document, and grow when a
+        # layer runs again in backward.
         batch["use_cache"] = False
         if self.plan.group is not None:
             description = _description_of_batch(self.plan)
@@ -233,10 +242,12 @@ class ContextParallelHandle:
         return plan.with_layers(self._keep_received_kv, again, checked)
 
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
-        """Enters the sharded forward, in which terms of the loss that are no sums over targets are this rank's share
-        of them."""
+        """Enter the sharded forward, and prepare the loss.
+
+        Loss terms that are not sums over targets are reduced to this rank's share.
+        """
         plan, count = self.plan, batch.get("num_items_in_batch")
-        # The batch's loss is the mean of the ranks' losses, or else their sum.
+        # The batch's loss is either the mean or the sum of the ranks' losses.
         averaged = count is None or count is plan.target_count or not self.losses_add_up
         ranks = plan.plan.cp_size
         tokens = plan.layout.num_tokens / plan.plan.num_tokens
@@ -267,7 +278,7 @@ class ContextParallelHandle:
         if (check := self._loss_check) is not None:
             self._loss_check = None
             check.restore()
-        if output is None:  # the forward raised
+        if output is None:  # the forward raised an error
             return
         if forward.router_loss is not None and isinstance(output, dict) and output.get("aux_loss") is not None:
             output["aux_loss"] = forward.router_loss
@@ -281,20 +292,20 @@ class ContextParallelHandle:
 
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
-    "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader (it "
-    "knows FlashCPPlugin's cp_size), give a shuffling loader of your own a generator with the same seed on every "
-    "rank, use one strategy, and set FLASHCP_DEBUG for all or none."
+    "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader, give "
+    "a loader that shuffles a generator with the same seed on every rank, and use the same strategy and the same "
+    "FLASHCP_DEBUG settings everywhere."
 )
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The model inside of DDP, torch.compile and PEFT."""
+    """Return the transformers model inside wrappers such as DDP, torch.compile and PEFT."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} is not a transformers model: load one with "
+            f"{type(inner).__name__} is not a transformers model. Load one with "
             'AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcp").'
         )
     return inner
@@ -330,7 +341,7 @@ def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
 
 
 def _training_itemsize(model: PreTrainedModel, accelerator_or_mesh: Accelerator | DeviceMesh | None) -> int:
-    """Bytes of an element of keys and values."""
+    """Return the size in bytes of an element of keys and values."""
     if getattr(accelerator_or_mesh, "mixed_precision", "no") in ("bf16", "fp16"):
         return 2
     return model.dtype.itemsize

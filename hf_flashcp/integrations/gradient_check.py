@@ -1,4 +1,4 @@
-"""The single-process gradient of a batch, to compare a training run's own gradient with."""
+"""The single-process gradient of a batch, with which a training run's gradient can be compared."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .models.router_loss import router_coefficients, router_statistics
 
 
 def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Returns the gradients of the mean loss over all targets, each document run alone, without context parallelism.
+    """Compute the gradients of the mean loss over all targets, running each document alone on one device.
 
-    The router losses of a mixture-of-experts model (`config.output_router_logits`) come on top, one for each batch.
+    For a mixture-of-experts model with `config.output_router_logits`, the router loss of each batch is added.
 
-    Runs the model in evaluation mode, where an attached model attends without a plan, and leaves its `.grad` and its
-    hooks (DDP's too) untouched. No process talks to another.
+    The model runs in evaluation mode, in which an attached model attends without a plan. Its `.grad` and its hooks
+    (including those of DDP) are left untouched, and processes do not communicate.
 
     Args:
-        model (`torch.nn.Module`): a bare causal language model or PEFT model (not the DDP or FSDP2 wrapper).
-        batches (`Iterable[Mapping]`): full batches of [`FlashCPCollator`], one optimizer step's worth.
+        model (`torch.nn.Module`): a causal language model or PEFT model, without a DDP or FSDP2 wrapper.
+        batches (`Iterable[Mapping]`): full batches of [`FlashCPCollator`] that make up one optimizer step.
 
     Returns:
-        `dict[str, torch.Tensor]`: by name, for each parameter that requires a gradient.
+        `dict[str, torch.Tensor]`: gradient of each parameter that requires one, by name.
     """
     batches = list(batches)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -57,13 +57,13 @@ def per_document_gradients(model: torch.nn.Module, batches: Iterable[Mapping[str
 
 
 def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """(1, n) input_ids, position_ids and shift_labels of each document."""
+    """Return the input_ids, position_ids and shift_labels of each document, all of shape (1, n)."""
     lengths = list(batch["flashcp_plan"].lengths)
     return zip(*(batch[name].split(lengths, dim=1) for name in ("input_ids", "position_ids", "shift_labels")))
 
 
 def _alone(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    # With a mask transformers does not take positions that skip for the start of another document.
+    # If there is a mask, transformers does not treat positions that skip numbers as the start of another document.
     mask = torch.ones_like(input_ids)
     return model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
 
@@ -71,8 +71,10 @@ def _alone(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.
 def _router_term(
     model: torch.nn.Module, inner: torch.nn.Module, batch: Mapping[str, Any]
 ) -> Callable[[Any], torch.Tensor] | None:
-    """What each document adds to the router loss of its batch (router_loss.py), given its output: the loss is linear
-    in the documents' probabilities, once it is known how many tokens of the batch each expert has."""
+    """Return a function from a document's output to what it adds to the router loss of its batch, see router_loss.py.
+
+    The loss is linear in the documents' probabilities, given the number of tokens of the batch routed to each expert.
+    """
     asked = getattr(inner.config.get_text_config(), "output_router_logits", False)
     coefficient = max(router_coefficients(inner), default=0.0) if asked else 0.0
     if not coefficient:
@@ -88,8 +90,10 @@ def _router_term(
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float | torch.Tensor = 0.0) -> float:
-    """Returns |ours - reference| / max(|reference|, least), Frobenius norms in float64: infinity if that is not a
-    number, and the difference itself where the denominator is 0."""
+    """Return |ours - reference| / max(|reference|, least), with Frobenius norms in float64.
+
+    Returns infinity if the result is NaN, and the absolute difference if the denominator is 0.
+    """
     reference = reference.double()
     difference, norm = float((ours.double() - reference).norm()), max(float(reference.norm()), float(least))
     error = difference / norm if norm > 0 else difference
@@ -99,14 +103,16 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float | t
 def gradient_error(
     ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], floor: float = 0.0
 ) -> float:
-    """Returns the largest relative difference of a parameter: max_p |ours_p - reference_p| / |reference_p|, Frobenius
-    norms.
+    """Return the largest relative difference over parameters p, max_p |ours_p - reference_p| / |reference_p|.
+
+    Norms are Frobenius norms.
 
     Args:
-        ours (`Mapping[str, torch.Tensor]`): gradients by the names of their parameters.
-        reference (`Mapping[str, torch.Tensor]`): likewise; each of its names must be in `ours`.
-        floor (`float`, *optional*, defaults to 0.0): the denominator is at least that share of the norm of all
-            reference gradients together: for parameters whose true gradient is zero, such as the biases of keys.
+        ours (`Mapping[str, torch.Tensor]`): gradients by parameter name.
+        reference (`Mapping[str, torch.Tensor]`): reference gradients by parameter name. All names must be in `ours`.
+        floor (`float`, *optional*, defaults to 0.0): lower bound of the denominator, as a share of the norm of all
+            reference gradients together. It is needed for parameters whose true gradient is zero, such as the biases
+            of keys.
     """
     least = floor * torch.stack([expected.double().norm() for expected in reference.values()]).norm() if floor else 0.0
     return max(relative_error(ours[name], expected, least) for name, expected in reference.items())

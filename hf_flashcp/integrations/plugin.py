@@ -1,4 +1,4 @@
-"""`FlashCPPlugin`: an accelerate `ParallelismConfig` whose context parallelism is ours."""
+"""`FlashCPPlugin`: an accelerate `ParallelismConfig` for the context parallelism of this library."""
 
 from __future__ import annotations
 
@@ -29,60 +29,66 @@ BACKEND = "flashcp"
 _SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
 _PLAN_SETTINGS = ("cp_size", "strategy", "hardware", "topology", "max_imbalance", "max_token_imbalance", "num_stages")
 _REFUSED_ARGUMENTS = {
-    "auto_find_batch_size": "a rank out of memory would start again alone, while the others wait for its keys and "
-    "values. Choose per_device_train_batch_size",
-    "neftune_noise_alpha": "its noise is scaled by the number of tokens in a row, of which each rank holds a part, so "
-    "that it would grow with cp_size. Leave it out",
-    "label_smoothing_factor": "it needs full labels beside full logits, and each rank has the logits of its own "
-    "tokens. Leave it out",
+    "auto_find_batch_size": "a rank that runs out of memory would restart alone, while the others wait for its keys "
+    "and values. Choose per_device_train_batch_size",
+    "neftune_noise_alpha": "its noise is scaled by the number of tokens in a row, of which each rank holds only a "
+    "part, so the noise would grow with cp_size. Leave it out",
+    "label_smoothing_factor": "it needs the logits of all tokens, but each rank has the logits of its own tokens "
+    "only. Leave it out",
     "predict_with_generate": "it generates from a batch's rows, which are packed documents. Leave it out, and call "
     "model.generate yourself",
-    "eval_use_gather_object": "each rank has a part of a document's predictions, and Python objects cannot be put "
-    "together from parts. Leave it out",
-    "train_sampling_strategy": "its sampler gives every process a batch of its own, but cp_size of them share one. "
-    "Leave it out: documents are not padded here",
+    "eval_use_gather_object": "each rank has a part of a document's predictions, and Python objects cannot be joined "
+    "from parts. Leave it out",
+    "train_sampling_strategy": "its sampler gives every process a separate batch, but cp_size processes share one. "
+    "Leave it out, because documents are not padded",
 }
-_REFUSED_VALUES = {"train_sampling_strategy": "batch_rebalance"}  # of the others all that are set
+_REFUSED_VALUES = {"train_sampling_strategy": "batch_rebalance"}  # all values of the other arguments are refused
 
 
 @dataclass(repr=False)
 class FlashCPPlugin(ParallelismConfig):
-    """Tells accelerate that groups of `cp_size` processes share a batch.
+    """A `ParallelismConfig` that tells accelerate that groups of `cp_size` processes share a batch.
 
-    Accelerate's own `cp_enabled` stays False: it would strip masks, demand sdpa attention and FSDP2, and make every
-    layer fully causal. Data loading, the device mesh and the loss count see `cp_size` and the mesh dimension "cp".
+    It also holds all settings of context parallelism, which [`FlashCPCollator`], [`attach`] and the trainers read from
+    it. Settings must be the same in every process.
+
+    The property `cp_enabled` is always False, because accelerate's own context parallelism would strip masks, require
+    sdpa attention and FSDP2, and make every layer attend across documents. accelerate's data loading, device mesh and
+    loss count still use `cp_size` and the mesh dimension "cp".
 
     Args:
-        cp_size (`int`, *optional*): processes that share a batch; defaults to `PARALLELISM_CONFIG_CP_SIZE`, which
-            `accelerate launch` exports from a config file with `parallelism_config_cp_backend: flashcp`, else 1.
-        dp_replicate_size (`int`, *optional*): data-parallel groups that replicate the model. With neither this nor
-            `dp_shard_size` given, the processes that cp_size leaves replicate it under DDP and shard it under FSDP2.
-        dp_shard_size (`int`, *optional*): data-parallel groups that shard the model under FSDP2, together with the
-            `cp_size` processes of each.
-        strategy (`str`, *optional*): how documents are sharded, see [`plan_documents`]; defaults to the environment
-            variable `FLASHCP_STRATEGY`, else to "search".
-        hardware (`str`, `Path` or `HardwareProfile`, *optional*): with "search", plan for the least predicted step
-            time on it: a profile's name, its JSON file, or a profile. Without, for little KV within the caps.
-        topology (`Topology`, *optional*): ranks in nodes, to each of which keys and values cross once. Beside
-            `hardware` it takes the place of the profile's `ranks_per_node`.
+        cp_size (`int`, *optional*): number of processes that share a batch. Defaults to the environment variable
+            `PARALLELISM_CONFIG_CP_SIZE`, which `accelerate launch` sets from a config file with
+            `parallelism_config_cp_backend: flashcp`, otherwise to 1.
+        dp_replicate_size (`int`, *optional*): number of data-parallel groups that replicate the model. If neither
+            this nor `dp_shard_size` is given, all groups of `cp_size` processes replicate it under DDP, and shard it
+            under FSDP2.
+        dp_shard_size (`int`, *optional*): number of data-parallel groups that shard the model under FSDP2, over all
+            of their `cp_size` processes.
+        strategy (`str`, *optional*): how documents are sharded, see [`plan_documents`]. Defaults to the environment
+            variable `FLASHCP_STRATEGY`, otherwise to "search".
+        hardware (`str`, `Path` or `HardwareProfile`, *optional*): hardware for which "search" minimizes the predicted
+            step time: the name of a profile, its JSON file, or a profile. By default, "search" minimizes KV traffic
+            within the caps.
+        topology (`Topology`, *optional*): division of ranks into nodes. Keys and values then cross to each node once.
+            If `hardware` is also given, this replaces the profile's `ranks_per_node`.
         max_imbalance (`float`, *optional*, defaults to 1.05): cap on a rank's attention pairs, see [`plan_documents`].
-        max_token_imbalance (`float`, *optional*, defaults to 1.0): cap on a rank's tokens, likewise.
-        num_stages (`int`, *optional*): in how many stages a layer's KV travels, likewise.
+        max_token_imbalance (`float`, *optional*, defaults to 1.0): cap on a rank's tokens, see [`plan_documents`].
+        num_stages (`int`, *optional*): number of stages in which a layer's KV travels, see [`plan_documents`].
         keep_received_kv (`bool`, *optional*): whether a layer keeps the KV that it received in forward until its
-            backward (`True`: more memory), or fetches it again (`False`: more traffic). By default each layer that
-            runs again in backward (activation checkpointing without a `context_fn`) keeps it, as it is then held for
-            one layer at a time, and every other layer does as the plan says (see [`RankPlan`]).
-        global_router_loss (`bool`, *optional*, defaults to `False`): in training, whether a mixture-of-experts model's
-            router loss is that of the batches of all data-parallel groups together, and not of the group's own.
-
-    Settings are the same in every process. [`FlashCPCollator`], [`attach`] and the trainers take them from here.
+            backward (`True`, more memory), or fetches it again (`False`, more traffic). By default, layers that run
+            again in backward (activation checkpointing without a `context_fn`) keep it, because only one of them holds
+            it at a time, and all other layers follow the plan, see [`RankPlan`].
+        global_router_loss (`bool`, *optional*, defaults to `False`): whether the router loss of a mixture-of-experts
+            model is computed over the batches of all data-parallel groups in training, and not over each group's own
+            batch.
 
     Attributes:
-        plan_settings (`PlanSettings`): those that decide how batches are planned.
+        plan_settings (`PlanSettings`): the settings that determine how batches are planned.
 
     Raises:
-        ConfigurationError: a size that does not fit the processes, or tensor parallelism, sequence parallelism,
-            DeepSpeed or FSDP1 beside it; settings of plans that do not fit each other (see [`PlanSettings`]).
+        ConfigurationError: a size does not match the number of processes; tensor parallelism, sequence parallelism,
+            DeepSpeed or FSDP1 is used; or settings of plans contradict each other (see [`PlanSettings`]).
     """
 
     strategy: str | None = None
@@ -98,9 +104,12 @@ class FlashCPPlugin(ParallelismConfig):
         if self.cp_backend is None:
             self.cp_backend = os.environ.get("PARALLELISM_CONFIG_CP_BACKEND", BACKEND)
         if self.cp_backend not in (BACKEND, "torch"):
-            raise ConfigurationError(f'cp_backend is "{self.cp_backend}"; FlashCPPlugin is the backend "{BACKEND}".')
+            raise ConfigurationError(
+                f'cp_backend is "{self.cp_backend}", but FlashCPPlugin is the backend "{BACKEND}". Leave cp_backend '
+                "out."
+            )
         if self.cp_handler is not None:
-            raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism: leave it out.")
+            raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism. Leave it out.")
         if self.strategy is None:
             self.strategy = strategy_from_environment()
         try:
@@ -112,9 +121,9 @@ class FlashCPPlugin(ParallelismConfig):
             raise ConfigurationError(str(error)) from None
         for name in ("tp_size", "sp_size"):
             if (size := getattr(self, name)) > 1:
-                raise ConfigurationError(f"{name} is {size}: flashcp does not combine with it. Set {name} to 1.")
+                raise ConfigurationError(f"{name} is {size}, but flashcp does not combine with it. Set {name} to 1.")
         cp_size = self.cp_size
-        # The base class knows only its own backend and its restrictions: it validates the rest with cp_size 1.
+        # The base class only knows its own backend and restrictions, so it validates the rest with cp_size 1.
         self.cp_size, self.cp_backend = 1, "torch"
         super().__post_init__()
         self.cp_backend = BACKEND
@@ -123,7 +132,7 @@ class FlashCPPlugin(ParallelismConfig):
 
     @property
     def cp_enabled(self) -> bool:
-        """False: accelerate's own context parallelism stays out of the way."""
+        """Always False, so that accelerate does not apply its own context parallelism."""
         return False
 
     @property
@@ -150,7 +159,7 @@ class FlashCPPlugin(ParallelismConfig):
         self._fit_processes(PartialState().num_processes)
         groups_before = set(_process_groups())
         mesh = super().build_device_mesh(device_type)
-        for group in set(_process_groups()) - groups_before:  # PyTorch gives a mesh's groups its default timeout
+        for group in set(_process_groups()) - groups_before:  # PyTorch gives the groups of a mesh its default timeout
             dist.distributed_c10d._set_pg_timeout(group_timeout(), group)
         return mesh
 
@@ -158,7 +167,7 @@ class FlashCPPlugin(ParallelismConfig):
         if num_processes % self.cp_size:
             raise ConfigurationError(
                 f"cp_size {self.cp_size} does not divide the {num_processes} processes. Launch a multiple of cp_size "
-                "processes (accelerate launch --num_processes N; `--cpu` alone starts only one, see docs/launch.md)."
+                "processes (accelerate launch --num_processes N; on CPU see docs/launch.md)."
             )
         left = num_processes // self.cp_size
         if self.data_parallel_size == 1 and left > 1:
@@ -168,8 +177,8 @@ class FlashCPPlugin(ParallelismConfig):
         if self.data_parallel_size != left:
             raise ConfigurationError(
                 f"dp_replicate_size {self.dp_replicate_size} x dp_shard_size {self.dp_shard_size} x cp_size "
-                f"{self.cp_size} is not the {num_processes} processes launched. Leave the data parallel sizes out, or "
-                f"make their product {left}."
+                f"{self.cp_size} does not equal the number of processes, {num_processes}. Leave the data parallel "
+                f"sizes out, or make their product {left}."
             )
 
     def _validate_accelerator(self, accelerator) -> None:
@@ -194,8 +203,8 @@ class FlashCPPlugin(ParallelismConfig):
             if sharded_forward_count() == forwards_before:
                 raise ConfigurationError(
                     f"The Accelerator has FlashCPPlugin(cp_size={self.cp_size}), but no model is attached: every "
-                    "process ran the whole batch, and its gradients would count cp_size times. Use FlashCPTrainer, "
-                    "add FlashCPCallback(), or call hf_flashcp.attach(model, accelerator)."
+                    "process ran the whole batch, so gradients would count cp_size times. Use FlashCPTrainer, add "
+                    "FlashCPCallback(), or call hf_flashcp.attach(model, accelerator)."
                 )
             accelerator.backward = backward
             return backward(*args, **kwargs)
@@ -208,8 +217,7 @@ def _process_groups() -> list[dist.ProcessGroup]:
 
 
 def require_exact_arguments(args: TrainingArguments) -> None:
-    """Raises a `ConfigurationError` for options of `TrainingArguments` that fail or change under context parallelism,
-    with a cp_size above 1."""
+    """Raise a `ConfigurationError` for `TrainingArguments` that fail or are not exact with a cp_size above 1."""
     for option, reason in _REFUSED_ARGUMENTS.items():
         value = getattr(args, option, None)
         if value and value == _REFUSED_VALUES.get(option, value):

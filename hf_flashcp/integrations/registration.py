@@ -1,10 +1,10 @@
-"""`attn_implementation="flashcp"`: the attention function, its mask function, and the name.
+"""`attn_implementation="flashcp"`: the attention function, its mask function, and their registration in transformers.
 
-transformers takes every attention name that contains "flash" for a FlashAttention kernel (utils/generic.py,
-`is_flash_attention_requested`): it demands a package, prepares other masks, and sends vision towers down a path that
-we do not serve. That test is imported by name into over a hundred model files, so instead of changing it we never let
-it see the name: where a user's choice enters, "flashcp" becomes `INTERNAL_NAME`, which is registered and may be used
-directly too.
+transformers treats every attention name that contains "flash" as a FlashAttention kernel (utils/generic.py,
+`is_flash_attention_requested`): it requires a package, prepares different masks, and sends vision towers down a code
+path that we do not support. More than a hundred model files import this test by name, so we cannot replace it.
+Instead, "flashcp" is translated to `INTERNAL_NAME` wherever users choose an attention implementation. The internal
+name is registered too, and can be used directly.
 """
 
 from __future__ import annotations
@@ -47,32 +47,33 @@ def flashcp_attention(
     flashcp_plan: RankPlan | ShardPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of a packed batch whose tokens are spread over ranks.
+    """Compute causal attention inside each document of a packed batch whose tokens are distributed over ranks.
 
     Args:
-        module (`torch.nn.Module`, *optional*): the attention layer that calls.
-        query (`torch.Tensor`): (1, H_q, T_r, D_k), this rank's tokens, RoPE applied; in bf16, fp16, fp32 or fp64.
+        module (`torch.nn.Module`, *optional*): attention layer that calls this function.
+        query (`torch.Tensor`): (1, H_q, T_r, D_k), this rank's tokens with RoPE applied; bf16, fp16, fp32 or fp64.
         key (`torch.Tensor`): (1, H_kv, T_r, D_k).
         value (`torch.Tensor`): (1, H_kv, T_r, D_v).
         attention_mask (`torch.Tensor`, *optional*): refused together with a plan.
-        scaling (`float`, *optional*): of the scores, defaults to D_k ** -0.5.
-        dropout (`float`, *optional*, defaults to 0.0): refused together with a plan.
-        sliding_window (`int`, *optional*): keys that a query sees, itself included.
-        softcap (`float`, *optional*): scores become softcap * tanh(scores / softcap).
-        s_aux (`torch.Tensor`, *optional*): (H_q,) attention sinks: a score a head that takes its share of every
-            softmax and has no value.
-        flashcp_plan (`RankPlan`, *optional*): from [`shard_inputs`]. An unbound [`ShardPlan`] is taken if its cp_size
-            is 1. Without a plan the call is transformers' sdpa attention, or the model's own eager one where sdpa
-            cannot do what it asks for (softcap, sinks).
-        kwargs: what else a layer passes. Those that ask for another kind of attention are refused, the others ignored.
+        scaling (`float`, *optional*): factor applied to the scores; defaults to D_k ** -0.5.
+        dropout (`float`, *optional*, defaults to 0.0): attention dropout, refused together with a plan.
+        sliding_window (`int`, *optional*): number of keys that a query sees, including its own.
+        softcap (`float`, *optional*): if given, scores become softcap * tanh(scores / softcap).
+        s_aux (`torch.Tensor`, *optional*): (H_q,) attention sinks: one additional score per head in every softmax,
+            without a value.
+        flashcp_plan (`RankPlan`, *optional*): plan from [`shard_inputs`]; a [`ShardPlan`] is accepted if its cp_size
+            is 1. Without a plan the function calls transformers' sdpa attention, or the model's eager attention if it
+            uses softcap or sinks, which sdpa does not support.
+        kwargs: other arguments of the layer. Those that ask for another kind of attention are refused, and all others
+            are ignored.
 
     Returns:
         `tuple`: output (1, T_r, H_q, D_v) in the dtype of `query`, and `None` for the attention weights.
 
     Raises:
-        BatchError: an unbound plan, tensors that do not fit it, a mask, or a causal call without a plan inside a
-            sharded forward.
-        UnsupportedModelError: something the layer asks for that would not be exact, or that no kernel computes.
+        BatchError: the plan is not bound to a rank, tensors do not match it, or a mask was passed.
+        UnsupportedModelError: the layer asks for something that would not be exact or that no kernel computes, or it
+            attends causally without a plan inside a sharded forward.
     """
     if flashcp_plan is None:
         options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
@@ -83,15 +84,15 @@ def flashcp_attention(
     if attention_mask is not None:
         raise BatchError(
             f"{_name(module)} got an attention_mask of shape {tuple(attention_mask.shape)} together with a plan, "
-            "which already says what attends to what. Call hf_flashcp.attach(model, accelerator) before training, and "
-            "pass no mask; a model that builds masks of its own cannot be sharded."
+            "which replaces masks. Call hf_flashcp.attach(model, accelerator) before training, and do not pass a "
+            "mask. Models that build their own masks cannot be sharded."
         )
     num_tokens = plan.layout.num_tokens
     if query.shape[0] != 1 or query.shape[2] != num_tokens or key.shape[2] != num_tokens:
         raise BatchError(
             f"{_name(module)} got queries {tuple(query.shape)} and keys {tuple(key.shape)}, but the plan gives rank "
-            f"{plan.rank} one row of {num_tokens} tokens. Shard the batch with shard_inputs, and do not train with a "
-            "key-value cache or prompt tokens."
+            f"{plan.rank} one row of {num_tokens} tokens. Shard the batch with shard_inputs, and train without "
+            "key-value cache and prompt tokens."
         )
     if forward := current_sharded_forward():
         forward.attention_modules.add(id(module))
@@ -119,16 +120,16 @@ def _bound(plan: RankPlan | ShardPlan) -> RankPlan:
     if isinstance(plan, ShardPlan) and plan.cp_size == 1:
         return RankPlan(plan)
     raise BatchError(
-        f"flashcp_plan is {plan!r}, which is not bound to a rank: the batch has not been sharded. Call "
-        "hf_flashcp.attach(model, accelerator) (FlashCPTrainer does), or shard_inputs(batch, mesh) on every batch."
+        f"flashcp_plan is {plan!r}, which is not bound to a rank: the batch has not been sharded. Use FlashCPTrainer, "
+        "call hf_flashcp.attach(model, accelerator), or call shard_inputs(batch, mesh) for every batch."
     )
 
 
-# Keywords by which models ask for attention of another kind.
+# Keyword arguments by which models ask for other kinds of attention.
 _OTHER_OPTIONS = {
     "position_bias": "a position bias",
-    "indices": "a choice of keys (indices)",
-    "block_indices": "a choice of blocks of keys (block_indices)",
+    "indices": "a selection of keys (indices)",
+    "block_indices": "a selection of blocks of keys (block_indices)",
     "sinks": "sinks under another name than s_aux",
 }
 
@@ -139,11 +140,11 @@ def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: flo
         "is_causal=False": not _is_causal(module, kwargs),
         **{what: kwargs.get(name) is not None for name, what in _OTHER_OPTIONS.items()},
         f"a sliding window of {sliding_window} tokens": sliding_window is not None and sliding_window < 1,
-        "attention sinks that are not one score a head": s_aux is not None and s_aux.numel() != query.shape[1],
+        "attention sinks that are not one score per head": s_aux is not None and s_aux.numel() != query.shape[1],
     }
     kind = layer_type(module)
     if kind == "sliding_attention" and sliding_window is None:
-        reasons["a sliding window in its mask alone (the attention call does not carry it)"] = True
+        reasons["a sliding window in its mask alone, but not in its attention call"] = True
     if kind == "full_attention" and sliding_window is not None:
         reasons[f"a sliding window of {sliding_window} tokens in a layer of type full_attention"] = True
     for what, asked in reasons.items():
@@ -156,7 +157,7 @@ def _refuse_what_is_not_exact(module, sliding_window, s_aux, query, dropout: flo
 
 
 def layer_type(module) -> str | None:
-    """`config.layer_types` of the layer that calls, where model and config say."""
+    """Return the entry of `config.layer_types` for an attention layer, or `None` if it is unknown."""
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     layer = getattr(module, "layer_idx", None)
     return layer_types[layer] if layer_types and layer is not None and layer < len(layer_types) else None
@@ -175,7 +176,10 @@ def _name(module: torch.nn.Module | None) -> str:
 
 
 def _same_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast RoPE can leave queries and keys in fp32 beside bf16 values: cast as autocast casts for sdpa."""
+    """Cast tensors to the autocast dtype, as autocast does for sdpa.
+
+    Under autocast, RoPE can return queries and keys in fp32 while values are in bf16.
+    """
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -186,15 +190,15 @@ def _same_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _attention_without_plan(module, query, key, value, attention_mask, scaling, dropout, kwargs):
     if current_sharded_forward() is not None and _is_causal(module, kwargs):
         raise UnsupportedModelError(
-            f"{_name(module)} was called without flashcp_plan inside a sharded forward: the model does not hand the "
-            "keyword arguments of its forward on to its attention layers, so they would attend to this rank's "
-            "tokens only. It cannot be trained with context parallelism."
+            f"{_name(module)} was called without flashcp_plan inside a sharded forward: the model does not pass the "
+            "keyword arguments of its forward to its attention layers, so they would attend to this rank's tokens "
+            "only. It cannot be trained with context parallelism."
         )
     if "softcap" in kwargs or "s_aux" in kwargs:
         if module is None:
             raise BatchError(
-                "flashcp_attention got softcap or s_aux without flashcp_plan and without a module, whose own eager "
-                "function would compute them. Pass the plan, or the module."
+                "flashcp_attention got softcap or s_aux without flashcp_plan and without a module, whose eager "
+                "attention would compute them. Pass the plan or the module."
             )
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = _additive_mask(attention_mask, query, key, _is_causal(module, kwargs))
@@ -207,7 +211,10 @@ def _attention_without_plan(module, query, key, value, attention_mask, scaling, 
 
 
 def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, is_causal: bool):
-    """The eager functions' mask for what sdpa's mask function gave: `None` means plainly causal, or one query."""
+    """Convert a mask for sdpa to the additive mask of eager attention.
+
+    For sdpa, `None` means an ordinary causal mask, or no mask if there is one query or attention is not causal.
+    """
     if mask is None:
         q_len, kv_len = query.shape[2], key.shape[2]
         if not is_causal or q_len == 1:
@@ -222,16 +229,16 @@ def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Te
 
 @torch.compiler.disable
 def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """No mask inside a sharded forward, where the plan says what attends to what; sdpa's mask otherwise.
+    """Return no mask inside a sharded forward, where the plan replaces masks, and otherwise the mask for sdpa.
 
-    What the model asks for beyond a causal mask would be dropped: the first forward notes it, for `attach` to refuse.
+    A mask other than causal would be lost. The first sharded forward records such masks, so that they can be refused.
     """
     forward = current_sharded_forward()
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
     if forward is None or q_length != forward.plan.layout.num_tokens:
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("local_size") == 0:
-        return None  # a window that is off; no layer may ask for it
+        return None  # the window is turned off, and attention calls that ask for it are refused
     if kwargs.get("local_size") is not None:
         forward.mask_windows.add(kwargs["local_size"])
     if forward.is_first and "mask_function" in kwargs:
@@ -240,17 +247,19 @@ def flashcp_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> None:
-    """Probes a mask function of masking_utils.py in O(T_r): no token may see the next one, and a token must see all
-    that come before it, or the last of them.
+    """Probe a mask function of masking_utils.py in O(T_r), and record a window or another kind of mask.
 
-    The function goes by a token's place in the local row, since `_find_no_packed_documents` keeps transformers from
-    looking for documents there. The token probed has the same place on every rank: all find the same window."""
+    The mask is causal if no token sees the next one and the probed token sees all tokens before it. It is a sliding
+    window if the probed token sees only the last of them. The function uses a token's index in the local row, because
+    `_find_no_packed_documents` keeps transformers from looking for documents there. The probed token has the same
+    index on every rank, so all ranks find the same window.
+    """
     tokens = torch.arange(forward.plan.layout.num_tokens)
     last = min(sum(stop - start for _, start, stop in slices) for slices in forward.plan.plan.slices) - 1
     try:
         ahead = bool(mask_function(0, 0, tokens[:-1], tokens[1:]).any())
         seen = mask_function(0, 0, tokens[last], tokens[: last + 1]).flatten()
-    except IndexError:  # it looks tokens up in the full row
+    except IndexError:  # the function looks up tokens of the full row
         ahead, seen = True, tokens
     count = int(seen.sum())
     if ahead or count == 0 or not bool(seen[-count:].all()):
@@ -260,9 +269,12 @@ def _check_mask_function(forward: ShardedForward, mask_function: Callable) -> No
 
 
 def _find_no_packed_documents(find: Callable) -> Callable:
-    """transformers takes every position that does not follow the one before it for the start of a packed document.
-    Inside a sharded forward the plan says where documents start, and the cuts of a rank's slices, like positions that
-    skip inside a document, would be taken for more of them."""
+    """Return a version of `find` that finds no packed documents inside a sharded forward.
+
+    transformers treats every position that does not follow the previous one as the start of a packed document. Inside
+    a sharded forward the plan defines the documents, while boundaries between a rank's slices, and positions that skip
+    numbers, would look like further documents.
+    """
 
     def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
         if torch.compiler.is_compiling():  # dynamo cannot trace a ContextVar
@@ -276,7 +288,7 @@ def _find_no_packed_documents(find: Callable) -> Callable:
 
 
 def _replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -> Callable:
-    """What `replace` makes of a function of transformers, unless it is that already."""
+    """Return `replace(function)`, or `function` itself if it is already a replacement."""
     if getattr(function, "_flashcp", False):
         return function
     ours = functools.wraps(function)(replace(function))
@@ -285,21 +297,21 @@ def _replaced_once(function: Callable, replace: Callable[[Callable], Callable]) 
 
 
 def _internal_name(implementation: Any) -> Any:
-    """Replaces "flashcp" in a name or a (nested) dict of names for sub-configs."""
+    """Replace "flashcp" by the internal name, in a name or a (nested) dict of names for sub-configs."""
     if isinstance(implementation, dict):
         return {key: _internal_name(value) for key, value in implementation.items()}
     return INTERNAL_NAME if implementation == NAME else implementation
 
 
 def register() -> None:
-    """Makes the name known to transformers. Called on `import hf_flashcp`; calling it again changes nothing."""
+    """Register the name in transformers. `import hf_flashcp` calls this, and further calls change nothing."""
     ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_mask)
     masking_utils.find_packed_sequence_indices = _replaced_once(
         masking_utils.find_packed_sequence_indices, _find_no_packed_documents
     )
-    # The two doors through which a user's choice enters: `from_pretrained(attn_implementation=...)`, `from_config` and
-    # config classes set this property (configuration_utils.py), `set_attn_implementation` does not.
+    # Users choose an implementation in two ways. `from_pretrained(attn_implementation=...)`, `from_config` and config
+    # classes set this property (configuration_utils.py), but `set_attn_implementation` does not.
     names = PreTrainedConfig._attn_implementation
     set_name = _replaced_once(names.fset, lambda stock: lambda config, value: stock(config, _internal_name(value)))
     PreTrainedConfig._attn_implementation = property(names.fget, set_name, names.fdel, names.__doc__)

@@ -1,4 +1,4 @@
-"""From a plan and a rank to index maps: the local row, what to send, what to receive, what attends to what."""
+"""Index maps of one rank under a plan: its tokens, the rows to send and to receive, and which rows attend to which."""
 
 from .rank_layout import RankLayout
 from .rank_plan import RankPlan

@@ -1,14 +1,15 @@
-"""A hierarchical exchange over several nodes: every row crosses to a node once and is handed on inside it.
+"""The hierarchical exchange over several nodes: each row is sent to a node once and forwarded inside it.
 
-In the first step a rank sends to ranks of its own node what they need, and to the rank that has its own place in
-another node what any ranks there need; in the second step that rank hands it on. With nodes of three ranks, rank 1
-sends
+In the first step a rank sends rows directly to the ranks of its own node that need them. Rows that any ranks of
+another node need go to its partner there, the rank with the same local rank. In the second step the partner forwards
+them. With three ranks per node, the rows of rank 1 travel like this:
 
-    first step     to 0 and 2, each what it needs            to 4: all that any of 3, 4, 5 needs
-    second step                                              4 to 3 and 5: what each needs
+    first step     from 1 to 0 and 2: the rows that each needs     from 1 to 4: all rows that 3, 4 or 5 needs
+    second step                                                    from 4 to 3 and 5: the rows that each needs
 
-Ranks of one place have their network cards on one rail of the fabric, as NCCL has it. Gradients go the same ways back:
-the rank that handed rows on adds up what comes back to it, so that they cross once too.
+Ranks with the same local rank have their network cards on the same rail of the fabric, as NCCL arranges it. Gradients
+take the same routes back. The rank that forwarded rows sums the gradients that come back for them, so that gradients
+cross between nodes once, too.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from .stage import SecondStep
 
 
 def hierarchical_routes(traffic: StageTraffic, rank: int) -> Routes:
+    """Return the routes of one rank's rows in a stage whose exchange is hierarchical."""
     return _TwoSteps(traffic, rank).routes()
 
 
 class _TwoSteps:
-    """Both steps as one rank sees them. Rows are those of the rank that sends them in the first step."""
+    """Both steps of the exchange from the point of view of one rank.
+
+    Row numbers are those of the rank that holds the rows and sends them in the first step.
+    """
 
     def __init__(self, traffic: StageTraffic, rank: int):
         self._rank, self._traffic = rank, traffic
@@ -36,6 +41,7 @@ class _TwoSteps:
         self._needed = cache(lambda source, target: rows_of_slices(traffic.slices(source, target)))
 
     def routes(self) -> Routes:
+        """Return the rank's routes."""
         sent = [self._first_step(self._rank, target) for target in self._ranks]
         brought = [self._first_step(source, self._rank) for source in self._ranks]
         received, counts = self._traffic.received(self._rank)
@@ -43,7 +49,7 @@ class _TwoSteps:
         return Routes(concatenated(sent), _counts(sent), _counts(brought), received, second_step)
 
     def _first_step(self, source: int, target: int) -> np.ndarray:
-        """Rows that the first step brings from `source` to `target`, ascending."""
+        """Return the rows that travel from `source` to `target` in the first step, ascending."""
         if target in self._node(source):
             return self._needed(source, target)
         if source in self._partners(target):
@@ -51,11 +57,12 @@ class _TwoSteps:
         return row_numbers([])
 
     def _second_step(self, brought: list[np.ndarray], wanted: list[int]) -> SecondStep:
-        """Given what the first step brings and how many tokens of each rank this one needs."""
+        """Return the second step, given the rows that the first step brings from each rank (`brought`) and the number
+        of tokens of each rank that this rank needs (`wanted`)."""
         begins = [0, *accumulate(_counts(brought))]
 
         def places(source: int, target: int) -> np.ndarray:
-            """Where the first step has put what `target` needs of `source`."""
+            """Return where the first step has put the rows of `source` that `target` needs."""
             return begins[source] + np.searchsorted(brought[source], self._needed(source, target))
 
         node, partners = self._node(self._rank), self._partners(self._rank)
@@ -82,11 +89,11 @@ class _TwoSteps:
         return range(first, first + self._size)
 
     def _partners(self, rank: int) -> list[int]:
-        """The ranks that have a rank's place in other nodes."""
+        """Return the ranks of other nodes that have the same local rank."""
         return [other for other in self._ranks[rank % self._size :: self._size] if other != rank]
 
     def _by_rank(self, ranks: list[int], counts: list[int]) -> list[int]:
-        """Counts of some ranks, in a list of all ranks."""
+        """Return the counts of some ranks as a list over all ranks."""
         found = dict(zip(ranks, counts))
         return [found.get(rank, 0) for rank in self._ranks]
 

@@ -1,7 +1,8 @@
-"""`RankLayout`: everything a rank needs to know about a plan, as index maps built once per batch.
+"""`RankLayout`: everything that a rank needs to know about a plan, as index maps that are built once per batch.
 
-A rank's slices of one document, in order, form one causal sequence: every local query attends to every local key at
-or before it, whatever lies between them. What is missing lies strictly before a local slice and needs no mask:
+A rank's slices of a document, in order, form one causal sequence: every local query attends to every local key at or
+before it, even if tokens between the slices are on other ranks. The keys that are missing lie strictly before a local
+slice, so that attention to them needs no mask:
 
     document of 12 tokens, this rank holds a = [2,4) and b = [7,10):
 
@@ -12,21 +13,21 @@ or before it, whatever lies between them. What is missing lies strictly before a
         8           R R L L R R R L L .
         9           R R L L R R R L L L
 
-KV comes rank after rank, each rank's part in document order. Without a mask the order of keys means nothing, so a
-slice can use what came as it lies if the keys that it needs are in one range: always when a stage brings a document's
-tokens from one rank only, and often when one long document is spread over all of them:
+KV arrives rank by rank, and the rows of each rank arrive in document order. Without a mask the order of keys does not
+matter, so a slice can use keys where they arrived if all keys that it needs are in one range. This is always so when a
+stage brings tokens of a document from a single rank, and often when one long document is spread over all ranks:
 
-    of twelve tokens this rank holds 2 3, a = 6 and b = 10 11, a second 0 1 7 8 9, a third 4 5; b needs all that comes,
-    a needs 0 1 4 5:
+    Of a document of 12 tokens this rank holds 2 3, a = 6 and b = 10 11. A second rank holds 0 1 7 8 9, a third 4 5.
+    Slice b needs all received tokens, slice a needs 0 1 4 5.
 
-    came as         0 1 7 8 9 | 4 5        b finds its keys in one range, a does not: one gather into document order
-    in two stages   0 1 7 8 9              both do, each time; a row merges once per stage
+    one stage       0 1 7 8 9 | 4 5        the keys of b are in one range, those of a are not: gather the stage's keys
+    two stages      0 1 7 8 9              both find their keys in one range in each stage, and merge once per stage
                     4 5
 
-The gather moves each received row of K and V once forward and once backward. The alternative, one rectangle per
-source, would merge every query row once more each time, which with four query heads per KV head and fp32 accumulators
-moves several times the bytes: so where one slice of a stage does not find its keys in one range, the stage's keys are
-gathered.
+If the keys of any slice of a stage are not in one range, all keys of the stage are gathered into document order. The
+gather moves each received row of K and V once in forward and once in backward. The alternative, one rectangle per
+source, would merge every query row once more per source. With four query heads per KV head and fp32 accumulators that
+moves several times as many bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from .stage import Rectangle, Stage
 
 
 class StageKeys(NamedTuple):
-    """How a rank's queries find their keys, see [`Stage`]: `order` (n,) int64 is its `key_order`."""
+    """Where a rank's queries find their keys in a stage; `order`, (n,) int64, is the `key_order` of [`Stage`]."""
 
     rectangles: tuple[Rectangle, ...]
     order: np.ndarray | None
@@ -57,11 +58,15 @@ class StageKeys(NamedTuple):
 
 
 class RankLayout:
-    """Index maps of one rank under one valid plan, for full-attention layers.
+    """The index maps of one rank under a valid plan, for full-attention layers.
 
-    The plan's `offset_groups` are the stages; a group in which no rank needs anything makes none. `local` needs no
-    exchange: rectangles in rows of the local sequence, causal, aligned bottom-right. `merges_again` says whether some
-    row is covered by several stages. `window` is for [`WindowLayout`].
+    Each of the plan's `offset_groups` is a stage, except those in which no rank needs any rows.
+
+    Attributes:
+        local (`tuple[Rectangle, ...]`): attention among the rank's own rows, which needs no exchange. The rectangles
+            are causal and aligned bottom-right.
+        merges_again (`bool`): whether some row is covered by several stages.
+        window (`int`, *optional*): sliding window in tokens; `None` except in [`WindowLayout`].
     """
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):
@@ -81,28 +86,30 @@ class RankLayout:
 
     @cached_property
     def token_index(self) -> torch.Tensor:
-        """(T_r,) int64 positions of this rank's tokens in the packed row."""
+        """Positions of this rank's tokens in the packed row, (T_r,) int64."""
         return torch.from_numpy(token_index(self._plan, self._rank))
 
     def stages(self, device: torch.device) -> tuple[Stage, ...]:
-        """As many on every rank of the group, or none at all, with their index tensors on `device`."""
+        """Return the stages, with their index tensors on `device`. Every rank of the group has equally many."""
         return self._on(device).stages
 
     def send_rows(self, device: torch.device) -> Rows:
-        """(n_sent,) the local rows that other ranks need, stage after stage; a row may be named several times."""
+        """Return the local rows that other ranks need, (n_sent,), stage by stage. A row may occur several times."""
         return self._on(device).send_rows
 
     def home_groups(self, device: torch.device) -> tuple[Group, ...]:
-        """`send_rows` in groups in which no row comes twice: gradients added group by group are summed in one order on
-        every device."""
+        """Return `send_rows` in groups in which no row occurs twice.
+
+        Gradients that are added group by group are summed in the same order on every device.
+        """
         return self._on(device).home_groups
 
     def local_rows(self, device: torch.device) -> Rows | None:
-        """The rows that `local` covers; `None` if they are all there are."""
+        """Return the rows that `local` covers, or `None` if it covers all local rows."""
         return self._on(device).local_rows
 
     def _on(self, device: torch.device) -> _Maps:
-        """The maps on `device`, copied there once."""
+        """Return the maps on `device`, which are copied there once."""
         if device not in self._maps_on:
             local = rows_of(self.local)
             self._maps_on[device] = _Maps(
@@ -114,7 +121,7 @@ class RankLayout:
         return self._maps_on[device]
 
     def _local_rectangles(self) -> tuple[Rectangle, ...]:
-        """One causal square per local document."""
+        """Return one causal square per local document."""
         squares: dict[int, Rectangle] = {}
         for piece in self.slices:
             first = squares[piece.document].q_start if piece.document in squares else piece.row
@@ -126,7 +133,7 @@ class RankLayout:
         return needed_keys(self._plan.slices, self.window)
 
     def _routes(self) -> list[Routes]:
-        """Those of each stage in which some rank needs something."""
+        """Return the routes of each stage in which some rank needs rows."""
         plan, needed = self._plan, self._needed_keys()
         groups = plan.stage_offsets if self.window is None else [range(1, plan.cp_size)]
         stages = [StageTraffic(plan, offsets, needed) for offsets in groups]
@@ -134,7 +141,7 @@ class RankLayout:
         return [routes(traffic, self._rank) for traffic in stages if not traffic.is_empty()]
 
     def _stage(self, routes: Routes, begin: int) -> Stage:
-        """The stage whose rows begin at `begin` among all that the rank sends."""
+        """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
         keys = self._stage_keys(routes.received)
         return Stage(
             sent=slice(begin, begin + len(routes.sent)),
@@ -168,7 +175,7 @@ class RankLayout:
 
 
 class _Maps(NamedTuple):
-    """What [`RankLayout`] keeps on a device."""
+    """The index maps that [`RankLayout`] keeps on one device."""
 
     stages: tuple[Stage, ...]
     send_rows: Rows
@@ -177,7 +184,7 @@ class _Maps(NamedTuple):
 
 
 def token_index(plan: ShardPlan, rank: int) -> np.ndarray:
-    """(T_r,) int64 positions of a rank's tokens in the packed row."""
+    """Return the positions of a rank's tokens in the packed row, (T_r,) int64."""
     starts = [0, *accumulate(plan.lengths)]
     return row_numbers(
         (starts[document] + start, starts[document] + stop) for document, start, stop in plan.slices[rank]
@@ -185,5 +192,5 @@ def token_index(plan: ShardPlan, rank: int) -> np.ndarray:
 
 
 def rows_of(rectangles: Sequence[Rectangle]) -> np.ndarray:
-    """(n,) int64 the local rows of all rectangles."""
+    """Return the local rows that rectangles cover, (n,) int64."""
     return row_numbers((rectangle.q_start, rectangle.q_stop) for rectangle in rectangles)

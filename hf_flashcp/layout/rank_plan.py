@@ -1,4 +1,4 @@
-"""`RankPlan`: a plan bound to a rank and its process group."""
+"""`RankPlan`: a plan for one rank and its process group."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
 
 
 class RankPlan:
-    """What attention layers get as `flashcp_plan`: plan, rank, process group, and the layouts built from them.
+    """The plan of one batch, bound to a rank and its process group. Attention layers receive it as `flashcp_plan`.
 
-    A plain class, like [`ShardPlan`], so that wrappers which rebuild containers leave it alone.
+    It also holds the index maps (layouts) that are built from the plan. Like [`ShardPlan`] it is a plain class, so
+    that wrappers which rebuild containers pass it through untouched.
 
     Args:
-        plan (`ShardPlan`): the plan of the batch, equal on every rank of the group.
+        plan (`ShardPlan`): the plan of the batch, the same on every rank of the group.
         rank (`int`, *optional*, defaults to 0): rank within the group.
-        group (`ProcessGroup`, *optional*): the context-parallel group; not needed when cp_size is 1.
-        target_count (`torch.Tensor`, *optional*): the `num_items_in_batch` of [`shard_inputs`], with which the mean
-            over ranks of their losses is the batch's; `None` if the caller gave one.
-        position_ids (`torch.Tensor`, *optional*): (..., C) of the whole row; `None` if they count each document's
-            tokens.
-        keep_received_kv (`bool`, *optional*): whether attention layers keep the KV that they receive until backward,
-            or fetch it again; the same on every rank. By default kept unless some rank receives more than `MOST_KEPT`
-            tokens for each of its own, which with four query heads per KV head is 0.8 times the queries, keys, values
-            and outputs that are saved anyway. Fetching again moves half as many bytes more.
-        layers_run_again (`frozenset`, *optional*): the `layer_idx` of layers that run again in backward and keep what
-            they receive there whatever `keep_received_kv` says; the same on every rank.
+        group (`ProcessGroup`, *optional*): the context-parallel group; not needed if cp_size is 1.
+        target_count (`torch.Tensor`, *optional*): the `num_items_in_batch` of [`shard_inputs`], with which the mean of
+            the ranks' losses is the loss of the batch; `None` if the caller passed one.
+        position_ids (`torch.Tensor`, *optional*): positions of the whole row, (..., C); `None` if positions count the
+            tokens of each document.
+        keep_received_kv (`bool`, *optional*): whether attention layers keep received KV until backward instead of
+            fetching it again; the same on every rank. By default they keep it unless some rank receives more than
+            `MOST_KEPT` tokens per token of its own. At that limit, with four query heads per KV head, received KV
+            takes 0.8 times the memory of the queries, keys, values and outputs that are saved anyway. Fetching KV
+            again increases the bytes moved by half.
+        layers_run_again (`frozenset`, *optional*): the `layer_idx` of the layers that run again in backward, where
+            they keep received KV regardless of `keep_received_kv`; the same on every rank.
         checked_layer (`int`, *optional*): the `layer_idx` of the layer that debug mode compares with float64; the same
             on every rank.
 
     Raises:
-        ConfigurationError: group and plan differ in size.
+        ConfigurationError: the group does not have as many ranks as the plan.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class RankPlan:
         if size != plan.cp_size:
             raise ConfigurationError(
                 f"The plan is for cp_size {plan.cp_size}, but the context-parallel group has {size} ranks. "
-                "Give FlashCPPlugin (or the mesh) as many ranks as the plan has; FlashCPCollator() takes them from it."
+                f"Set cp_size={size} where the plan is made, or leave it out: FlashCPCollator() takes it from "
+                "FlashCPPlugin."
             )
         self.plan = plan
         self.rank = rank
@@ -76,8 +79,10 @@ class RankPlan:
     def with_layers(
         self, keep_received_kv: bool | None, layers_run_again: frozenset[int], checked_layer: int | None
     ) -> RankPlan:
-        """The same batch and layouts for layers with other options, see [`RankPlan`]; with `None` `keep_received_kv`
-        stays as it is."""
+        """Return a copy for the same batch, with the same layouts and other options for its layers.
+
+        `keep_received_kv=None` leaves that option unchanged. [`RankPlan`] describes the options.
+        """
         other = copy.copy(self)
         if keep_received_kv is not None:
             other.keep_received_kv = keep_received_kv
@@ -85,7 +90,10 @@ class RankPlan:
         return other
 
     def layout_for(self, window: int | None) -> RankLayout:
-        """The layout of layers whose queries see `window` keys, built once: the full one if no document is longer."""
+        """Return the layout of layers whose queries see `window` keys, built on first use.
+
+        This is the layout of full attention if `window` is `None` or no document is longer than the window.
+        """
         if window is None or window >= self.layout.longest_document:
             return self.layout
         if window not in self._window_layouts:

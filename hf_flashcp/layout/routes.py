@@ -1,4 +1,4 @@
-"""Which rows travel between ranks in a stage."""
+"""Determines which rows travel between ranks in each stage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .stage import SecondStep
 
 
 Needed = dict[int, dict[int, list[Interval]]]
-"""By document and rank the tokens that the rank is sent, see [`~plan.traffic.needed_keys`]."""
+"""The tokens of each document that each rank needs, `{document: {rank: intervals}}`, from
+[`~plan.traffic.needed_keys`]."""
 
 
 class LocalSlice(NamedTuple):
-    """Tokens [start, stop) of a document, from row `row` on of the sequence of the rank that holds them."""
+    """Tokens [start, stop) of a document, which begin at row `row` of the sequence of the rank that holds them."""
 
     document: int
     start: int
@@ -33,7 +34,7 @@ class LocalSlice(NamedTuple):
 
 
 def local_slices(slices: Iterable[Slice]) -> tuple[LocalSlice, ...]:
-    """A rank's slices with the rows that they have in its sequence."""
+    """Return a rank's slices with the rows at which they begin in its sequence."""
     found, row = [], 0
     for document, start, stop in slices:
         found.append(LocalSlice(document, start, stop, row))
@@ -42,7 +43,7 @@ def local_slices(slices: Iterable[Slice]) -> tuple[LocalSlice, ...]:
 
 
 def parts(slices: Iterable[Slice], intervals: Mapping[int, Sequence[Interval]]) -> Iterator[LocalSlice]:
-    """Yields the parts of a rank's slices that lie in the intervals of their documents."""
+    """Yield the parts of a rank's slices that lie within the intervals of their documents."""
     row = 0
     for document, start, stop in slices:
         if document in intervals:
@@ -52,25 +53,29 @@ def parts(slices: Iterable[Slice], intervals: Mapping[int, Sequence[Interval]]) 
 
 
 def rows_of_slices(slices: Iterable[LocalSlice]) -> np.ndarray:
-    """(n,) int64 local rows, slice after slice."""
+    """Return the local rows of slices, (n,) int64, slice by slice."""
     return row_numbers((row, row + stop - start) for _, start, stop, row in slices)
 
 
 def key_pieces(slices: Iterable[LocalSlice], offset: int) -> Iterator[KeyPiece]:
-    """Yields the places of slices that lie one behind the other in a buffer of keys, from its row `offset` on."""
+    """Yield the key pieces of slices that lie one after the other in a key buffer, beginning at row `offset`."""
     for document, start, stop, _ in slices:
         yield KeyPiece(document, start, stop - start, offset)
         offset += stop - start
 
 
 class StageTraffic:
-    """What ranks need of one another in the stage with these ring offsets; `needed` is what each is sent in all."""
+    """The rows that ranks need from each other in the stage with the given ring offsets.
+
+    `needed` holds the tokens that each rank needs in all stages together.
+    """
 
     def __init__(self, plan: ShardPlan, offsets: Sequence[int], needed: Needed):
         self.plan, self._offsets, self._needed = plan, frozenset(offsets), needed
         self._needed_by = cache(lambda rank: {document: of[rank] for document, of in needed.items() if rank in of})
 
     def is_empty(self) -> bool:
+        """Return whether no rank needs any rows in this stage."""
         return not any(
             self._meet(source, target) and overlaps(start, stop, intervals)
             for source, slices in enumerate(self.plan.slices)
@@ -79,11 +84,11 @@ class StageTraffic:
         )
 
     def slices(self, source: int, target: int) -> Iterator[LocalSlice]:
-        """What `target` needs of the tokens of `source`, with the rows of `source`."""
+        """Return the tokens of `source` that `target` needs, with their rows on `source`."""
         return parts(self.plan.slices[source], self._needed_by(target) if self._meet(source, target) else {})
 
     def received(self, rank: int) -> tuple[list[KeyPiece], list[int]]:
-        """What a rank needs, source after source, and how many tokens of each source."""
+        """Return the pieces that a rank needs, source by source, and the number of tokens from each source."""
         pieces: list[KeyPiece] = []
         counts = []
         offset = 0
@@ -99,17 +104,20 @@ class StageTraffic:
 
 
 class Routes(NamedTuple):
-    """How the rows of one stage travel to and from one rank; the splits are those of the first step of two."""
+    """How the rows of one stage travel to and from one rank.
 
-    sent: np.ndarray  # (n,) int64 local rows that the rank sends, destination after destination
-    send_splits: list[int]
-    recv_splits: list[int]
-    received: list[KeyPiece]  # what the rank needs, source after source
+    In a hierarchical exchange `sent` and the splits describe its first step.
+    """
+
+    sent: np.ndarray  # (n,) int64, the local rows that the rank sends, by destination
+    send_splits: list[int]  # number of rows for each rank
+    recv_splits: list[int]  # number of rows from each rank
+    received: list[KeyPiece]  # the keys that the rank needs, by source
     second_step: SecondStep | None = None
 
 
 def direct_routes(traffic: StageTraffic, rank: int) -> Routes:
-    """Every row goes from the rank that holds it to each that needs it."""
+    """Return the routes of one rank's rows in a stage in which rows go directly to every rank that needs them."""
     sent = [rows_of_slices(traffic.slices(rank, target)) for target in range(traffic.plan.cp_size)]
     received, counts = traffic.received(rank)
     return Routes(concatenated(sent), [len(rows) for rows in sent], counts, received)

@@ -1,4 +1,4 @@
-"""`Rows`: some rows of a buffer, which are read and written as views where they are few ranges, else by index."""
+"""`Rows`: a selection of rows of a buffer, read and written as views if it is a few ranges, otherwise by index."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 
 
 class Rows:
-    """Rows of a buffer, each named once where they are written to.
+    """A selection of rows of a buffer. Rows that are written to must not occur twice.
 
-    Copying a view of a range costs what memory bandwidth allows; an index costs a lookup per row, but one operation
-    for any number of ranges. So up to `FEW` ranges are walked one by one, on a CPU also more if they are `LONG` on
-    average (measured: 16 ranges of 128 rows merge in 0.6 of the time that an index takes), and others go by index.
+    Copying ranges as views runs at memory bandwidth, with one operation per range. Copying by index takes a single
+    operation for any number of ranges, but a lookup per row. So up to `FEW` ranges are copied as views. On a CPU more
+    ranges are, too, if they have at least `LONG` rows on average (measured: 16 ranges of 128 rows merge in 0.6 of the
+    time that an index takes). All other selections use an index. Exactly one of `ranges` and `index` is not `None`.
 
-    `numbers` (n,) int64 are in the order of the buffer that rows are copied to or from, which is on `device`, as is
-    `index`. There are either half-open `ranges` or the `index`, in the same order.
+    Args:
+        numbers (`np.ndarray`): the row numbers, (n,) int64. Their order is that of the rows in the other buffer, to or
+            from which rows are copied.
+        device (`torch.device`, *optional*): device of the buffer and of `index`; CPU by default.
     """
 
     FEW = 4
@@ -43,7 +46,7 @@ class Rows:
         return self if device == self._device else Rows(self._numbers, device)
 
     def pieces(self, longest: int | None = None) -> Iterator[tuple[slice, slice]]:
-        """Yields the location of each range, cut to at most `longest` rows, in the buffer and among the n rows."""
+        """Yield where each range lies in the buffer and among the n rows; cut ranges to at most `longest` rows."""
         offset = 0
         for start, stop in self.ranges:
             for first in range(start, stop, longest or stop - start):
@@ -52,7 +55,7 @@ class Rows:
                 offset += last - first
 
     def take(self, source: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """(n, ...) these rows of `source`, which lie along `dim`: a view if they are one range, else a copy."""
+        """Return these rows of `source` along `dim`: a view if they are a single range, else a copy."""
         if self.index is not None:
             return source.index_select(dim, self.index)
         parts = [source.narrow(dim, start, stop - start) for start, stop in self.ranges]
@@ -61,17 +64,17 @@ class Rows:
         return torch.cat(parts, dim) if parts else source.narrow(dim, 0, 0)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies these rows of `source` (T, ...) into `target` (n, ...)."""
+        """Copy these rows of `source` (T, ...) into `target` (n, ...)."""
         if self.index is None:
             for there, here in self.pieces():
                 target[here].copy_(source[there])
-        elif source[0].is_contiguous():  # a row at a time is an order of magnitude faster than a head at a time
+        elif source[0].is_contiguous():  # copying whole rows is ten times faster than copying each row head by head
             torch.index_select(source.flatten(1), 0, self.index, out=target.flatten(1))
         else:
             torch.index_select(source, 0, self.index, out=target)
 
     def put(self, target: torch.Tensor, values: torch.Tensor, dim: int = 0) -> None:
-        """Writes `values` over these rows of `target`, which lie along `dim`."""
+        """Overwrite these rows of `target` along `dim` with `values`."""
         if self.index is not None:
             target.index_copy_(dim, self.index, values.to(target.dtype))
             return
@@ -80,7 +83,7 @@ class Rows:
             target.narrow(dim, there.start, length).copy_(values.narrow(dim, here.start, length))
 
     def add(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds `values` (n, ...), perhaps of a narrower dtype, to these rows of `target` (T, ...)."""
+        """Add `values` (n, ...), whose dtype may be narrower, to these rows of `target` (T, ...)."""
         if self.index is not None:
             target.index_add_(0, self.index, values.to(target.dtype))
             return
@@ -89,7 +92,7 @@ class Rows:
 
 
 class Group(NamedTuple):
-    """The part `span` of a list of row numbers, in which no row comes twice."""
+    """A part of a list of row numbers in which no row occurs twice; `span` is its position in the list."""
 
     span: slice
     rows: Rows
@@ -99,13 +102,14 @@ class Group(NamedTuple):
 
 
 def distinct_groups(numbers: np.ndarray) -> tuple[Group, ...]:
-    """Row numbers (n,) in groups, one after the other and as long as they go, in which no row comes twice.
+    """Split row numbers (n,) into consecutive groups, each as long as possible, in which no row occurs twice.
 
-    Values added to rows group by group are summed in one order on every device: inside a group no two meet.
+    Values that are added to rows group by group are summed in the same order on every device, because no two values of
+    a group are added to the same row.
     """
     order = np.argsort(numbers, kind="stable")
     again = np.flatnonzero(np.diff(numbers[order]) == 0)
-    before = np.full(len(numbers), -1)  # where each number came last
+    before = np.full(len(numbers), -1)  # index of the previous occurrence of each number
     before[order[again + 1]] = order[again]
     latest = np.maximum.accumulate(before) if len(numbers) else before
     groups, start = [], 0
@@ -117,12 +121,12 @@ def distinct_groups(numbers: np.ndarray) -> tuple[Group, ...]:
 
 
 def row_numbers(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
-    """(n,) int64 the numbers in half-open ranges, one range after the other."""
+    """Return the numbers in half-open ranges, (n,) int64, one range after the other."""
     starts, stops = np.fromiter(chain.from_iterable(ranges), dtype=np.int64).reshape(-1, 2).T
     lengths = stops - starts
     return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
 
 
 def concatenated(numbers: list[np.ndarray]) -> np.ndarray:
-    """(n,) int64 arrays one after the other, none if there are no arrays."""
+    """Concatenate int64 arrays (n,); return an empty array if there are none."""
     return np.concatenate(numbers) if numbers else np.empty(0, dtype=np.int64)

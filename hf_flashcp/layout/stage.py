@@ -1,4 +1,4 @@
-"""What one exchange brings and the attention that waits for it."""
+"""`Stage`: one exchange of KV and the attention that waits for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .rows import Group, Rows
 
 
 class Rectangle(NamedTuple):
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), as rows of a query and a key buffer; never empty."""
+    """Attention of queries [q_start, q_stop) to keys [k_start, k_stop): rows of two buffers, never empty."""
 
     q_start: int
     q_stop: int
@@ -27,15 +27,15 @@ class Rectangle(NamedTuple):
 
 
 class SecondStep(NamedTuple):
-    """What a rank does in the second step of a hierarchical exchange, and with what both steps have brought."""
+    """What a rank forwards in the second step of a hierarchical exchange, and where it puts the rows of both steps."""
 
-    handed_on: Rows  # rows that the first step brought, for one rank of the node after the other
-    parts: tuple[Group, ...]  # `handed_on` by rank
-    send_splits: list[int]  # rows of `handed_on` for each rank of the group
-    recv_splits: list[int]  # rows that the second step brings from each
-    needed: Rows  # rows that the first step brought and the rank itself needs
-    first: Rows  # their places among all that the rank needs, source after source
-    second: Rows  # the places there of what the second step brings, in its order
+    handed_on: Rows  # rows from the first step that the rank forwards, by destination
+    parts: tuple[Group, ...]  # `handed_on`, one group per destination
+    send_splits: list[int]  # number of rows of `handed_on` for each rank of the group
+    recv_splits: list[int]  # number of rows that the second step brings from each rank
+    needed: Rows  # rows from the first step that the rank itself needs
+    first: Rows  # places of these rows among all rows that the rank needs, which are ordered by source
+    second: Rows  # places there of the rows that the second step brings, in order of arrival
 
     def to(self, device: torch.device) -> SecondStep:
         return self._replace(
@@ -48,27 +48,27 @@ class SecondStep(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One uneven all-to-all of KV, or two for a hierarchical exchange, and the attention that waits for it.
+    """One uneven all-to-all of KV (two in a hierarchical exchange) and the attention that waits for it.
 
-    `key_order` has the received rows followed by the local ones in the order in which the rectangles find their keys;
-    a row may be named twice where there are local ones, else each comes once. It is `None` where the rectangles find
-    them as they arrive.
+    `key_order` lists rows of the received KV followed by `local_rows`, in the order in which the rectangles expect
+    their keys. A row may occur twice if there are local rows; otherwise each occurs once. `key_order` is `None` if the
+    rectangles use the keys in order of arrival.
     """
 
-    sent: slice  # its rows in what the rank packs for all stages, by destination, in document order
-    send_splits: list[int]  # rows for each rank of the group
-    recv_splits: list[int]  # rows from each rank of the group
+    sent: slice  # the stage's part of the rows that the rank packs for all stages, by destination, in document order
+    send_splits: list[int]  # number of rows for each rank of the group
+    recv_splits: list[int]  # number of rows from each rank of the group
     second_step: SecondStep | None  # of a hierarchical exchange, whose first step the fields above describe
-    local_rows: Rows | None  # rows of the rank's own KV, which join the received ones behind them
+    local_rows: Rows | None  # rows of the rank's own KV that are appended to the received rows
     key_order: Rows | None
-    order_groups: tuple[Group, ...]  # `key_order` in groups in which no row comes twice
+    order_groups: tuple[Group, ...]  # `key_order` in groups in which no row occurs twice
     rectangles: tuple[Rectangle, ...]  # local rows against rows of the ordered keys; disjoint, ascending queries
-    causal: bool  # whether the rectangles are, aligned bottom-right; without a mask if not
+    causal: bool  # whether the rectangles have a causal mask, aligned bottom-right; if not, they have no mask
     rows: Rows  # the local rows that the rectangles cover
 
     @property
     def received(self) -> int:
-        """Number of rows that arrive and are needed."""
+        """Number of received rows that the rank itself needs."""
         if self.second_step is None:
             return sum(self.recv_splits)
         return self.second_step.first.count + self.second_step.second.count

@@ -1,9 +1,9 @@
 """`WindowLayout`: the index maps of sliding-window layers.
 
-A window counts distances inside the document, so the local slices of a document cannot be joined into one sequence as
-for full attention: there are gaps between them. Each slice is attended to on its own, against its band of keys:
+A window counts distances inside the document, and there are gaps between the local slices of a document. So, unlike in
+full attention, they cannot be joined into one sequence. Each slice attends to its own band of keys:
 
-    window of 4; this rank holds [6,13) of a document, the rest is elsewhere
+    window of 4; this rank holds [6,13) of a document, other ranks hold the rest
 
               keys  2 3 4 5 6 7 8 9 . . .
         6           . R R R L                      R  received: only [3,6) travels
@@ -12,8 +12,8 @@ for full attention: there are gaps between them. Each slice is attended to on it
         9           . . . . L L L L
        10           . . . . . L L L L              rows from 9 on see local keys only
 
-Rows near the start of a slice wait for the received part of their band; the others need nothing. No row is in both,
-so nothing has to be merged.
+Rows near the start of a slice wait for the received part of their band. All other rows need local keys only. No row
+belongs to both kinds, so no results have to be merged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .stage import Rectangle
 
 
 class Band(NamedTuple):
-    """The first rows of a slice, which wait for keys before it, and what they see: tokens [start, stop) of the
-    document."""
+    """The first rows of a slice, [q_start, q_stop), which wait for keys before the slice. They see tokens [start,
+    stop) of the document."""
 
     document: int
     start: int
@@ -42,10 +42,10 @@ class Band(NamedTuple):
 
 
 class WindowLayout(RankLayout):
-    """Index maps of one rank under one plan, for layers whose queries see `window` keys, themselves included.
+    """The index maps of one rank under a plan, for layers whose queries see `window` keys, their own included.
 
-    There is one stage at most. Its rectangles and the local ones are causal, aligned bottom-right, with the window,
-    which is at least 1, in tokens: the `sliding_window` of transformers.
+    The window is the `sliding_window` of transformers, in tokens, and at least 1. There is at most one stage. Its
+    rectangles and the local ones apply the window under a causal mask, aligned bottom-right.
     """
 
     window: int
@@ -58,7 +58,7 @@ class WindowLayout(RankLayout):
         )
 
     def _waiting_rows(self, piece: LocalSlice) -> int:
-        """How many of a slice's first rows see keys before it."""
+        """Return how many of a slice's first rows see keys before the slice."""
         return 0 if piece.start == 0 else min(piece.tokens, self.window - 1)
 
     def _bands(self) -> list[Band]:
@@ -87,7 +87,7 @@ class WindowLayout(RankLayout):
         return StageKeys(tuple(rectangles), row_numbers(order), Rows(rows_of_slices(own)))
 
     def _own_keys(self, bands: Sequence[Band]) -> list[LocalSlice]:
-        """The rank's own tokens that lie in bands, each once."""
+        """Return the rank's own tokens that lie in bands, each of them once."""
         covered: dict[int, list[Interval]] = defaultdict(list)
         for document, start, stop, _, _ in bands:
             intervals = covered[document]

@@ -1,4 +1,4 @@
-"""The plan: which rank holds which tokens of which document, and what that costs. Pure Python and NumPy."""
+"""Plans: which rank holds which tokens of each document, and what that costs. Pure Python and NumPy."""
 
 from .shard_plan import ShardPlan
 from .slices import Slice, Slices

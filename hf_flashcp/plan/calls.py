@@ -1,4 +1,4 @@
-"""What the engine calls on each rank in one attention layer: collectives, kernels, and passes that copy rows."""
+"""Counts the calls of one attention layer on each rank: collectives, kernels, and copies of rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 Calls = dict[str, list[int]]
-"""Calls of each rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` of a
-kernel that takes any number of sequences, and `copies`, passes over rows, K and V together."""
+"""Number of calls per rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` (of
+a kernel that takes any number of sequences) and `copies` (passes over rows; K and V count as one)."""
 
 
 class KeyPiece(NamedTuple):
-    """`tokens` tokens of a document from `start` on, at row `offset` of a buffer of keys."""
+    """The keys of `tokens` tokens of a document, beginning at token `start`, at row `offset` of a key buffer."""
 
     document: int
     start: int
@@ -28,9 +28,12 @@ class KeyPiece(NamedTuple):
 
 
 def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tuple[int, int]] | None:
-    """Rows of a buffer where each slice finds the keys before it, `(0, 0)` for one that needs none; `None` if a
-    slice's keys are not in one range. The pieces that have arrived lie one behind the other, whatever their `offset`,
-    and none straddles a slice."""
+    """Return, for each slice, the range of buffer rows that holds the keys before it.
+
+    The range is `(0, 0)` for a slice that needs no keys. The result is `None` if the keys of any slice are not in one
+    contiguous range. The arrived pieces lie in the buffer in the given order (their `offset` is ignored), and no piece
+    extends across the start of a slice.
+    """
     pieces: dict[int, list[KeyPiece]] = defaultdict(list)
     offset = 0
     for document, start, tokens, _ in arrived:
@@ -50,11 +53,12 @@ def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tup
 
 
 def full_attention_calls(plan: ShardPlan) -> Calls:
-    """Calls of one full-attention layer.
+    """Count the calls of one full-attention layer.
 
-    A copy is one pass over rows: packing what is sent and adding the gradients that come home, for all stages at once,
-    where the rank sends anything; for each stage that brings something, merging its result, and, where the keys of a
-    slice do not arrive in one range ([`key_ranges`]), putting them in document order and their gradients back.
+    A copy is one pass over rows. A rank that sends rows makes two for all stages together: it packs the rows, and adds
+    the gradients that come back. For each stage in which it receives rows, a rank makes one copy to merge the stage's
+    result. It makes two more if the keys of some slice do not arrive in one range ([`key_ranges`]): one to put the
+    keys in document order, and one to put their gradients back in order of arrival.
     """
     held, cp_size = slices_by_document(plan.slices), plan.cp_size
     travels = _travelling_documents(held, cp_size)
@@ -75,9 +79,11 @@ def full_attention_calls(plan: ShardPlan) -> Calls:
 
 
 def window_calls(plan: ShardPlan, window: int) -> Calls:
-    """Calls of a layer whose window is shorter than some document: there is one stage, and its keys are put together
-    from what arrives and what is local, forward and back in two passes each; results are not merged but put in their
-    places."""
+    """Count the calls of a layer whose window is shorter than some document.
+
+    There is one stage. Its keys are assembled from received and local rows, which takes two passes in forward and two
+    in backward. Its results need no merging: they are written to their rows in one pass.
+    """
     _, sent = plan.kv_moved(window)
     kernel_calls, copies = [], []
     for rank_slices, rows in zip(plan.slices, sent):
@@ -90,10 +96,10 @@ def window_calls(plan: ShardPlan, window: int) -> Calls:
 
 
 def _travelling_documents(held: dict[int, list[HeldSlice]], cp_size: int) -> list[dict[int, list[int]]]:
-    """By receiver and sender the documents of which something travels, ascending."""
+    """Return, by receiver and sender, the documents of which tokens travel, in ascending order."""
     travels: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(cp_size)]
     for document in sorted(held):
-        # Receivers of each rank's slices: the ranks that hold a later one, as a bit mask.
+        # The ranks that receive each rank's slices are those that hold a later slice. They are kept as a bit mask.
         receivers, later = dict.fromkeys((rank for *_, rank in held[document]), 0), 0
         for *_, rank in reversed(held[document]):
             receivers[rank] |= later
@@ -108,9 +114,11 @@ def _travelling_documents(held: dict[int, list[HeldSlice]], cp_size: int) -> lis
 def _arrive_in_order(
     receiver: int, sources: list[int], documents: list[list[int]], held: dict[int, list[HeldSlice]]
 ) -> bool:
-    """Whether [`key_ranges`] finds a range for each of the receiver's slices. `documents` are those that each source
-    sends. Only documents from several sources can fail: the last slice of a document needs all of its pieces, so these
-    must touch; then the other slices count."""
+    """Return whether [`key_ranges`] finds a range for each of the receiver's slices.
+
+    `documents` lists the documents that each source sends. Only a document from several sources can fail. Its last
+    slice needs all of its pieces, so they must be adjacent in the buffer; if they are, the other slices are checked.
+    """
     among = set(sources)
     places: dict[int, list[int]] = defaultdict(list)
     for place, of_source in enumerate(documents):

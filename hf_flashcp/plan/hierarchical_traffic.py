@@ -1,6 +1,6 @@
-"""Traffic of the hierarchical exchange, in which KV crosses to each node once and is handed on inside it.
+"""Traffic of the hierarchical exchange, in which KV is sent to each node once and forwarded inside it.
 
-What a rank sends to another node goes to the rank that has its own place there (see `layout/hierarchical.py`).
+Rows for another node go to the rank with the sender's local rank there (see `layout/hierarchical.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
 
 class _Runs(NamedTuple):
-    """Runs of a document's tokens that the same ranks need: (n,) ranks that hold them, (n,) tokens, and (n, cp_size)
-    whether each rank needs them."""
+    """Runs of a document's tokens, cut so that each run is needed as a whole by the same ranks."""
 
-    senders: np.ndarray
-    counts: np.ndarray
-    needs: np.ndarray
+    senders: np.ndarray  # (n,) ranks that hold the runs
+    counts: np.ndarray  # (n,) tokens of each run
+    needs: np.ndarray  # (n, cp_size) whether each rank needs each run
 
 
 def hierarchical_traffic(
@@ -34,8 +33,18 @@ def hierarchical_traffic(
     window: int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(first, second)`, (cp_size, cp_size) int64 each: tokens whose K and V go from rank to rank, [sender][receiver],
-    in either step of the forward of one layer, in the stage of some ring offsets if not all."""
+    """Count the tokens whose K and V travel in each step of a layer's hierarchical exchange, in forward.
+
+    Args:
+        slices (`Sequence[Sequence[Slice]]`): the slices of each rank.
+        ranks_per_node (`int`): number of ranks on a node.
+        window (`int`, *optional*): sliding window in tokens; full attention if `None`.
+        offsets (`Sequence[int]`, *optional*): ring offsets of the stage to count; all offsets if `None`.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the traffic of the first and the second step, (cp_size, cp_size) int64 each,
+        [sender][receiver].
+    """
     cp_size = len(slices)
     place = np.arange(cp_size) % ranks_per_node
     node = np.arange(cp_size) // ranks_per_node
@@ -58,8 +67,11 @@ def hierarchical_traffic(
 
 
 def traffic_by_link(plan: ShardPlan, ranks_per_node: int, window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`(received, sent)`, (2, cp_size) each: tokens whose K and V a rank gets and gives in the forward of one layer,
-    inside its node and between nodes, by the plan's exchange; what a rank hands on included."""
+    """Count the tokens whose K and V each rank receives and sends in the forward of one layer.
+
+    Returns `(received, sent)`, (2, cp_size) each: inside the node and between nodes. The counts are those of the
+    plan's own exchange, and include rows that a rank forwards to others.
+    """
     if plan.ranks_per_node is None:
         return by_link(plan.kv_traffic(window), ranks_per_node)
     return by_link(np.add(*hierarchical_traffic(plan.slices, plan.ranks_per_node, window)), ranks_per_node)
@@ -77,7 +89,7 @@ def _runs_by_document(slices: Sequence[Sequence[Slice]], window: int | None) -> 
         if len(pieces) == 1:
             continue
         if window is None:
-            # A slice is needed, all of it, where a later one is.
+            # Every rank that holds a later slice needs the whole slice.
             starts, stops, senders = np.array(pieces).T
             last = np.full(cp_size, -1)
             np.maximum.at(last, senders, starts)
@@ -93,7 +105,7 @@ def _runs_by_document(slices: Sequence[Sequence[Slice]], window: int | None) -> 
 
 
 def _cut(first: int, last: int, needed: dict[int, list[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """Cuts tokens [first, last) where what some rank needs of them begins or ends."""
+    """Cut tokens [first, last) wherever the tokens that some rank needs begin or end."""
     inner = {edge for of_rank in needed.values() for interval in of_rank for edge in interval if first < edge < last}
     edges = sorted({first, last, *inner})
     return list(zip(edges, edges[1:]))

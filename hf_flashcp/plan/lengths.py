@@ -1,4 +1,4 @@
-"""What document lengths and cp_size have to be, checked once for everything that takes them."""
+"""Validation of document lengths and sizes, shared by everything that takes them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import PlanError
 
 
 MOST_TOKENS = 2**31 - 1
-"""Tokens of a batch at most: cumulative sequence lengths are int32 in attention kernels."""
+"""The most tokens in a batch: cumulative sequence lengths are int32 in attention kernels."""
 
 
 def check_size(name: str, size: Any) -> int:
-    """Returns `size` as a plain int, or raises a `PlanError` that names it, e.g. "cp_size"."""
+    """Return `size` as a plain int; raise a `PlanError` with its `name`, e.g. "cp_size", if it is not positive."""
     try:
         checked = operator.index(size)
     except TypeError:
@@ -26,7 +26,7 @@ def check_size(name: str, size: Any) -> int:
 
 
 def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...], int]:
-    """Returns `(lengths, cp_size)` as plain ints, or raises a `PlanError` that names the offending entry."""
+    """Return `(lengths, cp_size)` as plain ints; raise a `PlanError` that names the first entry that is not valid."""
     cp_size = check_size("cp_size", cp_size)
     checked = []
     try:
@@ -52,12 +52,12 @@ def check_lengths(lengths: Iterable[int], cp_size: int) -> tuple[tuple[int, ...]
         raise PlanError("There are no documents to plan: the batch is empty.")
     if max(sum(checked), cp_size) > MOST_TOKENS:
         raise PlanError(
-            f"A batch holds at most {MOST_TOKENS:,} tokens, which attention kernels count in 32 bits, and has at most "
-            "as many ranks: check lengths and cp_size."
+            f"A batch holds at most {MOST_TOKENS:,} tokens and at most that many ranks, because attention kernels "
+            "count tokens in 32 bits. Check lengths and cp_size."
         )
     if sum(checked) < cp_size:
         raise PlanError(
             f"The batch holds {sum(checked)} tokens for cp_size {cp_size}: every rank needs at least one token. "
-            "Pack more documents in a batch or lower cp_size."
+            "Pack more documents into a batch, or lower cp_size."
         )
     return tuple(checked), cp_size

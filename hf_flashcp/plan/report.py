@@ -1,4 +1,4 @@
-"""What a plan costs in one attention layer: the numbers of [`ShardPlan.report`]."""
+"""Computes the costs of a plan in one attention layer, which [`ShardPlan.report`] returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
-    """The report but for calls: without a window in a time that grows with the number of slices alone."""
+    """Return the report without its counts of calls.
+
+    For full attention the time that this takes depends only on the number of slices.
+    """
     tokens, pairs = rank_tokens(plan.slices), rank_pairs(plan.slices, window)
     received, sent = plan.kv_moved(window)
     kv_total, kv_all_gather = sum(received), (plan.cp_size - 1) * plan.num_tokens
@@ -34,7 +37,7 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
 
 
 def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None) -> dict[str, Any]:
-    """See [`ShardPlan.report`]; traffic is counted by link where `ranks_per_node` is given."""
+    """Return the report of [`ShardPlan.report`]; with `ranks_per_node`, also the traffic inside and between nodes."""
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
     report = {**plan_costs(plan, window), **calls}

@@ -23,30 +23,32 @@ from .traffic import full_attention_traffic, traffic_matrix
 
 
 class ShardPlan:
-    """Assigns every token of a packed batch of documents to one context-parallel rank.
+    """A plan, which assigns every token of a packed batch of documents to one context-parallel rank.
 
-    A plain class on purpose: FSDP2 mixed precision rebuilds dataclasses, namedtuples and dicts found among a
-    module's keyword arguments on every call, and passes anything else through untouched.
+    This is a plain class on purpose. FSDP2's mixed precision rebuilds the dataclasses, namedtuples and dicts among a
+    module's keyword arguments on every call, and passes other objects through untouched.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each document, in the order they are packed.
+        lengths (`Sequence[int]`): tokens of each document, in packed order.
         cp_size (`int`): number of context-parallel ranks.
-        slices (`Sequence[Sequence[Slice]]`): for each rank its `(document, start, stop)` slices. They may come in
-            any order and may touch; they are stored with documents ascending, a document's slices ascending and
-            maximal (never touching). Whether they partition the documents is what [`~ShardPlan.validate`] checks.
-        offset_groups (`Sequence[Sequence[int]]`, *optional*): the stages in which full-attention layers exchange KV:
-            each ring offset 1 .. cp_size - 1 in one group. In a stage with offset o a rank sends to rank + o and
-            receives from rank - o (mod cp_size); while one stage is computed the next ones travel. One stage of all
-            offsets if `None`.
-        ranks_per_node (`int`, *optional*): of several full nodes; ranks r with equal r // ranks_per_node share one. KV
-            that any ranks of another node need then crosses to it once and is handed on inside it; without, each rank
-            gets it from where it is. `None` too where all ranks lie in one node, or each in its own.
+        slices (`Sequence[Sequence[Slice]]`): the `(document, start, stop)` slices of each rank. They may be in any
+            order, and slices of a document may be adjacent. They are stored in ascending order, adjacent ones joined.
+            [`~ShardPlan.validate`] checks that they partition the documents.
+        offset_groups (`Sequence[Sequence[int]]`, *optional*): the stages in which full-attention layers exchange KV.
+            Each ring offset from 1 to cp_size - 1 is in exactly one group. In the stage with offset o a rank sends to
+            rank + o and receives from rank - o (mod cp_size). While one stage is computed, the next ones travel. By
+            default a single stage has all offsets.
+        ranks_per_node (`int`, *optional*): number of ranks on each node; ranks r with equal r // ranks_per_node share
+            a node. KV is then sent to each node that needs it once, and forwarded inside the node. By default each
+            rank receives KV directly from the rank that holds it. The value is stored as `None` if all ranks share
+            one node, or if each has its own.
 
     Attributes:
-        planning_seconds (`float`, *optional*): how long [`plan_documents`] took; no part of the plan's identity.
-        content_digest (`str`, *optional*): hash of the batch that the plan is for, set by whoever made the batch and
-            compared between ranks; no part of the plan's identity.
-        row_lengths (`tuple[int, ...]`, *optional*): tokens of each dataset row of that batch, likewise.
+        planning_seconds (`float`, *optional*): how long [`plan_documents`] took; ignored when plans are compared.
+        content_digest (`str`, *optional*): hash of the batch that the plan was made for. The code that makes the batch
+            sets it, and ranks compare it with each other; ignored when plans are compared.
+        row_lengths (`tuple[int, ...]`, *optional*): tokens of each dataset row of that batch; ignored when plans are
+            compared.
 
     Raises:
         PlanError: lengths, cp_size, offset groups or nodes that no plan can have, or slices that are not triples of
@@ -88,7 +90,7 @@ class ShardPlan:
         return hash(self._key())
 
     def __getstate__(self) -> dict[str, Any]:
-        # What has been counted is counted again where it is needed: a data loader worker sends the plan alone.
+        # Cached traffic is left out, so that a data loader worker sends only the plan. It is counted again on demand.
         return {**vars(self), "_moved": {}, "_traffic": {}}
 
     def _key(self):
@@ -96,12 +98,12 @@ class ShardPlan:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of the whole packed batch."""
+        """Number of tokens in the whole packed batch."""
         return sum(self.lengths)
 
     @cached_property
     def longest_document(self) -> int:
-        """Tokens of the longest document."""
+        """Length of the longest document, in tokens."""
         return max(self.lengths)
 
     @property
@@ -111,8 +113,10 @@ class ShardPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of lengths, cp_size, slices and, where they are set, offset groups and ranks per node; equal on every
-        machine and Python version for equal plans."""
+        """Hash of everything that identifies the plan: lengths, cp_size, slices, offset groups and ranks per node.
+
+        Equal plans have equal digests on every machine and with every Python version.
+        """
         parts: list[Any] = [self.lengths, self.cp_size, self.slices]
         if self.offset_groups is not None:
             parts.append(self.offset_groups)
@@ -122,18 +126,18 @@ class ShardPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_offset_groups(self, offset_groups: Sequence[Sequence[int]] | None) -> ShardPlan:
-        """The same partition, exchanged in other stages.
+        """Return a plan with the same slices that exchanges KV in other stages.
 
         Raises:
-            PlanError: groups that do not hold each ring offset once.
+            PlanError: groups that do not contain each ring offset exactly once.
         """
         return self._exchanged(offset_groups, self.ranks_per_node)
 
     def with_ranks_per_node(self, ranks_per_node: int | None) -> ShardPlan:
-        """The same partition, with ranks in nodes to each of which rows cross once, or directly between ranks.
+        """Return a plan with the same slices that sends KV to each node once, or directly between ranks if `None`.
 
         Raises:
-            PlanError: no positive whole number, or nodes that would not be full.
+            PlanError: `ranks_per_node` is not a positive whole number, or the ranks do not fill their nodes.
         """
         return self._exchanged(self.offset_groups, ranks_per_node)
 
@@ -146,10 +150,10 @@ class ShardPlan:
         return plan
 
     def validate(self) -> ShardPlan:
-        """Returns the plan itself if its slices partition the documents and no rank is empty.
+        """Check that the slices partition the documents and that no rank is empty; return the plan itself.
 
         Raises:
-            PlanError: naming the first rank, document and tokens that are wrong.
+            PlanError: the plan is not valid. The message names the first wrong rank, document and tokens.
         """
         if len(self.slices) != self.cp_size:
             raise PlanError(f"The plan has slices for {len(self.slices)} ranks, but cp_size is {self.cp_size}.")
@@ -170,45 +174,50 @@ class ShardPlan:
         held = slices_by_document(self.slices)
         for document, length in enumerate(self.lengths):
             if document not in held:
-                raise PlanError(f"Document {document} is on no rank.")
+                raise PlanError(f"Document {document} is on no rank. Assign each of its tokens to one rank.")
             position = 0
             for start, stop, rank in (*held[document], (length, length, -1)):
                 if start > position:
-                    raise PlanError(f"Tokens [{position}, {start}) of document {document} are on no rank.")
+                    raise PlanError(
+                        f"Tokens [{position}, {start}) of document {document} are on no rank. Assign each of them to "
+                        "one rank."
+                    )
                 if rank >= 0 and start < position:
                     raise PlanError(
-                        f"Tokens of document {document} from {start} are on rank {rank} and on another rank."
+                        f"Tokens of document {document}, from token {start} on, are on rank {rank} and on another "
+                        "rank. Assign each token to one rank."
                     )
                 position = stop
         return self
 
     def report(self, window: int | None = None, topology: Topology | None = None) -> dict[str, Any]:
-        """What the plan costs in one layer, counted exactly from its slices (FlashCP eq. 2 to 5, with point-to-point
-        exchange).
+        """Return the costs of the plan in one attention layer, counted exactly from its slices.
+
+        The counts follow FlashCP eq. 2 to 5, with a point-to-point exchange.
 
         Args:
-            window (`int`, *optional*): of a sliding-window layer, in tokens, as transformers counts it: keys that a
-                query sees, itself included. Full attention if `None`.
-            topology (`Topology`, *optional*): ranks in nodes, to count apart what stays in one.
+            window (`int`, *optional*): sliding window of the layer in tokens, as transformers counts it: the number of
+                keys that a query sees, its own included. Full attention if `None`.
+            topology (`Topology`, *optional*): the ranks' nodes, to count traffic inside and between nodes separately.
 
         Returns:
-            `dict`: per rank `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and
-            `kv_sent` (tokens whose K and V travel in the forward of the layer); `kv_total`,
-            `kv_all_gather` (what an all-gather of every KV receives), `kv_fraction` (their ratio),
-            `token_imbalance` and `pair_imbalance` (max / mean over ranks). The backward of the layer sends the
-            gradients of the received tokens home: `grad_received` and `grad_sent`, also in tokens.
-            [`kv_bytes`] turns tokens into bytes.
+            `dict`: per rank, `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and `kv_sent`
+            (tokens whose K and V travel in the layer's forward), and `grad_received` and `grad_sent` (tokens whose KV
+            gradients travel in its backward, to the ranks that hold the tokens). For the whole plan, `kv_total` (sum
+            of `kv_received`), `kv_all_gather` (what an all-gather of all KV would receive), `kv_fraction` (the ratio
+            of the two), `token_imbalance` and `pair_imbalance` (max / mean over ranks). [`kv_bytes`] converts tokens
+            to bytes.
 
-            Also per rank, of forward and backward together: `collectives` (two per stage, the same on every rank, none
-            if no KV moves), `kernel_calls` (of a kernel that takes any number of sequences: one for what is local and
-            one for each stage that brings something, both ways) and `copies` of rows from buffer to buffer (see
-            [`~calls.full_attention_calls`]). They are those of a layer that keeps the KV it receives until backward.
+            Also per rank, for forward and backward together: `collectives` (two per stage, the same on every rank, 0
+            if no KV travels), `kernel_calls` (of a kernel that takes any number of sequences: in each direction one
+            for the local slices and one for each stage that brings keys), and `copies` (passes over rows, see
+            [`~calls.full_attention_calls`]). The counts assume that the layer keeps received KV until backward.
 
-            With a topology, or for a plan with `ranks_per_node`, also per rank `intra_node_received`,
-            `intra_node_sent`, `inter_node_received` and `inter_node_sent`: tokens that go inside its node and between
-            nodes. They add up to `kv_received` and `kv_sent` where each rank sends to those that need it. In
-            a hierarchical exchange tokens on their way to others are counted too, `collectives` are four per stage,
-            and handing rows on copies them besides.
+            With a topology, or if the plan has `ranks_per_node`, also per rank `intra_node_received`,
+            `intra_node_sent`, `inter_node_received` and `inter_node_sent`: tokens that travel inside the node and
+            between nodes. In a direct exchange they add up to `kv_received` and `kv_sent`. In a hierarchical exchange
+            they also count tokens that a rank forwards, `collectives` are four per stage, and forwarding rows takes
+            further copies, which `copies` does not count.
 
         Raises:
             PlanError: a window below 1.
@@ -218,8 +227,10 @@ class ShardPlan:
         return plan_report(self, window, self.ranks_per_node if topology is None else topology.ranks_per_node)
 
     def kv_moved(self, window: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`(received, sent)`: tokens whose K and V each rank receives and sends in the forward of one layer, counted
-        once per plan and window."""
+        """Return `(received, sent)`, the tokens whose K and V each rank receives and sends in a layer's forward.
+
+        The counts are computed once per plan and window.
+        """
         window = self.hiding_window(window)
         if window not in self._moved:
             if window is None:
@@ -231,21 +242,26 @@ class ShardPlan:
         return self._moved[window]
 
     def kv_traffic(self, window: int | None = None) -> np.ndarray:
-        """(cp_size, cp_size) int64: tokens whose K and V travel in a layer's forward, from the rank of the row to
-        that of the column, zero on the diagonal. They are counted once per plan and window; do not write to them. The
-        backward sends gradients along the transpose."""
+        """Return the tokens whose K and V travel between each two ranks in the forward of one layer.
+
+        The array is (cp_size, cp_size) int64, with a row per sender, a column per receiver and zeros on the diagonal.
+        Backward sends gradients along its transpose. It is computed once per plan and window and shared between
+        callers: do not write to it.
+        """
         window = self.hiding_window(window)
         if window not in self._traffic:
             self._traffic[window] = traffic_matrix(self.slices, window)
         return self._traffic[window]
 
     def hiding_window(self, window: int | None) -> int | None:
-        """The sliding window of a layer in tokens, or `None` where no document is longer: attention computes such a
-        layer as full attention."""
+        """Return `window`, a sliding window in tokens, or `None` if no document is longer than it.
+
+        Attention computes a layer whose window hides no token as full attention.
+        """
         return None if window is None or window >= self.longest_document else window
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable form, read back by [`~ShardPlan.from_dict`]."""
+        """Return the plan in a JSON-serializable form, which [`~ShardPlan.from_dict`] reads."""
         data = {
             "lengths": list(self.lengths),
             "cp_size": self.cp_size,
@@ -259,22 +275,22 @@ class ShardPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ShardPlan:
-        """Reads [`~ShardPlan.to_dict`]'s form and validates it.
+        """Read the form that [`~ShardPlan.to_dict`] returns, and validate it.
 
         Raises:
-            PlanError: no dict, a missing key, anything but integers, slices or offset groups that are no partition, or
-                nodes that are not full.
+            PlanError: `data` is not a dict, lacks a key, holds anything other than integers, or its slices, offset
+                groups or nodes are not valid.
         """
         if not isinstance(data, Mapping):
-            raise PlanError(f"A plan is read from a dict, got {type(data).__name__}.")
+            raise PlanError(f"A plan is read from a dict, got {type(data).__name__}. Pass what to_dict returned.")
         missing = [key for key in ("lengths", "cp_size", "slices") if key not in data]
         if missing:
-            raise PlanError(f"A plan needs the keys lengths, cp_size and slices; {', '.join(missing)} is missing.")
+            raise PlanError(f"A plan needs the keys lengths, cp_size and slices. Missing: {', '.join(missing)}.")
         optional = data.get("offset_groups"), data.get("ranks_per_node")
         plan = cls(data["lengths"], data["cp_size"], data["slices"], *optional)
         nested = chain(chain.from_iterable(data["slices"]), data.get("offset_groups") or ())
         if bool in set(map(type, chain([data["cp_size"]], data["lengths"], chain.from_iterable(nested)))):
-            raise PlanError("A plan has true or false where whole numbers belong.")
+            raise PlanError("A plan has true or false where whole numbers belong. Write whole numbers instead.")
         return plan.validate()
 
 
@@ -286,12 +302,15 @@ def _check_offset_groups(
     try:
         groups = tuple(tuple(sorted(map(operator.index, group))) for group in offset_groups)
     except TypeError:
-        raise PlanError(f"offset_groups are groups of whole numbers, got {reprlib.repr(offset_groups)}.") from None
+        raise PlanError(
+            f"offset_groups are groups of whole numbers, got {reprlib.repr(offset_groups)}. Pass lists of integers."
+        ) from None
     found = sorted(offset for group in groups for offset in group)
     if len(found) != cp_size - 1 or found != list(range(1, cp_size)) or not all(groups):
         raise PlanError(
-            f"offset_groups are {[list(group) for group in groups]}, but for cp_size {cp_size} they hold each ring "
-            f"offset from 1 to {cp_size - 1} once, and no group is empty. Leave them out for one stage."
+            f"offset_groups are {[list(group) for group in groups]}, but for cp_size {cp_size} they must hold each "
+            f"ring offset from 1 to {cp_size - 1} exactly once, in groups that are not empty. Leave offset_groups out "
+            "for a single stage."
         )
     return groups
 
@@ -305,7 +324,7 @@ def _check_nodes(ranks_per_node: int | None, cp_size: int) -> int | None:
 
 
 def _maximal_slices(slices: Iterable[Slice]) -> tuple[Slice, ...]:
-    """Sorts by document and start, and joins slices of one document that touch."""
+    """Sort slices by document and start, and join adjacent slices of a document."""
     joined: list[tuple[int, int, int]] = []
     previous_document = previous_stop = -1
     for document, start, stop in sorted(tuple(map(operator.index, piece)) for piece in slices):

@@ -1,4 +1,4 @@
-"""`Slice`: a run of tokens of one document, and what is counted from the slices that ranks hold."""
+"""`Slice`, a run of tokens of one document, and counts of the tokens and attention pairs in slices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 
 Lengths = tuple[int, ...]
-"""Tokens of each document."""
+"""Number of tokens of each document."""
 
 
 class Slice(NamedTuple):
-    """Tokens `start` to `stop` (half-open) of one document."""
+    """Tokens [start, stop) of one document."""
 
     document: int
     start: int
@@ -29,12 +29,12 @@ Slices = list[list[Slice]]
 
 
 HeldSlice = tuple[int, int, int]
-"""`(start, stop, rank)`: tokens of a document that is known from the context, and the rank that holds them. Unpack it
-by these names; it is a plain tuple because the search groups the slices of thousands of plans."""
+"""`(start, stop, rank)`: tokens [start, stop) of a document, and the rank that holds them. The context says which
+document. This is a plain tuple for speed, because the search groups the slices of thousands of plans."""
 
 
 def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[HeldSlice]]:
-    """The slices of each document in the order of its tokens, with the ranks that hold them."""
+    """Return the slices of each document, in the order of its tokens, with the ranks that hold them."""
     held: dict[int, list[HeldSlice]] = defaultdict(list)
     for rank, rank_slices in enumerate(slices):
         for document, start, stop in rank_slices:
@@ -45,8 +45,10 @@ def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[Held
 
 
 def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
-    """Query-key pairs of tokens [start, stop) under a causal mask inside the document (FlashCP eq. 3: W_i), of at most
-    `window` keys per query."""
+    """Return the number of query-key pairs of the queries [start, stop) of a document (W_i of FlashCP eq. 3).
+
+    Each query sees the keys of its document up to its own, at most `window` of them if there is a window.
+    """
     if window is not None and stop > window:
         inside = max(start, window)
         return (stop - inside) * window + (attention_pairs(start, inside) if start < inside else 0)
@@ -54,12 +56,13 @@ def attention_pairs(start: int, stop: int, window: int | None = None) -> int:
 
 
 def rank_tokens(slices: Sequence[Sequence[Slice]]) -> list[int]:
+    """Return the number of tokens of each rank."""
     return [sum(stop - start for _, start, stop in held) for held in slices]
 
 
 def rank_pairs(slices: Sequence[Sequence[Slice]], window: int | None = None) -> list[int]:
-    """Attention pairs of each rank, causal inside documents (FlashCP eq. 3), of at most `window` keys per query."""
+    """Return the number of attention pairs of each rank, see [`attention_pairs`]."""
     if window is None:
-        # Written out: the search measures thousands of slices with it.
+        # `attention_pairs` is written out here because the search measures thousands of slices.
         return [sum((stop - start) * (stop + start + 1) // 2 for _, start, stop in held) for held in slices]
     return [sum(attention_pairs(start, stop, window) for _, start, stop in held) for held in slices]

@@ -1,4 +1,4 @@
-"""`Topology`: which ranks share a node, and how much dearer the way to other nodes is."""
+"""`Topology`: which ranks share a node, and how much slower links between nodes are."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from ..errors import PlanError
 
 
 INTER_NODE_COST = 7.7
-"""370 GB/s over NVLink against 48 GB/s over a 400 Gb/s card, as the hardware profile "h100" has them."""
+"""Default cost of links between nodes: 370 GB/s over NVLink, divided by 48 GB/s over a 400 Gb/s network card. Both are
+from the hardware profile "h100"."""
 
 _MOST_RANKS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks in nodes: ranks r of a context-parallel group with equal r // ranks_per_node share one.
+    """The nodes of a context-parallel group: ranks r with equal r // ranks_per_node share a node.
 
-    That holds where the group's ranks are consecutive processes from the first of a node on, as those of
-    [`FlashCPPlugin`]'s mesh are (its dimension "cp" is the innermost) if cp_size is a multiple of the processes that
-    a node has. A group that is smaller than a node is taken to lie in one.
+    This describes a group whose ranks are consecutive processes, beginning with the first process of a node. The
+    groups of [`FlashCPPlugin`]'s mesh are like that if cp_size is a multiple of the number of processes per node,
+    because "cp" is its innermost dimension. A group smaller than a node is assumed to lie within one node.
 
     Args:
-        ranks_per_node (`int`): ranks of a full node.
+        ranks_per_node (`int`): number of ranks on a full node.
         inter_node_cost (`float`, *optional*, defaults to 7.7): how many times longer a row takes between nodes than
-            inside one: the bandwidth of a rank's link inside its node over that of its link to others. The default is
-            that of H100s (370 over 48 GB/s).
+            inside a node. This is the bandwidth of a rank's link inside its node, divided by that of its link to other
+            nodes. The default is the ratio for H100s (370 GB/s to 48 GB/s).
 
     Raises:
-        PlanError: no positive whole number of ranks, or a cost below 1.
+        PlanError: `ranks_per_node` is not a positive whole number, or the cost is below 1.
     """
 
     ranks_per_node: int
@@ -45,21 +46,21 @@ class Topology:
         cost = self.inter_node_cost
         if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 1 <= cost < math.inf:
             raise PlanError(
-                f"inter_node_cost is {cost!r}: it says how many times longer a row takes between nodes than inside "
-                "one, a number not below 1."
+                f"inter_node_cost is {cost!r}: it must be a number of at least 1. It says how many times longer a row "
+                "takes between nodes than inside a node."
             )
 
     def require_full_nodes(self, cp_size: int) -> None:
-        """Raises unless so many ranks lie in one node or fill several."""
+        """Raise a `PlanError` unless `cp_size` ranks lie within one node or fill several nodes."""
         if cp_size > self.ranks_per_node and cp_size % self.ranks_per_node:
             raise PlanError(
-                f"cp_size {cp_size} is no multiple of the topology's {self.ranks_per_node} ranks_per_node: its nodes "
-                "would not be full. Make it a multiple, or at most one node's ranks, or leave topology out."
+                f"cp_size {cp_size} is not a multiple of the topology's ranks_per_node, {self.ranks_per_node}, so one "
+                "node would not be full. Choose a multiple, or at most one node's ranks, or leave topology out."
             )
 
 
 def check_topology(topology: Topology, cp_size: int) -> None:
-    """Raises a `PlanError` if it is none, or so many ranks do not fill its nodes."""
+    """Raise a `PlanError` if `topology` is not a `Topology`, or if `cp_size` ranks do not fill its nodes."""
     if not isinstance(topology, Topology):
-        raise PlanError(f"topology is {reprlib.repr(topology)}: make one by Topology(ranks_per_node).")
+        raise PlanError(f"topology is {reprlib.repr(topology)}, not a Topology: pass Topology(ranks_per_node).")
     topology.require_full_nodes(cp_size)

@@ -1,5 +1,4 @@
-"""KV that a plan moves between ranks, counted exactly from its slices. A token is sent once to every other rank that
-needs it."""
+"""Exact counts of the KV that a plan moves between ranks. A token is sent once to every other rank that needs it."""
 
 from __future__ import annotations
 
@@ -15,25 +14,28 @@ Interval = tuple[int, int]
 """Tokens [start, stop) of a document."""
 
 MOST_KEPT = 4
-"""Tokens received for each of a rank's own above which KV is fetched again in backward instead of kept."""
+"""The most tokens that a rank may receive per token of its own for received KV to be kept until backward by default.
+Above it, KV is fetched again in backward."""
 
 
 def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, itemsize: int) -> int:
-    """Bytes on the wire for the K and V of `tokens` tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize.
+    """Return the bytes of the K and V of some tokens in one layer: tokens x H_kv x (D_k + D_v) x itemsize.
 
     Args:
-        tokens (`int`): tokens that travel, as [`~ShardPlan.report`] counts them.
-        num_kv_heads (`int`): H_kv.
-        key_dim (`int`): D_k of a head.
-        value_dim (`int`): D_v of a head.
-        itemsize (`int`): bytes of an element.
+        tokens (`int`): number of tokens that travel, as [`~ShardPlan.report`] counts them.
+        num_kv_heads (`int`): H_kv, number of KV heads.
+        key_dim (`int`): D_k, elements of a key head.
+        value_dim (`int`): D_v, elements of a value head.
+        itemsize (`int`): bytes per element.
     """
     return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
 
 
 def needed_keys(slices: Sequence[Sequence[Slice]], window: int | None = None) -> dict[int, dict[int, list[Interval]]]:
-    """Which tokens before its own slices each rank attends to: `{document: {rank: intervals}}`, disjoint and
-    ascending. Some of them may be the rank's own."""
+    """Return the tokens before its own slices that each rank attends to, as `{document: {rank: intervals}}`.
+
+    The intervals are disjoint and ascending. They may include tokens that the rank holds itself.
+    """
     needed: dict[int, dict[int, list[Interval]]] = defaultdict(dict)
     for rank, rank_slices in enumerate(slices):
         for document, start, _ in rank_slices:
@@ -48,16 +50,16 @@ def needed_keys(slices: Sequence[Sequence[Slice]], window: int | None = None) ->
 
 
 def overlaps(start: int, stop: int, intervals: Sequence[Interval]) -> list[Interval]:
-    """The parts of [start, stop) that lie in `intervals`."""
+    """Return the parts of [start, stop) that lie in `intervals`."""
     return [(max(start, first), min(stop, last)) for first, last in intervals if first < stop and start < last]
 
 
 def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int], list[int]]:
-    """`(received, sent)`: KV that each rank receives and sends in the forward of one full-attention layer, in tokens.
+    """Return `(received, sent)`, the tokens whose KV each rank receives and sends in a full-attention layer's forward.
 
-    In a time that grows with the number of slices alone: a rank receives, of each document, the tokens before its last
-    slice's end that are not its own, and a slice goes to every other rank with a later one (FlashCP eq. 2, exchanged
-    exactly).
+    Of each document a rank receives the tokens before the end of its last slice, except its own, and each slice is
+    sent to every other rank that holds a later one (FlashCP eq. 2, with an exact exchange). The time that this takes
+    depends only on the number of slices.
     """
     received, sent = [0] * len(slices), [0] * len(slices)
     for held in slices_by_document(slices).values():
@@ -74,11 +76,11 @@ def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int]
 
 
 def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None) -> np.ndarray:
-    """Tokens whose K and V travel in the forward of one layer: (cp_size, cp_size) int64, [sender][receiver]."""
+    """Return the tokens whose K and V travel in a layer's forward, (cp_size, cp_size) int64, [sender][receiver]."""
     cp_size = len(slices)
     traffic = np.zeros((cp_size, cp_size), dtype=np.int64)
     if window is None:
-        # A slice goes to every rank that has a later one of its document.
+        # Each slice is sent to every rank that holds a later slice of its document.
         for held in slices_by_document(slices).values():
             if len(held) > 1:
                 starts, stops, ranks = np.array(held).T
@@ -96,7 +98,7 @@ def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None)
 
 
 def by_link(traffic: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray]:
-    """Received and sent tokens of traffic [sender][receiver], (2, cp_size) each: inside nodes and between them."""
+    """Split traffic [sender][receiver] into `(received, sent)` tokens, (2, cp_size) each: inside and between nodes."""
     node = np.arange(len(traffic)) // ranks_per_node
     inside = node[:, None] == node
     parts = [traffic * which for which in (inside, ~inside)]

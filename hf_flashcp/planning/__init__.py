@@ -1,4 +1,4 @@
-"""From document lengths to a `ShardPlan`, by any strategy. Pure Python and NumPy: nothing here imports torch."""
+"""Makes a `ShardPlan` from document lengths, by any strategy. Pure Python and NumPy: nothing here imports torch."""
 
 from ..plan import ShardPlan, Topology, kv_bytes
 from ..predict import HARDWARE, CostModel, HardwareProfile, StepTime

@@ -1,17 +1,19 @@
-"""Algorithm 1 of FlashCP (arXiv 2606.08476): as few Per-Doc documents as the balance needs, the rest Whole-Doc.
+"""Algorithm 1 of FlashCP (arXiv 2606.08476): as few documents Per-Doc as balance needs, all others Whole-Doc.
 
-What the paper leaves open, and what is done here:
+The paper leaves some points open. This implementation decides them as follows:
 
-- The inner split. The rank with the most tokens gives to the rank with the fewest, as many tokens as brings one of the
-  two to its share: first whole documents, shortest first (they carry the least attention work per token and cost no
-  traffic), then the head of the shortest piece that is longer than what is still owed (a head of h tokens costs the
-  KV of h tokens and moves h (h + 1) / 2 pairs, whichever document it is cut from).
-- R is `max_imbalance`. The attention work of the Per-Doc documents counts in it, and in the loads to which whole
-  documents are assigned.
-- No document left: everything is Per-Doc, which is always possible, even where that too exceeds R (tiny documents).
+- Inner split: the rank with the most tokens gives tokens to the rank with the fewest, until one of the two has its
+  share. It gives whole documents first, shortest first, because they have the least attention work per token and cause
+  no traffic. Then it gives the head of the shortest piece that is longer than the tokens still owed. A head of h
+  tokens costs the KV of h tokens and moves h (h + 1) / 2 pairs, no matter which document it is cut from.
+- R is `max_imbalance`. It includes the attention work of Per-Doc documents, and so do the loads by which whole
+  documents are assigned to ranks.
+- If no document is left to be kept whole, all documents are Per-Doc. This plan always exists, although it may exceed R
+  when documents are tiny.
 
-A round with P Per-Doc documents builds a whole plan, so rounds that cannot meet the caps are ruled out from closed
-forms first: the rank of the longest whole document would have too many pairs whatever heads it gave away.
+A round with P Per-Doc documents builds a complete plan. Rounds that cannot meet the caps are therefore ruled out first
+from closed forms: those in which the rank of the longest whole document would have too many pairs, no matter which
+heads it gave away.
 """
 
 from __future__ import annotations
@@ -26,17 +28,21 @@ from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
 
 
 def flashcp(caps: Caps) -> Slices:
-    """The slices of [`algorithm1`], or of [`per_doc`] where no plan of Algorithm 1 meets the caps."""
+    """Return the slices of [`algorithm1`], or those of [`per_doc`] if no plan of Algorithm 1 meets the caps."""
     return algorithm1(caps) or per_doc(caps.lengths, caps.cp_size)
 
 
 def algorithm1(
     caps: Caps, total: float = math.inf, bottleneck: float = math.inf, most_work: float = math.inf
 ) -> Slices | None:
-    """The first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest first, or `None`.
+    """Return the first plan within the caps with 0, 1, 2, ... Per-Doc documents, the longest ones first, or `None`.
 
-    The search ends at plans that certainly reach both `total` and `bottleneck` (tokens whose KV travels in all, and to
-    or from the busiest rank), and is given up after `most_work` slices that were built.
+    Args:
+        caps (`Caps`): the documents, and what a rank may hold of them.
+        total (`float`, *optional*): tokens whose KV travels in total. The search ends once further plans are certain
+            to reach both this and `bottleneck`.
+        bottleneck (`float`, *optional*): tokens whose KV the busiest rank receives or sends.
+        most_work (`float`, *optional*): the number of built slices after which the search gives up.
     """
     longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
     possible = caps.most_pairs * caps.cp_size >= caps.total_pairs and (total > 0 or bottleneck > 0)
@@ -52,20 +58,23 @@ def algorithm1(
 
 
 def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottleneck: float) -> Iterator[int]:
-    """Numbers of Per-Doc documents that may meet the caps, while these alone stay below `total` or `bottleneck`."""
+    """Yield the numbers of Per-Doc documents with which a plan may meet the caps.
+
+    They end when the traffic of these documents alone reaches both `total` and `bottleneck`.
+    """
     lengths, cp_size, least_share = caps.lengths, caps.cp_size, caps.shares[-1]
     split_tokens = split_pairs = split_total = split_bottleneck = 0
     for num_per_doc, document in enumerate(longest_first):
         longest = lengths[document]
         longest_pairs = split_pairs + longest * (longest + 1) // 2
-        # Loads are never above the mean where the next document goes, so nothing joins a rank above the mean. With
-        # fewer documents than ranks, empty ranks may take tokens off it besides.
+        # The next document always goes to a rank whose load is at most the mean, so a rank above the mean gets no
+        # further document. With fewer documents than ranks, empty ranks may also take tokens from it.
         possible = longest_pairs * cp_size <= caps.total_pairs or len(lengths) - num_per_doc < cp_size
         given = max(split_tokens // cp_size + 1 + longest - least_share, 0)
         if possible or longest_pairs - given * (given + 1) // 2 <= caps.most_pairs:
             yield num_per_doc
-        # A zigzag of 2N chunks of at least `chunk` tokens: each rank holds at least the pairs of two such chunks, rank
-        # i receives at least 2N - 2 - i of them.
+        # In a zigzag of 2N chunks of at least `chunk` tokens, each rank holds at least the pairs of two such chunks,
+        # and rank i receives at least 2N - 2 - i chunks.
         chunk = longest // (2 * cp_size)
         split_tokens += longest
         split_pairs += 2 * cp_size * chunk * chunk + chunk
@@ -77,7 +86,7 @@ def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottle
 
 
 def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int]) -> Slices | None:
-    """One round of Algorithm 1, or `None` if its plan has too many pairs on a rank."""
+    """Return the plan of one round of Algorithm 1, or `None` if it has too many pairs on a rank."""
     lengths, cp_size, most_pairs = caps.lengths, caps.cp_size, caps.most_pairs
     slices = per_doc(lengths, cp_size, documents=sorted(per_doc_documents))
     pairs, tokens = rank_pairs(slices), rank_tokens(slices)
@@ -88,7 +97,7 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
         tokens[rank] += length
         pairs[rank] += length * (length + 1) // 2
     shares = assign_shares(caps.shares, tokens)
-    # Ranks above their share only give, and heads of together g tokens have at most g (g + 1) / 2 pairs.
+    # Ranks above their share only give tokens, and heads of g tokens together have at most g (g + 1) / 2 pairs.
     given = [max(held - share, 0) for held, share in zip(tokens, shares)]
     least_pairs = max(held - attention_pairs(0, tokens_given) for held, tokens_given in zip(pairs, given))
     if least_pairs > most_pairs and len(whole_documents) >= cp_size:
@@ -101,9 +110,11 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
 
 
 def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:
-    """Moves pieces and heads of pieces until no rank has more than its share, in place. Only whole documents and what
-    is left of them can move; a rank above its share always has enough of them, since the Per-Doc documents' tokens are
-    equal within one on all ranks."""
+    """Move pieces and heads of pieces between ranks, in place, until no rank has more tokens than its share.
+
+    Only whole documents and remainders of whole documents can move. A rank above its share always has enough of them,
+    because the ranks' tokens of Per-Doc documents differ by at most one.
+    """
     above = [(share - held, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held > share]
     below = [(held - share, rank) for rank, (held, share) in enumerate(zip(tokens, shares)) if held < share]
     heapq.heapify(above)
@@ -121,7 +132,7 @@ def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> Non
 
 
 def _give_heads(given: list[Slice], received: list[Slice], owed: int) -> None:
-    """Moves `owed` tokens from one rank's pieces to another's: whole pieces, the shortest first, then a head."""
+    """Move `owed` tokens from one rank's pieces to another's: whole pieces, shortest first, then a head."""
     for piece in sorted(given, key=lambda piece: (piece.stop - piece.start, piece)):
         if not owed:
             break

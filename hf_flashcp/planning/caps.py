@@ -1,4 +1,4 @@
-"""`Caps`: what ranks may hold of one batch; `Item`: a slice that is still to be placed on a rank."""
+"""`Caps`, the most that a rank may hold of a batch, and `Item`, a slice that is to be placed on a rank."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ..plan.slices import Lengths, Slice, attention_pairs
 
 
 class Item(NamedTuple):
-    """A slice with its attention pairs and tokens, which are looked up too often to be counted. Items sort by
-    pairs."""
+    """A slice with its numbers of attention pairs and tokens, which are used too often to be recomputed.
+
+    Items sort by pairs.
+    """
 
     pairs: int
     piece: Slice
@@ -22,15 +24,18 @@ class Item(NamedTuple):
 
 
 def item_of(document: int, start: int, stop: int) -> Item:
-    """The item of tokens [start, stop) of a document."""
+    """Return the item of tokens [start, stop) of a document."""
     tokens = stop - start
     return Item(tokens * (stop + start + 1) // 2, Slice(document, start, stop), tokens)
 
 
 class Caps:
-    """The documents of a batch and how much of them a rank may hold: attention pairs and tokens, given as multiples of
-    the mean over ranks. Where that leaves no `token_room`, tokens are equal within one: `ranks_with_most` ranks hold
-    up to `most_tokens`, all others one less."""
+    """The documents of a batch, and how many attention pairs and tokens a rank may hold.
+
+    The caps are given as multiples of the mean over ranks. If the cap on tokens allows no rank more than its equal
+    share (`token_room` is false), ranks' tokens differ by at most one: `ranks_with_most` ranks hold up to
+    `most_tokens`, and all others hold up to one token less.
+    """
 
     def __init__(self, lengths: Lengths, cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0):
         self.lengths, self.cp_size = lengths, cp_size
@@ -38,7 +43,7 @@ class Caps:
         self.total_tokens = sum(lengths)
         self.total_pairs = sum(attention_pairs(0, length) for length in lengths)
         self.most_pairs = math.floor(min(max_imbalance * self.total_pairs / cp_size, self.total_pairs))
-        # The report's max / mean must not be above the cap by a rounding error either.
+        # Rounding must not put the max / mean of the plan's report above the cap.
         while self.most_pairs * cp_size / self.total_pairs > max_imbalance:
             self.most_pairs -= 1
         cap = math.floor(min(max_token_imbalance * self.total_tokens / cp_size, self.total_tokens))
@@ -48,17 +53,18 @@ class Caps:
         self.ranks_with_most = cp_size if self.token_room else left_over or cp_size
 
     def with_imbalance(self, max_imbalance: float, max_token_imbalance: float) -> Caps:
-        """Caps of the same batch under other multiples of the mean."""
+        """Return the caps of the same batch for other multiples of the mean."""
         return Caps(self.lengths, self.cp_size, max_imbalance, max_token_imbalance)
 
     def with_most(self, *, pairs: int | None = None, tokens: int | None = None) -> Caps:
-        """The same caps but for what a rank may hold of attention pairs or tokens."""
+        """Return a copy of the caps with another maximum of attention pairs or tokens per rank."""
         changed = copy.copy(self)
         changed.most_pairs = self.most_pairs if pairs is None else pairs
         changed.most_tokens = self.most_tokens if tokens is None else tokens
         return changed
 
     def allow(self, slices: Sequence[Sequence[Slice]]) -> bool:
+        """Return whether every rank's slices are within the caps."""
         for held in slices:
             tokens = pairs = 0
             for _, start, stop in held:
@@ -70,13 +76,13 @@ class Caps:
 
     @property
     def shares(self) -> list[int]:
-        """The most tokens of each rank, largest first."""
+        """The most tokens that each rank may hold, largest first."""
         with_less = self.cp_size - self.ranks_with_most
         return [self.most_tokens] * self.ranks_with_most + [self.most_tokens - 1] * with_less
 
     @cached_property
     def ascending(self) -> list[Item]:
-        """Every document as one item, the shortest first."""
+        """All documents as items, shortest first."""
         documents = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
         tokens = [self.lengths[document] for document in documents]
         pairs = [length * (length + 1) // 2 for length in tokens]
@@ -85,25 +91,29 @@ class Caps:
 
     @cached_property
     def tokens_up_to(self) -> list[int]:
-        """Tokens of the shortest 0, 1, 2, ... documents."""
+        """Number of tokens in the shortest 0, 1, 2, ... documents."""
         return list(accumulate((item.tokens for item in self.ascending), initial=0))
 
     @cached_property
     def pairs_up_to(self) -> list[int]:
+        """Number of attention pairs in the shortest 0, 1, 2, ... documents."""
         return list(accumulate((item.pairs for item in self.ascending), initial=0))
 
     def most_together(self, ranks: int) -> int:
-        """The most tokens that so many ranks may hold together: each of the others has one at least."""
+        """Return the most tokens that some number of ranks may hold together, if every other rank has at least one."""
         held = ranks * self.most_tokens - max(ranks - self.ranks_with_most, 0)
         return min(held, self.total_tokens - (self.cp_size - ranks))
 
     def least_together(self, ranks: int) -> int:
-        """The fewest tokens that so many ranks may hold together: what the others cannot, and one each."""
+        """Return the fewest tokens that some number of ranks may hold together.
+
+        They hold the tokens that the other ranks cannot hold, and at least one token each.
+        """
         return max(self.total_tokens - self.most_together(self.cp_size - ranks), ranks)
 
 
 def assign_shares(shares: list[int], tokens: list[int]) -> list[int]:
-    """Shares of ranks in the order of ranks: the largest share goes to the rank with the most `tokens`."""
+    """Return each rank's share: the largest share goes to the rank with the most `tokens`, and so on."""
     fullest = sorted(range(len(tokens)), key=lambda rank: -tokens[rank])
     by_rank = [0] * len(tokens)
     for share, rank in zip(shares, fullest):

@@ -1,11 +1,11 @@
-"""Strategy "search" with a `CostModel`: of many plans within the caps, the one with the least predicted step time.
+"""Strategy "search" with a `CostModel`: makes many plans within the caps and picks the one predicted to be fastest.
 
-How much balance is worth how much traffic depends on the link: where KV is hidden behind the local pass it is free,
-and the best plan is the best balanced one; where it is not, a rank may rather compute 5% more than wait. So plans are
-made under several caps, from nearly even to the user's own, with the busiest rank's KV, all of it or what travels
-between nodes kept low, and judged by their predicted time, next to those of every other strategy that keeps within
-the caps. The best of them are then tried with their KV travelling in more stages than one, each hidden behind the work
-on the stage before.
+The best compromise between balance and traffic depends on the links. Where transfers are hidden behind the local pass,
+KV costs no time, and the best balanced plan is the fastest. Where they are not, it can be faster to let a rank compute
+5% more than to let it wait. So plans are made under several caps, from nearly equal loads to the user's own caps, and
+for several goals: little KV on the busiest rank, in total, or between nodes. The plans of all other strategies are
+added if they meet the caps. The fastest plans are then tried with several stages, in which the KV of each stage
+travels while the stage before it is computed.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ from .sharding import per_doc, per_seq, whole_doc
 
 
 TIGHTENED = (0.02, 0.1, 0.3, 0.6, 1.0)
-"""Caps that are tried on attention pairs: 1 plus so much of what the user allows above 1. The tightest are the most
-expensive to plan, and ranks that differ by a thousandth wait for each other no longer than for a kernel's start."""
+"""The caps on attention pairs to try, as fractions of the slack: what the user's cap allows above 1."""
 
 LEAST_SLACK, MOST_SLACK = 0.001, 1.0
-"""No cap is tightened below 1 plus the first; parts are taken of what is allowed above 1 up to the second."""
+"""No cap below 1 + `LEAST_SLACK` is tried unless the user's own is lower: tight caps take long to plan for, and ranks
+whose loads differ by a thousandth wait for each other no longer than a kernel takes to start. A slack above
+`MOST_SLACK` counts as `MOST_SLACK` when fractions are taken."""
 
 STAGED = 3
-"""How many plans are tried with more stages: those of the least time with one, and as many that spare links between
-nodes."""
+"""How many plans are tried with several stages: this many of the fastest with one stage, and this many of the fastest
+made for nodes."""
 
 
 class Timed(NamedTuple):
-    """A plan, its attention pairs above the cap, its predicted step time, and whether it is made for nodes."""
+    """A plan and its predicted step time."""
 
-    beyond: int
-    seconds: float
+    beyond: int  # attention pairs above the cap, on the rank with the most pairs
+    seconds: float  # predicted step time
     plan: ShardPlan
-    for_nodes: bool
+    for_nodes: bool  # whether `node_plans` made it
 
 
 def fastest(caps: Caps, cost_model: CostModel, num_stages: int | None = None) -> ShardPlan:
-    """The plan with the least predicted step time (`CostModel.step_time`) among those within the caps, the first of
-    several; its KV travels in `num_stages` stages, or in as many as are predicted to be best, and crosses to each node
-    once or directly. Where no plan meets the caps, of the plans with the least pairs on a rank."""
+    """Return the plan with the least predicted step time (`CostModel.step_time`) among those within the caps.
+
+    Its KV travels in `num_stages` stages, by default in the number that is predicted to be fastest. It is sent to each
+    node once or directly between ranks, whichever is predicted to be faster. If no plan meets the caps, the plans with
+    the fewest pairs on their fullest rank are compared. Ties go to the plan found first, and to fewer stages.
+    """
     best = sorted(_timed_candidates(caps, cost_model), key=lambda timed: timed[:2])
-    # Ties go to the first, and to fewer stages.
     staged = [
         timed._replace(seconds=cost_model.step_time(choice).seconds, plan=choice)
         for for_nodes in (False, True)
@@ -61,7 +64,7 @@ def fastest(caps: Caps, cost_model: CostModel, num_stages: int | None = None) ->
 
 
 def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
-    """Different plans within the cap on tokens."""
+    """Return distinct plans within the cap on tokens, with their predicted times in a single stage."""
     ranks_per_node = cost_model.hardware.ranks_per_node
     nodes = None if caps.cp_size % ranks_per_node else ranks_per_node
     found: dict[tuple, Timed] = {}
@@ -75,7 +78,7 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
 
 
 def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
-    """The plan in `num_stages` stages, or in one and several numbers of them."""
+    """Return the plan in `num_stages` stages or, if that is `None`, in one stage and in several larger numbers."""
     most = plan.cp_size - 1
     if num_stages is not None:
         return [in_stages(plan, num_stages)]
@@ -85,15 +88,18 @@ def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
 
 
 def in_stages(plan: ShardPlan, num_stages: int) -> ShardPlan:
-    """The same plan with its ring offsets, the nearest first, in so many groups (at most cp_size - 1) between which
-    what the busiest ranks receive is shared as evenly as it goes."""
+    """Return the same plan with its KV exchanged in `num_stages` stages, at most cp_size - 1.
+
+    The stages have consecutive ring offsets, beginning with 1. They are divided such that the busiest rank receives
+    about as much in every stage.
+    """
     if num_stages <= 1 or plan.cp_size <= 2:
         return plan.with_offset_groups(None)
     return plan.with_offset_groups(_grouped(_offset_loads(plan), num_stages))
 
 
 def _offset_loads(plan: ShardPlan) -> list[int]:
-    """What the busiest rank receives from each ring offset, 1 first, in tokens."""
+    """Return the most tokens that any rank receives from each ring offset, beginning with offset 1."""
     traffic, cp_size = plan.kv_traffic().tolist(), plan.cp_size
     return [max(traffic[rank][(rank + offset) % cp_size] for rank in range(cp_size)) for offset in range(1, cp_size)]
 
@@ -114,7 +120,7 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
 
 
 def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[list[Slices], bool]]:
-    """Plans, a few at a time, and whether they are of [`node_plans`]."""
+    """Yield a few plans at a time, and whether [`node_plans`] made them."""
     lengths, cp_size, slack = caps.lengths, caps.cp_size, min(caps.max_imbalance - 1, MOST_SLACK)
     tightened = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
     if caps.max_imbalance - 1 > slack:

@@ -1,29 +1,30 @@
-"""The least KV that any plan within the caps must move, without planning: what strategies are measured against.
+"""A lower bound of the KV that any plan within the caps must move. It is computed without making a plan.
 
-**Derivation** (from FlashCP eq. 2 and 3 and exact exchange). Let a document of d tokens be held by several ranks, and
-sort these by the end of their last slice of it, descending: d = e_0 > e_1 > e_2 > ... A rank needs every token before
-its own last one, so the document moves the sum over holders of (end - own tokens) = e_0 + e_1 + ... - d, which is
+**Derivation** (from FlashCP eq. 2 and 3, for an exact exchange). Let several ranks hold a document of d tokens. Sort
+them by the end of their last slice of the document, in descending order: d = e_0 > e_1 > e_2 > ... A rank needs every
+token before its own last token. So the KV that the document moves is the sum of (end - own tokens) over the ranks that
+hold it, e_0 + e_1 + ... - d, or
 
     e_1 + e_2 + ...                                                                                              (1)
 
-(0 from the number of holders on). Now take the first j of the holders. Nobody else holds a token from e_j on, so these
-j ranks hold the whole tail [e_j, d). But j ranks hold
+where e_j = 0 if no more than j ranks hold the document. Now take the first j of these ranks. No other rank holds a
+token from e_j on, so these j ranks hold the whole tail [e_j, d). They hold
 
-- at most T_j tokens, and at most j A attention pairs, A being `max_imbalance` times the mean over ranks,
-- at least F_j tokens: the others cannot hold the rest of the batch. Beside the tail they hold other tokens, each with
-  the pairs of its position, and the cheapest choice of these are the tokens at the lowest positions of all documents
-  (those of the tail left out).
+- at most T_j tokens, and at most j A attention pairs, where A is `max_imbalance` times the mean over ranks,
+- at least F_j tokens, because the caps of the other ranks leave at least that many. So besides the tail they hold
+  F_j - (d - e_j) other tokens, each with the pairs of its position. The cheapest such tokens are those at the lowest
+  positions of all documents, except tokens of the tail.
 
-So e_j is no less than the smallest e for which
+So e_j is at least the smallest e for which
 
     d - e <= T_j   and   pairs of [e, d) + least pairs of F_j - (d - e) other tokens <= j A,                     (2)
 
-and the sum of these over all documents and j = 1 ... N-1 is a lower bound of the total.
+and the sum of these over all documents and all j from 1 to N - 1 is a lower bound of the total.
 
-**Why it is fast.** The left side of (2) falls with e, so that e is found by bisection. A longer document in place of a
-shorter one never helps, so that the first document, longest first, that fits on one rank ends the sum. And where the
-level up to which the other tokens are taken reaches e, the document is held whole: then (2) is the same for all
-smaller e, and only e = 0 has to be looked at with the document's own tokens left out.
+**Speed.** The left sides of (2) fall as e grows, so e is found by bisection. The bound of a longer document is never
+smaller, so the sum over documents, longest first, ends at the first document that may fit on one rank. If the
+other tokens are taken up to a position that reaches e, the ranks hold the whole document. Then (2) is the same for all
+smaller e, and it is enough to check e = 0, with the document's own tokens left out of the other tokens.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from .caps import Caps
 
 
 class LowPositions:
-    """The tokens of all documents in the order of their positions, which is the order of their attention pairs."""
+    """The tokens of all documents, ordered by position. A token at a higher position has more attention pairs."""
 
     def __init__(self, caps: Caps):
         self.lengths = [item.tokens for item in caps.ascending]
         self.tokens, self.pairs = caps.tokens_up_to, caps.pairs_up_to
-        # Tokens at positions below a length, of all documents.
+        # For each length, the number of tokens of all documents at positions below it.
         count = len(self.lengths)
         self.below = [self.tokens[index] + (count - index) * length for index, length in enumerate(self.lengths)]
 
     def cheapest(self, tokens: int) -> tuple[int, int]:
-        """`(level, pairs)` of the so many cheapest tokens: all positions below `level`, and some at it."""
+        """Return `(level, pairs)` of the cheapest `tokens` tokens: those at positions below `level` and some at it."""
         shorter = bisect_right(self.below, tokens)
         documents = len(self.lengths) - shorter
         if not documents:
@@ -56,7 +57,7 @@ class LowPositions:
         return level, self.pairs[shorter] + documents * attention_pairs(0, level) + more * (level + 1)
 
     def cheapest_without(self, document: int, tokens: int) -> int:
-        """Pairs of the so many cheapest tokens of all documents but one of length `document`."""
+        """Return the pairs of the cheapest `tokens` tokens of all documents except one of length `document`."""
         own = bisect_right(self.lengths, document) - 1
         places = range(len(self.lengths))
         low = bisect_right(places, tokens, key=lambda at: self.below[at] - min(self.lengths[at], document))
@@ -72,14 +73,17 @@ class LowPositions:
 def kv_lower_bound(
     lengths: Iterable[int], cp_size: int, max_imbalance: float = 1.05, max_token_imbalance: float = 1.0
 ) -> int:
-    """KV that every plan within the caps moves in the forward of one full-attention layer, in tokens summed over
-    ranks: at most a plan's `report()["kv_total"]` (derived in the module's docstring; the FlashCP paper has none). It
-    says nothing about plans outside the caps, nor where none is within them."""
+    """Return the least KV that any plan within the caps moves in the forward of one full-attention layer.
+
+    The bound is in tokens summed over ranks, like `report()["kv_total"]` of a plan, which is at least as large. It
+    does not apply to plans that exceed the caps. The module's docstring derives it; the FlashCP paper has no such
+    bound.
+    """
     return least_kv(Caps(*check_lengths(lengths, cp_size), max_imbalance, max_token_imbalance))
 
 
 def least_kv(caps: Caps) -> int:
-    """[`kv_lower_bound`] of documents and caps that are checked already."""
+    """Return [`kv_lower_bound`] for caps whose documents have already been validated."""
     low = LowPositions(caps)
     total, previous, of_document = 0, 0, 0
     for length in reversed(low.lengths):
@@ -92,7 +96,7 @@ def least_kv(caps: Caps) -> int:
 
 
 def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
-    """The least ends e_1, e_2, ... by (2) of a document, up to the last above 0."""
+    """Return the least ends e_1, e_2, ... of a document by (2), up to the last one above 0."""
     ends = []
     whole = attention_pairs(0, length)
     for ranks in range(1, caps.cp_size):
@@ -101,7 +105,7 @@ def _least_ends(length: int, caps: Caps, low: LowPositions) -> list[int]:
         if length <= most_tokens:
             if whole + low.cheapest_without(length, max(needed - length, 0)) <= most_pairs:
                 break
-        # At least one token of the document on each of the ranks, at most what they may hold.
+        # Each of the ranks holds at least one token of the document, and together they hold at most their caps.
         least, most = max(length - most_tokens, 1), length - ranks
         while least < most:
             end = (least + most) // 2

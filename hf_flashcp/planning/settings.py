@@ -1,4 +1,4 @@
-"""`PlanSettings`: how batches are planned. [`FlashCPPlugin`] makes it for collator and attached model."""
+"""`PlanSettings`: the options of planning, which [`FlashCPPlugin`] shares with the collator and the attached model."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 STRATEGIES = ("whole_doc", "per_doc", "per_seq", "flashcp", "search")
-"""Names that `plan_documents` takes as `strategy`."""
+"""The names that `plan_documents` takes as `strategy`."""
 
 DEFAULT_STRATEGY = "search"
-"""The strategy of batches for which no other is chosen."""
+"""The strategy that is used if no other is chosen."""
 
 
 @dataclass
 class PlanSettings:
-    """How the documents of a batch are planned: [`plan_documents`] has what each option does.
+    """The options with which the documents of a batch are planned.
 
-    One object is shared by plugin, collator and attached model, so that none of them can plan otherwise.
+    The plugin, the collator and the attached model share one object, so that all of them make the same plans.
 
     Args:
         cp_size (`int`): number of context-parallel ranks.
         hardware (`str`, `Path` or `HardwareProfile`, *optional*): with the strategy "search", plan for the least
-            predicted step time on it. It takes a model's sizes to predict ([`~PlanSettings.for_model`]).
+            predicted step time on this hardware. The prediction needs the sizes of a model, which
+            [`~PlanSettings.for_model`] takes.
 
-    The others are options of [`plan_documents`].
+    [`plan_documents`] describes all other arguments.
 
     Raises:
         PlanError: a cp_size below 1, an unknown strategy, a cap below 1, an option that the strategy does not have,
-            two goals at once, ranks that do not fill their nodes.
+            two goals at once, or ranks that do not fill their nodes.
         ConfigurationError: an unknown hardware profile.
     """
 
@@ -66,8 +67,8 @@ class PlanSettings:
             cap = getattr(self, name)
             if not isinstance(cap, (int, float)) or not (1 <= cap <= MOST_TOKENS or cap == math.inf):
                 raise PlanError(
-                    f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, a number not below 1 (no cap: "
-                    "infinity)."
+                    f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, so it must be a number of at least "
+                    "1. Pass infinity for no cap."
                 )
         self._check_owners()
         if self.num_stages is not None:
@@ -94,36 +95,42 @@ class PlanSettings:
     def _check_goals(self) -> None:
         if self.cost_model is not None and not isinstance(self.cost_model, CostModel):
             raise PlanError(
-                f"cost_model is {reprlib.repr(self.cost_model)}: make one by CostModel.from_config(config, hardware)."
+                f"cost_model is {reprlib.repr(self.cost_model)}, not a CostModel: pass "
+                "CostModel.from_config(config, hardware)."
             )
         timed = self.hardware is not None or self.cost_model is not None
         if self.minimize_total and (timed or self.topology is not None):
-            raise PlanError("minimize_total is a goal of its own: leave out cost_model, hardware and topology.")
+            raise PlanError(
+                "minimize_total is a goal of its own, which cannot be combined with cost_model, hardware or topology. "
+                "Leave it out, or leave those out."
+            )
 
     def for_model(self, config: PreTrainedConfig | Mapping[str, Any], itemsize: int = 2) -> None:
-        """Predicts step times for a model from now on, if there is a `hardware` to predict them on.
+        """Set the model whose step times are predicted. This has no effect unless `hardware` is set.
 
         Args:
             config (`PreTrainedConfig` or `Mapping`): config of the model.
-            itemsize (`int`, *optional*, defaults to 2): bytes of an element in the training dtype.
+            itemsize (`int`, *optional*, defaults to 2): bytes per element in the training dtype.
 
         Raises:
-            ConfigurationError: a config without the sizes of its attention.
+            ConfigurationError: the config lacks the sizes of its attention layers.
         """
         if self.hardware is not None:
             self.cost_model = CostModel.from_config(config, self.hardware, itemsize=itemsize)
 
     def timing(self) -> CostModel | None:
-        """What predicts step times, with the nodes of `topology` where there is one; `None` for plans of little KV.
+        """Return the cost model that predicts step times, with the nodes of `topology` if that is set.
+
+        The result is `None` if plans are made for little KV instead of little time.
 
         Raises:
-            ConfigurationError: `hardware` without a model.
+            ConfigurationError: `hardware` is set, but no model.
         """
         if self.cost_model is None:
             if self.hardware is not None:
                 raise ConfigurationError(
-                    "FlashCPPlugin has a hardware to plan for, but no model is attached yet, whose sizes it takes. "
-                    "Call hf_flashcp.attach(model, accelerator) before the first batch is read."
+                    "FlashCPPlugin has a hardware profile to plan for, but no model is attached yet. Planning needs "
+                    "the model's sizes: call hf_flashcp.attach(model, accelerator) before the first batch is read."
                 )
             return None
         if self.topology is None:
@@ -132,12 +139,12 @@ class PlanSettings:
         return dataclasses.replace(self.cost_model, hardware=hardware)
 
     def with_whole_documents(self) -> PlanSettings:
-        """Settings that keep documents whole, for models that need that."""
+        """Return settings with which documents stay whole, for models that need whole documents."""
         return PlanSettings(self.cp_size, "whole_doc")
 
 
 class SettingsOwner(Protocol):
-    """What [`FlashCPPlugin`] is for planning."""
+    """An object that owns plan settings. [`FlashCPPlugin`] is one."""
 
     plan_settings: PlanSettings
 
@@ -146,33 +153,43 @@ _owner: SettingsOwner | None = None
 
 
 def remember_owner(owner: SettingsOwner | None) -> None:
-    """Makes an owner's settings the current ones of this process; `None` forgets them."""
+    """Make an owner's settings the current settings of this process; `None` clears them."""
     global _owner
     _owner = owner
 
 
 def current_owner(cp_size: int | None = None) -> SettingsOwner | None:
-    """The [`FlashCPPlugin`] that this process made last, if it has `cp_size` ranks or none are asked for."""
+    """Return the [`FlashCPPlugin`] that this process made last, or `None` if there is none or its cp_size differs.
+
+    With `cp_size=None` any cp_size matches.
+    """
     return _owner if _owner is not None and cp_size in (None, _owner.plan_settings.cp_size) else None
 
 
 def current_settings(cp_size: int | None = None) -> PlanSettings:
-    """The settings of the [`FlashCPPlugin`] that this process made last, if it has `cp_size` ranks or none are asked
-    for; else default ones for `cp_size` ranks, else those of the launcher's environment."""
+    """Return the settings with which this process plans.
+
+    These are the settings of the [`FlashCPPlugin`] that this process made last, unless a different `cp_size` is given.
+    Without such a plugin they are the default settings for `cp_size` ranks or, if no `cp_size` is given, those in the
+    launcher's environment.
+
+    Raises:
+        ConfigurationError: there is no plugin, no `cp_size`, and nothing in the environment.
+    """
     if (owner := current_owner(cp_size)) is not None:
         return owner.plan_settings
     if cp_size is not None:
         return PlanSettings(cp_size)
     if os.environ.get("PARALLELISM_CONFIG_CP_BACKEND") != "flashcp":
         raise ConfigurationError(
-            "No cp_size is known: make a FlashCPPlugin(cp_size=...) before the collator, start with `accelerate "
-            "launch` and a config file that has parallelism_config_cp_backend: flashcp, or pass cp_size."
+            "No cp_size is known: make a FlashCPPlugin(cp_size=...) before the collator, or pass cp_size. Or start "
+            "with `accelerate launch` and a config file that has parallelism_config_cp_backend: flashcp."
         )
     return PlanSettings(size_from_environment("cp_size"), strategy_from_environment())
 
 
 def size_from_environment(name: str) -> Any:
-    """What `accelerate launch` exports for a size of the parallelism config, unchecked; 1 where it exports nothing."""
+    """Return a size of the parallelism config that `accelerate launch` exports, unchecked; 1 if it exports none."""
     value = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
     try:
         return int(value)
@@ -181,5 +198,5 @@ def size_from_environment(name: str) -> Any:
 
 
 def strategy_from_environment() -> str:
-    """The strategy in `FLASHCP_STRATEGY`, or the default one."""
+    """Return the strategy in `FLASHCP_STRATEGY`, or the default strategy."""
     return os.environ.get("FLASHCP_STRATEGY", DEFAULT_STRATEGY)

@@ -1,12 +1,12 @@
-"""The shardings that strategies are made of: whole documents, zigzag over all ranks, zigzag of the packed row.
+"""Basic ways to shard documents: whole, each document in a zigzag over all ranks, or the packed row in a zigzag.
 
-How one document of eight tokens lies on two ranks (queries down, keys across, the digit is the query's rank):
+A document of eight tokens on two ranks (queries down, keys across; each digit is the rank of the query):
 
     per_doc             whole_doc
     0 . . . . . . .     0 . . . . . . .
     0 0 . . . . . .     0 0 . . . . . .
     1 1 1 . . . . .     0 0 0 . . . . .
-    1 1 1 1 . . . .     0 0 0 0 . . . .      no KV travels; other documents
+    1 1 1 1 . . . .     0 0 0 0 . . . .      no KV travels, but other documents
     1 1 1 1 1 . . .     0 0 0 0 0 . . .      have to balance the ranks
     1 1 1 1 1 1 . .     0 0 0 0 0 0 . .
     0 0 0 0 0 0 0 .     0 0 0 0 0 0 0 .
@@ -22,8 +22,11 @@ from ..plan.slices import Lengths, Slice, Slices, attention_pairs
 
 
 def whole_doc(lengths: Lengths, cp_size: int) -> Slices:
-    """Documents stay whole, so no KV travels. Only where documents are fewer than ranks is one cut: an empty rank
-    takes the next single token from the head of the longest piece."""
+    """Place whole documents on ranks, so that no KV travels.
+
+    Documents are cut only if there are fewer documents than ranks: each empty rank then takes a single token from the
+    head of the longest piece.
+    """
     slices: Slices = [[] for _ in range(cp_size)]
     for document, rank in assign_whole(lengths, range(len(lengths)), [0] * cp_size, [0] * cp_size):
         slices[rank].append(Slice(document, 0, lengths[document]))
@@ -34,8 +37,11 @@ def whole_doc(lengths: Lengths, cp_size: int) -> Slices:
 def assign_whole(
     lengths: Lengths, documents: Iterable[int], pairs: list[int], tokens: list[int]
 ) -> list[tuple[int, int]]:
-    """`(document, rank)`, the longest document first, each to the rank with the fewest attention pairs so far (ties:
-    tokens, then rank). `pairs` and `tokens` are what the ranks have already."""
+    """Assign whole documents to ranks, longest first, each to the rank with the fewest attention pairs so far.
+
+    Ties go to the rank with fewer tokens, then to the lower rank. `pairs` and `tokens` are those that each rank holds
+    already. The result has a `(document, rank)` for each document.
+    """
     loads = list(zip(pairs, tokens, range(len(pairs))))
     heapq.heapify(loads)
     assigned = []
@@ -48,8 +54,10 @@ def assign_whole(
 
 
 def give_empty_ranks_a_token(slices: Slices) -> None:
-    """Each rank without tokens takes the first one of the longest piece on any rank, in place; where all pieces are
-    single tokens, one of a rank with several."""
+    """Move one token to each rank without tokens, in place: the first token of the longest piece on any rank.
+
+    If all pieces are single tokens, it comes from a rank that holds several.
+    """
     for rank_slices in slices:
         if not rank_slices:
             piece, donor = max(
@@ -65,13 +73,14 @@ def give_empty_ranks_a_token(slices: Slices) -> None:
 def per_doc(
     lengths: Lengths, cp_size: int, rotate_ranks: bool = False, documents: Iterable[int] | None = None
 ) -> Slices:
-    """Every document, or those of `documents`, in 2N near-equal chunks, rank i takes chunks i and 2N-1-i (WLB-LLM's
-    per-document sharding).
+    """Split each document, or each of `documents`, over all ranks in a zigzag (WLB-LLM's per-document sharding).
 
-    The `length mod 2N` tokens left over go one each to the next chunks in the order of the zigzag, and the place in
-    that order is carried on from document to document: no padding, and ranks' tokens stay equal within one. With
-    `rotate_ranks` document d's rank labels are shifted by d, so that receiving (the holder of last chunks) and sending
-    (the holder of first chunks) do not always fall on the same rank.
+    A document is cut into 2N chunks of nearly equal length, and rank i takes chunks i and 2N-1-i. The `length mod 2N`
+    tokens that are left over go to one chunk each, in the order of the zigzag, and the next document continues where
+    the last one ended. So no padding is needed, and ranks' tokens differ by at most one.
+
+    The rank with the last chunk of a document receives the most KV, and the rank with its first chunk sends the most.
+    With `rotate_ranks` the ranks of document d are shifted by d, so that these are not always the same ranks.
     """
     chunks = 2 * cp_size
     slices: Slices = [[] for _ in range(cp_size)]
@@ -82,8 +91,8 @@ def per_doc(
         base, extra = divmod(length, chunks)
         sizes = [base] * chunks
         for turn in range(next_extra, next_extra + extra):
-            # The turn names a rank, so that tokens stay equal whatever the shift; it falls on the chunk of the
-            # document that this rank holds in this half of the zigzag.
+            # The turn selects a rank, so that ranks' tokens stay equal for any shift. The token goes to the chunk that
+            # this rank holds in this half of the zigzag.
             turn %= chunks
             if turn < cp_size:
                 chunk = (turn - shift) % cp_size
@@ -101,11 +110,15 @@ def per_doc(
 
 
 def per_seq(lengths: Lengths, cp_size: int) -> Slices:
-    """The whole packed row in 2N near-equal chunks, rank i takes chunks i and 2N-1-i, documents ignored (Llama 3)."""
+    """Split the packed row over all ranks in a zigzag, ignoring documents, as Llama 3 did.
+
+    The row is cut into 2N chunks of nearly equal length, and rank i takes chunks i and 2N-1-i.
+    """
     total = sum(lengths)
     chunks = 2 * cp_size
     base, extra = divmod(total, chunks)
-    # One spare token to each rank's first chunk, then to the last chunks from the end: ranks stay equal within one.
+    # Spare tokens go to the ranks' first chunks, then to their last chunks from the end, so that the ranks' tokens
+    # differ by at most one.
     with_extra = {turn if turn < cp_size else chunks - 1 - (turn - cp_size) for turn in range(extra)}
     slices: Slices = [[] for _ in range(cp_size)]
     document, document_start, start = 0, 0, 0

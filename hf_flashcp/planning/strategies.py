@@ -1,4 +1,4 @@
-"""`plan_documents`: from document lengths to a validated `ShardPlan`, by any strategy."""
+"""`plan_documents`: makes a validated `ShardPlan` from document lengths, by any strategy."""
 
 from __future__ import annotations
 
@@ -35,48 +35,52 @@ def plan_documents(
     rotate_ranks: bool = False,
     topology: Topology | None = None,
 ) -> ShardPlan:
-    """Assigns the tokens of packed documents to context-parallel ranks.
+    """Make a plan that assigns the tokens of packed documents to context-parallel ranks.
 
-    Pure and deterministic: every rank that plans the same lengths gets the same plan.
+    The function is pure and deterministic: every rank that plans the same lengths gets the same plan.
 
     Args:
-        lengths (`Iterable[int]`): tokens of each document in packed order; any positive integers, no divisibility.
-        cp_size (`int`): number of context-parallel ranks; the batch needs at least that many tokens.
+        lengths (`Iterable[int]`): tokens of each document, in packed order. They may be any positive integers.
+        cp_size (`int`): number of context-parallel ranks. The batch needs at least this many tokens.
         strategy (`str`, *optional*, defaults to `"search"`):
-            - `"whole_doc"`: documents stay whole, balanced by attention work, no KV travels. Ranks may hold
-              unequal tokens.
-            - `"per_doc"`: every document is split over all ranks (zigzag): tokens and work balanced, most KV travels.
-            - `"per_seq"`: the packed row is split over all ranks as if it were one document (Llama 3): tokens
-              balanced, work only for one long document.
-            - `"flashcp"`: Algorithm 1 of the FlashCP paper (arXiv 2606.08476): the longest documents split over all
-              ranks, as few as the caps allow, the rest whole or with their heads moved to equalize tokens.
-            - `"search"`: documents split over any number of ranks, unequally, as little as the caps allow: among plans
-              within 10% of the least KV found, the one whose busiest rank receives and sends least. Never more KV than
-              "flashcp", in total or on the busiest rank.
+            - `"whole_doc"`: keeps documents whole and balances attention work. No KV travels. Ranks may hold different
+              numbers of tokens.
+            - `"per_doc"`: splits every document over all ranks in a zigzag. Tokens and attention work are balanced,
+              but the most KV travels.
+            - `"per_seq"`: splits the packed row over all ranks as if it were one document, as Llama 3 did. Tokens are
+              balanced; attention work is balanced only if the row is one long document.
+            - `"flashcp"`: Algorithm 1 of the FlashCP paper (arXiv 2606.08476). Splits the longest documents over all
+              ranks, as few as the caps allow. All others stay whole, or have their heads moved to equalize tokens.
+            - `"search"`: splits documents over any number of ranks, into unequal parts, as little as the caps allow.
+              Of the plans within 10% of the least total KV found, it returns the one whose busiest rank receives or
+              sends the least. It never moves more KV than "flashcp", in total or on the busiest rank.
         cost_model (`CostModel`, *optional*): with `"search"`, look for the least predicted step time within the caps
-            instead: balance where compute decides, little KV where the link does. Takes several times longer.
-        max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs a rank may hold, as a multiple
-            of the mean. Binds "flashcp" and "search"; the others report theirs. Where no plan within it is found, the
-            best balanced one known comes with an [`~hf_flashcp.errors.UnmetCapWarning`].
-        max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens a rank may hold, as a multiple of
-            the mean; 1.0 means equal within one token. Binds "flashcp" and "search".
+            instead. This favors balance where compute is the bottleneck, and little KV where a link is. It takes
+            several times longer.
+        max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs that a rank may hold, as a
+            multiple of the mean. Only "flashcp" and "search" obey it. If they find no plan within the cap, the best
+            balanced plan known is returned, with an [`~hf_flashcp.errors.UnmetCapWarning`].
+        max_token_imbalance (`float`, *optional*, defaults to 1.0): the most tokens that a rank may hold, as a multiple
+            of the mean; 1.0 means that ranks' tokens differ by at most one. Only "flashcp" and "search" obey it.
         minimize_total (`bool`, *optional*, defaults to `False`):
-            With `"search"`, the least KV in total instead of little on the busiest rank.
-        num_stages (`int`, *optional*): in how many stages a layer's KV travels, each while the one before is
-            computed, at most cp_size - 1: what `cost_model` predicts to be best, else one.
+            With `"search"`, minimize the KV in total instead of the KV of the busiest rank.
+        num_stages (`int`, *optional*): number of stages in which a layer's KV travels, at most cp_size - 1. Each stage
+            travels while the one before it is computed. The default is the number that `cost_model` predicts to be
+            fastest, or one stage without a cost model.
         rotate_ranks (`bool`, *optional*, defaults to `False`):
-            With `"per_doc"`, shift the rank labels by one from document to document. The total traffic stays, the
-            largest rank's share of it falls.
-        topology (`Topology`, *optional*): ranks in nodes: KV crosses to each node once and is handed on there.
-            `"search"` then looks for the plan whose busiest links take the shortest, where a row between nodes takes
-            `inter_node_cost` times longer; never busier than without. Beside a `cost_model` it takes the place of the
-            hardware profile's `ranks_per_node`.
+            With `"per_doc"`, shift the ranks by one from document to document. The total traffic stays the same, and
+            the share of the busiest rank falls.
+        topology (`Topology`, *optional*): the ranks' nodes. KV is then sent to each node once and forwarded inside it.
+            `"search"` looks for the plan whose busiest links need the least time, where a row between nodes takes
+            `inter_node_cost` times as long as a row inside a node. Links are never busier than with the plan that is
+            made without a topology. With a `cost_model`, the topology replaces the hardware profile's
+            `ranks_per_node`.
 
     Returns:
-        `ShardPlan`: a validated partition.
+        `ShardPlan`: a validated plan.
 
     Raises:
-        PlanError: no documents, an empty document, fewer tokens than ranks, or options that do not fit (see
+        PlanError: no documents, an empty document, fewer tokens than ranks, or options that do not fit together (see
             [`PlanSettings`]).
     """
     settings = PlanSettings(
@@ -94,7 +98,7 @@ def plan_documents(
 
 
 def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
-    """[`plan_documents`] with options that have been checked; `hardware` needs a model by now."""
+    """Make a plan as [`plan_documents`] does, from settings. If they have a `hardware`, they need a model, too."""
     begin = time.perf_counter()
     lengths, cp_size = check_lengths(lengths, settings.cp_size)
     caps = settings.max_imbalance, settings.max_token_imbalance
@@ -123,7 +127,8 @@ def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
     return plan
 
 
-# Epochs and evaluation plan the same packs again. Plans are not kept: they carry what differs between batches.
+# Slices are cached because later epochs and evaluations plan the same packs again. Plans are not cached, because they
+# carry attributes of their batch.
 
 
 @functools.lru_cache(maxsize=128)
@@ -154,15 +159,18 @@ def _fastest(
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
-    """Tokens can always be equal within one; pairs cannot, where documents are short or there is little to cut."""
+    """Warn if the plan exceeds the cap on attention pairs.
+
+    The cap on tokens can always be met. The cap on pairs cannot be met if documents are short or few can be cut.
+    """
     pairs = rank_pairs(plan.slices)
     imbalance = max(pairs) * plan.cp_size / sum(pairs)
     if imbalance > max_imbalance:
         warnings.warn(
-            f"max_imbalance={max_imbalance} is not met: no plan within it was found for {len(plan.lengths)} documents "
-            f"of {plan.num_tokens:,} tokens on {plan.cp_size} ranks, so this one has {imbalance:.3f} times the mean "
-            "of attention pairs on a rank. Pack more tokens, lower cp_size, raise the cap, or turn this into an "
-            'error: warnings.simplefilter("error", hf_flashcp.errors.UnmetCapWarning).',
+            f"max_imbalance={max_imbalance} is not met: no plan within the cap was found for {len(plan.lengths)} "
+            f"documents of {plan.num_tokens:,} tokens on {plan.cp_size} ranks. This plan's fullest rank has "
+            f"{imbalance:.3f} times the mean attention pairs. Pack more tokens, lower cp_size, or raise the cap; "
+            'warnings.simplefilter("error", hf_flashcp.errors.UnmetCapWarning) makes this an error.',
             UnmetCapWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Predictions from a model's config and a hardware profile: step times and memory. Pure Python and NumPy."""
+"""Predicts step times and memory from a model's config and a hardware profile. Pure Python and NumPy."""
 
 from .cost_model import CostModel, StepTime
 from .hardware_profile import HARDWARE, HardwareProfile

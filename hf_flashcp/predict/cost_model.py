@@ -1,14 +1,14 @@
 """`CostModel`: predicts how long a training step takes under a plan, from a model's config and a hardware profile.
 
-What a rank does in one attention layer, and when (here with two stages; R1, R2 are the rectangles of received KV):
+This is the work of a rank in one attention layer with two stages. R1 and R2 are the rectangles of received KV:
 
     forward    |-- pack --|-- local pass --------|-- R1 + merge --|-- R2 + merge --|
     link                  |-- KV 1 --|-- KV 2 ---------------------|waits|
     backward   |-- R1 --|-- R2 --|-- local pass ---------|waits|-- add --|
     link                |-- dKV 1 --|-- dKV 2 -----------------|
 
-so a layer costs its kernels and copies, and as much of the transfers as they do not hide. A step is the sum over
-layers plus the linear work of the rank's tokens, and takes as long as the slowest rank.
+A layer takes as long as its kernels and copies, plus the part of its transfers that they do not hide. A step takes the
+sum over layers plus the linear work of the rank's tokens, on the slowest rank.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 
 BACKWARD_OF_LINEAR = 2
-"""Floating-point work of a linear layer's backward, over that of its forward: two products instead of one."""
+"""Ratio of a linear layer's floating-point operations in backward to those in forward: two products to one."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Predicted seconds of a training step (forward and backward), by rank.
+    """Predicted seconds of each rank in a training step (forward and backward), summed over layers.
 
     Args:
-        linear (`np.ndarray`): (cp_size,) everything that works token by token.
-        attention (`np.ndarray`): (cp_size,) attention kernels of all layers.
-        copies (`np.ndarray`): (cp_size,) packing, merging and adding what travels, all layers.
-        exposed (`np.ndarray`): (cp_size,) waiting for KV and for gradients of KV, all layers.
-        transfer (`np.ndarray`): (cp_size,) time on the wire, all layers, whether it is waited for or not.
+        linear (`np.ndarray`): all work that is done token by token, (cp_size,).
+        attention (`np.ndarray`): attention kernels, (cp_size,).
+        copies (`np.ndarray`): packing, merging and adding rows that travel, (cp_size,).
+        exposed (`np.ndarray`): waiting for KV and for gradients of KV, (cp_size,).
+        transfer (`np.ndarray`): time on the wire, (cp_size,), including transfers that no rank waits for.
     """
 
     linear: np.ndarray
@@ -62,28 +62,28 @@ class StepTime:
 
     @property
     def attention_seconds(self) -> float:
-        """Attention with its copies and what it waits for, on the rank where they take longest."""
+        """Time of attention kernels, copies and waiting, on the rank where they take longest together."""
         return float((self.attention + self.copies + self.exposed).max())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serializable form."""
+        """Return the times in a JSON-serializable form."""
         by_rank = {name: values.tolist() for name, values in vars(self).items()}
         return {"seconds": self.seconds, "attention_seconds": self.attention_seconds, **by_rank}
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predicts step times of plans; what `plan_documents(..., cost_model=...)` minimises.
+    """Predicts the step times of plans. `plan_documents(..., cost_model=...)` minimizes these times.
+
+    Models with equal arguments are equal and hashable, so that all ranks make the same plans and plans can be cached.
 
     Args:
         hardware (`HardwareProfile`): speeds of kernels and links.
-        linear_flops_per_token (`float`): floating-point operations of the forward of all layers, twice the parameters
-            that a token meets.
-        layers (`tuple[AttentionLayers, ...]`): the attention layers, grouped.
+        linear_flops_per_token (`float`): floating-point operations per token in forward, without attention's products
+            Q K and P V: two per parameter that a token uses.
+        layers (`tuple[AttentionLayers, ...]`): the attention layers, in groups of equal layers.
         itemsize (`int`): bytes per element of K and V on the wire.
         grad_itemsize (`int`): bytes per element of their gradients on the wire.
-
-    Equal arguments make equal models, so that all ranks plan alike, and a model can be a key of a cache.
     """
 
     hardware: HardwareProfile
@@ -100,26 +100,27 @@ class CostModel:
         *,
         itemsize: int = 2,
     ) -> CostModel:
-        """Makes a cost model of a transformers config and some hardware.
+        """Make a cost model from a model's config and a hardware profile.
 
         Args:
             config (`PreTrainedConfig` or `Mapping`): a causal language model's config, or the dict in a config.json.
-            hardware: the name of a profile (`hf_flashcp.planning.HARDWARE`), the path of one, or a profile.
-            itemsize (`int`, *optional*, defaults to 2): bytes per element of the training dtype, which is also that of
-                the wire.
+            hardware (`str`, `Path` or `HardwareProfile`): a name in `hf_flashcp.planning.HARDWARE`, the path of a
+                profile's JSON file, or a profile.
+            itemsize (`int`, *optional*, defaults to 2): bytes per element in the training dtype, in which KV and its
+                gradients travel, too.
 
         Raises:
-            ConfigurationError: a config without the sizes of its attention, or an unknown profile.
+            ConfigurationError: the config lacks the sizes of its attention layers, or the profile is unknown.
         """
         shape = ModelShape.from_config(config)
         return cls(HardwareProfile.load(hardware), shape.linear_flops_per_token, shape.layers, itemsize, itemsize)
 
     def step_time(self, plan: ShardPlan) -> StepTime:
-        """Predicts the times of one step on a plan's batch."""
+        """Predict the times of one training step on the batch of a plan."""
         return self.sum_up(plan, [self.passes(plan, layers) for layers in self.layers])
 
     def sum_up(self, plan: ShardPlan, passes: Sequence[tuple[PassTimes, PassTimes]]) -> StepTime:
-        """Sums up a step: the linear work of a plan's tokens, and the forward and backward of each group of layers."""
+        """Return the times of a step, given the forward and backward times of one layer of each group."""
         sums = [np.zeros(plan.cp_size) for _ in PassTimes._fields]
         for layers, (forward, backward) in zip(self.layers, passes):
             for total, once, other in zip(sums, forward, backward):
@@ -127,11 +128,14 @@ class CostModel:
         return StepTime(self._linear_seconds(np.array(rank_tokens(plan.slices))), *sums)
 
     def document_times(self, lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted seconds of one device per document, forward and backward, (n,): `(linear, attention)`. They add up
-        over a pack's documents; what starting kernels and moving KV costs depends on the plan."""
+        """Return `(linear, attention)`, the predicted seconds of each document on one device, (n,) each.
+
+        The times include forward and backward, and add up over the documents of a pack. Kernel launches and the moving
+        of KV are left out, because their times depend on the plan.
+        """
         lengths = np.asarray(lengths, dtype=np.int64)
         squares = Rectangles(np.arange(len(lengths)), lengths, np.zeros_like(lengths))
-        # Documents that share a call are not alone on the device.
+        # With `units=0`, the longest tile does not bound the call: documents share calls with other documents.
         kernel = dataclasses.replace(self.hardware.kernel, units=0, call_seconds=0.0)
         attention = np.zeros(len(lengths))
         for layers in self.layers:
@@ -141,13 +145,16 @@ class CostModel:
         return self._linear_seconds(lengths), attention
 
     def passes(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
-        """Predicts the forward and the backward of one layer by this library's exchange."""
+        """Predict the times of one layer's forward and backward with this library's exchange."""
         layer = LayerCosts(self, layers, plan)
         local, stages = layer_work(plan, layer.window, self.hardware.ranks_per_node)
         return layer.forward(local, stages), layer.backward(local, stages)
 
     def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
-        """Seconds, (cp_size,), of transfers of (2, cp_size) bytes inside nodes and between them at the same time."""
+        """Return the seconds of each rank's transfers, (cp_size,), inside and between nodes at the same time.
+
+        `bytes_moved` is (2, cp_size): bytes inside nodes and between nodes.
+        """
         inside, between = bytes_moved
         return np.maximum(_seconds(self.hardware.intra_node, inside), _seconds(self.hardware.inter_node, between))
 
@@ -157,14 +164,14 @@ class CostModel:
 
 
 class LayerCosts:
-    """Costs of one attention layer under a plan."""
+    """Predicts the times of one attention layer under a plan. All times are in seconds, (cp_size,)."""
 
     def __init__(self, model: CostModel, layers: AttentionLayers, plan: ShardPlan):
         self.model, self.layers, self.plan, self.cp_size = model, layers, plan, plan.cp_size
         self.window = plan.hiding_window(layers.window)
 
     def kernel_seconds(self, rectangles: Rectangles, *, causal: bool, backward: bool, heads: int = 0) -> np.ndarray:
-        """One kernel call, see [`call_seconds`], of all query heads or of `heads`."""
+        """Return the time of one kernel call, see [`call_seconds`], for all query heads or for `heads` of them."""
         return call_seconds(
             self.model.hardware.kernel,
             rectangles,
@@ -176,26 +183,32 @@ class LayerCosts:
         )
 
     def merge_seconds(self, rectangles: Rectangles) -> np.ndarray:
-        """Partial outputs in fp32 are read and written, the received part's output is read."""
+        """Return the time to merge outputs: fp32 partial outputs are read and written, and the new output is read."""
         rows = np.bincount(rectangles.ranks, rectangles.queries, self.cp_size)
         elements = rows * self.layers.query_heads * self.layers.value_dim
         return elements * (8 + self.model.itemsize) / self.model.hardware.memory_bytes_per_second
 
     def pack_seconds(self, tokens: np.ndarray | int, backward: bool) -> np.ndarray:
-        """Packing tokens: KV to send is read and written once, gradients that come home are added to fp32 ones."""
+        """Return the time to pack the KV of tokens (read and write), or to add their gradients to fp32 sums."""
         bytes_per_element = 8 + self.model.grad_itemsize if backward else 2 * self.model.itemsize
         elements = tokens * self.layers.kv_elements_per_token
         return elements * bytes_per_element / self.model.hardware.memory_bytes_per_second
 
     def stage_seconds(self, stage: StageWork, backward: bool) -> np.ndarray:
-        """A stage's transfer, of both steps in a hierarchical exchange. Gradients go home along the same ways."""
+        """Return the time of a stage's transfer, in a hierarchical exchange of both steps.
+
+        Gradients take the same routes back.
+        """
         itemsize = self.model.grad_itemsize if backward else self.model.itemsize
         width = self.layers.kv_elements_per_token * itemsize
         second = _seconds(self.model.hardware.intra_node, stage.handed_on.max(0) * width)
         return self.model.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
 
     def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
-        """All transfers are posted at once and arrive one after the other. A window's results need no merging."""
+        """Return the times of forward.
+
+        All transfers are posted at once and arrive one after the other. Results of windowed layers need no merging.
+        """
         line = Timeline(self.cp_size)
         packed = line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=False))
         arrivals = [line.transfer(self.stage_seconds(stage, backward=False), packed) for stage in stages]
@@ -208,14 +221,14 @@ class LayerCosts:
         return line.times()
 
     def backward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
-        """Each stage's gradients leave when they are computed; the local pass is last."""
+        """Return the times of backward, in which a stage's gradients are sent at once and the local pass is last."""
         line = Timeline(self.cp_size)
-        home = line.nothing
+        returned = line.nothing
         for stage in stages:
             seconds = self.kernel_seconds(stage.rectangles, causal=self.window is not None, backward=True)
-            home = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
+            returned = line.transfer(self.stage_seconds(stage, backward=True), line.kernel(seconds))
         line.kernel(self.kernel_seconds(local, causal=True, backward=True))
-        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), home)
+        line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), returned)
         return line.times()
 
 

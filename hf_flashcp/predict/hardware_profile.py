@@ -1,4 +1,4 @@
-"""Hardware profiles: how fast kernels and links are, as data files beside this module (`hardware/*.json`)."""
+"""Hardware profiles: the speeds of kernels and links. The data files are in `hardware/*.json` beside this module."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..errors import ConfigurationError
 _FOLDER = Path(__file__).with_name("hardware")
 
 HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
-"""Names of the profiles that come with the library."""
+"""The names of the profiles that come with the library."""
 
 _MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "causal_tile_overhead_keys")
 _MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys", "causal_tile_overhead_keys")
 _WHOLE = ("tile", "units", "ranks_per_node")
 _LARGEST = 2**31 - 1
-_LEAST, _MOST = 1e-30, 1e30  # products of what is beyond might not be finite
+_LEAST, _MOST = 1e-30, 1e30  # products of values outside this range might not be finite
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction of the attention kernel.
+    """The speed of the attention kernel in one direction, forward or backward.
 
     Args:
         flops_per_second (`float`): speed on long rectangles without a mask.
-        tile_overhead_keys (`float`): cost of starting and ending a tile of queries, in keys that it could have
-            attended to meanwhile.
-        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if a tile costs more there.
+        tile_overhead_keys (`float`): time to start and end a tile of queries, expressed as the number of keys that the
+            tile could attend to in that time.
+        causal_tile_overhead_keys (`float`, *optional*): the same under a causal mask, if it differs there.
     """
 
     flops_per_second: float
@@ -41,7 +41,7 @@ class Pass:
     causal_tile_overhead_keys: float | None = None
 
     def overhead_keys(self, causal: bool) -> float:
-        """Returns the overhead of a tile, in keys."""
+        """Return the overhead of a tile, in keys."""
         if causal and self.causal_tile_overhead_keys is not None:
             return self.causal_tile_overhead_keys
         return self.tile_overhead_keys
@@ -49,16 +49,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A flash-attention kernel: tiles of queries, each against the keys it sees, spread over the device's units.
+    """The speed of a flash-attention kernel, which computes tiles of queries in parallel on the device's units.
 
     Args:
-        tile (`int`): queries of a tile; fewer cost as much, and under a causal mask a tile takes keys in blocks of as
-            many.
-        units (`int`): tiles (of one head) that run at the same time.
-        call_seconds (`float`): seconds per call beside its tiles.
-        causal_efficiency (`float`): speed under a causal mask, over that without one, on the same tiles.
-        forward (`Pass`): speed of the forward.
-        backward (`Pass`): speed of the backward.
+        tile (`int`): number of queries in a tile. A tile with fewer queries takes as long. Under a causal mask, a tile
+            processes keys in blocks of the same size.
+        units (`int`): number of tiles (of one head) that run at the same time.
+        call_seconds (`float`): seconds per call in addition to its tiles.
+        causal_efficiency (`float`): ratio of the speed under a causal mask to that without one, on the same tiles.
+        forward (`Pass`): speed in forward.
+        backward (`Pass`): speed in backward.
     """
 
     tile: int
@@ -71,11 +71,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Link:
-    """A rank's link to others.
+    """The speed of a rank's link to other ranks.
 
     Args:
-        bytes_per_second (`float`): bandwidth of sending, and of receiving at the same time.
-        latency_seconds (`float`): time until the first byte.
+        bytes_per_second (`float`): bandwidth in each direction, when sending and receiving at the same time.
+        latency_seconds (`float`): time until the first byte arrives.
     """
 
     bytes_per_second: float
@@ -84,19 +84,19 @@ class Link:
 
 @dataclass(frozen=True)
 class HardwareProfile:
-    """A kind of device and how it is connected.
+    """The speeds of one kind of device and of its links.
 
     Args:
         linear_flops_per_second (`float`): speed of large matrix products in the training dtype.
-        memory_bytes_per_second (`float`): bytes that operations which only copy or add read and write.
+        memory_bytes_per_second (`float`): bytes that operations which only copy or add can read and write per second.
         kernel (`Kernel`): the attention kernel.
-        intra_node (`Link`): link between ranks of a node.
+        intra_node (`Link`): each rank's link to other ranks of its node.
         inter_node (`Link`): each rank's link to ranks of other nodes.
-        ranks_per_node (`int`): ranks r with equal r // ranks_per_node share a node.
-        description (`str`): the device and its links in words.
+        ranks_per_node (`int`): number of ranks on a node; ranks r with equal r // ranks_per_node share a node.
+        description (`str`): description of the device and its links.
         memory_bytes (`float`, *optional*): memory of a device.
-        peak_flops_per_second (`float`, *optional*): the data sheet's speed, dense, in the training dtype, of which
-            a model's utilization (MFU) is a share.
+        peak_flops_per_second (`float`, *optional*): peak speed of dense matrix products in the training dtype, from
+            the data sheet. A model's FLOPs utilization (MFU) is relative to it.
     """
 
     linear_flops_per_second: float
@@ -111,10 +111,10 @@ class HardwareProfile:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:
-        """Reads the form of the data files.
+        """Read a profile in the form of the data files.
 
         Raises:
-            ConfigurationError: a key is missing, unknown, or has no positive number.
+            ConfigurationError: a key is missing or unknown, or a value is not a positive number.
         """
         try:
             kernel = dict(data["kernel"])
@@ -132,17 +132,17 @@ class HardwareProfile:
                     continue
                 if not _is_sound(name, value):
                     raise ConfigurationError(
-                        f"The hardware profile has {name} = {reprlib.repr(value)}: a positive number is needed, for "
-                        f"{', '.join(_WHOLE)} a whole one."
+                        f"The hardware profile has {name} = {reprlib.repr(value)}: give a positive number (for "
+                        f"{', '.join(_WHOLE)} a whole one; for the description, text)."
                     )
         return profile
 
     @classmethod
     def load(cls, hardware: str | Path | HardwareProfile) -> HardwareProfile:
-        """Returns a profile by its name in `HARDWARE` or by the path of a JSON file; a profile is returned as it is.
+        """Return the profile with a name in `HARDWARE`, or the one in a JSON file. A profile is returned unchanged.
 
         Raises:
-            ConfigurationError: no such name or file, or a file that is not a profile.
+            ConfigurationError: there is no such name or file, or the file is not a profile.
         """
         return hardware if isinstance(hardware, HardwareProfile) else _loaded(str(hardware))
 
@@ -166,8 +166,10 @@ def _loaded(hardware: str) -> HardwareProfile:
     except OSError as error:
         raise ConfigurationError(
             f"There is no hardware profile {hardware!r} ({error.strerror}): choose one of {', '.join(HARDWARE)}, or "
-            "give the path of a JSON file of that form."
+            "give the path of a profile's JSON file."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"The hardware profile {hardware!r} is not JSON: {error}.") from None
+        raise ConfigurationError(
+            f"The hardware profile {hardware!r} is not valid JSON: {error}. Correct the file."
+        ) from None
     return HardwareProfile.from_dict(data)

@@ -1,8 +1,8 @@
-"""Work of a plan's ranks in one attention layer: rectangles, stages of the exchange, and seconds per kernel call.
+"""The work of a plan's ranks in one attention layer: rectangles, stages of the exchange, and seconds per kernel call.
 
-A kernel call is priced by its tiles: `tile` queries of one head against the keys that they see, plus a fixed overhead
-in keys (that is what makes short rectangles slow), at the kernel's speed; but no call is shorter than its longest
-tile, which one unit of the device works on alone.
+The time of a kernel call is computed from its tiles. A tile is `tile` queries of one head against the keys that they
+see. A fixed overhead, expressed in keys, is added to each tile; it is what makes short rectangles slow. No call is
+shorter than its longest tile, which one unit of the device computes alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ _NO_WINDOW = 1 << 40
 
 
 class Rectangles(NamedTuple):
-    """Rectangles of queries and keys that kernel calls compute: int64 (n,) columns. All queries of one see its keys;
-    under a causal mask the keys lie before them."""
+    """Rectangles of queries and keys that kernel calls compute, as (n,) int64 columns.
+
+    All queries of a rectangle see all of its keys. Under a causal mask these keys lie before the queries, which also
+    see each other's keys causally.
+    """
 
     ranks: np.ndarray
     queries: np.ndarray
@@ -33,24 +36,28 @@ class Rectangles(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int]]) -> Rectangles:
-        """Makes columns of (rank, queries, keys) rows."""
+        """Make the columns from `(rank, queries, keys)` rows."""
         return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
 
 
 class StageWork(NamedTuple):
-    """One exchange and the rectangles that wait for it, with a window under a causal mask. Traffic is in tokens whose
-    KV travels in the forward, (2, cp_size): inside the rank's node, and from and to other nodes."""
+    """One exchange of KV and the rectangles that wait for it. In windowed layers they have a causal mask.
+
+    Traffic is in tokens whose KV travels in forward.
+    """
 
     rectangles: Rectangles
-    received: np.ndarray
-    sent: np.ndarray
-    handed_on: np.ndarray  # in the second step of a hierarchical exchange: (got, given) inside the node
-    copied: np.ndarray  # (cp_size,) packed to give, and what a hierarchical exchange puts in place
+    received: np.ndarray  # (2, cp_size): from ranks of the same node, and from other nodes
+    sent: np.ndarray  # (2, cp_size): to ranks of the same node, and to other nodes
+    handed_on: np.ndarray  # (2, cp_size): received and sent in the second step of a hierarchical exchange
+    copied: np.ndarray  # (cp_size,): packed to be sent, and in a hierarchical exchange also put in place
 
 
 def layer_work(plan: ShardPlan, window: int | None, ranks_per_node: int) -> tuple[Rectangles, list[StageWork]]:
-    """The local rectangles, under a causal mask, and the stages in which something travels; windowed layers have
-    one."""
+    """Return the local rectangles, which have a causal mask, and the stages in which any KV travels.
+
+    Windowed layers have at most one stage.
+    """
     groups = plan.offset_groups
     local, remote = _full_rectangles(plan.slices) if window is None else _window_rectangles(plan.slices, window)
     if window is not None or groups is None or len(groups) < 2:
@@ -70,7 +77,7 @@ def _stage(
         first, second = hierarchical_traffic(plan.slices, plan.ranks_per_node, window, group)
         received, sent = by_link(first, ranks_per_node)
         handed_on = np.array([second.sum(0), second.sum(1)])
-        # What it hands on is packed again, what the second step brings put in place; of the first's, the rest.
+        # Forwarded rows are packed again. All rows that the rank needs, from either step, are put in place.
         return StageWork(rectangles, received, sent, handed_on, sent.sum(0) + handed_on.sum(0) + received.sum(0))
     if group is not None:
         received, sent = by_link(plan.kv_traffic() * np.isin(_ring_offsets(cp_size), group), ranks_per_node)
@@ -82,8 +89,7 @@ def _stage(
 
 
 def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
-    """The most keys that a stage attends to and the most rectangles in a kernel call, on any rank in any of the
-    layers."""
+    """Return the most keys in a stage and the most rectangles in a kernel call, over all ranks and layers."""
     keys, sequences = [0], [0]
     for window in {plan.hiding_window(each.window) for each in layers}:
         if window is None:
@@ -108,12 +114,12 @@ def call_seconds(
     causal: bool,
     backward: bool,
 ) -> np.ndarray:
-    """Seconds, (cp_size,), of one kernel call per rank, over its rectangles. A rank without any makes no call."""
+    """Return the seconds of each rank's kernel call for its rectangles, (cp_size,); 0 for ranks without rectangles."""
     speed = kernel.backward if backward else kernel.forward
     ranks, queries, before = rectangles
     tiles = -(-queries // kernel.tile)
     if causal:
-        # Tile i = 1 ... sees before + i x tile keys, those beyond a window plus a tile cut off.
+        # Tile i = 1, 2, ... sees before + i x tile keys, at most a window plus a tile.
         most = (window or _NO_WINDOW) + kernel.tile
         growing = np.clip((most - before) // kernel.tile, 0, tiles)
         keys = before * growing + kernel.tile * growing * (growing + 1) / 2 + (tiles - growing) * most
@@ -131,13 +137,16 @@ def call_seconds(
 
 
 def _ring_offsets(cp_size: int) -> np.ndarray:
-    """How many ranks a receiver lies behind a sender in the ring: (cp_size, cp_size) int64, [sender][receiver]."""
+    """Return the ring offset from each sender to each receiver, (cp_size, cp_size) int64, [sender][receiver]."""
     return (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
 
 
 def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[Rectangles, Rectangles]:
-    """Returns `(local, remote)`. A rank's slices of a document form one causal square; each of them sees, of the other
-    ranks' tokens, those before it, without a mask."""
+    """Return `(local, remote)` rectangles of a full-attention layer.
+
+    A rank's slices of a document form one causal square. Each slice also sees all tokens before it that other ranks
+    hold, without a mask.
+    """
     local, remote = [], []
     for rank, held in enumerate(slices):
         last, owned = None, 0
@@ -155,7 +164,10 @@ def _full_rectangles(slices: Sequence[Sequence[Slice]]) -> tuple[Rectangles, Rec
 
 
 def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[Rectangles, Rectangles]:
-    """The same for a window: the rows of a slice that see nothing before it, and those that wait for their band."""
+    """Return `(local, remote)` rectangles of a windowed layer.
+
+    Local rows see no keys before their slice. The others, at the start of a slice, wait for their band of keys.
+    """
     local, remote = [], []
     for rank, held in enumerate(slices):
         for _, start, stop in held:
@@ -170,7 +182,7 @@ def _window_rectangles(slices: Sequence[Sequence[Slice]], window: int) -> tuple[
 def _staged_rectangles(
     slices: Sequence[Sequence[Slice]], cp_size: int, groups: Sequence[Sequence[int]]
 ) -> list[Rectangles]:
-    """Returns each slice against the keys before it that come from the ranks of one stage, stage by stage."""
+    """Return, for each stage, the rectangles of slices against the keys before them that come in that stage."""
     group_of = {offset: index for index, group in enumerate(groups) for offset in group}
     found: list[list[tuple[int, int, int]]] = [[] for _ in groups]
     for of_document in slices_by_document(slices).values():

@@ -1,6 +1,7 @@
-"""How much memory a device needs to train, from a model's sizes: docs/estimate_command.md has every term.
+"""Estimates the memory that a device needs for training, from a model's sizes. docs/sizing.md lists every term.
 
-A step has a few moments at which memory can be at its highest. Each is a sum of parts, the peak is the largest sum:
+A step has a few moments at which memory can be at its highest. The memory of a moment is a sum of parts, and the peak
+is the largest of these sums:
 
     forward                            backward
     layers ... logits, loss       |    loss, head, last layer ... first layer, embedding    |    optimizer
@@ -30,33 +31,38 @@ PARTS = (
     "temporary",
     WORKSPACE,
 )
-"""The parts that add up to the memory of every moment."""
+"""The names of the parts that add up to the memory of each moment."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device: by moment of a step those of each of [`PARTS`], and what forward keeps for backward
-    (activations, logits, received KV, gathered weights)."""
+    """The estimated memory of one device in a training step, in bytes.
+
+    Args:
+        moments (`dict[str, dict[str, float]]`): bytes of each of [`PARTS`], by moment of the step.
+        kept (`float`): bytes that forward keeps for backward: activations, logits, received KV and gathered weights.
+    """
 
     moments: dict[str, dict[str, float]]
     kept: float
 
     @property
     def peak(self) -> str:
+        """Name of the moment at which memory is at its highest."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes of each of [`PARTS`] at that moment."""
+        """Bytes of each of [`PARTS`] at the peak."""
         return self.moments[self.peak]
 
     @property
     def total(self) -> float:
-        """Bytes at that moment."""
+        """Bytes at the peak."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable, in whole bytes."""
+        """Return the estimate in a JSON-serializable form, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
         return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
 
@@ -64,9 +70,15 @@ class MemoryEstimate:
 def estimate_memory(
     shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
 ) -> MemoryEstimate:
-    """Predicts the memory of one device in a step after the first, with the fused AdamW that `TrainingArguments` has
-    as default. `kept` says whether a layer keeps the KV it received until its backward; by default as this library
-    does."""
+    """Estimate the memory of one device in any step after the first, with fused AdamW (the default optimizer).
+
+    Args:
+        shape (`MemoryShape`): sizes of the model.
+        setup (`TrainingSetup`): how the model is trained.
+        load (`RankLoad`): what the rank holds and moves.
+        kept (`bool`, *optional*): whether a layer keeps received KV until its backward. The default is this library's
+            own choice.
+    """
     if kept is None:
         kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
     step = _Step(shape, setup, load, kept)
@@ -91,9 +103,9 @@ def estimate_memory(
 
 
 class _Moment(NamedTuple):
-    """Memory at one moment of a step but for the constant parts: parameters that have a gradient, and bytes."""
+    """Memory at one moment of a step, in bytes, without the parts that are the same at every moment."""
 
-    parameters: float
+    parameters: float  # number of parameters that have a gradient
     activations: float = 0
     logits: float = 0
     received_kv: float = 0
@@ -103,14 +115,14 @@ class _Moment(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Memory of a layer in backward: bytes per token of activations, and bytes of received KV."""
+    """Memory that a layer holds for its backward."""
 
-    per_token: float
-    received_kv: float
+    per_token: float  # bytes of activations per token
+    received_kv: float  # bytes of received KV
 
 
 class _Step:
-    """A step on one device: what forward keeps for backward, and the moments at which memory can be at its highest."""
+    """Computes the memory of each moment of a step on one device, and the memory that forward keeps for backward."""
 
     def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
         self.shape, self.setup, self.tokens = shape, setup, load.tokens
@@ -139,9 +151,11 @@ class _Step:
 
     @property
     def kept_bytes(self) -> float:
+        """Bytes that forward keeps for backward."""
         return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
+        """Return the moments at which memory can be at its highest, by name."""
         shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
         everything, embedding = shape.parameters, shape.embedding_parameters
         row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
@@ -192,21 +206,21 @@ class _Step:
 
 
 class _Layer(NamedTuple):
-    """Bytes per token of one layer."""
+    """Memory of one layer, in bytes per token."""
 
-    kept: float  # what backward needs
-    attention_result: float  # of that, attention's output and logsumexp
-    shared_input: float  # of that, the layer's input
-    backward: float  # what backward has at most beside it, in the feed-forward block, weight gradients apart
-    block: float  # of `kept`, what the feed-forward block and its norm keep, which their backward frees
+    kept: float  # everything that is kept for backward
+    attention_result: float  # the part of `kept` that is attention's output and logsumexp
+    shared_input: float  # the part of `kept` that is the layer's input
+    backward: float  # the most that the feed-forward block's backward allocates on top, without weight gradients
+    block: float  # the part of `kept` that the feed-forward block and its norm keep and free in their backward
 
 
 def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
-    """Bytes per token that the feed-forward block and the norm before it keep."""
+    """Return the bytes per token that the feed-forward block and the norm before it keep."""
     c, s, readers = setup.compute_bytes, setup.stream_bytes, 2 if shape.gated else 1
     read = c * readers if setup.autocasts else s
     inner = shape.kept_widths * c * shape.intermediate
-    # Every expert gathers its tokens, and what it gives is weighted.
+    # Each expert keeps a copy of its tokens, and its output before it is weighted.
     routed = 2 * c * shape.hidden * shape.experts_per_token
     return shape.norm_bytes(shape.hidden, s) + read * shape.hidden + inner + routed
 
@@ -225,13 +239,13 @@ def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
         + result
     )
     more_norms = (shape.norms - 2) * shape.norm_bytes(shape.hidden, s)
-    # The gradients of both factors of the gated product stand beside them.
+    # The gradients of both factors of the gated product are allocated in addition to the factors.
     backward = (2 if shape.gated else 1) * c * shape.intermediate + 2 * s * shape.hidden
     return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
 class _Gathered(NamedTuple):
-    """Bytes of copies of weights and gradients beside the optimizer's, by moment, and what forward keeps."""
+    """Bytes of additional copies of weights and gradients, by moment."""
 
     forward: float
     loss_backward: float
@@ -239,12 +253,15 @@ class _Gathered(NamedTuple):
     first_layer: float
     embedding: float
     optimizer: float
-    kept: float
+    kept: float  # kept from forward for backward
 
 
 def _by_fsdp2(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
-    """FSDP2 as accelerate wraps it: embedding, every layer, and final norm with head (which stays gathered until its
-    backward); a layer is gathered ahead, and in backward a layer's gradients are reduced while the next computes."""
+    """Return the copies under FSDP2 as accelerate wraps a model.
+
+    The wrapped units are the embedding, each layer, and the final norm with the head, which stays gathered until its
+    backward. One layer is gathered ahead. In backward, a layer's gradients are reduced while the next layer computes.
+    """
     of_layer = setup.compute_bytes * shape.layer_parameters
     tail = setup.compute_bytes * shape.embedding_parameters
     backward = 4 * of_layer + (2 * tail if shape.tied else 0)
@@ -260,8 +277,10 @@ def _by_fsdp2(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
 
 
 def _by_ddp(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
-    """DDP's buckets hold all gradients once more. Autocast keeps what it casts until its layer's backward, or under
-    checkpointing until forward ends."""
+    """Return the copies under DDP, whose buckets hold a second copy of all gradients.
+
+    Autocast keeps cast weights until their layer's backward, or with gradient checkpointing until forward ends.
+    """
     buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
     head = setup.compute_bytes * shape.embedding_parameters * setup.autocasts
     of_layer = setup.compute_bytes * shape.layer_parameters * setup.autocasts
@@ -289,8 +308,11 @@ def largest_window(
     *,
     multiple: int = 1024,
 ) -> int:
-    """The most tokens of a packed row that fit in `memory_bytes`, a multiple of `multiple`; 0 if not even that many
-    do. `load` is that of some row, which longer and shorter ones have in proportion."""
+    """Return the longest packed row that fits in `memory_bytes`, in tokens, rounded down to a multiple of `multiple`.
+
+    `load` is the load of some row. Longer and shorter rows are assumed to have proportional loads. The result is 0 if
+    not even `multiple` tokens fit.
+    """
 
     def fits(units: int) -> bool:
         scaled = load.scaled(units * multiple / cp_size, batch_tokens=units * multiple)

@@ -1,4 +1,4 @@
-"""The sizes of a causal language model that decide how much memory its training takes, read from its config."""
+"""`MemoryShape`: the sizes of a causal language model that determine the memory for its training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .model_config import ModelConfig
 
 
-# Where a config.json leaves out what its model type has as the default.
+# Properties of model types that their config.json does not state.
 _TIED = ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2")
 _NORM_OF_EACH_HEAD = ("exaone4", "gemma3_text", "qwen3", "qwen3_moe")
 _NORM_OF_ALL_HEADS = ("olmo2", "olmo3")
@@ -16,45 +16,48 @@ _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
 _NOT_GATED = ("starcoder2",)
 _NORM_IN_FP32 = ("gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3")
 _LAYER_NORM = ("starcoder2",)
-# Elements that a feed-forward block keeps per element of its width: gate, activated gate, up and product, or what goes
-# into the activation and what comes out; GPT-OSS clamps both, multiplies twice and adds one.
+# Elements that a feed-forward block keeps per element of its width. The default of 4 is gate, activated gate, up and
+# product. A block without a gate keeps the input and output of its activation. GPT-OSS also clamps gate and up,
+# multiplies twice and adds one.
 _KEPT_WIDTHS = {"starcoder2": 2, "gpt_oss": 7}
 
 
 @dataclass(frozen=True)
 class MemoryShape:
-    """Sizes of a model: parameters, and widths of what its layers keep for backward, in elements."""
+    """The sizes of a model: its parameters, and the widths (in elements) of what its layers keep for backward."""
 
     layers: int
     hidden: int
     vocabulary: int
-    tied: bool  # whether the head is the embedding
+    tied: bool  # whether the head and the embedding share their weight
     query_heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    normed_width: int  # of a token's queries and keys that a norm of their own sees
-    latent_width: int  # normed latents of multi-head latent attention
-    latent_keys: int  # of a token's keys that its values' storage holds as well
-    norms: int  # of a layer over the hidden size
-    intermediate: float  # the block that a token meets, all its experts together; the mean over layers
+    normed_width: int  # elements of a token's queries and keys that have a norm of their own
+    latent_width: int  # elements of normed latents in multi-head latent attention
+    latent_keys: int  # elements of a token's keys that share storage with its values
+    norms: int  # number of norms over the hidden size per layer
+    intermediate: float  # width of the feed-forward block, all experts of a token together; mean over layers
     gated: bool
-    kept_widths: int  # that the block keeps for backward, over its width
-    norm: str  # see [`norm_bytes`]
-    softcapped: bool  # logits, which are then kept once more
-    experts_per_token: float  # the mean over layers; 0 in dense models
-    layer_parameters: float  # all experts included; the mean over layers
+    kept_widths: int  # elements that the block keeps for backward, per element of its width
+    norm: str  # kind of norm, see `norm_bytes`
+    softcapped: bool  # whether logits are softcapped, which keeps another copy of them
+    experts_per_token: float  # mean over layers; 0 in dense models
+    layer_parameters: float  # includes all experts; mean over layers
 
     @classmethod
     def from_config(cls, config: Any) -> MemoryShape:
-        """Reads a model's config, see [`ModelConfig`]. Layers are taken for those of a Llama, with the norms, gates
-        and experts of the model types that are known to differ."""
+        """Read the sizes from a model's config, see [`ModelConfig`].
+
+        Layers are assumed to be like Llama's, except for the norms, gates and experts of known model types.
+        """
         model = ModelConfig(config)
         kind, tied, latents = model.read("model_type"), model.read("tie_word_embeddings"), model.latents
         gated = kind not in _NOT_GATED
         norms = 4 if kind in _FOUR_NORMS else 2
         has_norm = kind in _NORM_OF_EACH_HEAD + _NORM_OF_ALL_HEADS
-        # The share of layers that have experts.
+        # Fraction of the layers that have experts.
         sparse = (model.layers - model.feed_forward.first_dense) / model.layers if model.feed_forward.chosen else 0
         block = _block_parameters(model, sparse, matrices=3 if gated else 2)
         return cls(
@@ -81,27 +84,33 @@ class MemoryShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding; a head that is not tied to it has as many."""
+        """Number of parameters of the embedding. A head that is not tied to it has as many."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> float:
-        """Parameters of the model, biases left out."""
+        """Number of parameters of the model, without biases."""
         return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.embedding_parameters + self.hidden
 
     @property
     def kv_width(self) -> int:
-        """Elements of a token's keys and values: H_kv (D_k + D_v)."""
+        """Number of elements of a token's keys and values in one layer: H_kv (D_k + D_v)."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
     def norm_bytes(self, width: float, itemsize: int) -> float:
-        """Bytes per token that a norm over `width` elements keeps: its input in fp32 and the normed input, in the
-        input's dtype ("cast", as Llama's) or in fp32 ("fp32", as Gemma's). PyTorch's own ("layer") keeps its input."""
+        """Return the bytes per token that a norm over `width` elements keeps.
+
+        Norms like Llama's ("cast") keep their input in fp32 and the normed input in the input's dtype. Those like
+        Gemma's ("fp32") keep both in fp32. PyTorch's own ("layer") keeps only its input.
+        """
         return width * {"cast": 4 + itemsize, "fp32": 8, "layer": itemsize}[self.norm]
 
 
 def _block_parameters(model: ModelConfig, sparse: float, matrices: int) -> float:
-    """Parameters of a layer's feed-forward block, the mean over layers of which a share `sparse` has experts."""
+    """Return the number of parameters of a feed-forward block, as the mean over layers.
+
+    A fraction `sparse` of the layers has experts.
+    """
     block = model.feed_forward
     parameters: float = matrices * block.dense
     if block.chosen:

@@ -1,4 +1,4 @@
-"""Reads the config of a causal language model: the one place that knows the names of its sizes."""
+"""Reads the config of a causal language model. Only this module knows the names of its entries."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ _LARGEST = 2**24
 
 
 class Latents(NamedTuple):
-    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); `query_rank` is 0 if queries have no
-    latents, `rope_dim` the elements of a key head that are rotated and shared by all heads."""
+    """The widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in elements."""
 
-    query_rank: int
+    query_rank: int  # 0 if queries have no latents
     kv_rank: int
-    rope_dim: int
+    rope_dim: int  # the part of a key head that is rotated and shared by all heads
 
 
 class FeedForward(NamedTuple):
-    """Widths of a model's feed-forward blocks."""
+    """The widths of a model's feed-forward blocks, in elements."""
 
-    dense: int  # of a block without experts
-    chosen: int  # experts that a token is sent to; 0 in dense models
-    expert: int
-    shared: int  # of the experts that every token meets, together
-    first_dense: int  # leading layers without experts
+    dense: int  # width of a block without experts
+    chosen: int  # number of experts per token; 0 in dense models
+    expert: int  # width of an expert
+    shared: int  # width of all experts that every token uses, together
+    first_dense: int  # number of leading layers without experts
 
     def met(self, layers: int) -> int:
+        """Return the width of the blocks that a token passes through, summed over layers."""
         if not self.chosen:
             return layers * self.dense
         return self.first_dense * self.dense + (layers - self.first_dense) * (self.chosen * self.expert + self.shared)
 
 
 def config_value(config: Any, name: str) -> Any:
-    """A value of a transformers config or of the dict in a config.json; `None` where there is none, or one per
-    layer."""
+    """Return a value of a transformers config or of the dict in a config.json.
+
+    The result is `None` if there is no such value, or if reading it fails because layers have different values.
+    """
     if isinstance(config, Mapping):
         return config.get(name)
     try:
@@ -53,11 +55,15 @@ def config_value(config: Any, name: str) -> Any:
 
 
 class ModelConfig:
-    """A model's config with its values checked and its defaults filled in; of several models, that of the text model.
+    """A model's config, with values checked and defaults filled in. Of a multimodal model it is the text model's.
 
-    It is a transformers config or the dict in a config.json: of dense and mixture-of-experts decoders with
-    grouped-query or multi-head latent attention. A `ConfigurationError` says what is missing, or on reading, of the
-    wrong kind.
+    It covers dense and mixture-of-experts decoders with grouped-query or multi-head latent attention.
+
+    Args:
+        config (`PreTrainedConfig` or `Mapping`): a transformers config, or the dict in a config.json.
+
+    Raises:
+        ConfigurationError: a needed value is missing or, when it is read, has the wrong type.
     """
 
     def __init__(self, config: Any):
@@ -70,13 +76,13 @@ class ModelConfig:
         missing = [name for name in needed if not self.read(name)]
         if missing:
             raise ConfigurationError(
-                f"The model's config has no {', '.join(missing)}, from which its times are predicted. Pass the config "
-                "of a causal language model with transformers' usual names."
+                f"The model's config has no {', '.join(missing)}, which predictions need. Pass the config of a causal "
+                "language model with transformers' usual names."
             )
         self.hidden, self.layers, self.query_heads = (self.read(name) for name in _NEEDED)
 
     def read(self, name: str) -> Any:
-        """Returns the value of a name, `None` where the config has none."""
+        """Return the checked value of an entry, or `None` if the config does not have it."""
         value = config_value(self._config, name)
         if name == "layer_types":
             sound, kind = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of names"
@@ -91,32 +97,36 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
+        """Size of the vocabulary; 0 if the config does not have it."""
         return self.read("vocab_size") or 0
 
     @cached_property
     def latents(self) -> Latents | None:
-        """Latents of attention, `None` where it has none."""
+        """Widths of attention's latents, or `None` if it has none."""
         if not self.read("kv_lora_rank"):
             return None
         return Latents(self.read("q_lora_rank") or 0, self.read("kv_lora_rank"), self.read("qk_rope_head_dim"))
 
     @property
     def kv_heads(self) -> int:
-        """KV heads that attention sees: with latents as many as query heads."""
+        """Number of KV heads that attention sees. With latents there are as many as query heads."""
         return self.query_heads if self.latents else self.read("num_key_value_heads") or self.query_heads
 
     @property
     def key_dim(self) -> int:
+        """Elements of a key head."""
         if self.latents:
             return self.read("qk_nope_head_dim") + self.latents.rope_dim
         return self.read("head_dim") or self.hidden // self.query_heads
 
     @property
     def value_dim(self) -> int:
+        """Elements of a value head."""
         return self.read("v_head_dim") if self.latents else self.key_dim
 
     @property
     def projection_parameters(self) -> int:
+        """Number of parameters in the projections of one attention layer."""
         heads, key_dim, value_dim = self.query_heads, self.key_dim, self.value_dim
         if self.latents is None:
             return self.hidden * key_dim * 2 * (heads + self.kv_heads)
@@ -127,6 +137,7 @@ class ModelConfig:
 
     @cached_property
     def feed_forward(self) -> FeedForward:
+        """Widths of the feed-forward blocks."""
         dense = self.read("intermediate_size") or 4 * self.hidden
         expert = self.read("moe_intermediate_size") or dense
         shared = expert * (self.read("n_shared_experts") or 0) + (self.read("shared_expert_intermediate_size") or 0)
@@ -135,11 +146,12 @@ class ModelConfig:
 
     @property
     def experts(self) -> int:
+        """Number of experts in a layer that has experts."""
         counts = map(self.read, ("num_local_experts", "num_experts", "n_routed_experts"))
         return next(filter(None, counts), self.feed_forward.chosen)
 
     def windows(self) -> list[int | None]:
-        """Sliding window of each layer with attention, `None` for full attention. Recurrent layers are left out."""
+        """Return the sliding window of each attention layer, `None` for full attention. Other layers are left out."""
         window, types = self.read("sliding_window"), self.read("layer_types")
         if types:
             kinds = [kind for kind in types if kind in ("full_attention", "sliding_attention")]

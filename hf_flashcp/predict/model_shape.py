@@ -1,4 +1,4 @@
-"""The sizes of a causal language model that decide how long it computes, read from its transformers config."""
+"""`ModelShape`: the sizes of a causal language model that determine how long it computes."""
 
 from __future__ import annotations
 
@@ -17,49 +17,57 @@ LLAMA_3_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-"""The sizes in Llama 3 8B's config.json."""
+"""The sizes in the config.json of Llama 3 8B."""
 
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """Layers with the same attention; a query sees `window` keys, itself included, or all before it."""
+    """A group of layers with the same attention."""
 
-    count: int
+    count: int  # number of layers
     query_heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None = None
+    window: int | None = None  # number of keys that a query sees, its own included; `None` for full attention
 
     @property
     def forward_flops_per_pair(self) -> int:
-        """Floating-point operations per head and query-key pair: the products Q K and P V."""
+        """Floating-point operations per query head and query-key pair in forward: the products Q K and P V."""
         return 2 * (self.key_dim + self.value_dim)
 
     @property
     def backward_flops_per_pair(self) -> int:
-        """The same of the backward: Q K again, dO V, dQ, dK and dV, 2.5 times the forward where D_k = D_v."""
+        """The same in backward: Q K again, dO V, dQ, dK and dV. This is 2.5 times the forward if D_k = D_v."""
         return 2 * (3 * self.key_dim + 2 * self.value_dim)
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values: H_kv (D_k + D_v)."""
+        """Number of elements of a token's keys and values in one layer: H_kv (D_k + D_v)."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Linear work and attention of a model: floating-point operations of a forward through everything but attention's
-    Q K and P V, which are two for each parameter that a token meets (of experts only those it is sent to), the
-    language model's head included; and layers with attention, grouped by window."""
+    """The linear work and the attention layers of a model.
+
+    Args:
+        linear_flops_per_token (`float`): floating-point operations per token in forward, including the head, without
+            attention's products Q K and P V. They are two per parameter that a token uses; of the experts, only those
+            to which the token is sent count.
+        layers (`tuple[AttentionLayers, ...]`): the attention layers, grouped by window.
+    """
 
     linear_flops_per_token: float
     layers: tuple[AttentionLayers, ...]
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Reads a model's config, see [`ModelConfig`]. Layers of other types than full and sliding attention count as
-        full attention's projections without attention."""
+        """Read the sizes from a model's config, see [`ModelConfig`].
+
+        A layer whose type is neither full nor sliding attention counts like the projections of full attention, without
+        the attention.
+        """
         model = ModelConfig(config)
         parameters = (
             model.layers * model.projection_parameters

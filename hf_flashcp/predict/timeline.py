@@ -1,7 +1,7 @@
-"""Timeline of one attention layer's pass: what the devices compute, what travels meanwhile, and who waits for whom.
+"""`Timeline`: schedules the kernels, copies and transfers of all ranks in one pass of an attention layer.
 
-Every rank has a device, which runs kernels and copies, and a link, which runs transfers; each runs one piece of work
-after the other in the order in which they are added. A piece of work also waits for the earlier ones that it names:
+Every rank has a device, which runs kernels and copies, and a link, which runs transfers. Each of them runs one piece
+of work at a time, in the order in which the work is added. A piece of work may also wait for earlier pieces:
 
     device  |-- kernel 0 --|waits|-- kernel 1 --|
     link    |---- hop 1 ---------|---- hop 2 ----|
@@ -15,51 +15,53 @@ import numpy as np
 
 
 class PassTimes(NamedTuple):
-    """Seconds, (cp_size,) each, of one attention layer's forward or backward."""
+    """Seconds of each rank in one attention layer's forward or backward, (cp_size,) each."""
 
-    attention: np.ndarray
-    copies: np.ndarray  # packing, merging and adding what travels
-    exposed: np.ndarray  # waiting for what travels: the rest of the time until everything has ended
-    transfer: np.ndarray  # on the wire, whether it is waited for or not
+    attention: np.ndarray  # attention kernels
+    copies: np.ndarray  # packing, merging and adding rows that travel
+    exposed: np.ndarray  # waiting for transfers: all other time until device and link have finished
+    transfer: np.ndarray  # time on the wire, including transfers that no rank waits for
 
 
 class Timeline:
-    """Schedules the work of all ranks in one pass. Every rank begins at 0.
+    """Schedules the work of all ranks in one pass. Every rank begins at time 0.
 
-    Methods that add work take the (cp_size,) seconds that it needs on each rank and the ends of the earlier work that
-    a rank has to finish first; they return the (cp_size,) seconds at which the work ends.
+    The methods that add work take its duration on each rank, (cp_size,) seconds, and the end times of earlier work
+    that a rank has to finish first. They return the times at which the work ends, (cp_size,) seconds.
     """
 
     def __init__(self, cp_size: int):
         self.nothing = np.zeros(cp_size)
-        """(cp_size,) zeros: the seconds of no work, and the end of no work."""
+        """Zeros, (cp_size,): the duration and the end time of no work."""
         self._device_end = self._link_end = self._attention = self._copies = self._transfer = self.nothing
 
     def kernel(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
+        """Add a kernel call."""
         self._attention = self._attention + seconds
         self._device_end = _latest(self._device_end, after) + seconds
         return self._device_end
 
     def copy(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Copies or adds rows."""
+        """Add work that copies or adds up rows."""
         self._copies = self._copies + seconds
         self._device_end = _latest(self._device_end, after) + seconds
         return self._device_end
 
     def transfer(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Moves rows as soon as the rank itself is ready."""
+        """Add a transfer that starts on each rank as soon as that rank is ready."""
         return self._move(seconds, _latest(self._link_end, after))
 
     def hop(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Moves rows from each rank to the next one, as soon as both are ready."""
+        """Add a transfer from each rank to the next one that starts as soon as both are ready."""
         start = _latest(self._link_end, after)
         return self._move(seconds, np.maximum(start, np.roll(start, 1)))
 
     def collective(self, seconds: np.ndarray, *after: np.ndarray) -> np.ndarray:
-        """Moves rows between all ranks, as soon as all are ready."""
+        """Add a transfer between all ranks that starts as soon as all of them are ready."""
         return self._move(seconds, _latest(self._link_end, after).max())
 
     def times(self) -> PassTimes:
+        """Return the times of the whole pass."""
         end = np.maximum(self._device_end, self._link_end)
         return PassTimes(self._attention, self._copies, end - self._attention - self._copies, self._transfer)
 

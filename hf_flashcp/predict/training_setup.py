@@ -1,4 +1,4 @@
-"""`TrainingSetup` and `RankLoad`: memory depends on them beside the model."""
+"""`TrainingSetup` and `RankLoad`: how a model is trained and what a rank holds, which determine memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it. Values other than those listed above raise a
-    `ConfigurationError`.
+    """How a model is trained, as far as memory depends on it.
 
-    With `sharding` "fsdp2" weights, gradients and optimizer are sharded over all GPUs; `mixed_precision` is
-    accelerate's: with "bf16" FSDP2 holds fp32 shards, whatever the dtype was, and gathers them in bf16; DDP runs under
-    autocast. `device` is "cuda", where FlashAttention-2's backward needs a workspace ([`backward_buffers`]), or "cpu".
+    Args:
+        gpus (`int`, *optional*, defaults to 1): number of devices.
+        sharding (`str`, *optional*, defaults to `"fsdp2"`): one of [`SHARDINGS`]. "fsdp2" shards weights, gradients
+            and optimizer state over all devices.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): one of [`DTYPES`], the dtype of the loaded model.
+        mixed_precision (`str`, *optional*, defaults to `"bf16"`): one of [`MIXED_PRECISIONS`], as in accelerate. With
+            "bf16", FSDP2 holds fp32 shards of any dtype and gathers them in bf16, and DDP runs under autocast.
+        gradient_checkpointing (`str`, *optional*, defaults to `"none"`): one of [`GRADIENT_CHECKPOINTING`].
+        device (`str`, *optional*, defaults to `"cuda"`): one of [`DEVICES`]. On "cuda" the backward of
+            FlashAttention-2 needs a workspace ([`backward_buffers`]).
+
+    Raises:
+        ConfigurationError: a value is not one of those listed.
     """
 
     gpus: int = 1
@@ -46,41 +55,43 @@ class TrainingSetup:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per parameter that the optimizer sees; its gradient has as many, Adam's two moments twice as many."""
+        """Bytes per parameter in the weights that the optimizer updates. Gradients and each of Adam's two moments have
+        as many."""
         return 4 if self.sharding == "fsdp2" and self.mixed_precision == "bf16" else DTYPES[self.dtype]
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes per element of what linear layers compute."""
+        """Bytes per element of the results of linear layers."""
         return 2 if self.mixed_precision == "bf16" else DTYPES[self.dtype]
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes per element of the residual stream: autocast adds bf16 results to the fp32 ones of fp32 weights."""
+        """Bytes per element of the residual stream, which stays in fp32 under autocast."""
         return 4 if self.autocasts else self.compute_bytes
 
     @property
     def autocasts(self) -> bool:
-        """Whether autocast casts weights, and what each linear layer reads."""
+        """Whether autocast casts the weights and inputs of linear layers."""
         return self.weight_bytes != self.compute_bytes and self.sharding == "ddp"
 
 
 class RankLoad(NamedTuple):
-    """Tokens that a plan makes one rank hold, and whose KV it moves in an attention layer's forward."""
+    """The tokens that one rank holds under a plan, and those whose KV it moves in an attention layer's forward."""
 
-    tokens: float
-    received: float = 0
-    sent: float = 0
-    stage_keys: float | None = None  # that the largest stage attends to; all received, in one stage, if `None`
-    sequences: float = 1  # at most in one kernel call
-    batch_tokens: int = 0  # of the whole batch, which every rank reads
+    tokens: float  # tokens that the rank holds
+    received: float = 0  # tokens whose KV it receives
+    sent: float = 0  # tokens whose KV it sends
+    stage_keys: float | None = None  # keys of the largest stage; `None` means one stage with all received keys
+    sequences: float = 1  # the most sequences in one kernel call
+    batch_tokens: int = 0  # tokens of the whole batch, which every rank reads
 
     @property
     def largest_stage(self) -> float:
+        """Number of keys in the largest stage."""
         return self.received if self.stage_keys is None else self.stage_keys
 
     def scaled(self, tokens: float, batch_tokens: int) -> RankLoad:
-        """The load of a row of other documents in the same proportions."""
+        """Return the load of a longer or shorter row, in proportion to the rank's tokens."""
         factor = tokens / self.tokens
         sizes = (self.received, self.sent, self.largest_stage, self.sequences)
         received, sent, stage_keys, sequences = (factor * size for size in sizes)

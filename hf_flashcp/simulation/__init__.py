@@ -1,1 +1,1 @@
-"""Other implementations of context parallelism beside ours, and which cp_size a window needs."""
+"""Simulates training steps: this library beside other implementations, and the cp_size that a window needs."""

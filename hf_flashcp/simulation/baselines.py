@@ -1,15 +1,17 @@
-"""How other implementations of context parallelism would run a layer: their kernels, copies and transfers.
+"""Baselines: how other implementations of context parallelism run a layer, with their kernels, copies and transfers.
 
-Each is taken at its best: no padding of documents, one kernel call where the code may make several, no work between
-launches, collectives that cross InfiniBand once per node, copies of what has to change its place and no others.
+Every baseline is given its best case: documents are not padded, kernel calls that could be combined are one call,
+nothing runs between kernels, collectives cross InfiniBand once per node, and only data that has to change its place is
+copied.
 
-    baseline       who computes what              what travels
-    llama3         zigzag of the packed row       all-gather of all KV before attention, reduce-scatter after
+    baseline       computed by each rank          sent between ranks
+    llama3         zigzag of the packed row       all KV: all-gather before attention, reduce-scatter in backward
     per_doc_cp     zigzag of every document       the same
-    flashcp_paper  FlashCP's Algorithm 1          the same, of what any rank shares at most (eq. 5)
-    ring           every document in N pieces     KV hop by hop while the hop before is computed, its gradients in fp32
+    flashcp_paper  FlashCP's Algorithm 1          the same, for the most tokens that any rank shares (eq. 5)
+    ring           every document in N pieces     KV in N - 1 hops, each during the computation of the hop before it;
+                                                  gradients likewise, in fp32
     zigzag_ring    zigzag of every document       the same
-    ulysses        all documents, some heads      all-to-all of queries, keys, values, and of the output
+    ulysses        all documents, some heads      queries, keys, values and outputs, by all-to-all
 """
 
 from __future__ import annotations
@@ -35,45 +37,51 @@ _FP32 = 4
 
 
 class Layer(LayerCosts):
-    """One attention layer under a plan, with the costs of collectives between equal nodes. Received bytes are (2,
-    cp_size), inside nodes and between them."""
+    """Predicts the times of one attention layer under a plan, with collectives between equal nodes.
+
+    Numbers of received bytes are (2, cp_size): inside nodes and between nodes.
+    """
 
     @property
     def ranks_in_node(self) -> int:
+        """Number of the group's ranks on each node."""
         return min(self.model.hardware.ranks_per_node, self.cp_size)
 
     @property
     def kv_bytes(self) -> int:
+        """Bytes of a token's K and V."""
         return self.layers.kv_elements_per_token * self.model.itemsize
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of a rank where all have as many, rounded up."""
+        """Number of tokens per rank if all ranks have equally many, rounded up."""
         return -(-self.plan.num_tokens // self.cp_size)
 
     def copy_seconds(self, bytes_touched: float) -> np.ndarray:
-        """Reading and writing so many bytes in all."""
+        """Return the time to read and write some number of bytes, reads and writes together."""
         return np.full(self.cp_size, bytes_touched / self.model.hardware.memory_bytes_per_second)
 
     def gathered(self, bytes_each: float) -> np.ndarray:
-        """Bytes that ranks receive when each gives the same to all: they cross to a node once."""
+        """Return the bytes that ranks receive in an all-gather of `bytes_each` per rank, which enter a node once."""
         crossing = self.cp_size // self.ranks_in_node - 1
         return np.outer([self.cp_size - 1 - crossing, crossing], np.full(self.cp_size, bytes_each))
 
     def exchanged(self, bytes_each: float) -> np.ndarray:
-        """Bytes that ranks receive when each gives so many to every other, to each its own."""
+        """Return the bytes that ranks receive in an all-to-all of `bytes_each` between every two ranks."""
         inside = self.ranks_in_node - 1
         return np.outer([inside, self.cp_size - 1 - inside], np.full(self.cp_size, bytes_each))
 
     def hop(self, bytes_each: np.ndarray) -> np.ndarray:
-        """Bytes that ranks receive when the rank before gives them so many (cp_size,)."""
+        """Return the bytes that ranks receive when each gets `bytes_each`, (cp_size,), from the rank before it."""
         enters = (np.arange(self.cp_size) % self.ranks_in_node == 0) & (self.ranks_in_node < self.cp_size)
         return np.array([bytes_each * ~enters, bytes_each * enters])
 
 
 def shared_tokens(plan: ShardPlan) -> int:
-    """What each rank gives to the padded all-gather of FlashCP eq. 5, the most that any has to. A document's last
-    shard (a slice is a shard here), which nobody after it needs, stays home."""
+    """Return the tokens that each rank contributes to the padded all-gather of FlashCP eq. 5: the most of any rank.
+
+    The last slice of a document is not shared, because no other rank needs it.
+    """
     return max(
         sum(piece.tokens for piece in held if piece.stop != plan.lengths[piece.document]) for held in plan.slices
     )
@@ -81,22 +89,31 @@ def shared_tokens(plan: ShardPlan) -> int:
 
 @dataclass(frozen=True)
 class AllGather:
-    """Gathers what each rank gives, brings it into the order of documents, and computes each slice against all of its
-    document before it; in backward gradients of the gathered KV go the other way. With `shared_alone` ranks pack and
-    give the tokens that others need, padded to the same number, instead of all that they hold."""
+    """Attention after an all-gather of KV. In backward, the gradients of the gathered KV take the opposite way.
+
+    Gathered KV is put in the order of documents. Each slice then attends to its document up to its own end.
+
+    Args:
+        shared_alone (`bool`, *optional*, defaults to `False`): gather only the tokens that other ranks need, packed
+            and padded to the same number on every rank, instead of all tokens.
+    """
 
     shared_alone: bool = False
 
     def given(self, layer: Layer) -> int:
+        """Return the number of tokens that each rank contributes."""
         return shared_tokens(layer.plan) if self.shared_alone else layer.most_tokens
 
     def received(self, layer: Layer) -> np.ndarray:
+        """Return the bytes that each rank receives in forward."""
         return layer.gathered(self.given(layer) * layer.kv_bytes)
 
     def held(self, layer: Layer) -> int:
+        """Return the number of tokens of other ranks whose KV a rank holds at a time."""
         return (layer.cp_size - 1) * self.given(layer)
 
     def run(self, layer: Layer, backward: bool) -> PassTimes:
+        """Predict the times of forward or backward."""
         rows = [(rank, piece.tokens, piece.start) for rank, held in enumerate(layer.plan.slices) for piece in held]
         kernel = layer.kernel_seconds(Rectangles.of(rows), causal=True, backward=backward)
         line, moved = Timeline(layer.cp_size), self.given(layer)
@@ -116,7 +133,7 @@ class AllGather:
 
 
 def in_order(lengths: Lengths, cp_size: int) -> Slices:
-    """Cuts every document into N near-equal pieces, one for each rank in order."""
+    """Cut every document into N nearly equal pieces, one for each rank in order."""
     cuts = (np.arange(cp_size + 1) * np.array(lengths)[:, None] // cp_size).tolist()
     return [
         [Slice(document, row[rank], row[rank + 1]) for document, row in enumerate(cuts) if row[rank] < row[rank + 1]]
@@ -125,13 +142,17 @@ def in_order(lengths: Lengths, cp_size: int) -> Slices:
 
 
 class RingPieces(NamedTuple):
-    """Tokens of ranks' pieces of documents, along which ranks go up, then down: (documents, cp_size) int64."""
+    """Numbers of tokens in the ranks' pieces of documents, (documents, cp_size) int64 each.
 
-    early: np.ndarray
-    late: np.ndarray
+    Along a document the ranks ascend from piece to piece, then in a zigzag descend.
+    """
+
+    early: np.ndarray  # pieces in the ascending part
+    late: np.ndarray  # pieces in the descending part
 
     @classmethod
     def of(cls, plan: ShardPlan) -> RingPieces:
+        """Return the pieces of a plan."""
         both = np.zeros((2, len(plan.lengths), plan.cp_size), dtype=np.int64)
         for document, held in slices_by_document(plan.slices).items():
             before = -1
@@ -141,13 +162,17 @@ class RingPieces(NamedTuple):
         return cls(*both)
 
     def local(self) -> Rectangles:
+        """Return the squares that ranks compute from their own KV."""
         tokens = self.early + self.late
         documents, ranks = np.nonzero(tokens)
         return Rectangles(ranks, tokens[documents, ranks], np.zeros_like(ranks))
 
     def remote(self, step: int) -> Rectangles:
-        """What ranks compute when KV has made `step` hops. All of a rank's queries see the first piece of an earlier
-        rank's block; the second piece sees all of a later rank's block."""
+        """Return the rectangles that ranks compute when KV has made `step` hops.
+
+        If the KV comes from an earlier rank, all queries of a rank see its first piece. If it comes from a later rank,
+        the queries of the second piece see all of it.
+        """
         ranks = np.arange(self.early.shape[1])
         from_before = ranks >= step
         queries = self.late + self.early * from_before
@@ -157,25 +182,30 @@ class RingPieces(NamedTuple):
 
 
 class Ring:
-    """Each rank's KV visits all ranks; while a block is computed the next one arrives. In backward its gradients, in
-    fp32, follow it, and one hop more brings them home."""
+    """Ring attention: the KV of each rank visits all other ranks, in hops that overlap with computation.
+
+    In backward the gradients of a block, in fp32, travel after it, and one more hop brings them back to its rank.
+    """
 
     def received(self, layer: Layer) -> np.ndarray:
+        """Return the bytes that each rank receives in forward."""
         tokens = np.array(rank_tokens(layer.plan.slices))
         hops = (layer.hop(np.roll(tokens, step) * layer.kv_bytes) for step in range(1, layer.cp_size))
         return sum(hops, np.zeros((2, layer.cp_size)))
 
     def held(self, layer: Layer) -> int:
+        """Return the number of tokens of other ranks whose KV a rank holds at a time."""
         return 2 * layer.most_tokens
 
     def run(self, layer: Layer, backward: bool) -> PassTimes:
+        """Predict the times of forward or backward."""
         pieces, line = RingPieces.of(layer.plan), Timeline(layer.cp_size)
         tokens = np.array(rank_tokens(layer.plan.slices))
         arrived = computed = gradients = line.nothing
         for step in range(layer.cp_size):
             ready = arrived
             if step + 1 < layer.cp_size:
-                # Posted when the step before is computed and its block is here.
+                # The hop is posted once the step before is computed and this step's block has arrived.
                 arrived = line.hop(
                     self._wire_seconds(layer, np.roll(tokens, step + 1), layer.model.itemsize), computed, ready
                 )
@@ -193,7 +223,7 @@ class Ring:
         return layer.model.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
 
     def _adding_seconds(self, layer: Layer, block: Rectangles, tokens: np.ndarray) -> np.ndarray:
-        """Adding the gradients of a block of `tokens` (cp_size,) to the sums of the steps before."""
+        """Return the time to add the gradients of a block of `tokens`, (cp_size,), to the sums of earlier steps."""
         layers, model = layer.layers, layer.model
         queries = np.bincount(block.ranks, block.queries, layer.cp_size) * layers.query_heads * layers.key_dim
         elements = queries + tokens * layers.kv_elements_per_token
@@ -201,16 +231,22 @@ class Ring:
 
 
 class Ulysses:
-    """Tensors are packed by head, sent, and unpacked by document, before the kernel and after it; in backward the
-    output's gradient comes first and the inputs' gradients leave."""
+    """Ulysses: all-to-alls before and after the kernel, which computes all documents with some of the heads.
+
+    Each all-to-all packs its tensors and unpacks them at the receiver. In backward, the output's gradient is exchanged
+    before the kernel and the gradients of the inputs after it.
+    """
 
     def received(self, layer: Layer) -> np.ndarray:
+        """Return the bytes that each rank receives in forward."""
         return layer.exchanged(layer.most_tokens * (self._input_bytes(layer) + self._output_bytes(layer)))
 
     def held(self, layer: Layer) -> int:
+        """Return the number of tokens of other ranks whose KV a rank holds at a time, which is 0."""
         return 0
 
     def run(self, layer: Layer, backward: bool) -> PassTimes:
+        """Predict the times of forward or backward."""
         line = Timeline(layer.cp_size)
         squares = [(rank, length, 0) for rank in range(layer.cp_size) for length in layer.plan.lengths]
         heads = layer.layers.query_heads // layer.cp_size
@@ -229,7 +265,10 @@ class Ulysses:
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
-        """Bytes of a token's queries, keys and values, one rank's heads; ranks share KV heads if these are fewer."""
+        """Return the bytes of a token's queries, keys and values for one rank's heads.
+
+        Ranks share KV heads if there are fewer KV heads than ranks.
+        """
         sizes, kv_heads = layer.layers, max(layer.layers.kv_heads / layer.cp_size, 1)
         elements = sizes.query_heads / layer.cp_size * sizes.key_dim + kv_heads * (sizes.key_dim + sizes.value_dim)
         return elements * layer.model.itemsize
@@ -239,14 +278,12 @@ class Ulysses:
 
 
 class Baseline(NamedTuple):
-    """Another way to run attention under context parallelism; `slices` are what ranks compute of the linear layers.
-    An exchange predicts one pass (`run`), the bytes that ranks receive in a forward, (2, cp_size), and how many tokens
-    of other ranks are `held` at a time."""
+    """Another way to run attention under context parallelism."""
 
-    title: str
-    slices: Callable[[Lengths, int], Slices]
-    exchange: AllGather | Ring | Ulysses
-    kept: bool = False  # whether ranks hold the KV of others until backward, in every layer
+    title: str  # name in tables and plots
+    slices: Callable[[Lengths, int], Slices]  # the tokens for which each rank computes the linear layers
+    exchange: AllGather | Ring | Ulysses  # predicts the times, traffic and memory of attention
+    kept: bool = False  # whether ranks keep the KV of other ranks until backward, in every layer
 
 
 BASELINES = {
@@ -265,17 +302,17 @@ BASELINES = {
 
 
 def why_not(name: str, model: CostModel, cp_size: int) -> str | None:
-    """Returns why a baseline cannot run a model, or `None`."""
+    """Return the reason why a baseline cannot run a model, or `None` if it can."""
     if name == "ulysses":
         heads = {layers.query_heads for layers in model.layers}
         if any(count % cp_size for count in heads):
             return f"{cp_size} ranks do not divide {min(heads)} query heads"
     if name in ("ring", "zigzag_ring") and any(layers.window for layers in model.layers):
-        return "rings do not know sliding windows"
+        return "rings do not support sliding windows"
     return None
 
 
 def passes(name: str, model: CostModel, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
-    """Predicts the forward and the backward of one layer, as [`CostModel.passes`] does for this library's exchange."""
+    """Predict the times of one layer's forward and backward, as [`CostModel.passes`] does for this library."""
     layer, exchange = Layer(model, layers, plan), BASELINES[name].exchange
     return exchange.run(layer, backward=False), exchange.run(layer, backward=True)

@@ -1,4 +1,4 @@
-"""One packed batch under every strategy with this library's exchange, and under every baseline, side by side."""
+"""Predicts a training step on one packed batch: every strategy with this library's exchange, and every baseline."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .sizing import busiest_load, step_seconds
 
 
 TIMED = "search_timed"
-"""The plan that the cost model chose."""
+"""Name of the plan that "search" makes with a cost model."""
 
 EXACT = (*STRATEGIES, TIMED)
-"""Names of plans that this library's exchange runs."""
+"""Names of the plans that are run with this library's exchange."""
 
 NAMES = (*EXACT, *BASELINES)
 
@@ -36,17 +36,24 @@ MAX_CP_SIZE = 256
 
 
 def title_of(name: str) -> str:
-    """Returns what tables and plots call a strategy or baseline."""
+    """Return the name of a strategy or baseline in tables and plots."""
     return BASELINES[name].title if name in BASELINES else f"ours, {name}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training step of one packed batch: times by rank, the step time of the slowest with what gradient
-    checkpointing repeats, (2, cp_size) bytes received in the forward of all attention layers, inside nodes and between
-    them, the memory of the rank that needs most, and the MFU: model FLOPs over what all devices could do meanwhile;
-    attention's backward counts twice its forward and nothing is counted that is computed again (PaLM, arXiv
-    2204.02311)."""
+    """The predicted training step on one packed batch.
+
+    Args:
+        time (`StepTime`): times of each rank, without gradient checkpointing.
+        step_seconds (`float`): step time of the slowest rank, including what gradient checkpointing repeats.
+        received (`np.ndarray`): bytes received in the forward of all attention layers, (2, cp_size): inside nodes and
+            between nodes.
+        memory_bytes (`float`): memory of the rank that needs the most.
+        mfu (`float`): model FLOPs utilization: the model's FLOPs divided by the peak FLOPs of all devices in the same
+            time. Attention's backward counts as twice its forward, and repeated work is not counted (PaLM, arXiv
+            2204.02311).
+    """
 
     time: StepTime
     step_seconds: float
@@ -55,10 +62,13 @@ class Outcome:
     mfu: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable: the parts of the step of the rank that sets its pace (of several, the one with the most
-        attention), what gradient checkpointing repeats, and the most bytes that any rank receives."""
+        """Return the step in a JSON-serializable form.
+
+        It has the times of the slowest rank (of several, the one with the most attention), the time that gradient
+        checkpointing adds, and the most bytes that any rank receives.
+        """
         parts = vars(self.time)
-        # Ranks that wait for each other end together, up to rounding.
+        # Ranks that wait for each other end at the same time, up to rounding.
         totals = sum(parts[name] for name in ("linear", "attention", "copies", "exposed"))
         slowest = max(
             range(len(totals)), key=lambda rank: (totals[rank] >= totals.max() * 0.999999, parts["attention"][rank])
@@ -78,13 +88,13 @@ class Outcome:
 
 
 def check_ranks(cp_size: int, ranks_per_node: int) -> None:
-    """Raises a `PlanError` or `ConfigurationError` unless so many ranks can be simulated and fill their nodes."""
+    """Raise a `PlanError` or `ConfigurationError` unless `cp_size` ranks can be simulated and fill their nodes."""
     if not 2 <= cp_size <= MAX_CP_SIZE:
         raise PlanError(f"cp_size {cp_size} cannot be simulated: give 2 to {MAX_CP_SIZE} ranks.")
     if cp_size > ranks_per_node and cp_size % ranks_per_node:
         raise ConfigurationError(
-            f"cp_size {cp_size} does not fill nodes of {ranks_per_node} ranks: collectives are simulated for equal "
-            f"nodes. Give at most {ranks_per_node} ranks, a multiple of that, or other nodes with --ranks-per-node."
+            f"cp_size {cp_size} does not fill nodes of {ranks_per_node} ranks, and collectives are only simulated for "
+            f"equal nodes. Give at most {ranks_per_node} ranks or a multiple of that, or change --ranks-per-node."
         )
 
 
@@ -97,12 +107,27 @@ def simulate(
     names: Sequence[str] = NAMES,
     gradient_checkpointing: str = "none",
 ) -> dict[str, Outcome]:
-    """Predicts a step on one batch under each of `names`: plans of [`EXACT`] with this library's exchange, and
-    [`BASELINES`] unless they cannot run the model ([`why_not`]). `config` is the model's and `model` its cost model;
-    the setup is FSDP2 over the ranks, 2 to 256 that fill their nodes, in bf16."""
+    """Predict a training step on one batch under each strategy and baseline, with FSDP2 over the ranks in bf16.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each document.
+        cp_size (`int`): number of ranks, from 2 to 256. They lie within one node or fill several.
+        config (`PreTrainedConfig` or `Mapping`): the model's config.
+        model (`CostModel`): the model's cost model.
+        names (`Sequence[str]`, *optional*): names from [`EXACT`] and [`BASELINES`]. Baselines that cannot run the
+            model ([`why_not`]) are left out.
+        gradient_checkpointing (`str`, *optional*, defaults to `"none"`): see [`TrainingSetup`].
+
+    Raises:
+        PlanError: a `cp_size` that cannot be simulated.
+        ConfigurationError: ranks that do not fill their nodes, or a model without attention layers.
+    """
     check_ranks(cp_size, model.hardware.ranks_per_node)
     if not model.layers:
-        raise ConfigurationError("The model's config has no layers with attention, so there is nothing to simulate.")
+        raise ConfigurationError(
+            "The model's config has no layers with attention, so there is nothing to simulate. Pass the config of a "
+            "model with attention layers."
+        )
     setup = TrainingSetup(gpus=cp_size, gradient_checkpointing=gradient_checkpointing)
     shape = MemoryShape.from_config(config)
     flops = model_flops(lengths, model)
@@ -122,7 +147,7 @@ def simulate(
 
 
 def model_flops(lengths: Sequence[int], model: CostModel) -> float:
-    """Returns the floating-point operations of one training step, as [`Outcome`] counts them for its MFU."""
+    """Return the floating-point operations of one training step, as they are counted for the MFU of [`Outcome`]."""
     forward = sum(lengths) * model.linear_flops_per_token
     for layers in model.layers:
         pairs = sum(attention_pairs(0, length, layers.window) for length in lengths)
@@ -131,13 +156,12 @@ def model_flops(lengths: Sequence[int], model: CostModel) -> float:
 
 
 class _Step(NamedTuple):
-    """A step before its memory is known: times, received bytes as in [`Outcome`], the busiest rank's load, and whether
-    KV is kept until backward, see [`estimate_memory`]."""
+    """A predicted step whose memory has not been estimated yet."""
 
     time: StepTime
-    received: np.ndarray
-    load: RankLoad
-    kept: bool | None = None
+    received: np.ndarray  # as in `Outcome`
+    load: RankLoad  # load of the busiest rank
+    kept: bool | None = None  # whether received KV is kept until backward, see `estimate_memory`
 
 
 def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostModel) -> _Step:

@@ -1,4 +1,4 @@
-"""Finds the cp_size that a window needs: memory, step time and traffic of every size that divides the devices."""
+"""Finds the cp_size that a window needs, from the memory, step time and traffic of all sizes that divide the GPUs."""
 
 from __future__ import annotations
 
@@ -21,25 +21,35 @@ from ..predict.training_setup import RankLoad, TrainingSetup
 
 
 USABLE_MEMORY = 0.9
-"""The assumed share of a device's memory: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and
-fragmentation."""
+"""The fraction of a device's memory that training can use. The rest is for the CUDA context, the buffers of NCCL and
+cuBLAS, and fragmentation."""
 
 MOST_GPUS = 2**20
-"""The most GPUs whose divisors are looked for one by one."""
+"""The most GPUs, because the divisors of their number are found by trying every smaller number."""
 
 AS_FAST = 0.99
-"""Predicted throughputs within this factor of the best count as equal: the smallest of their sizes is chosen."""
+"""Sizes whose predicted throughput is at least this fraction of the highest count as equally fast, and the smallest of
+them is chosen."""
 
-# Forward's share of attention's seconds: two matrix products of seven, five of them in backward.
+# Forward's share of attention's time: two of seven matrix products; the other five are in backward.
 _RECOMPUTED_ATTENTION = 2 / 7
 _RECOMPUTED_LINEAR = 1 / 3
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The costs of a cp_size: of the rank that needs most or waits longest, of one row's forward and backward.
-    `largest_window` is in tokens, 0 if none fits; `tokens_per_second` is of all devices together, `kv_bytes` of all
-    layers' forward."""
+    """The predicted costs of one cp_size, for the forward and backward of one packed row.
+
+    Args:
+        cp_size (`int`): number of context-parallel ranks.
+        memory (`MemoryEstimate`): memory of the busiest rank.
+        largest_window (`int`): the most tokens of a row that fit in memory; 0 if no row fits.
+        fits (`bool`): whether the row fits in memory.
+        step_seconds (`float`): step time of the slowest rank.
+        tokens_per_second (`float`): throughput of all devices together.
+        kv_bytes (`float`): bytes of KV that the busiest rank receives in the forward of all layers.
+        exposed_seconds (`float`): time for which ranks wait for transfers, on the rank that waits longest.
+    """
 
     cp_size: int
     memory: MemoryEstimate
@@ -51,18 +61,19 @@ class Choice:
     exposed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the costs in a JSON-serializable form."""
         return {**vars(self), "memory": self.memory.to_dict()}
 
 
 def cp_sizes(gpus: int, window: int) -> list[int]:
-    """Returns the divisors of the number of devices that are no larger than the window, in tokens."""
+    """Return the divisors of the number of GPUs that are at most the window's number of tokens."""
     return [size for size in range(1, gpus + 1) if gpus % size == 0 and size <= window]
 
 
 def usable_bytes(hardware: HardwareProfile) -> float:
-    """Bytes of a device's memory that training can use."""
+    """Return the bytes of a device's memory that training can use."""
     if hardware.memory_bytes is None:
-        raise ConfigurationError("The hardware profile has no memory_bytes: add the bytes of a device's memory to it.")
+        raise ConfigurationError("The hardware profile has no memory_bytes: add the memory of a device, in bytes.")
     return USABLE_MEMORY * hardware.memory_bytes
 
 
@@ -73,8 +84,21 @@ def choices(
     lengths: Sequence[int],
     sizes: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """A choice for each of `sizes`, by default every cp_size that divides the devices and is no larger than the
-    window. `lengths` are the tokens of a row's documents, which decide what travels."""
+    """Return the predicted costs of each cp_size.
+
+    Args:
+        config (`PreTrainedConfig` or `Mapping`): the model's config.
+        hardware (`HardwareProfile`): profile of the devices.
+        setup (`TrainingSetup`): how the model is trained.
+        lengths (`Sequence[int]`): tokens of each document in a packed row. They determine how much KV travels.
+        sizes (`Sequence[int]`, *optional*): the cp_sizes. By default these are all divisors of the number of GPUs that
+            are at most the window's number of tokens.
+
+    Raises:
+        ConfigurationError: a number of GPUs out of range, a size that does not divide it, a profile without memory, or
+            a config that lacks sizes.
+        PlanError: a window with fewer tokens than ranks.
+    """
     window, usable = sum(lengths), usable_bytes(hardware)
     if setup.gpus < 1:
         raise ConfigurationError(f"gpus must be at least 1, got {setup.gpus}.")
@@ -88,7 +112,8 @@ def choices(
             )
         if size > window:
             raise PlanError(
-                f"A window of {window} tokens is too short for cp_size {size}: every rank needs at least one token."
+                f"A window of {window} tokens is too short for cp_size {size}: every rank needs at least one token. "
+                "Choose a longer window or a smaller cp_size."
             )
     shape = MemoryShape.from_config(config)
     cost_model = CostModel.from_config(config, hardware, itemsize=setup.compute_bytes)
@@ -121,8 +146,10 @@ def _choice(
 
 
 def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
-    """The most that any rank of a plan holds and moves in a layer: received and sent KV as the mean over layers with
-    attention, stages and calls as the largest in any of them."""
+    """Return the most that any rank of a plan holds and moves in a layer.
+
+    Received and sent KV are means over attention layers. The stage and the kernel call are the largest in any layer.
+    """
     received, sent = np.zeros((2, plan.cp_size))
     for layers in cost_model.layers:
         received_in_layer, sent_in_layer = plan.kv_moved(layers.window)
@@ -141,7 +168,7 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
 
 
 def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
-    """Returns the step time of the slowest rank, with what gradient checkpointing computes and exchanges again."""
+    """Return the step time of the slowest rank, including what gradient checkpointing computes and exchanges again."""
     exchanged = time.copies + time.exposed
     seconds = time.linear + time.attention + exchanged
     if gradient_checkpointing != "none":
@@ -152,7 +179,7 @@ def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
 
 
 def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
-    """The smallest size that fits and is within [`AS_FAST`] of the highest throughput, if any, and why."""
+    """Return the smallest size that fits and is as fast as any ([`AS_FAST`]), or `None`, and the reason in words."""
     fitting = [choice for choice in found if choice.fits]
     if not fitting:
         return None, "nothing fits"
@@ -160,13 +187,14 @@ def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:
     chosen = next(choice for choice in fitting if choice.tokens_per_second >= AS_FAST * fastest)
     smallest = fitting[0]
     if len(found) == 1:
-        return chosen, "it is the one asked for, and fits"
+        return chosen, "the size that was asked for, and it fits"
     if len(fitting) == 1:
         return chosen, "the only one that fits"
     if chosen is smallest:
         return (
             chosen,
-            "the smallest that fits: the most data parallelism, and none is predicted to be more than 1% faster",
+            "the smallest that fits; it leaves the most data parallelism, and no other size is predicted to be more "
+            "than 1% faster",
         )
     gain = chosen.tokens_per_second / smallest.tokens_per_second - 1
     return chosen, f"predicted to be {gain:.0%} faster than cp_size {smallest.cp_size}, the smallest that fits"

@@ -1,4 +1,4 @@
-"""Attention kernels behind one interface, and the table that says which one runs a layer."""
+"""Attention kernels behind one interface, and the table from which a layer's kernel is chosen."""
 
 from .base import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
 from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED, check_activated_kernel, explain_kernels, select_kernel

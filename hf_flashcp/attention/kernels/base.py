@@ -1,7 +1,7 @@
 """The interface of attention kernels, and the arithmetic that kernels and engine share.
 
-A kernel knows nothing of ranks or documents. Shapes: query (H_q, T, D_k), key (H_kv, S, D_k), value (H_kv, S, D_v),
-any strides; query head h attends with key head h // (H_q / H_kv).
+Kernels do not know about ranks or documents. Shapes: query (H_q, T, D_k), key (H_kv, S, D_k), value (H_kv, S, D_v),
+with any strides. Query head h uses KV head h // (H_q / H_kv).
 """
 
 from __future__ import annotations
@@ -16,28 +16,34 @@ from ...layout import Rectangle
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which partial outputs, logsumexp and gradients are summed: at least fp32."""
+    """Return the dtype in which partial outputs, logsumexp and gradients are summed: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class ScoreOptions(NamedTuple):
-    """What shapes the scores of one kernel call. Causal rectangles are aligned bottom-right: the last query sees all
-    keys, the query before it all but the last, and so on."""
+    """How the scores of one kernel call are computed and masked.
+
+    Causal rectangles are aligned bottom-right: the last query sees all keys, the query before it sees all but the last
+    key, and so on.
+    """
 
     causal: bool
     scale: float
-    window: int | None = None  # only with `causal`: a query sees the last `window` of the keys that this leaves it
-    softcap: float | None = None  # scores are softcap * tanh(scaled scores / softcap)
+    window: int | None = None  # with `causal` only: a query sees the last `window` of the keys that it may see
+    softcap: float | None = None  # scores become softcap * tanh(scaled scores / softcap)
 
     @property
     def only_causal(self) -> bool:
-        """Whether the causal mask is all that hides keys."""
+        """Whether keys are hidden by the causal mask alone, without a window."""
         return self.causal and self.window is None
 
 
 class BackwardInputs(NamedTuple):
-    """The tensors that a backward pass reads: (H_q, T, D_v) `grad_out` and `out`, (H_q, T) `lse` in the accumulate
-    dtype, the others as forward received them."""
+    """The tensors that a backward pass reads.
+
+    `grad_out` and `out` are (H_q, T, D_v), and `lse` is (H_q, T) in the accumulate dtype. The others are the inputs of
+    forward.
+    """
 
     grad_out: torch.Tensor
     query: torch.Tensor
@@ -48,7 +54,7 @@ class BackwardInputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of query, key and value, in their shapes."""
+    """Gradients of query, key and value, with the same shapes."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -56,16 +62,17 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
-        """Zeros in the accumulate dtype, for kernels to add to."""
+        """Return zeros in the accumulate dtype, to which kernels add."""
         dtype = accumulate_dtype(query.dtype)
         return cls(*(torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value)))
 
 
 class AttentionKernel(Protocol):
-    """What a backend provides.
+    """The interface that a kernel implements.
 
-    Rectangles are never empty, every query sees a key, and query ranges are disjoint and ascending. Kernels that
-    derive tensors from them keep those by value, so the layers of a batch, which pass equal tuples, share them.
+    Rectangles are never empty, every query sees at least one key, and query ranges are disjoint and ascending. Kernels
+    that derive tensors from rectangles cache them by value, so that all layers of a batch, which pass equal tuples,
+    share them.
     """
 
     name: str
@@ -78,33 +85,35 @@ class AttentionKernel(Protocol):
         rectangles: Sequence[Rectangle],
         options: ScoreOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns out (H_q, R, D_v) in the query's dtype and logsumexp (H_q, R) in the accumulate dtype, for the R
-        query rows of the rectangles one after the other.
+        """Return out (H_q, R, D_v) in the query's dtype and logsumexp (H_q, R) in the accumulate dtype.
 
-        Fused kernels round `out` to the query's dtype whoever calls them. Merged in the accumulate dtype, parts weigh
-        no more than their share of the keys, so their rounding adds up to no more than that of one part, however many
-        there are.
+        R is the number of query rows in all rectangles, which are computed one after another.
+
+        Fused kernels always round `out` to the query's dtype. The engine merges partial outputs in the accumulate
+        dtype, with weights that sum to 1. Their rounding errors therefore do not add up beyond that of one output, no
+        matter how many parts there are.
         """
         ...
 
     def backward(
         self, inputs: BackwardInputs, rectangles: Sequence[Rectangle], options: ScoreOptions, grads: Gradients
     ) -> None:
-        """Adds the rectangles' part to `grads`, which have the accumulate dtype.
+        """Add the contribution of the rectangles to `grads`, which are in the accumulate dtype.
 
-        `inputs.out` and `inputs.lse` belong to the whole attention, the rectangles of all calls merged: with them the
-        gradients of each rectangle are its exact share.
+        `inputs.out` and `inputs.lse` are those of the whole attention, merged from the rectangles of all calls. With
+        them, each rectangle contributes exactly its share of the gradients.
         """
         ...
 
 
 def merge_logsumexp(lse: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
-    """Returns the weight of the second of two outputs over disjoint sets of keys, from 0 to 1, and makes `lse` the
-    logsumexp over both sets.
+    """Return the weight, from 0 to 1, of the second of two outputs over disjoint sets of keys.
 
-    A row without keys has an output of 0 and a logsumexp of -inf, or of inf as FlashAttention-2 writes it: it weighs
-    nothing. FlashAttention-2 writes inf as well where data made the sum NaN; the output is NaN there, and stays NaN
-    whatever it weighs.
+    Updates `lse` in place to the logsumexp over both sets.
+
+    A row without keys has an output of 0 and a logsumexp of -inf (FlashAttention-2 writes inf), so its weight is 0.
+    FlashAttention-2 also writes inf if the data made the sum NaN. The output is NaN then, and stays NaN with any
+    weight.
     """
     for each in (lse, part_lse):
         each.nan_to_num_(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
@@ -114,9 +123,9 @@ def merge_logsumexp(lse: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
 
 
 def cut(rectangle: Rectangle, rows: int, options: ScoreOptions) -> Iterator[Rectangle]:
-    """Yields rectangles of `rows` queries, the first with what is left over, and the keys that any of them sees."""
+    """Yield rectangles of `rows` queries with the keys that these queries see; the first one may have fewer rows."""
     q_start, q_stop, k_start, k_stop = rectangle
-    shift = k_stop - q_stop  # from a query to the last key that it sees, if causal
+    shift = k_stop - q_stop  # offset from a query to the last key that it sees, if causal
     first = q_start
     while first < q_stop:
         last = first + ((q_stop - first) % rows or rows)
@@ -130,12 +139,12 @@ def cut(rectangle: Rectangle, rows: int, options: ScoreOptions) -> Iterator[Rect
 
 
 def hidden(rows: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(rows, keys) bool, true where a causal rectangle's query does not see a key."""
+    """Return a mask (rows, keys), which is true where a query of a causal rectangle does not see a key."""
     ones = torch.ones(rows, keys, dtype=torch.bool, device=device)
     after = ones.triu(keys - rows + 1)
     return after if window is None else after.logical_or_(ones.tril(keys - rows - window))
 
 
 def pad_heads(width: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors, padded with zeros to `width` in their last dimension."""
+    """Return the tensors, padded with zeros to `width` in their last dimension."""
     return tuple(F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in tensors)

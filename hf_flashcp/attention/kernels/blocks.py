@@ -1,4 +1,4 @@
-"""`BlockKernel`: the loop over blocks of queries that the kernels of the CPU share."""
+"""`BlockKernel`: the loop over blocks of queries that the CPU kernels share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .base import BackwardInputs, ScoreOptions, accumulate_dtype, merge_logsumex
 
 
 class KeyBlock(NamedTuple):
-    """Keys [start, stop) that one call takes, and what hides them from the rows of its block."""
+    """Keys [start, stop) of one kernel call, and the mask that hides some of them from the rows of its block."""
 
     start: int
     stop: int
-    mask: torch.Tensor | None = None  # (rows, keys), `None` if nothing is hidden or `causal` hides it
-    causal: bool = False  # rows and keys are a square of which the kernel hides the upper triangle itself
+    mask: torch.Tensor | None = None  # (rows, keys); `None` if nothing is hidden, or if `causal` is set
+    causal: bool = False  # rows and keys form a square whose upper triangle the kernel hides itself
 
 
 class QueryBlock(NamedTuple):
     """Queries [start, stop) and the disjoint blocks of keys that they see.
 
-    `fold` heads of a group lie in the rows: row i * fold + g is query i of head g, so masks have (stop - start) * fold
-    rows.
+    `fold` query heads of a group are folded into the rows: row i * fold + g is query i of head g. Masks therefore have
+    (stop - start) * fold rows.
     """
 
     start: int
@@ -34,10 +34,11 @@ class QueryBlock(NamedTuple):
 
 
 class BlockKernel:
-    """Runs attention block by block; gradients of several blocks are summed in the accumulate dtype.
+    """Base class of kernels that compute attention block by block, and sum gradients in the accumulate dtype.
 
-    A subclass cuts rectangles into blocks, and runs one block of queries against one of keys in shapes (H_kv, heads,
-    rows, D): heads is H_q / H_kv / fold, with keys and values expanded over them, and rows include `fold` heads.
+    A subclass divides rectangles into blocks, and computes one block of queries against one block of keys. Their
+    shapes are (H_kv, heads, rows, D), where heads is H_q / H_kv / fold, keys and values are expanded over heads, and
+    the rows include `fold` heads.
     """
 
     def _blocks(
@@ -56,7 +57,7 @@ class BlockKernel:
     def forward(self, query, key, value, rectangles, options):
         groups = query.shape[0] // key.shape[0]
         rows = sum(rectangle.queries for rectangle in rectangles)
-        # Rows first: what the layer hands on is (T, H, D).
+        # Rows first in memory, because the layer returns (T, H, D).
         out = query.new_empty(rows, query.shape[0], value.shape[-1]).transpose(0, 1)
         lse = query.new_empty(query.shape[0], rows, dtype=accumulate_dtype(query.dtype))
         query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
@@ -94,17 +95,17 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _per_head(tensor: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:
-    """(H_q, n, ...) as a view (H_kv, heads, n, fold, ...) for `split` = (heads, fold)."""
+    """Return a tensor (H_q, n, ...) as a view (H_kv, heads, n, fold, ...), for `split` = (heads, fold)."""
     return tensor.unflatten(0, (-1, *split)).transpose(2, 3)
 
 
 def _rows_of(tensor: torch.Tensor, block: QueryBlock, split: tuple[int, int]) -> torch.Tensor:
-    """A block's rows of (H_q, T, ...) as (H_kv, heads, n * fold, ...), copied unless fold is 1."""
+    """Return a block's rows of a tensor (H_q, T, ...) as (H_kv, heads, n * fold, ...), copied unless fold is 1."""
     return _per_head(tensor[:, block.start : block.stop], split).flatten(2, 3)
 
 
 def _expanded(keys: KeyBlock, heads: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A block's rows of (H_kv, S, D) as views (H_kv, heads, n, D)."""
+    """Return a block's rows of tensors (H_kv, S, D) as views (H_kv, heads, n, D)."""
     return tuple(tensor[:, keys.start : keys.stop].unsqueeze(1).expand(-1, heads, -1, -1) for tensor in tensors)
 
 
@@ -113,7 +114,7 @@ def _sum_heads(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over all blocks of keys from that over each, by their logsumexp, in the accumulate dtype."""
+    """Merge the partial results over several blocks of keys by their logsumexp, in the accumulate dtype."""
     out, lse = parts[0]
     for part, part_lse in parts[1:]:
         weight = merge_logsumexp(lse, part_lse).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Which kernel runs a layer, why the others cannot, and what has been tested."""
+"""The choice of a layer's kernel, the reasons why other kernels cannot run it, and which kernels are tested."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ _ALL = (*_HALF, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Capability:
-    """What a kernel can do. All of them take windows, and value heads of another width than key heads. Sinks are not
-    their concern: they enter the logsumexp after the merge."""
+    """The layers and devices that a kernel supports.
 
-    make: Callable[[bool], AttentionKernel]  # given whether its gradients must be bitwise reproducible
+    All kernels support sliding windows, and value heads that differ in width from key heads. Kernels do not handle
+    attention sinks, which are added to the logsumexp after merging.
+    """
+
+    make: Callable[[bool], AttentionKernel]  # takes whether gradients must be bitwise reproducible
     devices: tuple[str, ...] = ()  # device types; empty for all
     dtypes: tuple[torch.dtype, ...] = _ALL
-    max_head_dim: int | None = None  # of keys and values
+    max_head_dim: int | None = None  # largest head dimension of keys and values
     softcap: bool = False
     status: str = TESTED  # whether the test suite has passed on the device
-    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine, `None` if it can
-    max_deterministic_head_dim: int | None = None  # the widest head whose gradients can be bitwise reproducible
-    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)  # where it is less, by compute capability
+    missing: Callable[[], str | None] = lambda: None  # returns why it cannot run on this machine, `None` if it can
+    max_deterministic_head_dim: int | None = None  # largest head dimension with bitwise reproducible gradients
+    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)  # lower limits, by major compute capability
 
     def reason_against(
         self,
@@ -49,12 +52,15 @@ class Capability:
         value_dim: int | None = None,
         deterministic: bool = False,
     ) -> str | None:
-        """Why it cannot run such a layer, as the rest of a sentence that begins with its name; `None` if it can. Dtype
-        and dims of `None` are unknown and no reason against it; a softcap of `None` means that the layer has none."""
+        """Return why the kernel cannot run a layer, or `None` if it can.
+
+        The reason completes a sentence that begins with the kernel's name. A dtype or head dimension of `None` is
+        unknown and not checked. A softcap of `None` means that the layer has no softcap.
+        """
         if self.devices and device_type not in self.devices:
             return f"runs on {' and '.join(_DEVICE_NAMES.get(device, device) for device in self.devices)} only"
         if softcap is not None and not self.softcap:
-            return "has no softcap"
+            return "does not support softcap"
         if dtype is not None and dtype not in self.dtypes:
             return f"takes {', '.join(_name(x) for x in self.dtypes)}, not {_name(dtype)}"
         widest, limit = max(key_dim or 0, value_dim or 0), self.max_head_dim
@@ -76,8 +82,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _wrong_gpu(*generations: tuple[int, str]) -> str | None:
-    """Why this machine's GPU is none of the `(major compute capability, name)`; `None` on a machine without a GPU,
-    which says nothing about the machine that is asked about."""
+    """Return a reason if this machine's GPU is not of one of the `generations`, (major compute capability, name).
+
+    Returns `None` on a machine without a GPU, because training may run on another machine.
+    """
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -94,14 +102,14 @@ def _old_gpu() -> str | None:
 
 
 def _activated() -> str | None:
-    """What the user has put in the place of PyTorch's own FlashAttention-2: "FA3", "FA4" or `None`."""
+    """Return what the user activated in place of PyTorch's own FlashAttention-2: "FA3", "FA4" or `None`."""
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
 
 
 def _no_flash_in_torch() -> str | None:
     if _activated() is not None:
         return f"is replaced by {_activated()}, which was activated in PyTorch"
-    # On a machine without a GPU it says nothing of the machine that is asked about.
+    # A machine without a GPU cannot tell, and training may run on another machine.
     if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
         return "is not part of this build of PyTorch"
     return _old_gpu()
@@ -113,7 +121,7 @@ def _no_flash_attn() -> str | None:
         return "needs the package flash-attn, which is not installed here"
     major, minor = (int(part) for part in installed.split(".")[:2])
     if major != 2 or minor < 7:
-        return f"needs flash-attn 2.7 or a later 2, not {installed}"
+        return f"needs flash-attn 2.7 or a later 2.x, not {installed}"
     return _old_gpu()
 
 
@@ -141,30 +149,34 @@ _fused = partial(Capability, devices=("cuda",), dtypes=_HALF, max_head_dim=256, 
 
 CAPABILITIES: dict[str, Capability] = {
     "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), devices=("cpu",)),
-    # Keys and values are padded to one width; of 256 Blackwell's kernels have no window.
+    # Keys and values are padded to the same width. On Blackwell, the kernels for 256 do not support windows.
     "flash_attn_4": _fused(FlashAttn4Kernel, missing=_no_flash_attn_4, max_head_dim_by_gpu={10: 128}),
     "flash_attn_3": _fused(FlashAttn3Kernel, missing=_no_flash_attn_3, max_deterministic_head_dim=192),
     "flash_attn_2": _fused(FlashAttn2Kernel, missing=_no_flash_attn, softcap=True),
     "torch_flash": _fused(TorchFlashKernel, missing=_no_flash_in_torch),
     "eager": Capability(lambda deterministic: EagerKernel(), softcap=True),
 }
-"""The kernels, best first."""
+"""All kernels by name, best first."""
 
 
 def explain_kernels(device_type: str, *layer: Any, **known: Any) -> list[tuple[str, str | None]]:
-    """Returns `(name, reason)` of every kernel, best first, for what [`Capability.reason_against`] takes. The
-    device type is "cpu" or "cuda"; this machine need not have it."""
+    """Return `(name, reason)` for every kernel, best first. The reason is `None` if the kernel can run the layer.
+
+    Takes the arguments of [`Capability.reason_against`]. The device type is "cpu" or "cuda", and need not be available
+    on this machine.
+    """
     return [(name, each.reason_against(device_type, *layer, **known)) for name, each in CAPABILITIES.items()]
 
 
 def select_kernel(device: torch.device, *layer: Any, **known: Any) -> AttentionKernel:
-    """Returns the best kernel for a layer on `device`, see [`explain_kernels`]. Its gradients are deterministic if
-    `torch.are_deterministic_algorithms_enabled()`, which makes the fused kernels of CUDA slower. Logs once why a GPU
-    has to do without a fused kernel.
+    """Return the best kernel for a layer on `device`, see [`explain_kernels`].
+
+    If `torch.are_deterministic_algorithms_enabled()`, its gradients are deterministic, which makes the fused CUDA
+    kernels slower. If no fused kernel can run the layer on a GPU, a warning gives the reasons once.
 
     Raises:
-        UnsupportedModelError: no kernel can.
-        ConfigurationError: what was activated in PyTorch cannot run on this machine's GPU.
+        UnsupportedModelError: no kernel can run the layer.
+        ConfigurationError: the implementation that was activated in PyTorch cannot run on this machine's GPU.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     explained = explain_kernels(device.type, *layer, deterministic=deterministic, **known)
@@ -183,7 +195,7 @@ def select_kernel(device: torch.device, *layer: Any, **known: Any) -> AttentionK
 
 
 def check_activated_kernel() -> None:
-    """Raises a `ConfigurationError` if what the user activated in PyTorch does not run on this machine's GPU."""
+    """Raise a `ConfigurationError` if the implementation activated in PyTorch cannot run on this machine's GPU."""
     name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
     reason = name and CAPABILITIES[name].missing()
     if reason:
@@ -196,8 +208,8 @@ def check_activated_kernel() -> None:
 @cache
 def _say_why_slow(reasons: tuple[str, ...]) -> None:
     logging.getLogger(__name__).warning(
-        f"Attention runs through the formulas, which are exact but slow on a GPU: {'; '.join(reasons)}. docs/gpu.md "
-        "says what each kernel takes and how to install it."
+        f"Attention runs with the eager kernel, which is exact but slow on a GPU: {'; '.join(reasons)}. docs/gpu.md "
+        "lists what each kernel supports and how to install it."
     )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's flash kernel for CPU, in blocks that suit it."""
+"""PyTorch's flash attention kernel for CPU, called with blocks that suit it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 
 class CPUFlashKernel(BlockKernel):
-    """PyTorch's flash kernel for CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): fp64, fp32, bf16, fp16.
+    """PyTorch's flash attention kernel for CPU, in fp64, fp32, bf16 and fp16.
 
-    It aligns a causal mask top-left, so only square rectangles may use that; the others, and windows, have masks of
-    their own. It dies on zero keys, which rectangles never have, and writes a logsumexp of 0 for a row whose keys are
-    all hidden, so no block has such a row; and value heads must be as wide as key heads, so narrower ones are padded
-    here. It has no softcap.
+    See aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. This class works around its limits:
 
-    It is fastest with 768 rows or more in a call (it then takes 256 at a time, otherwise 64 or 32), and without its
-    causal flag on short sequences, because it computes keys in whole blocks of 512 and hides what lies behind the
-    diagonal. So the query heads of a group are folded into rows, and causal sequences are cut into blocks of queries
-    with a mask. It sums the gradients of keys and values over rows in the compute dtype, a reason to keep blocks
-    short: each is added in the accumulate dtype. Measured in bf16 on one Zen 5 core at head dim 64, in GFLOP/s forward
-    and backward, 4 query heads per KV head: 512 causal tokens 76 against 51 with the causal flag, 1024 93 against 80,
-    2048 100 against 95; 256 x 256 without a mask 115 folded against 88; error of dK in bf16 3.1e-3 against 4.7e-3, and
-    7.2e-3 with the kernel's own grouped queries.
+    - Its causal mask is aligned top-left, so only square rectangles can use its causal flag. Other causal rectangles
+      and windows get explicit masks.
+    - It crashes without keys, and writes a logsumexp of 0 for a row whose keys are all hidden. Neither occurs here:
+      rectangles have keys, and every row of a block sees at least one.
+    - Value heads must be as wide as key heads, so the narrower ones are padded.
+    - It does not support softcap.
+
+    It is fastest with 768 or more rows per call, of which it then processes 256 at a time, otherwise 64 or 32. On
+    short sequences it is faster without its causal flag, because it computes keys in whole blocks of 512 and hides
+    those behind the diagonal. Therefore the query heads of a group are folded into rows, and causal sequences are
+    divided into masked blocks of queries. Short blocks are also more accurate: the kernel sums the gradients of keys
+    and values over the rows of a block in the compute dtype, while blocks are summed in the accumulate dtype.
+
+    Measured in bf16 on one Zen 5 core at head dimension 64, with 4 query heads per KV head, in GFLOP/s of forward and
+    backward: 76 with blocks and 51 with the causal flag for 512 causal tokens, 93 and 80 for 1024, 100 and 95 for
+    2048; for 256 x 256 without a mask, 115 with folded heads and 88 without. The error of dK in bf16 is 3.1e-3 with
+    blocks, 4.7e-3 with the causal flag, and 7.2e-3 with the kernel's own grouped queries.
     """
 
     name = "cpu_flash"
-    _ROWS = 192  # queries of a masked block; fewer with more than 4 heads per group, to stay at 768 rows
-    _FULL_ROWS = 4096  # rows of an unmasked block, about
-    _MASK_KEYS = 2048  # keys up to which one masked call beats one without a mask and one for each edge
-    # Causal squares take the flag if they are as short as the first of these, where blocks only add overhead, or
-    # longer than the second, where blocks save little: with 1 head in the rows, 2 or 3, more.
+    _ROWS = 192  # queries per masked block; fewer with more than 4 heads per group, to stay at 768 rows
+    _FULL_ROWS = 4096  # approximate rows per unmasked block
+    _MASK_KEYS = 2048  # up to this many keys, one masked call is faster than an unmasked call plus one for each edge
+    # By the number of heads folded into rows (1, 2 to 3, 4 or more): causal squares use the flag if they have at most
+    # as many rows as the first number, where blocks only add overhead, or more than the second, where blocks save
+    # little.
     _FLAG_BY_FOLD = {1: (256, 512), 2: (64, 512), 4: (64, 2048)}
 
     def _blocks(self, query, groups, rectangles, options, backward):
@@ -59,17 +66,17 @@ class CPUFlashKernel(BlockKernel):
                 yield QueryBlock(part.q_start, part.q_stop, keys, fold)
 
     def _flagged_rows(self, rectangle: Rectangle, fold: int, window: int | None, backward: bool) -> int:
-        """How many of a causal rectangle's first rows take the causal flag."""
+        """Return how many of the first rows of a causal rectangle use the causal flag."""
         if rectangle.queries != rectangle.keys:
             return 0
-        # The first rows of a square see all that is before them, whatever the window.
+        # The first `window` rows of a square see all keys before them, so the window does not hide any.
         rows = min(rectangle.queries, window or rectangle.queries)
         few, many = self._FLAG_BY_FOLD[max(heads for heads in self._FLAG_BY_FOLD if heads <= fold)]
-        # In backward, blocks of 4 heads and more are as fast as the flag at any length, and dK and dV more exact.
+        # In backward, blocks with 4 or more heads are as fast as the flag at any length, and more accurate.
         return rows if rows <= few or (rows > many and not (backward and fold >= 4)) else 0
 
     def _masked(self, part: Rectangle, rows: int, fold: int, window: int | None, dtype: torch.dtype) -> list[KeyBlock]:
-        """The keys of a causal block of at most `rows` queries; each query sees a key of each."""
+        """Return the blocks of keys for a causal block of at most `rows` queries, each of which sees a key of each."""
         queries, k_start, k_stop = part.queries, part.k_start, part.k_stop
         if part.keys <= self._MASK_KEYS:
             width = min(self._MASK_KEYS, window + rows) if window else self._MASK_KEYS
@@ -102,22 +109,27 @@ class CPUFlashKernel(BlockKernel):
 
 
 def _fold(heads: int, groups: int) -> int:
-    """How many heads of a group to put in the rows: all, if every thread still has a head to itself, because backward
-    runs its threads over heads."""
+    """Return how many heads of a group to fold into rows.
+
+    That is the largest divisor of the group that leaves a head for every thread, because backward parallelizes over
+    heads.
+    """
     threads = torch.get_num_threads()
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or heads // n >= threads))
 
 
 @lru_cache(maxsize=16)
 def _causal_mask(rows: int, fold: int, keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """(rows * fold, keys): added to the scores of a folded block, aligned bottom-right, so that the last rows and
-    columns of it are the mask of a smaller block."""
+    """Return the mask (rows * fold, keys) that is added to the scores of a folded causal block.
+
+    It is aligned bottom-right, so its last rows and columns are the mask of a smaller block.
+    """
     return _additive(hidden(rows, keys, window, torch.device("cpu")), fold, dtype)
 
 
 @lru_cache(maxsize=16)
 def _window_edge_mask(rows: int, fold: int, dtype: torch.dtype) -> torch.Tensor:
-    """(rows * fold, rows): the same for the first keys of a block up to the first that its last query sees."""
+    """Return the mask (rows * fold, rows) for a block's first keys, up to the first key that its last query sees."""
     return _additive(torch.ones(rows, rows, dtype=torch.bool).tril(-1), fold, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The formulas, written out."""
+"""Attention computed directly from its formulas."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 
 class EagerKernel(BlockKernel):
-    """The formulas, written out, on any device, with every option: blocks of queries, so that no more than about
-    2 ** 25 scores exist at a time."""
+    """Attention computed directly from its formulas, on any device and with every option.
+
+    Queries are processed in blocks, so that at most about 2**25 scores exist at a time.
+    """
 
     name = "eager"
     _MAX_SCORES = 2**25
@@ -18,7 +20,7 @@ class EagerKernel(BlockKernel):
     def _blocks(self, query, groups, rectangles, options, backward):
         for rectangle in rectangles:
             rows = max(1, self._MAX_SCORES // (query.shape[0] * rectangle.keys))
-            # Wider than a window makes little sense: what a block sees grows with its rows.
+            # Blocks with more rows than the window waste work, because the keys that a block sees grow with its rows.
             rows = min(rows, max(options.window, 64)) if options.window else rows
             for part in cut(rectangle, rows, options):
                 mask = None
@@ -38,7 +40,7 @@ class EagerKernel(BlockKernel):
         with torch.autocast(q.device.type, enabled=False):
             scores = self._scores(q, k, keys, options)
             lse = scores.logsumexp(-1)
-            finite = lse.masked_fill(lse == -torch.inf, 0)  # a row without keys has nothing, not NaN
+            finite = lse.masked_fill(lse == -torch.inf, 0)  # a row without keys gets zeros instead of NaN
             out = (scores - finite[..., None]).exp() @ v.to(scores.dtype)
         return out, lse
 

@@ -1,6 +1,6 @@
-"""FlashAttention: the 2 that PyTorch carries, and 2, 3 and 4 from packages of their own.
+"""FlashAttention kernels: version 2 as included in PyTorch, and versions 2, 3 and 4 from separate packages.
 
-All of them: CUDA, fp16 and bf16, heads up to 256 wide, windows, grouped queries.
+All of them run on CUDA, in fp16 and bf16, and support heads up to 256 wide, windows and grouped queries.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from .varlen import Sequences, VarlenKernel
 
 
 class TorchFlashKernel(VarlenKernel):
-    """`aten::_flash_attention_forward` and its backward, which `torch.nn.attention.varlen` calls too: no softcap. It
-    needs no other package.
+    """FlashAttention-2 as included in PyTorch (`aten::_flash_attention_forward` and its backward).
 
-    `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention-3 or 4 behind the same operators; then
-    [`FlashAttn3Kernel`] or [`FlashAttn4Kernel`] calls those directly, and this kernel is not used."""
+    It needs no other package and does not support softcap. `torch.nn.attention.varlen` calls the same operators.
+
+    `torch.nn.attention.activate_flash_attention_impl` replaces their implementation by FlashAttention-3 or 4. Then
+    this kernel is not used, because [`FlashAttn3Kernel`] or [`FlashAttn4Kernel`] calls that implementation directly.
+    """
 
     name = "torch_flash"
 
@@ -38,10 +40,10 @@ class TorchFlashKernel(VarlenKernel):
         return out, lse
 
     def _backward_call(self, inputs, sequences, options):
-        # Read with dropout only.
+        # These two are only read with dropout.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=inputs.query.device)
         unused = torch.empty(0, device=inputs.query.device)
-        # Backward takes its deterministic path where PyTorch's global switch is on
+        # Backward takes its deterministic path if PyTorch's global switch is on
         # (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
         with deterministic_algorithms(self.deterministic):
             return torch.ops.aten._flash_attention_backward(
@@ -57,7 +59,7 @@ class TorchFlashKernel(VarlenKernel):
 
 
 class FlashAttn2Kernel(VarlenKernel):
-    """The package flash-attn, from 2.7 on, which has softcap too."""
+    """FlashAttention-2 from the package flash-attn, version 2.7 or later, which also supports softcap."""
 
     name = "flash_attn_2"
 
@@ -89,34 +91,35 @@ class FlashAttn2Kernel(VarlenKernel):
 
 
 class FlashAttn3Kernel(VarlenKernel):
-    """`flash_attn_3::fwd` and `::bwd`, on Hopper GPUs.
+    """FlashAttention-3, the operators `flash_attn_3::fwd` and `flash_attn_3::bwd`, on Hopper GPUs.
 
     The operators are registered by importing `flash_attn_interface`, by PyTorch's
-    `activate_flash_attention_impl("FA3")`, or by [`load_kernel_library`]. Arguments go by the names in the operators'
-    schema (hopper/flash_api_stable.cpp of flash-attention, as in xformers 0.0.34).
+    `activate_flash_attention_impl("FA3")`, or by [`load_kernel_library`]. They are called with the argument names of
+    their schema (hopper/flash_api_stable.cpp of flash-attention, as in xformers 0.0.34).
     """
 
     name = "flash_attn_3"
 
     def _forward_call(self, query, key, value, sequences, options):
         arguments = _arguments(sequences, options, causal="is_causal")
-        # Split keys would need a second pass to combine.
+        # Splitting the keys would need a second pass to combine the parts.
         out, lse, *_ = torch.ops.flash_attn_3.fwd(query, key, value, num_splits=1, **arguments)
         return out, lse
 
     def _backward_call(self, inputs, sequences, options):
-        # What backward returns differs from build to build; the tensors that it writes into do not.
+        # Builds differ in what backward returns, but all of them write to the same output arguments.
         grads, arguments = _empty_gradients(inputs), _arguments(sequences, options, causal="is_causal")
         torch.ops.flash_attn_3.bwd(*inputs, *grads, deterministic=self.deterministic, **arguments)
         return grads
 
 
 class FlashAttn4Kernel(VarlenKernel):
-    """The package flash-attn-4 (4.0.0b10 to b36), on Hopper and Blackwell GPUs.
+    """FlashAttention-4 from the package flash-attn-4 (4.0.0b10 to 4.0.0b36), on Hopper and Blackwell GPUs.
 
-    It is called directly. PyTorch's own route to it (torch/nn/attention/_fa4.py) unpacks two results, while the
-    package returns four from 4.0.0b20 and five from 4.0.0b36 on, and in PyTorch 2.11 it refuses every window.
-    A side without a bound is `None`: -1 would be a bound, see `_resolve_causal_local_window` there.
+    It is called directly and not through PyTorch (torch/nn/attention/_fa4.py). PyTorch's wrapper unpacks two results,
+    while the package returns four since 4.0.0b20 and five since 4.0.0b36, and in PyTorch 2.11 it refuses every window.
+    In the package, `None` stands for an unbounded side of the window, and -1 would be a bound (see its
+    `_resolve_causal_local_window`).
     """
 
     name = "flash_attn_4"
@@ -140,7 +143,7 @@ class FlashAttn4Kernel(VarlenKernel):
 def _arguments(
     sequences: Sequences, options: ScoreOptions, *, causal: str = "causal", unbounded: int | None = -1
 ) -> dict[str, Any]:
-    """Keyword arguments of the packages' functions, where `causal` is the name of that one."""
+    """Return keyword arguments for the packages' functions; `causal` is the name of the argument for causality."""
     return {
         **sequences._asdict(),
         "softmax_scale": options.scale,
@@ -150,7 +153,7 @@ def _arguments(
 
 
 def _window_sizes(options: ScoreOptions, unbounded: int | None) -> dict[str, int | None]:
-    """Keys to the left and right of the aligned one that a query sees; `unbounded` stands for all of them."""
+    """Return how many keys a query sees to the left and right of its aligned key; `unbounded` stands for all keys."""
     return {
         "window_size_left": unbounded if options.window is None else options.window - 1,
         "window_size_right": 0 if options.causal else unbounded,
@@ -158,7 +161,7 @@ def _window_sizes(options: ScoreOptions, unbounded: int | None) -> dict[str, int
 
 
 def _empty_gradients(inputs: BackwardInputs) -> tuple[torch.Tensor, ...]:
-    """Contiguous tensors for kernels that write the gradients of query, key and value into what they are given."""
+    """Return contiguous tensors for kernels that write the gradients of query, key and value to output arguments."""
     return tuple(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.query, inputs.key, inputs.value)
     )

@@ -1,4 +1,4 @@
-"""Kernels that take many sequences in one call, given by cumulative lengths."""
+"""Base class of variable-length (varlen) kernels, which process many sequences in one call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ ALIGNMENT = 16  # bytes that FlashAttention's kernels load at a time
 
 
 class Sequences(NamedTuple):
-    """The sequences of a varlen call: int32 (n + 1,) cumulative lengths, from 0 to the number of rows, and the longest
-    of queries, or 2, and of keys. No sequence is empty on either side."""
+    """The sequences of a varlen call, none of which is empty on either side.
+
+    The cumulative lengths are int32 (n + 1,) and run from 0 to the number of rows. `max_seqlen_q` is at least 2.
+    """
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -26,7 +28,7 @@ class Sequences(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Rectangles that share one call: rows of queries, of keys, and of the output of the whole kernel call."""
+    """The rectangles of one varlen call, as rows of the queries, of the keys, and of the output of all rounds."""
 
     queries: Rows
     keys: Rows
@@ -35,22 +37,25 @@ class Round(NamedTuple):
 
 
 class VarlenKernel:
-    """Rectangles as varlen calls, causal ones aligned bottom-right.
+    """Base class of kernels that compute rectangles with varlen calls. Causal rectangles are aligned bottom-right.
 
-    The key ranges of one call must be disjoint, but prefixes of a document overlap: rectangles are dealt out to as
-    few rounds as that needs, in order, and each round is one call. Two slices of one document against two prefixes
-    of its received keys make two rounds, whatever the other documents do:
+    The key ranges of one call must be disjoint, but two slices of a document can attend to overlapping ranges of its
+    keys. Therefore the rectangles are distributed, in order, over as few rounds as possible, and each round is one
+    call. For example, two slices of one document that attend to two prefixes of its received keys need two rounds,
+    which the rectangles of other documents share:
 
         rectangles     rows 0-2 x keys 0-4     rows 3-5 x keys 0-9     rows 6-9 x keys 10-12
         round 1        rows 0-2 x keys 0-4                             rows 6-9 x keys 10-12
         round 2                                rows 3-5 x keys 0-9
 
-    Rounds are built once for equal rectangles and kept, index tensors on the device included, so that the layers of a
+    Rounds are cached by their rectangles, together with their index tensors on the device, so that the layers of a
     batch do not wait for the host. Heads are padded with zeros to a common width that is a multiple of 8.
 
-    A subclass makes the calls, in shapes (rows, heads, D) with the last dimension contiguous, rows and heads aligned
-    to `ALIGNMENT` bytes, and logsumexp (H_q, rows) contiguous. With `deterministic` its backward is bitwise equal from
-    run to run.
+    A subclass makes the calls. Their tensors have shape (rows, heads, D), with the last dimension contiguous and rows
+    and heads aligned to `ALIGNMENT` bytes, and logsumexp (H_q, rows) is contiguous.
+
+    Args:
+        deterministic: whether backward must be bitwise reproducible.
     """
 
     name: str
@@ -61,13 +66,13 @@ class VarlenKernel:
     def _forward_call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, options: ScoreOptions
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns out (rows, H_q, D) and logsumexp (H_q, rows)."""
+        """Return out (rows, H_q, D) and logsumexp (H_q, rows)."""
         raise NotImplementedError
 
     def _backward_call(
         self, inputs: BackwardInputs, sequences: Sequences, options: ScoreOptions
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the gradients of query, key and value in their shapes."""
+        """Return the gradients of query, key and value, with the same shapes."""
         raise NotImplementedError
 
     def forward(self, query, key, value, rectangles, options):
@@ -92,7 +97,7 @@ class VarlenKernel:
     def backward(self, inputs, rectangles, options, grads):
         grad_out, query, key, value, out = _rows_first(*inputs[:-1])
         for r in deal_rounds(tuple(rectangles), query.device):
-            # Nothing refers to what is taken, so that it is freed when the call is over.
+            # No variable refers to the rows taken here, so that they are freed as soon as the call is over.
             found = self._backward_call(
                 BackwardInputs(
                     r.queries.take(grad_out),
@@ -105,28 +110,32 @@ class VarlenKernel:
                 r.sequences,
                 options,
             )
-            # A row comes once per round, and the rounds one after the other: the order of every sum is fixed.
+            # Each row occurs once per round, and rounds run one after another, so the order of every sum is fixed.
             for total, rows, grad in zip(grads, (r.queries, r.keys, r.keys), found):
                 rows.add(total.transpose(0, 1), grad[..., : total.shape[-1]])
 
 
 def _rows_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(heads, T, D) tensors as (T, heads, width), the last dimension contiguous and every row of a head aligned."""
+    """Return tensors (heads, T, D) as (T, heads, width), with the last dimension contiguous and rows aligned."""
     width = max(tensor.shape[-1] for tensor in tensors)
     tensors = pad_heads(-(-width // 8) * 8, *(tensor.transpose(0, 1) for tensor in tensors))
     return tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether kernels can load `ALIGNMENT` bytes at a time. Values that lie behind keys in a received row need not
-    be: with 3 heads of 12 they begin at byte 72."""
+    """Return whether kernels can load `ALIGNMENT` bytes at a time from every row and head.
+
+    The values in a received row, which come after the keys, may be unaligned: after 3 heads of 12 elements in bf16
+    they begin at byte 72.
+    """
     steps = [tensor.storage_offset(), *(step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1)]
     return tensor.stride(-1) == 1 and all(step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
 
 
 @lru_cache(maxsize=64)
 def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
-    dealt: list[list[tuple[Rectangle, int]]] = []  # with the row at which a rectangle's output begins among all
+    """Distribute rectangles over as few rounds as possible, each with disjoint key ranges, see [`VarlenKernel`]."""
+    dealt: list[list[tuple[Rectangle, int]]] = []  # per round: rectangles, and the row where the output of each begins
     row = 0
     for rectangle in rectangles:
         for entries in dealt:
@@ -141,7 +150,7 @@ def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tupl
 
 def _round(entries: list[tuple[Rectangle, int]], device: torch.device) -> Round:
     queries, keys = [each.queries for each, _ in entries], [each.keys for each, _ in entries]
-    # A longest of 1 query would send flash-attn down its decoding path, which trades rows for heads.
+    # With a maximum of 1 query, flash-attn takes its decoding path, which swaps rows and heads.
     longest = max(2, *queries), max(keys)
     return Round(
         Rows(row_numbers((each.q_start, each.q_stop) for each, _ in entries), device),

@@ -1,1 +1,1 @@
-"""Hardware profiles measured on the machine at hand."""
+"""Measurement of a hardware profile on this machine's CPU cores."""

@@ -1,9 +1,9 @@
-"""A hardware profile of this machine's cores, from timed parts, and how far it is from whole attention layers.
+"""Measures a hardware profile of this machine's CPU cores, and the error of its predictions for attention layers.
 
-Parts are single kernel calls, copies, transfers and matrix products; but for transfers, their CPU seconds count.
-Layers run under plans of drawn packs, none of which the fit has seen: the kernels, copies and transfers of every rank,
-overlapped as in training. A layer takes seconds by the clock, and CPU seconds: other programs of the machine, and
-waiting, lengthen only the first.
+The profile is fitted to single kernel calls, copies, transfers and matrix products. Transfers are timed in wall-clock
+seconds, everything else in CPU seconds. The profile is then tested on whole attention layers under plans of random
+packs that the fit has not seen, with the kernels, copies and transfers of every rank overlapped as in training.
+Layers are timed both ways, because other programs and waiting add to wall-clock seconds but not to CPU seconds.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from . import fit, worker
 
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Sides of the causal squares that are timed: one alone, and as many as have 2,048 tokens."""
+"""Side lengths of the timed causal squares. Each is timed alone, and in a call with 2,048 tokens of such squares."""
 
 QUERIES, KEYS = (64, 128, 256, 512, 1024, 2048), (64, 256, 1024, 4096)
-"""Sides of the rectangles without a mask; every number of queries goes with every number of keys."""
+"""Numbers of queries and keys of the timed rectangles without a mask; all combinations are timed."""
 
 ROWS = (128, 512, 2048)
 BYTES = tuple(2**power for power in range(12, 24))
@@ -58,10 +58,11 @@ def measure(
     rounds: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Times parts, fits a `profile`, and times layers.
+    """Time the parts, fit a `profile` to them, and time layers to test it.
 
-    `fit` has root mean square errors of kernel calls. Each of `layers` has for both clocks what was measured and
-    predicted of the slowest rank, without waiting in CPU seconds; `error` summarizes them.
+    `fit` has the root mean square errors of the fitted kernel calls. Each entry of `layers` has, for both clocks, the
+    measured and predicted seconds of the slowest rank; waiting is not part of the CPU seconds. `error` summarizes the
+    errors.
     """
     shape, layers = (heads, kv_heads, head_dim), AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
     itemsize = DTYPES[dtype].itemsize
@@ -106,7 +107,7 @@ def measure(
 
 
 def _beside(pack: fit.Pack, plan: ShardPlan, measured: list[float], model: CostModel) -> dict[str, Any]:
-    """What each of the `CLOCKS` measured of a layer's slowest rank, beside what the model predicts."""
+    """Return the measured and predicted seconds of a layer's slowest rank, for each of the `CLOCKS`."""
     time = model.step_time(plan)
     predicted = time.attention_seconds, float((time.attention + time.copies).max())
     return {
@@ -127,7 +128,7 @@ def _calls() -> list[worker.Work]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table of the fitted kernel, and one of the layers that were predicted with it."""
+    """Return a table of the fitted kernel, and one of the layers that test it."""
     profile, kernel = found["profile"], found["profile"]["kernel"]
     link = profile["links"]["intra_node"]
     lines = [

@@ -1,10 +1,11 @@
-"""Fits hardware profiles to timed kernel calls and copies, and says how far their predictions are off.
+"""Fits hardware profiles to timed kernel calls and copies, and measures the error of their predictions.
 
-For a given tile and causal efficiency, `predict.layer_work.call_seconds` is linear in what is left on a core, which
-works on one tile at a time: seconds a floating-point operation, overheads of a tile, seconds a call. So non-negative
-least squares solves for them, on relative errors, for every tile and efficiency of a grid. A GPU works on many tiles
-at the same time, and a call takes at least as long as its longest tile: there the tile is given, and nonlinear least
-squares on logarithms of ratios finds the rest.
+A core works on one tile at a time. For a given tile and causal efficiency, `predict.layer_work.call_seconds` is then
+linear in the remaining unknowns: seconds per floating-point operation, overheads per tile, and seconds per call.
+Non-negative least squares on relative errors finds these for every tile and efficiency of a grid.
+
+A GPU works on many tiles at the same time, and a call takes at least as long as its longest tile. There the tile is
+given, and nonlinear least squares on logarithms of ratios finds the other unknowns.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ TILES = (16, 32, 64, 128, 256)
 EFFICIENCIES = np.linspace(0.5, 1.2, 36)
 
 STARTS = tuple((efficiency, overhead) for efficiency in (0.6, 1.0) for overhead in (30.0, 300.0))
-"""Causal efficiencies and overheads of a tile, in keys, from which the nonlinear fit starts."""
+"""Starting points of the nonlinear fit: causal efficiency, and overhead per tile in keys."""
 
 LEAST_SECONDS = 1e-18
-"""A floating-point operation that is fitted as free costs this much."""
+"""Lower bound on the fitted seconds per floating-point operation, so that none is free."""
 
 
 class Call(NamedTuple):
-    """A kernel call that was timed: queries and keys of its rectangles, and seconds of both passes. Causal ones are
-    squares; in others all queries see all keys."""
+    """A timed kernel call: the (queries, keys) of its rectangles, and the seconds of forward and backward.
+
+    Rectangles of causal calls are squares. In the others, every query attends to every key.
+    """
 
     causal: bool
     rectangles: tuple[tuple[int, int], ...]
@@ -54,13 +57,16 @@ def _scipy() -> Any:
 
 
 def _measured(calls: Sequence[Call]) -> np.ndarray:
-    """(calls, 2) seconds of forward and backward."""
+    """Return the measured seconds of forward and backward, (calls, 2)."""
     return np.array([[call.forward, call.backward] for call in calls])
 
 
 def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, np.ndarray]:
-    """Finds the kernel that predicts the calls best, and predicted / measured, (calls, 2) for forward and backward.
-    For devices that work on one tile at a time, as a core does."""
+    """Fit a kernel for a device that works on one tile at a time, as a CPU core does.
+
+    Returns the kernel that predicts the calls best, and predicted / measured seconds, (calls, 2) for forward and
+    backward.
+    """
     measured, nnls = _measured(calls), _scipy().nnls
 
     def fitted(tile: int, efficiency: float) -> tuple[Kernel, np.ndarray]:
@@ -73,8 +79,11 @@ def fit_kernel(calls: Sequence[Call], layers: AttentionLayers) -> tuple[Kernel, 
 
 
 def _matrix(calls: Sequence[Call], layers: AttentionLayers, tile: int, efficiency: float) -> np.ndarray:
-    """(calls, 2, 7): what multiplies, in the seconds of each call's forward and backward, the unknowns: of either
-    pass seconds an operation and those times the tile's overhead in keys, without a mask and with; seconds a call."""
+    """Return the coefficients of the unknowns in the seconds of each call's forward and backward, (calls, 2, 7).
+
+    The unknowns are, for each pass, the seconds per operation, and these times the tile's overhead in keys without and
+    with a causal mask; the last one is the seconds per call.
+    """
     tables, causal = _tables(calls), np.array([call.causal for call in calls], dtype=int)
     keys_only, with_overhead = (
         _predicted(Kernel(tile, 1, 0.0, efficiency, *[Pass(1.0, overhead)] * 2), tables, layers)
@@ -99,9 +108,10 @@ def _kernel(tile: int, efficiency: float, found: np.ndarray) -> Kernel:
 def fit_device_kernel(
     calls: Sequence[Call], layers: AttentionLayers, *, units: int, tile: int = 128
 ) -> tuple[Kernel, np.ndarray]:
-    """Like [`fit_kernel`], for a device that works on `units` tiles of `tile` queries at the same time.
+    """Fit a kernel for a device that works on `units` tiles of `tile` queries at the same time.
 
-    Calls whose times this model does not explain pull less at the fit than in plain least squares (soft L1 loss).
+    Returns the same as [`fit_kernel`]. The soft L1 loss gives calls that the model cannot explain less weight than
+    plain least squares would.
     """
     measured, least_squares = _measured(calls), _scipy().least_squares
     tables = _tables(calls)
@@ -135,7 +145,7 @@ def fit_device_kernel(
 
 
 def _tables(calls: Sequence[Call]) -> list[tuple[bool, Rectangles]]:
-    """Rectangles as [`call_seconds`] takes them, those under a causal mask and the others, with a call as a rank."""
+    """Return the causal and the other rectangles as inputs of [`call_seconds`], with one rank per call."""
     rows: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
     for number, call in enumerate(calls):
         for queries, keys in call.rectangles:
@@ -144,7 +154,7 @@ def _tables(calls: Sequence[Call]) -> list[tuple[bool, Rectangles]]:
 
 
 def _predicted(kernel: Kernel, tables: Sequence[tuple[bool, Rectangles]], layers: AttentionLayers) -> np.ndarray:
-    """(calls, 2) seconds of forward and backward."""
+    """Return the predicted seconds of forward and backward, (calls, 2)."""
     count = 1 + max(int(table.ranks.max()) for _, table in tables if len(table.ranks))
     options = {"cp_size": count, "layers": layers, "window": None}
     return np.stack(
@@ -163,10 +173,15 @@ def measured_speeds(
     layers: AttentionLayers,
     itemsize: int,
 ) -> dict[str, Any]:
-    """The entries of a hardware profile that are measured on one device.
+    """Return the entries of a hardware profile that are measured on one device.
 
-    Products have floating-point operations and seconds; copies have rows, and seconds to merge and to pack these,
-    whose bytes are counted as `CostModel` counts them. `itemsize` is that of keys and values.
+    Args:
+        kernel: the fitted attention kernel.
+        products: floating-point operations and seconds of each matrix product.
+        copies: for each size, the number of rows, and the seconds to merge and to pack them. Bytes are counted as in
+            `CostModel`.
+        layers: the attention layers to which the rows belong.
+        itemsize: bytes per element of keys and values.
     """
     merged = layers.query_heads * layers.value_dim * (2 * max(itemsize, 4) + itemsize)
     packed = layers.kv_elements_per_token * 2 * itemsize
@@ -181,7 +196,7 @@ def measured_speeds(
 
 
 class Pack(NamedTuple):
-    """A drawn pack and how it is planned, see [`sample_pack`] and [`plan_documents`]."""
+    """A random pack and the strategy that plans it, see [`sample_pack`] and [`plan_documents`]."""
 
     corpus: str
     strategy: str
@@ -194,24 +209,27 @@ class Pack(NamedTuple):
 
 
 def model_of_layer(profile: dict[str, Any], layers: AttentionLayers, itemsize: int) -> CostModel:
-    """Predicts a model of this attention layer alone."""
+    """Return the cost model of a model that consists of this attention layer only."""
     return CostModel(HardwareProfile.from_dict(profile), 0.0, (layers,), itemsize, itemsize)
 
 
 def error_summary(ratios: Sequence[float]) -> dict[str, float]:
-    """The `median` and `largest` |ratio - 1|, and which share of them is `within_10_percent`."""
+    """Return the `median` and `largest` of |ratio - 1|, and the share that is `within_10_percent`."""
     errors = [abs(ratio - 1) for ratio in ratios]
     within = sum(error <= 0.1 for error in errors) / len(errors)
     return {"median": median(errors), "largest": max(errors), "within_10_percent": within}
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """`(seconds at size 0, sizes per second)`, by least squares on relative errors; neither is negative."""
+    """Fit a line to seconds over sizes, and return `(seconds at size 0, size per second)`.
+
+    The fit uses least squares on relative errors; neither result is negative.
+    """
     matrix = np.stack([np.ones(len(sizes)), np.array(sizes)], 1) / np.array(seconds)[:, None]
     (start, slope), _ = _scipy().nnls(matrix, np.ones(len(sizes)))
     return float(start), 1 / max(float(slope), LEAST_SECONDS)
 
 
 def root_mean_square(ratios: np.ndarray) -> float:
-    """Root mean square of the relative errors."""
+    """Return the root mean square of the relative errors."""
     return math.sqrt(float(np.square(ratios - 1).mean()))

@@ -1,6 +1,6 @@
-"""The parts that processes of `bench calibrate` time: kernel calls, copies, transfers, products, attention layers.
+"""Timing in the processes of `bench calibrate`: kernel calls, copies, transfers, matrix products, attention layers.
 
-All processes time the same at the same moment, as they do in training, because they share caches and memory.
+All processes time the same part at the same moment. As in training, they then compete for caches and memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..turns import Run, in_turns
 
 
 Work = tuple[bool, tuple[tuple[int, int], ...]]
-"""A kernel call: whether it is causal, and the queries and keys of each rectangle."""
+"""A kernel call: whether it is causal, and the (queries, keys) of each rectangle."""
 
 cpu_clock = time.thread_time
-"""Seconds of a core that this thread has used: what other programs take from it meanwhile is not in them."""
+"""CPU seconds of this thread; time that other programs take from the core is not included."""
 
 
 def _timed(*functions: Callable[[], Any], clock: Callable[[], Any] = cpu_clock) -> Run:
-    """Calls these functions one after the other and returns how long each took."""
+    """Return a function that calls these functions in order and returns the seconds that each took."""
 
     def run() -> list[Any]:
         times = [clock()]
@@ -48,13 +48,15 @@ def _timed(*functions: Callable[[], Any], clock: Callable[[], Any] = cpu_clock) 
 
 
 def _medians(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """Medians over rounds of the figures of every run."""
+    """Return the medians over rounds of every run's figures."""
     return [[median(column) for column in zip(*figures)] for figures in in_turns(runs, rounds)]
 
 
 def time_calls(calls: Sequence[Work], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
-    """CPU seconds of each call's forward and backward. Causal calls run as the local pass of a layer, with what
-    autograd and the engine do around it."""
+    """Return the CPU seconds of each call's forward and backward.
+
+    Causal calls run as the local pass of a layer, so they include the overhead of autograd and the engine.
+    """
     kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
     runs = []
     for causal, rectangles in calls:
@@ -67,7 +69,7 @@ def time_calls(calls: Sequence[Work], shape: Shape, dtype: str, rounds: int) -> 
 
 
 def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
-    """Seconds of forward and backward of one attention layer under each plan, on this rank, and its CPU seconds."""
+    """Return the seconds and the CPU seconds of one layer, forward and backward, on this rank under each plan."""
     kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
 
     def clocks() -> np.ndarray:
@@ -91,7 +93,7 @@ def _layer(plan: RankPlan, shape: Shape, dtype: str, kernel: AttentionKernel, cl
 
 
 def rectangles_side_by_side(sizes: Sequence[tuple[int, int]]) -> tuple[Rectangle, ...]:
-    """Rectangles of so many queries and keys each, one behind the other."""
+    """Return rectangles with the given (queries, keys), placed one after the other without overlap."""
     rectangles: list[Rectangle] = []
     queries = keys = 0
     for count, against in sizes:
@@ -114,8 +116,10 @@ def _rectangles(
 def passes(
     kernel: AttentionKernel, inputs: BackwardInputs, rectangles: Sequence[Rectangle], options: ScoreOptions
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward and backward of a kernel call. Backward allocates and clears the gradients that it adds to, as a layer
-    does."""
+    """Return two functions that run forward and backward of a kernel call.
+
+    As in a layer, backward includes allocating and clearing the gradients to which it adds.
+    """
     tensors = inputs.query, inputs.key, inputs.value
     return (
         lambda: kernel.forward(*tensors, rectangles, options),
@@ -124,7 +128,7 @@ def passes(
 
 
 def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
-    """CPU seconds of merging so many rows into twice as many, and of packing the KV of so many."""
+    """Return, for each number of rows, the CPU seconds to merge them into twice as many, and to pack their KV."""
     runs = []
     for count in rows:
         inputs = (tensor.detach() for tensor in random_inputs(2 * count, shape, dtype)[:3])
@@ -135,8 +139,10 @@ def time_copies(rows: Sequence[int], shape: Shape, dtype: str, rounds: int) -> l
 def copies(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Two functions: one merges a partial output into some rows of the output of `query`, as the engine does, the
-    other packs the KV of those rows."""
+    """Return a function that merges a partial output into `rows` of an output, and one that packs the KV of `rows`.
+
+    Both do what the engine does.
+    """
     out = torch.zeros_like(query, dtype=accumulate_dtype(query.dtype))
     lse = torch.zeros(query.shape[:2], dtype=out.dtype, device=query.device)
     part, part_lse = query[:, : rows.count].clone(), torch.zeros_like(lse[:, : rows.count])
@@ -145,7 +151,7 @@ def copies(
 
 
 def time_transfers(bytes_moved: Sequence[int], rounds: int) -> list[list[float]]:
-    """Seconds until so many bytes have come from the next rank and gone to the one before."""
+    """Return, for each size, the seconds to receive so many bytes from the next rank and send them to the previous."""
     return _medians([_transfer(count) for count in bytes_moved], rounds)
 
 
@@ -159,7 +165,7 @@ def _transfer(count: int) -> Run:
 
 
 def time_products(tokens: int, widths: Sequence[int], dtype: str, rounds: int) -> list[list[float]]:
-    """CPU seconds of a linear layer, forward, on so many tokens, from each width to as many."""
+    """Return the CPU seconds of the forward of a square linear layer of each width, on `tokens` tokens."""
     runs = []
     for width in widths:
         rows, weight = (torch.randn(size, width).to(DTYPES[dtype]) for size in (tokens, width))

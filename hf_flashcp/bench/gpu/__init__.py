@@ -1,1 +1,1 @@
-"""`flashcp bench gpu`: what one run on a GPU can establish, step by step; docs/gpu.md says what the steps show."""
+"""`flashcp bench gpu`: checks and measurements on a GPU, step by step; docs/gpu.md explains the steps."""

@@ -1,8 +1,8 @@
-"""Step "calibrate": a hardware profile of this GPU from timed parts, and how well it predicts whole attention layers.
+"""Step "calibrate": measures a hardware profile of this GPU, and its error on whole attention layers.
 
-Parts are single kernel calls, copies and linear layers. Layers are those of every rank of some plans, one rank after
-the other, with received KV standing ready. All measurements are saved as they are. Links between GPUs cannot be
-measured on one, and are those of the packaged profile.
+The profile is fitted to single kernel calls, copies and linear layers. It is tested on the layers of every rank of
+several plans, which run one rank at a time with KV that is created beforehand. All raw measurements are saved. Links
+between GPUs cannot be measured on one GPU, so they are taken from the packaged profile.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ GPU_PACKS = (
     fit.Pack("wlb_llm", "search", 131_072, 0),
     fit.Pack("wlb_llm", "per_doc", 131_072, 0),
 )
-"""The last two have one document of 94,000 tokens, and take the longest."""
+"""Packs that test the profile. The last two take the longest, because one of their documents has 94,000 tokens."""
 
 REHEARSED = Sizes(
     shape=(4, 2, 16),
@@ -84,7 +84,7 @@ REHEARSED = Sizes(
 REHEARSED_PACKS = (fit.Pack("pile", "search", 512, 0), fit.Pack("wlb_llm", "per_doc", 512, 0))
 
 FEWEST_CALLS = 12
-"""Kernel calls without which nothing is fitted."""
+"""Smallest number of timed kernel calls for which a profile is fitted."""
 
 KERNEL, SPEEDS = "Attention kernel, fitted to single calls", "Other speeds"
 LAYERS = "Attention layer of the slowest rank, forward and backward"
@@ -92,6 +92,7 @@ ERRORS, CALLS = "Error of the predicted layers", "Kernel calls"
 
 
 def calibrate(run: Run, settings: Settings) -> Found:
+    """Measure a profile, and compare its predictions with measured layers."""
     found = Found()
     sizes, packs = settings.sized((GPU, GPU_PACKS), (REHEARSED, REHEARSED_PACKS))
     (parts,) = run(1, time_parts, sizes)
@@ -115,7 +116,7 @@ def calibrate(run: Run, settings: Settings) -> Found:
 
 
 def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[str, Any] | None:
-    """The profile, without its errors, if the parts suffice for one."""
+    """Return the profile without its errors, or `None` if there are too few measurements."""
     calls = []
     for call in parts["calls"]:
         if "forward" in call:
@@ -155,10 +156,14 @@ def _fit(found: Found, parts: dict[str, Any], layers: AttentionLayers) -> dict[s
 
 
 def _profile(kernel: Kernel, parts: dict[str, Any], layers: AttentionLayers) -> dict[str, Any]:
-    """The form of the packaged profiles, see [`HardwareProfile.from_dict`]."""
+    """Return a profile in the form of the packaged ones, see [`HardwareProfile.from_dict`]."""
     packaged = packaged_hardware(parts["device"])
     base = HardwareProfile.load(packaged or "h100")
-    assumed = f"assumed: as in {packaged}.json" if packaged else "assumed: an H100's, there is no profile of this GPU"
+    assumed = (
+        f"assumed: as in {packaged}.json"
+        if packaged
+        else "assumed: as on an H100, because there is no profile of this GPU"
+    )
     products = [(2 * one["tokens"] * one["inputs"] * one["outputs"], one["seconds"]) for one in parts["products"]]
     copies = [(one["rows"], one["merge"], one["pack"]) for one in parts["copies"]]
     heads, kv_heads, width = parts["shape"]
@@ -192,7 +197,7 @@ def _compare(
     plans: Sequence[ShardPlan],
     timed: Sequence[list[float] | str],
 ) -> list[float]:
-    """Adds a record of each layer. Returns predicted / measured where there is both."""
+    """Add a record of each layer. Return predicted / measured for those that have both."""
     ratios = []
     for pack, plan, seconds in zip(packs, plans, timed):
         record: Record = {

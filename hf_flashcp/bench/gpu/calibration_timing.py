@@ -1,4 +1,4 @@
-"""Timing for the step "calibrate": kernel calls, copies, linear layers, and whole attention layers."""
+"""Timing for the step "calibrate": kernel calls, copies, linear layers and whole attention layers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from .settings import OUT_OF_MEMORY, Found, Settings, fits_in_memory
 
 DTYPE = torch.bfloat16
 RUN = 64
-"""Rows of a range, where copied rows are many ranges."""
+"""Rows per range, when the copied rows consist of many ranges."""
 
 WARM_UP, TIMED = 0.15, 0.3
-"""Shares of the time left that kernel calls may take: once each, and then in rounds."""
+"""Shares of the remaining time that kernel calls may take: for one call of each, and then for the timed rounds."""
 
 FOR_FIT = 3.0
-"""Seconds that timing layers on a GPU leaves for the fit."""
+"""Seconds that the timing of layers on a GPU leaves for the fit."""
 
 
 class Sizes(NamedTuple):
-    """Sizes of all that is timed: kernel calls and layers have query heads, KV heads and head dim of `shape`, linear
-    layers read `tokens` rows and have the `widths` in and out. `rounds` become fewer where time is short."""
+    """The sizes of everything that is timed.
+
+    Kernel calls and layers have the query heads, KV heads and head dim of `shape`. Linear layers read `tokens` rows,
+    and `widths` has their input and output widths. Fewer than `rounds` rounds are timed if time is short.
+    """
 
     shape: Shape
     calls: tuple[Work, ...]
@@ -46,8 +49,10 @@ class Sizes(NamedTuple):
 
 
 def time_parts(settings: Settings, sizes: Sizes) -> dict[str, Any]:
-    """Times kernel calls, copies and linear layers, in a worker. Returns plain data; calls that did not fit in memory
-    have no seconds."""
+    """Time kernel calls, copies and linear layers in a worker, and return plain data.
+
+    Calls that did not fit in memory have no seconds.
+    """
     device = settings.prepare()
     kernel = _kernel(device, sizes)
     found: dict[str, Any] = {"device": device_name(device), "units": 1, "memory_bytes": None}
@@ -68,7 +73,7 @@ def _kernel(device: torch.device, sizes: Sizes) -> AttentionKernel:
 
 
 def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
-    """Linear layers, forward."""
+    """Time the forward of linear layers."""
     found = []
     for inputs, outputs in sizes.widths:
         rows, weight = (torch.randn(n, inputs, dtype=DTYPE, device=device) for n in (sizes.tokens, outputs))
@@ -79,7 +84,7 @@ def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
 
 
 def _time_copies(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
-    """Merging and packing rows: those of one range, and every other `RUN` rows, which go by index on a GPU."""
+    """Time merging and packing of one range of rows, and of every other `RUN` rows, which a GPU copies by index."""
     most = 2 * max(sizes.rows)
     query, key, value, _ = random_tensors(sizes.shape, most, most, DTYPE, device)
     found = []
@@ -96,8 +101,11 @@ def _time_copies(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
 def _time_calls(
     found: Found, settings: Settings, sizes: Sizes, kernel: AttentionKernel, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each call alone, the most work first: so the host, which only launches kernels, is ahead of the device from
-    there on, and small calls are timed without the launches' latency."""
+    """Time each kernel call alone, those with the most work first.
+
+    The host only launches kernels, so after a long call it is ahead of the device. Small calls are then timed without
+    the latency of their launches.
+    """
     begin, left = time.monotonic(), settings.seconds_left()
     warm_up = settings.until(begin + WARM_UP * left)
     inputs = _Inputs(sizes, kernel, device)
@@ -124,7 +132,7 @@ def _pairs(call: Work) -> float:
 
 
 class _Inputs:
-    """Tensors that all kernel calls share; a call takes as many of their rows as it needs."""
+    """Tensors that all kernel calls share; a call uses as many of their rows as it needs."""
 
     def __init__(self, sizes: Sizes, kernel: AttentionKernel, device: torch.device):
         queries, keys = np.max([np.sum(rectangles, 0) for _, rectangles in sizes.calls], 0).tolist()
@@ -133,21 +141,24 @@ class _Inputs:
         self.out = torch.zeros_like(self.query)
 
     def functions(self, causal: bool, pairs: Sequence[tuple[int, int]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Forward and backward of a call, see [`Work`]."""
+        """Return two functions that run forward and backward of a call, see [`Work`]."""
         rectangles = rectangles_side_by_side(pairs)
         queries, keys = rectangles[-1].q_stop, rectangles[-1].k_stop
         query, grad_out, out = (tensor[:, :queries] for tensor in (self.query, self.grad_out, self.out))
         key, value = self.key[:, :keys], self.value[:, :keys]
         dtype = accumulate_dtype(query.dtype)
-        # About what random scores give; times do not depend on it.
+        # Roughly the value for random scores; times do not depend on it.
         lse = torch.full(query.shape[:2], math.log(keys / len(pairs)), dtype=dtype, device=query.device)
         options = ScoreOptions(causal, scale=query.shape[2] ** -0.5)
         return passes(self.kernel, BackwardInputs(grad_out, query, key, value, out, lse), rectangles, options)
 
 
 def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]) -> dict[str, Any]:
-    """Times the attention layer of every rank of some plans, by name, in a worker. `layers` has the seconds of every
-    rank's forward and backward for each plan, or why there are none."""
+    """Time the attention layer of every rank of each plan in a worker.
+
+    `layers` has one entry per plan: the seconds of forward and backward on every rank, or the reason why there are
+    none.
+    """
     device = settings.prepare()
     settings = settings.until(settings.deadline - settings.sized(FOR_FIT, 0.0))
     found = Found()
@@ -167,7 +178,7 @@ def time_layers(settings: Settings, sizes: Sizes, plans: Mapping[str, ShardPlan]
 
             if not fits_in_memory(run):
                 return OUT_OF_MEMORY
-            # Ranks have about the same work: a plan that takes too long is given up after its first rank.
+            # Ranks have about the same work, so a plan that would take too long is abandoned after its first rank.
             needed = 1.2 * (time.monotonic() - begin) * (plan.cp_size - rank - 1)
         return seconds
 

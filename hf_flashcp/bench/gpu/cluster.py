@@ -1,6 +1,6 @@
-"""Steps for several GPUs, which all ranks of a launch run together: what one GPU cannot show.
+"""Steps that need several GPUs, and run on all ranks of a launch together.
 
-Every step is called by every rank of the process group and returns the same on each.
+Every rank of the process group calls every step, which returns the same on each of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ ROUNDS = 5
 
 
 class Ranks(NamedTuple):
-    """The context-parallel group, of all ranks; all ranks over gloo, for what they say of a step; this rank's
-    device."""
+    """Process groups and device of a rank.
+
+    Both groups contain all ranks: `group` runs the measured collectives, and `control` exchanges results over gloo.
+    """
 
     group: dist.ProcessGroup
     control: dist.ProcessGroup
@@ -38,13 +40,13 @@ class Ranks(NamedTuple):
 
 
 def slowest(ranks: Ranks, seconds: dict[str, float]) -> dict[str, float]:
-    """Each entry's largest value over all ranks."""
+    """Return the largest value over all ranks for each entry."""
     found = gathered(seconds, ranks.control)
     return {name: max(rank[name] for rank in found) for name in seconds}
 
 
 def links(ranks: Ranks, settings: Settings) -> Found:
-    """Collectives, links inside and between nodes, and a layer's errors."""
+    """Check collectives, measure links within and between nodes, and check one attention layer."""
     found = Found()
     checked = check_cluster(ranks.group, ranks.device, megabytes=settings.sized(64, 1))
     found.more["ranks"] = checked["ranks"]
@@ -58,12 +60,12 @@ def links(ranks: Ranks, settings: Settings) -> Found:
         }
         found.add("Links, all ranks sending and receiving at once", record)
     for dtype, layer in checked["layer"].items():
-        found.add("One layer over all ranks against its documents alone", {"dtype": dtype, **layer})
+        found.add("One layer over all ranks, compared with each document alone", {"dtype": dtype, **layer})
     return found
 
 
 def exchange(ranks: Ranks, settings: Settings) -> Found:
-    """Times the layer, the layer without exchange, and the exchange alone: how much of it the kernels hide."""
+    """Time the layer, the layer without exchange and the exchange alone, and report how much the kernels hide."""
     found, size = Found(), dist.get_world_size()
     shape = settings.sized((32, 8, 128), (4, 2, 16))
     for tokens in settings.sized((4096, 16384), (64,)):
@@ -78,18 +80,21 @@ def exchange(ranks: Ranks, settings: Settings) -> Found:
                 out = document_attention(*leaves, bound, kernel=kernel)
                 torch.autograd.grad(out, leaves, work.grad_out)
 
-            def wire(work=work, bound=bound) -> None:
+            def exchange_alone(work=work, bound=bound) -> None:
                 _transfers_alone(work, bound)
 
-            seconds = slowest(ranks, median_seconds(ROUNDS, ranks.device, layer=layer, ready=work.engine, wire=wire))
-            exposed = max(seconds["layer"] - seconds["ready"], 0.0)
+            seconds = slowest(
+                ranks,
+                median_seconds(ROUNDS, ranks.device, layer=layer, without=work.engine, exchange_alone=exchange_alone),
+            )
+            exposed = max(seconds["layer"] - seconds["without"], 0.0)
             record = {
                 "tokens per rank": tokens,
                 "stages": stages,
                 "layer ms": 1000 * seconds["layer"],
-                "without exchange ms": 1000 * seconds["ready"],
-                "exchange alone ms": 1000 * seconds["wire"],
-                "hidden": max(0.0, 1 - exposed / seconds["wire"]) if seconds["wire"] else 1.0,
+                "without exchange ms": 1000 * seconds["without"],
+                "exchange alone ms": 1000 * seconds["exchange_alone"],
+                "hidden": max(0.0, 1 - exposed / seconds["exchange_alone"]) if seconds["exchange_alone"] else 1.0,
             }
             found.add("One document over all ranks, forward and backward, slowest rank", record)
     return found
@@ -109,7 +114,7 @@ def _transfers_alone(work: RankWork, bound: RankPlan) -> None:
 
 
 def groups(ranks: Ranks, settings: Settings) -> Found:
-    """A training step whose exchange shares DDP's process group, and one whose exchange has its own."""
+    """Time a training step whose exchange shares DDP's process group, and one whose exchange has its own group."""
     found, size = Found(), dist.get_world_size()
     shared = dist.new_group(list(range(size)), backend=settings.sized("nccl", "gloo"))
     for what, own in (("shared with DDP", shared), ("its own", ranks.group)):

@@ -1,4 +1,4 @@
-"""Step "device": versions, and what the device can reach at most."""
+"""Step "device": versions, and the highest speeds that the device reaches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PACKAGES = ("hf_flashcp", "torch", "transformers", "accelerate", "triton", "flas
 
 
 def device(settings: Settings) -> Found:
+    """Report versions, speed limits of the device, and the attention kernels that run on it."""
     chosen, found = settings.prepare(), Found()
     found.add("Versions", *_versions())
     found.add("Device", _device(chosen) | _ceilings(chosen, settings))

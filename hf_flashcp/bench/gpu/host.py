@@ -1,6 +1,6 @@
-"""Step "host": whether the host waits for the device, and how much it launches for how much work.
+"""Step "host": does the host wait for the device, and how long does it take to launch a layer?
 
-A layer at few tokens is bound by launches: then the host's time is above the device's.
+A layer with few tokens is limited by launches: the host then takes longer than the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .small_models import packed_batch, small_llama
 
 ROUNDS = 5
 LENGTHS = (300, 150, 31), (300, 151, 31)
-"""Two batches: what is built for the first does not serve the second."""
+"""Document lengths of two batches. They differ, so that nothing built for the first can be reused for the second."""
 
 _LAUNCHES = (
     "cudaLaunchKernel",
@@ -40,6 +40,7 @@ _LAUNCHES = (
 
 
 def host(settings: Settings) -> Found:
+    """Count launches, time the host, and find the first place where it waits for the device."""
     device, found = settings.prepare(), Found()
     for tokens in settings.sized((1024, 4096, 16384), (64, 256)):
         if found.has_time(settings, settings.sized(3, 0), f"{tokens} tokens"):
@@ -48,20 +49,20 @@ def host(settings: Settings) -> Found:
     model = small_llama(128).to(device, torch.bfloat16)
     attach(model, None)
     sharded, whole = (iter([packed_batch(lengths, device) for lengths in LENGTHS]) for _ in range(2))
-    for what, function, must in (
+    for what, function, must_not_wait in (
         ("a layer", _rank_work(settings.sized(4096, 64), settings, device).engine, True),
         ("shard_inputs", lambda: shard_inputs(next(sharded), None), False),
         ("a model's forward and backward", lambda: model(**next(whole)).loss.backward(), False),
     ):
-        said = _first_wait(function, device)
+        first_wait = _first_wait(function, device)
         nowhere = settings.sized("nowhere", "a CPU does not wait")
-        found.add("Where the host waits for the device", {"part": what, "first wait": said or nowhere})
-        found.require(not (must and said), f"{what} waits for the device: {said}")
+        found.add("Where the host waits for the device", {"part": what, "first wait": first_wait or nowhere})
+        found.require(not (must_not_wait and first_wait), f"{what} waits for the device: {first_wait}")
     return found
 
 
 def _rank_work(tokens: int, settings: Settings, device: torch.device) -> RankWork:
-    """The first of eight ranks with so many tokens each, all of one document, in as many stages as there can be."""
+    """Return the work of the first of eight ranks that share one document, `tokens` each, in seven stages."""
     plan = plan_documents([8 * tokens], 8, strategy="per_doc", num_stages=7)
     shape = settings.sized((32, 8, 128), (4, 2, 16))
     kernel = select_kernel(device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
@@ -97,7 +98,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _count_launches(function: Callable[[], Any], device: torch.device) -> int:
-    """Kernels and copies that CUDA is asked for."""
+    """Count the kernels and copies that a call launches on CUDA."""
     if device.type == "cpu":
         return 0
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -115,7 +116,7 @@ class _Dispatches(TorchDispatchMode):
 
 
 def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None:
-    """PyTorch's error at the first operation that waits for the device, in a second call."""
+    """Return PyTorch's error at the first operation that waits for the device, in a second call of the function."""
     function()
     if device.type == "cpu":
         return None
@@ -131,7 +132,7 @@ def _first_wait(function: Callable[[], Any], device: torch.device) -> str | None
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of this library, or of any."""
+    """Return file and line of the innermost frame in this library, or of the innermost frame if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "hf_flashcp" in frame.filename and "bench" not in frame.filename]
     innermost = (ours or frames)[-1]

@@ -1,7 +1,7 @@
-"""Step "kernels": every kernel that runs here, forward and backward, against the formulas in float64.
+"""Step "kernels": compares every kernel that runs here, forward and backward, with the formulas in float64.
 
-The bound is that of FlashAttention's own tests: no more than twice the error of the formulas in the kernel's dtype,
-with scores and probabilities rounded to it, as transformers' eager attention computes them.
+The bound is that of FlashAttention's own tests: at most twice the error of the formulas in the kernel's dtype, with
+scores and probabilities rounded to that dtype, as in transformers' eager attention.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .settings import Found, Settings, fused_kernels
 
 
 TIMES = 2.0
-"""Largest error over that of the formulas in the same dtype."""
+"""Largest allowed ratio of a kernel's error to the error of the formulas in the same dtype."""
 
 EXACT = 1e-12
-"""Largest relative error of the formulas in float64 on the device against autograd."""
+"""Largest allowed relative error of the formulas in float64 on the device, compared with autograd."""
 
 HEAD_DIMS = ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128), (12, 16))
 GROUPS = (1, 4, 8)
 KV_HEADS = 2
 FEW = 8
-"""Problems of a kernel that are written out."""
+"""Number of problems per kernel that are reported in full."""
 
 TITLE = "Errors against float64, forward and backward"
 NAMES = ("out", "logsumexp", "dQ", "dK", "dV")
@@ -40,7 +40,7 @@ Shape = tuple[int, int, int, int]
 
 
 class Case(NamedTuple):
-    """Rectangles of one kernel call, and the window."""
+    """The rectangles and the sliding window of one kernel call."""
 
     name: str
     rectangles: tuple[Rectangle, ...]
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def cases(unit: int) -> list[Case]:
-    """Rectangles of a few times `unit` queries, with edges off every tile."""
+    """Return cases whose rectangles have up to 5 x `unit` queries, with edges that are not aligned with tiles."""
     long, middle, short = 5 * unit + 3, 2 * unit, unit // 3 + 1
     squares = (
         Rectangle(0, long, 0, long),
@@ -74,6 +74,7 @@ def cases(unit: int) -> list[Case]:
 
 
 def kernels(settings: Settings) -> Found:
+    """Check the formulas against autograd, and every fused kernel against the formulas."""
     device, found = settings.prepare(), Found()
     error = _formulas_error(device)
     found.add(TITLE, {"kernel": "eager", "dtype": "float64", "cases": 1, "largest error": error})
@@ -123,8 +124,11 @@ def _check_kernel(
 
 
 class _Layer:
-    """Random inputs of one case and what float64 makes of them. `shape` is query heads, KV heads, width of keys and of
-    values. Backward gets an output and logsumexp over more keys than its own, as after a merge."""
+    """Random inputs of one case, and the results for them in float64.
+
+    `shape` has the query heads, KV heads, width of keys and width of values. As after a merge, backward gets an output
+    and logsumexp over more keys than those of the case.
+    """
 
     def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
         self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
@@ -136,12 +140,12 @@ class _Layer:
         self._exact = [out, lse, *self._backward(EagerKernel(), wide, merged)]
 
     def errors(self, kernel: AttentionKernel) -> list[float]:
-        """Relative errors (Frobenius norm) of out, logsumexp, dQ, dK and dV."""
+        """Return the relative errors (Frobenius norm) of out, logsumexp, dQ, dK and dV."""
         ours = *self._forward(kernel, self._inputs), *self._backward(kernel, self._inputs, self._given)
         return [relative_error(a, b) for a, b in zip(ours, self._exact)]
 
     def repeats(self, kernel: AttentionKernel) -> bool:
-        """Whether two backward passes agree to the last bit."""
+        """Return whether two backward passes give bitwise equal gradients."""
         first, second = (self._backward(kernel, self._inputs, self._given) for _ in range(2))
         return all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -157,7 +161,7 @@ class _Layer:
 
 
 class PlainKernel(EagerKernel):
-    """The formulas with scores, probabilities and their gradients rounded to the dtype of the queries."""
+    """The attention formulas, with scores, probabilities and their gradients rounded to the dtype of the queries."""
 
     def _forward_block(self, q, k, v, keys, options):
         scores = self._rounded((q @ k.mT).to(q.dtype), keys, options)
@@ -175,7 +179,7 @@ class PlainKernel(EagerKernel):
 
 
 def _inputs(shape: Shape, case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """query, key, value, grad_out as a model has them: views of (T, H, D)."""
+    """Return query, key, value and grad_out as in a model: (H, T, D) views of (T, H, D) tensors."""
     heads, kv_heads, key_dim, value_dim = shape
     rows = max(r.q_stop for r in case.rectangles)
     keys = max(r.k_stop for r in case.rectangles)
@@ -187,15 +191,17 @@ def _inputs(shape: Shape, case: Case, dtype: torch.dtype, device: torch.device) 
 def _merged(
     out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, case: Case
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output and logsumexp of all rows, as if every row had seen further keys whose values are 0 and whose weight
-    is a third of its own keys'."""
+    """Return the output and logsumexp of all rows after a merge with further keys.
+
+    The further keys have values of 0, and a third of the weight of the case's own keys.
+    """
     index = torch.cat([torch.arange(r.q_start, r.q_stop) for r in case.rectangles]).to(grad_out.device)
     whole = lse.new_zeros(grad_out.shape[:2]).index_copy_(1, index, lse + math.log(4 / 3))
     return torch.zeros_like(grad_out).index_copy_(1, index, out * 0.75), whole
 
 
 def _formulas_error(device: torch.device) -> float:
-    """Error of the formulas in float64, which all else is held against, against autograd over one mask."""
+    """Return the error of the formulas in float64, which serve as the reference, compared with autograd."""
     shape, case = (4, 2, 16, 16), Case("", (Rectangle(0, 37, 0, 37),), True, 9)
     query, key, value, grad_out = _inputs(shape, case, torch.float64, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]

@@ -1,4 +1,4 @@
-"""Steps that all ranks of a launch (torchrun) run together, in the launched processes themselves."""
+"""Runs the steps that all ranks of a launch (torchrun) execute together, in the launched processes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .settings import Found, Settings, Step
 
 
 def launched_ranks() -> int:
-    """Processes that a launcher has started: 1 without one."""
+    """Return the number of processes that a launcher has started, or 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints."""
+    """Return whether this process is the one that writes files and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 STEP_SECONDS = 60
-"""Seconds after which a collective of a step gives up waiting for a rank."""
+"""Timeout of the collectives of a step, in seconds."""
 
 
 def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Callable[[], Ranks]:
-    """Joins the launch's process group. The first rank may come late: it runs the steps of one GPU before.
+    """Join the launch's process group, and return a function that creates [`Ranks`].
 
-    Under gloo a collective that waits longer than `step_seconds` raises an error; under NCCL its watchdog ends the
-    process, and with it the run. Every call of what is returned makes ranks with a group of their own: after a
-    collective that timed out a group cannot be used again.
+    The first rank may join late, because it runs the steps for one GPU first. Each call of the returned function
+    creates a new group, because a group cannot be used after a collective has timed out. With gloo, a collective that
+    waits longer than `step_seconds` raises an error. With NCCL, the watchdog ends the process, and so the run.
     """
     device = torch.device("cpu")
     if settings.device == "cuda":
@@ -46,7 +46,7 @@ def join(settings: Settings, step_seconds: float = STEP_SECONDS) -> Callable[[],
     joined = dist.is_initialized()
     if not joined:
         dist.init_process_group(settings.sized("cpu:gloo,cuda:nccl", "gloo"), timeout=patient)
-    # What a rank says of a step may come as late as others wait for it.
+    # Ranks report a step over this group, which therefore waits as long as a step may take on any of them.
     everyone = list(range(dist.get_world_size()))
     control = dist.new_group(everyone, backend="gloo", timeout=patient)
     dist.barrier(control)
@@ -63,7 +63,7 @@ def run_together(
     results: Results | None,
     on_row: Callable[[Any, Row | None], None],
 ) -> None:
-    """Every rank calls it; the first one has the results."""
+    """Run steps on all ranks. Every rank must call this function; only the first one passes `results`."""
     for step in steps:
         begin, ranks = time.monotonic(), new_ranks()
         found, error = Found(), None
@@ -74,9 +74,9 @@ def run_together(
         except Exception as raised:  # a step must not end the run
             error = raised
         messages = gathered(error and f"{type(error).__name__}: {error}", ranks.control)
-        said = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
+        problem = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
         if results is not None:
-            status = status_of(error, settings) if error else FAILED if said else status_of_found(found)
-            row = row_of(step, results.machine, status, time.monotonic() - begin, found, said)
+            status = status_of(error, settings) if error else FAILED if problem else status_of_found(found)
+            row = row_of(step, results.machine, status, time.monotonic() - begin, found, problem)
             results.add(row)
             on_row(step, row)

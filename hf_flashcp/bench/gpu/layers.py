@@ -1,4 +1,4 @@
-"""Step "layer": one attention layer split over processes that share the device, against its documents alone."""
+"""Step "layer": compares one attention layer, split over processes that share the device, with each document alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .settings import Found, Record, Run, Settings, fused_kernels
 
 SIZES = (2, 4)
 EXACT = 1e-12
-"""Largest relative error in float64, through the formulas."""
+"""Largest allowed relative error in float64, computed with the formulas."""
 
 TIMES = 2.0
-"""Largest error in bf16, over that of one process in bf16."""
+"""Largest allowed ratio of the error in bf16 to the error of one process in bf16."""
 
 
 def cases(rehearses: bool) -> dict[str, LayerCase]:
-    """Layers by name; a rehearsal has three small ones."""
+    """Return the layers by name; on a CPU, only three small ones."""
     base, window = LayerCase(), 100
     if rehearses:
         base, window = LayerCase(lengths=(70, 26, 9, 1), heads=4, kv_heads=2, head_dim=16), 12
@@ -43,6 +43,7 @@ def cases(rehearses: bool) -> dict[str, LayerCase]:
 
 
 def layer(run: Run, settings: Settings) -> Found:
+    """Check the output and gradients of every case on 2 and 4 ranks."""
     found = Found()
     for size in SIZES:
         if not found.has_time(settings, 5, f"{size} ranks"):
@@ -55,7 +56,7 @@ def layer(run: Run, settings: Settings) -> Found:
 
 
 def _errors(settings: Settings) -> list[Record]:
-    """In a worker: every case in float64 through the formulas, and in bf16 through every fused kernel."""
+    """Check every case in a worker: in float64 with the formulas, and in bf16 with every fused kernel."""
     device = settings.prepare()
     found = []
     for name, case in cases(settings.rehearses).items():
@@ -67,7 +68,7 @@ def _errors(settings: Settings) -> list[Record]:
                 made: Any = CAPABILITIES[kernel].make(False)
                 ours, alone = layer_errors(case, dist.group.WORLD, device, dtype, made)
             exact = dtype == torch.float64
-            # The result that comes nearest to its bound stands for the case.
+            # Of the four results, report the one that is closest to its bound.
             bounds = [EXACT if exact else TIMES * error for error in alone]
             error, bound = max(zip(ours, bounds), key=lambda pair: pair[0] / pair[1])
             label = str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Step "step": one training step of a model of 1B parameters, on a packed batch and on its documents one at a time.
+"""Step "step": times a training step of a 1B-parameter model, on a packed batch and on one document at a time.
 
-The packed batch runs through this library. The documents run through PyTorch's `scaled_dot_product_attention`, which
-needs no masks for them, with gradients accumulated and divided by the number of targets of the whole batch: the same
-step, so losses and gradient norms must agree. The model, its weights and its optimizer are the same in both.
+The packed batch runs through this library. The single documents run through PyTorch's `scaled_dot_product_attention`,
+which needs no mask for them; their gradients are accumulated and divided by the number of targets of the whole batch.
+Model, weights and optimizer are the same. Both ways compute the same step, so losses and gradient norms must agree.
 """
 
 from __future__ import annotations
@@ -60,15 +60,17 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-"""The model that a rehearsal trains."""
+"""Config of the model that is trained on a CPU."""
 
 SETUP = TrainingSetup(gpus=1, sharding="ddp", dtype="bfloat16", mixed_precision="no")
 STEPS, MEMORY = "One training step", "Peak memory of the training step"
 
 
 class Measured(NamedTuple):
-    """One way to run the step: median seconds, most bytes allocated (0 on a CPU), mean loss of the batch's targets,
-    and the norm of the batch's gradient."""
+    """Measurements of the step: median seconds, and peak bytes allocated (0 on a CPU).
+
+    The loss is the mean over the batch's targets, and `grad_norm` the norm of the batch's gradient.
+    """
 
     seconds: float
     peak_bytes: int
@@ -77,7 +79,7 @@ class Measured(NamedTuple):
 
 
 def model_step(settings: Settings) -> Found:
-    """In a worker: every number of tokens, fewest first."""
+    """Measure the step in a worker, for every number of tokens, the smallest first."""
     device = settings.prepare()
     found = Found()
     config, sizes = settings.sized((LLAMA_1B, TOKENS), (TINY, FEW_TOKENS))
@@ -86,7 +88,7 @@ def model_step(settings: Settings) -> Found:
         if not found.has_time(settings, needed, f"a step of {tokens:,} tokens"):
             continue
         if trainer is None:
-            with device:  # weights are drawn there
+            with device:  # initialize weights on the device
                 trainer = Trainer(config, torch.bfloat16, device, None)
         begin = time.monotonic()
         _compare(found, settings, trainer, config, tokens)
@@ -95,7 +97,7 @@ def model_step(settings: Settings) -> Found:
 
 
 def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[str, Any], tokens: int) -> None:
-    """Adds a record for the packed batch and one for its documents, and requires that they agree."""
+    """Add a record for the packed batch and one for its documents, and require that they agree."""
     lengths = sample_pack(CORPUS, tokens)
     rows = {name: row.to(trainer.device) for name, row in random_batch(lengths, trainer.vocabulary).items()}
     batch = {"flashcp_plan": plan_documents(lengths, 1), **rows}
@@ -121,15 +123,17 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
     for name, ours, stock in (("loss", packed.loss, alone.loss), ("gradient norm", packed.grad_norm, alone.grad_norm)):
         found.require(
             math.isclose(ours, stock, rel_tol=TOLERANCES["bf16"]),
-            f"{name} of {tokens:,} packed tokens is {ours:.6g}, and {stock:.6g} with sdpa on the documents alone",
+            f"{name} of {tokens:,} packed tokens is {ours:.6g}, but {stock:.6g} with sdpa on single documents",
         )
 
 
 def _run(
     settings: Settings, trainer: Trainer, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> Measured | None:
-    """Runs a step two times, so that the optimizer has its state in the second, and then times it. `None` if memory
-    runs out."""
+    """Run a step twice, so that the optimizer has its state in the second, and then time it.
+
+    Returns `None` if memory runs out.
+    """
     on_gpu = trainer.device.type == "cuda"
     figures: dict[str, float] = {}
 
@@ -145,7 +149,7 @@ def _run(
         trainer.optimizer.zero_grad()
         return None
     peak = torch.cuda.max_memory_allocated(trainer.device) if on_gpu else 0
-    # A quarter of the time that is left: the other way to run the step takes about as long.
+    # Use a quarter of the remaining time, because the other way to run the step takes about as long.
     rounds = min(settings.sized(5, 1), settings.seconds_left() / 4 / figures["seconds"] - 1)
     seconds = median_seconds(max(int(rounds), 1), trainer.device, step=step)["step"]
     return Measured(seconds, peak, figures["loss"], figures["grad_norm"])
@@ -153,7 +157,7 @@ def _run(
 
 @contextmanager
 def _stock_attention(trainer: Trainer) -> Iterator[None]:
-    """Inside, the model is a stock transformers model with sdpa."""
+    """Use the stock transformers model with sdpa inside the context."""
     trainer.handle.remove()
     trainer.model.set_attn_implementation("sdpa")
     try:
@@ -166,7 +170,7 @@ def _stock_attention(trainer: Trainer) -> Iterator[None]:
 def _step_by_document(
     trainer: Trainer, rows: dict[str, torch.Tensor], lengths: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns loss and gradient norm, as [`Trainer.step`] does."""
+    """Run the step on one document at a time. Return loss and gradient norm, as [`Trainer.step`] does."""
     targets = (rows["labels"] != IGNORE_INDEX).sum()
     loss = torch.zeros((), device=trainer.device)
     for ids, labels in zip(rows["input_ids"].split(lengths, 1), rows["labels"].split(lengths, 1)):

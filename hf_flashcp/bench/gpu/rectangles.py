@@ -1,7 +1,7 @@
-"""Steps "plans" and "rectangles": what kernels and copies cost under a plan, and what the kernels reach alone.
+"""Steps "plans" and "rectangles": times kernels and copies under a plan, and kernels alone.
 
-No wire is needed for either: every rank's rectangles run in turn on one device, with received KV standing ready, and
-the slowest rank stands for the layer.
+Neither sends anything: the rectangles of every rank run in turn on one device, with KV that is created beforehand. The
+time of a layer is that of its slowest rank.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .settings import Found, Record, Settings, fused_kernels
 
 
 SHAPE = (32, 8, 128)
-"""Query heads, KV heads, head dim: those of an 8B model."""
+"""Query heads, KV heads and head dim of an 8B model."""
 
 CP_SIZE = 8
 STRATEGIES = ("search", "per_doc")
 TILE = 128
-"""Queries of a kernel's block, for counting how many it starts."""
+"""Queries per block of a kernel, used to count the blocks that it starts."""
 
 
 def _packs(settings: Settings) -> dict[str, list[int]]:
@@ -42,10 +42,11 @@ def _shape(settings: Settings) -> Shape:
 
 
 def plans(settings: Settings) -> Found:
+    """Time the kernels and copies of every rank under several plans, and compare them with one call."""
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
         for (pack, lengths), strategy in itertools.product(_packs(settings).items(), STRATEGIES):
-            # Three ways to run the layer, each twice, at a modest 200 TFLOP/s; forward is 2 of 7 products.
+            # Three ways to run the layer, each twice, at 200 TFLOP/s; forward has 2 of the 7 products.
             flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
             needed = settings.sized(1 + flops / 200e12, 0)
             if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
@@ -71,6 +72,7 @@ def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: t
 
 
 def rectangles(settings: Settings) -> Found:
+    """Time each kernel on large rectangles, and on a stage with long and short ones."""
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     names = fused_kernels(device, torch.bfloat16, shape[2], shape[2])
     tokens = settings.sized(16384, 256)
@@ -89,13 +91,13 @@ def rectangles(settings: Settings) -> Found:
         for name in names:
             if found.has_time(settings, settings.sized(2, 0), f"length classes, {strategy}, {name}"):
                 record = _classes(plan, CAPABILITIES[name].make(False), shape, device)
-                title = f"A stage of the Pile pack under cp {CP_SIZE}, in one call and by lengths of queries, forward"
+                title = f"A stage of the Pile pack under cp {CP_SIZE}, in one call and grouped by length, forward"
                 found.add(title, {"strategy": strategy, "kernel": name, **record})
     return found
 
 
 def _tensors(todo: Sequence[Rectangle], shape: Shape, device: torch.device) -> list[torch.Tensor]:
-    """query, key, value and grad_out for rectangles."""
+    """Return query, key, value and grad_out for these rectangles."""
     rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
     return random_tensors(shape, rows, keys, torch.bfloat16, device)
 
@@ -124,7 +126,7 @@ def _speed(
 
 
 def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
-    """The rank and stage with the most blocks that have no queries, run whole and grouped by length of queries."""
+    """Time the stage with the most blocks without queries, in one call and with rectangles grouped by length."""
     layouts = [RankLayout(plan, rank) for rank in range(plan.cp_size)]
     stages = [
         stage.rectangles for layout in layouts for stage in layout.stages(torch.device("cpu")) if stage.rectangles
@@ -150,7 +152,7 @@ def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: tor
 
 
 def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
-    """The rectangles grouped by the power of two that their number of queries reaches, in order inside a group."""
+    """Group rectangles by their number of queries, rounded up to a power of two of `TILE`; groups keep the order."""
     classes: dict[int, list[Rectangle]] = {}
     for rectangle in todo:
         blocks = -(-rectangle.queries // TILE)
@@ -159,11 +161,14 @@ def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
 
 
 def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
-    """Blocks that the kernel's calls start: in each as many for every sequence as the longest needs, for each head."""
+    """Return the number of blocks that the kernel's calls start.
+
+    Per head, a call starts as many blocks for every sequence as its longest sequence needs.
+    """
     calls = [found.sequences for found in deal_rounds(tuple(todo), torch.device("cpu"))]
     return heads * sum((len(call.cu_seqlens_q) - 1) * -(-call.max_seqlen_q // TILE) for call in calls)
 
 
 def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:
-    """Blocks that have queries."""
+    """Return the number of blocks that have queries."""
     return heads * sum(-(-rectangle.queries // TILE) for rectangle in todo)

@@ -1,4 +1,4 @@
-"""The results of a run, as text."""
+"""The results of a run as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .runner import Row
 
 
 def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
-    """A summary of the steps, then what each found. `shows` says what each step establishes."""
+    """Return a summary of the steps, followed by the results of each. `shows` describes the steps by name."""
     machine = rows[0]["machine"] if rows else {}
     summary = [
         {"step": row["step"], "result": row["status"], "s": row["seconds"], "shows": shows.get(row["step"], "")}
@@ -30,7 +30,7 @@ def text(rows: Sequence[Row], shows: dict[str, str]) -> str:
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> str:
-    """A table with all names of any record as columns; columns of texts are on the left."""
+    """Return a table with a column for every name in the records; columns of text are left-aligned."""
     names = list(dict.fromkeys(name for record in records for name in record))
     is_text = {name: all(isinstance(record.get(name, ""), str) for record in records) for name in names}
     rows = [[shown(record.get(name, "")) for name in names] for record in records]
@@ -38,7 +38,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Numbers with at most four significant digits, whole ones in full."""
+    """Return a value as text: whole numbers in full, others with at most four significant digits."""
     if value is None:
         return "not finite"
     if not isinstance(value, float):

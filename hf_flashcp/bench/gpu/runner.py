@@ -1,4 +1,4 @@
-"""Runs steps one after the other, each in fresh processes and within its time: one that fails costs only itself."""
+"""Runs steps in turn, each in new processes and with a time limit, so that a failure affects only its own step."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from .settings import Found, Settings, Step
 
 
 TOTAL_SECONDS = 540
-"""Longest run; steps that would begin later are left out."""
+"""Time limit of a run in seconds; steps that would begin later are not run."""
 
 PASSED, FAILED, CUT_SHORT, NOT_RUN = "passed", "failed", "cut short", "not run"
 OUT_OF_MEMORY, OUT_OF_TIME, CRASHED = "out of memory", "out of time", "crashed"
 
 Row = dict[str, Any]
-"""A step as it is written to `steps.jsonl`, with `_KEYS`; `machine` says where it ran."""
+"""The result of a step, as written to `steps.jsonl`. It has `_KEYS`; `machine` identifies the machine it ran on."""
 _KEYS = {"step", "status", "seconds", "limit", "message", "problems", "cut", "tables", "more", "machine"}
 
 
 class Results:
-    """Rows in `steps.jsonl` of a folder, which is made if it does not exist, or in memory alone. A file of another
-    machine, or that cannot be read, is a `ConfigurationError`."""
+    """The rows of a run, kept in memory and, if there is a folder, in its file `steps.jsonl`.
+
+    The folder is created if it does not exist. Raises a `ConfigurationError` if the file comes from another machine or
+    cannot be read.
+    """
 
     def __init__(self, folder: Path | None, machine: dict[str, str]):
         self.machine = machine
@@ -49,7 +52,7 @@ class Results:
         self._rows = {row["step"]: row for row in (_read(self._file, *line) for line in enumerate(lines, 1))}
         if other := next((row["machine"] for row in self._rows.values() if row["machine"] != machine), None):
             raise ConfigurationError(
-                f"{self._file} has results of {_named(other)}, and this is {_named(machine)}: give another "
+                f"{self._file} has results of {_named(other)}, but this machine is {_named(machine)}. Pass another "
                 "--output, or delete the file."
             )
 
@@ -67,14 +70,16 @@ class Results:
 
 
 def _read(file: Path, number: int, line: str) -> Row:
-    """A row of the file. A run that was killed while it wrote leaves half a line."""
+    """Parse a line of the file. A run that was killed while writing leaves an incomplete line."""
     try:
         row = json.loads(line)
         if row.keys() >= _KEYS and all(isinstance(value, str) for value in row["machine"].values()):
             return row
     except (ValueError, AttributeError):
         pass
-    raise ConfigurationError(f"Line {number} of {file} is not the result of a step: delete it; the step runs again.")
+    raise ConfigurationError(
+        f"Line {number} of {file} is not the result of a step. Delete the line, and the step will run again."
+    )
 
 
 def _named(machine: dict[str, str]) -> str:
@@ -88,7 +93,10 @@ def run_steps(
     results: Results,
     on_row: Callable[[Step, Row | None], None],
 ) -> None:
-    """Runs those that have not passed yet. `on_row(step, None)` is called before each, and with its row after it."""
+    """Run the steps that have not passed yet.
+
+    Calls `on_row(step, None)` before each step, and `on_row(step, row)` after it.
+    """
     begin = time.monotonic()
     for step in steps:
         if results.has_passed(step.name):
@@ -96,7 +104,9 @@ def run_steps(
         on_row(step, None)
         left = begin + TOTAL_SECONDS - time.monotonic()
         if left < 1:
-            row = row_of(step, results.machine, NOT_RUN, 0.0, message=f"the run's {TOTAL_SECONDS} seconds are over")
+            row = row_of(
+                step, results.machine, NOT_RUN, 0.0, message=f"the run's limit of {TOTAL_SECONDS} seconds was reached"
+            )
         else:
             row = _run_step(step, settings, results.machine, pools, min(step.seconds, left))
         results.add(row)
@@ -122,7 +132,7 @@ def row_of(
 
 
 def _numbers(value: Any) -> Any:
-    """The same with `None` for what is not a number: JSON has no word for it."""
+    """Return the same data with `None` in place of NaN and infinity, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: _numbers(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,7 +164,7 @@ def _run_step(step: Step, settings: Settings, machine: dict[str, str], pools: Po
 
 
 def status_of_found(found: Found) -> str:
-    """Status of a step that ran to its end; what was cut has not been shown, so it is not passed."""
+    """Return the status of a step that ran to its end. A step that left something out has not passed."""
     return FAILED if found.problems else CUT_SHORT if found.cut else PASSED
 
 
@@ -167,10 +177,10 @@ def status_of(error: BaseException, settings: Settings) -> str:
 
 
 class Pools:
-    """Worker pools, a new one for each step, so that nothing of one step is left in memory for the next.
+    """Creates worker pools: a new one per step, so that no step finds memory in use by an earlier one.
 
-    Workers are forked from a server that has imported everything and never touched the GPU. Where a GPU cannot be
-    used like that, they are spawned.
+    Workers are forked from a server that has imported everything but never touched the GPU. They are spawned instead
+    if the GPU cannot be used in forked workers.
     """
 
     def __init__(self, device: str):
@@ -178,7 +188,7 @@ class Pools:
         self._method: dict[str, str] = {}
         self.device_name = "CPU (rehearsal)"
         if device == "cuda":
-            # Imports in the server ask whether there is a GPU; only NVML answers without starting CUDA.
+            # Imports in the server check for a GPU; only the check through NVML does not initialize CUDA.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             self.device_name = self._gpu_name()
 
@@ -195,7 +205,7 @@ class Pools:
             forkserver.ensure_running()
 
     def machine(self) -> dict[str, str]:
-        """What must be equal for results to be in one file."""
+        """Return the properties that must be equal for results to share a file."""
         return {"device": self.device_name, "torch": torch.__version__, "hf_flashcp": __version__}
 
     def _gpu_name(self) -> str:
@@ -207,7 +217,7 @@ class Pools:
                 self._method = method
                 return name
         raise ConfigurationError(
-            "PyTorch sees no GPU here: run this on a machine with one, or rehearse with --device cpu."
+            "PyTorch sees no GPU here. Run this on a machine with a GPU, or try it out with --device cpu."
         )
 
 

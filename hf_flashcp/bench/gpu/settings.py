@@ -1,4 +1,4 @@
-"""Arguments and results of every step of `flashcp bench gpu`, and what steps ask about the GPU."""
+"""Arguments and results of the steps of `flashcp bench gpu`, and what steps need to know about the GPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from ...predict import HARDWARE
 
 
 OUT_OF_MEMORY = "out of memory"
-"""Stands in a record in place of the figure that could not be measured."""
+"""Replaces, in a record, a figure that could not be measured because memory ran out."""
 
 Record = dict[str, Any]
-"""A row of a table: by column, numbers and texts."""
+"""A row of a table: numbers and text by column."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a step, which workers get with every call: "cuda", or "cpu" to rehearse; FlashAttention-3's library;
-    the `time.monotonic()`, equal in all processes of a machine, at which the step is ended."""
+    """Settings of a step, which are passed to workers with every call.
+
+    `device` is "cuda", or "cpu" for a quick trial. `kernel_library` is the file of FlashAttention-3, if given.
+    `deadline` is the `time.monotonic()` at which the step ends; all processes of a machine share that clock.
+    """
 
     device: str
     kernel_library: str | None = None
@@ -32,7 +35,7 @@ class Settings:
 
     @property
     def rehearses(self) -> bool:
-        """Whether sizes are so small that a CPU finishes in seconds, so that figures mean nothing."""
+        """Whether this is a trial on a CPU, with sizes so small that its figures mean nothing."""
         return self.device == "cpu"
 
     def sized(self, on_gpu: Any, rehearsed: Any) -> Any:
@@ -45,7 +48,7 @@ class Settings:
         return replace(self, deadline=deadline)
 
     def prepare(self) -> torch.device:
-        """In a worker: loads what was brought along and names the device of this process."""
+        """Load the kernel library, if there is one, and return the device of this process. Called in workers."""
         if self.kernel_library is not None:
             load_kernel_library(self.kernel_library)
         if self.device == "cuda":
@@ -54,12 +57,18 @@ class Settings:
 
 
 Run = Callable[..., list[Any]]
-"""`run(processes, function, *args)` calls `function(settings, *args)` in that many processes; results by rank."""
+"""Calls a function in several processes: `run(processes, function, *args)` returns a list of results by rank.
+
+Each process calls `function(settings, *args)`.
+"""
 
 
 class Step(NamedTuple):
-    """A part of the run that fails alone: `seconds` is its time limit, `shows` what it establishes, and `run` takes a
-    [`Run`], or for several GPUs the ranks, and the settings."""
+    """A part of the run, whose failure does not affect the others.
+
+    `seconds` is its time limit, and `shows` describes its purpose. `run` takes a [`Run`], or the ranks if the step
+    needs several GPUs, and the settings.
+    """
 
     name: str
     group: str
@@ -69,13 +78,16 @@ class Step(NamedTuple):
 
 
 def in_worker(function: Callable[[Settings], Found]) -> Callable[[Run, Settings], Found]:
-    """A step that is one call in one process."""
+    """Return a step that calls `function` once in one process."""
     return lambda run, settings: run(1, function)[0]
 
 
 class Found:
-    """A step's results: tables by title, problems (with any the step has failed), what was left out because the time
-    was over, and JSON that is saved and not shown."""
+    """The results of a step.
+
+    `tables` holds records by title. A step with `problems` has failed. `cut` names what was left out for lack of time,
+    and `more` is JSON that is saved but not printed.
+    """
 
     def __init__(self) -> None:
         self.tables: dict[str, list[Record]] = {}
@@ -91,13 +103,13 @@ class Found:
             self.problems.append(problem)
 
     def add_error(self, title: str, record: Record, what: str) -> None:
-        """Adds a record and requires that its `error` is within its `bound`."""
+        """Add a record, and require that its `error` is within its `bound`."""
         self.add(title, record)
         problem = f"{what} is off by {record['error']:.1e}, more than {record['bound']:.1e}"
         self.require(record["error"] <= record["bound"], problem)
 
     def has_time(self, settings: Settings, seconds: float, name: str) -> bool:
-        """Whether so many seconds are left for `name`, which is noted as cut if not."""
+        """Return whether so many seconds are left. If not, record that `name` was left out."""
         if settings.seconds_left() < seconds:
             self.cut.append(name)
             return False
@@ -105,25 +117,25 @@ class Found:
 
 
 def fused_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> list[str]:
-    """Kernels other than the formulas that can run such a layer here, best first."""
+    """Return the kernels, except the formulas, that can run a layer with these widths here, best first."""
     explained = explain_kernels(device.type, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
     return [name for name, reason in explained if reason is None and name != "eager"]
 
 
 def packaged_hardware(name: str) -> str | None:
-    """Name of the packaged profile for a GPU that PyTorch calls `name`, if there is one."""
+    """Return the name of the packaged profile for the GPU that PyTorch calls `name`, or `None`."""
     words = re.findall("[a-z0-9]+", name.lower())  # so that a GH200 is not taken for an H200
     return next((hardware for hardware in HARDWARE if hardware in words), None)
 
 
 def fits_in_memory(function: Callable[[], Any]) -> bool:
-    """Calls `function` and waits for the device. `False`, with PyTorch's cache emptied, if memory ran out."""
+    """Call `function` and wait for the device. If memory runs out, empty PyTorch's cache and return `False`."""
     try:
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return True
     except torch.OutOfMemoryError:
-        pass  # the cache is emptied below, when the error no longer holds the tensors of its frames
+        pass  # the cache is emptied below, once the error no longer keeps the tensors of its frames alive
     torch.cuda.empty_cache()
     return False

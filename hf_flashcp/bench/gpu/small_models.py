@@ -1,4 +1,4 @@
-"""Small Llama models and packed batches for the steps that run whole models."""
+"""Small Llama models and packed batches, for steps that run whole models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ VOCABULARY = 1024
 
 
 def small_llama(width: int, layers: int = 2, attention: str = "flashcp") -> LlamaForCausalLM:
-    """A model with heads of 64, two query heads to a key head, in fp32 on the CPU: the same weights at every call."""
+    """Return a model with heads of 64 and two query heads per KV head, in fp32 on the CPU.
+
+    Its random weights are the same in every call.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -32,12 +35,12 @@ def small_llama(width: int, layers: int = 2, attention: str = "flashcp") -> Llam
 
 
 def random_documents(lengths: Sequence[int]) -> list[dict[str, list[int]]]:
-    """A feature with random tokens for each length; the same at every call."""
+    """Return one document with random tokens per length, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
 
 
 def packed_batch(lengths: Sequence[int], device: torch.device, cp_size: int = 1) -> dict[str, Any]:
-    """Those documents as one batch on `device`, every one cut over `cp_size` ranks."""
+    """Return the [`random_documents`] as one batch on `device`, with every document split over `cp_size` ranks."""
     batch = FlashCPCollator(settings=PlanSettings(cp_size, "per_doc"))(random_documents(lengths))
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

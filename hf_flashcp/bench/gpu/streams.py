@@ -1,4 +1,4 @@
-"""Step "streams": transfers over NCCL, which one rank can post to itself, and `check_cluster` on the device."""
+"""Step "streams": checks transfers over NCCL, from one rank to itself, and runs `check_cluster` on the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ TURNS = 20
 
 
 def streams(run: Run, settings: Settings) -> Found:
+    """Check transfers of one rank to itself, and run `check_cluster` on two processes."""
     found = Found()
     (transfers,) = run(1, _transfers)
     for record in transfers:
         found.add("Transfers of one rank to itself", record)
         found.require(
-            record["wrong turns"] == 0, f"{record['wrong turns']} of {record['turns']} {record['what']} wrong"
+            record["wrong turns"] == 0, f"{record['wrong turns']} of {record['turns']} {record['what']} were wrong"
         )
     checked = run(2, _check_cluster)[0]
     for dtype, layer in checked["layer"].items():
@@ -39,7 +40,7 @@ def _transfers(settings: Settings) -> list[Record]:
     for what, transfer in (("transfers", _transfer), ("two-step transfers", _hierarchical)):
         wrong = 0
         for turn in range(TURNS):
-            # Beside work on the main stream, which sends wait for and results are used by.
+            # Work on the main stream surrounds the transfer: the send must wait for it, and the result is used there.
             sent = torch.randn(rows, 64, device=device)
             sent = sent @ torch.eye(64, device=device) + turn
             posted = transfer(sent, group)

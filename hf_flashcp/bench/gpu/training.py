@@ -1,4 +1,7 @@
-"""Step "trainer": the first gradient of `FlashCPTrainer`, its ranks sharing the device, against documents alone."""
+"""Step "trainer": compares the first gradient of `FlashCPTrainer` with the gradient of each document run alone.
+
+The ranks of the trainer share the device.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ SIZES = (2, 4)
 LENGTHS = (900, 300, 77, 3, 500)
 FEW_LENGTHS = (50, 20, 3)
 EXACT = 1e-5
-"""Largest relative error of a parameter's gradient in float32."""
+"""Largest allowed relative error of a parameter's gradient in float32."""
 
 TIMES = 2.0
-"""Largest error in bf16, over that of one process in bf16; both against float32."""
+"""Largest allowed ratio of the error in bf16 to the error of one process in bf16; both are relative to float32."""
 
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "none": {},
@@ -40,6 +43,7 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 
 def trainer(run: Run, settings: Settings) -> Found:
+    """Check the first gradient of a training run on 2 and 4 ranks."""
     found = Found()
     for size in settings.sized(SIZES, (2,)):
         if not found.has_time(settings, 10, f"{size} ranks"):
@@ -70,7 +74,7 @@ def _steps(settings: Settings) -> list[Record]:
 
 
 def _model(attention: str, dtype: torch.dtype, settings: Settings) -> LlamaForCausalLM:
-    """Weights rounded to `dtype`."""
+    """Return the small model with its weights rounded to `dtype`."""
     return small_llama(settings.sized(512, 128), attention=attention).to(dtype)
 
 
@@ -82,7 +86,10 @@ class _KeepFirstGradient(TrainerCallback):
 
 
 def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
-    """Through a Trainer with DDP over gloo, whose processes may share one GPU; the learning rate is 0."""
+    """Return the first gradient of a Trainer with a learning rate of 0.
+
+    DDP runs over gloo, so that its processes can share one GPU.
+    """
     _forget_accelerate()
     size, keep = dist.get_world_size(), _KeepFirstGradient()
     documents = random_documents(settings.sized(LENGTHS, FEW_LENGTHS))
@@ -113,7 +120,7 @@ def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Setti
 
 
 def _forget_accelerate() -> None:
-    """accelerate keeps one set-up per process; every run here has its own."""
+    """Reset accelerate's state, of which there is one per process, so that every run can have its own."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()

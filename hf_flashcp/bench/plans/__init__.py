@@ -1,1 +1,1 @@
-"""Benchmarks that plan and predict, and run no attention."""
+"""Benchmarks of plans and predictions, which run no attention."""

@@ -1,4 +1,4 @@
-"""The cost of nodes, and what a topology changes: tokens that cross to each node once, and plans made for nodes."""
+"""Predicted steps on several nodes: the effects of sending KV to each node once, and of plans that know the nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...tables import counted, records_table
 from ..arguments import with_arguments
 
 
-DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once to a node", "planned for nodes", "both"
+DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once per node", "planned for nodes", "both"
 VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH)
 
 
@@ -32,11 +32,15 @@ def measure(
     config: Any = LLAMA_3_8B,
     hardware: str = "h100",
 ) -> dict[str, Any]:
-    """Predicts steps of plans by "search".
+    """Predict the steps of plans made by `search`.
 
-    By `VARIANTS`, a cell has means of `inter_node` (tokens that the busiest rank gets from other nodes or sends to
-    them in a layer's forward), of `exposed` (the share of the step that the rank which waits longest does) and of
-    `step_seconds`, and `over_directly`, the geometric mean of the step over that of `DIRECTLY`.
+    A cell has, for each of the `VARIANTS`, means over packs of
+
+    - `inter_node`: tokens that the busiest rank receives from other nodes, or sends to them, in a layer's forward;
+    - `exposed`: the share of the step that the rank with the longest wait spends waiting;
+    - `step_seconds`: the seconds of the step;
+
+    and `over_directly`, the geometric mean of the step's time relative to that of `DIRECTLY`.
     """
     profile = HardwareProfile.load(hardware)
     model, topology = CostModel.from_config(config, profile), Topology(profile.ranks_per_node)
@@ -69,7 +73,7 @@ def _means(found: list[dict[str, float]], directly: list[dict[str, float]]) -> d
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each variant of each cell."""
+    """Return a table with one row per variant of each cell."""
     columns = {
         "corpus": ("corpus", ""),
         "cp_size": ("ranks", ","),
@@ -87,5 +91,5 @@ def text(found: dict[str, Any]) -> str:
     ]
     return (
         f"{found['hardware']}\n{counted(found['packs'], 'pack')} per cell, {found['tokens']:,} tokens per rank; "
-        "between nodes: tokens of the busiest rank, over the window\n\n" + records_table(columns, rows)
+        "between nodes: tokens of the busiest rank / window\n\n" + records_table(columns, rows)
     )

@@ -1,4 +1,4 @@
-"""Ways to pack documents side by side: how full packs are, and how evenly data-parallel groups work on them."""
+"""Compares packing methods: how full the packs are, and how evenly data-parallel groups are loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..arguments import with_arguments
 
 
 ROUNDS = 3
-"""Times that packing is timed; the median counts."""
+"""Repetitions of timed packing; the result is the median."""
 
 PLANNED = 32
-"""Packs that are planned, to compare with the sum over their documents."""
+"""Number of packs for which a plan is made, to check the estimate that adds up the times of documents."""
 
 
 @with_arguments(
@@ -43,10 +43,11 @@ def measure(
     look_ahead: int = 16,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Packs the same documents in every way. Those longer than the window are truncated, by concatenation cut.
+    """Pack the same documents with every method.
 
-    `mean_delay` is in optimizer steps, `None` where packs are shuffled. `time_error` is of packs' times as sums over
-    documents, against those that a cost model predicts for their plans; mean deviation of the ratio from its mean.
+    Documents longer than the window are truncated; concatenation splits them instead. `mean_delay` is in optimizer
+    steps, and `None` if packs are shuffled. `time_error` compares the time of a pack as a sum over its documents with
+    the time that a cost model predicts for its plan: it is the mean deviation of their ratio from its mean.
     """
     options = PackingOptions(
         window,
@@ -145,7 +146,7 @@ def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, 
     ends = np.cumsum([len(pack) for pack in packs])
     by_pack = np.add.reduceat(seconds, ends - [len(pack) for pack in packs])
     model = CostModel.from_config(LLAMA_3_8B, "h100")
-    some = range(0, max(len(packs) - 1, 1), -(-len(packs) // PLANNED))  # The last may have a few tokens only.
+    some = range(0, max(len(packs) - 1, 1), -(-len(packs) // PLANNED))  # The last pack may have only a few tokens.
     plans = [plan_documents(packs[index].tolist(), options.cp_size) for index in some]
     ratios = [model.step_time(plan).seconds / by_pack[index] for plan, index in zip(plans, some)]
     return {
@@ -157,7 +158,7 @@ def _quality(packs: Sequence[np.ndarray], options: PackingOptions) -> dict[str, 
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each corpus and method."""
+    """Return a table with one row per corpus and method."""
     columns = {
         "corpus": ("corpus", ""),
         "method": ("method", ""),

@@ -1,4 +1,4 @@
-"""KV, balance and planning time of every strategy, beside the lower bound."""
+"""Compares KV traffic, balance and planning time of every strategy with each other and with the lower bound."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from ..arguments import with_arguments
 
 
 Planner = Callable[[Sequence[int], int], ShardPlan]
-"""Makes a plan for lengths and cp_size."""
+"""A function that plans documents of the given lengths on `cp_size` ranks."""
 
 
 LINKS = ("intra_node", "inter_node")
 
 
 def plan_quality(plan: ShardPlan, topology: Topology | None = None) -> dict[str, Any]:
-    """What is compared of a plan, from its [`ShardPlan.report`] for full attention: KV in tokens (`bottleneck` is the
-    largest received or sent of a rank), imbalances, `tokens_equal` (within one). With a topology also the parts of the
-    bottleneck: the largest received or sent of a rank inside its node, and from or to others."""
+    """Return the figures by which plans are compared, from [`ShardPlan.report`] for full attention.
+
+    They are KV in tokens, imbalances, the number of slices, and `tokens_equal`: do ranks differ by at most one token?
+    `bottleneck` is the most KV that any rank receives or sends. With a topology there is also the most KV that any
+    rank receives or sends within its node (`intra_node`) and from or to other nodes (`inter_node`).
+    """
     report = plan.report(topology=topology)
     by_link = {}
     if topology is not None:
@@ -59,14 +62,15 @@ def measure(
     least_total: bool = False,
     ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
-    """Plans drawn packs with every strategy, in every cell: corpus, window and number of ranks.
+    """Plan random packs with every strategy, for every cell: a corpus, a window and a number of ranks.
 
-    Packs are drawn with the seeds from `seed` on, the same for all strategies and `cp_sizes`. `others` are planners
-    beside the strategies, by name. With `least_total`, `search` for the least KV in total is compared too; with
-    `ranks_per_node` instead `search` without a topology and with one.
+    The seeds of the packs count up from `seed`, and are the same for all strategies and `cp_sizes`. `others` are
+    further planners, by name. With `least_total`, a `search` that minimizes total KV is compared as well. With
+    `ranks_per_node`, only `search` without and with a topology are compared.
 
-    A cell has means over packs, `kv_bound`, and by strategy `bound_ratio` (KV moved by the plans within the caps over
-    their bounds) and `within_caps` (their share); `summary` has means over cells, geometric ones of ratios.
+    A cell has means over packs, the lower bound `kv_bound`, and for each strategy `within_caps`, the share of plans
+    within the caps, and `bound_ratio`, the KV that those plans send divided by their lower bounds. `summary` has means
+    over cells, which are geometric for ratios.
     """
     corpora = [corpora] if isinstance(corpora, str) else list(corpora)
     caps = {"max_imbalance": max_imbalance, "max_token_imbalance": max_token_imbalance}
@@ -136,17 +140,19 @@ def _geometric_mean(values: Sequence[float | None]) -> float | None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Two tables: every cell's KV in total and of its busiest rank, in windows; and the summary. With nodes one, of
-    what travels inside them and between them."""
+    """Return two tables: KV in total and of the busiest rank for every cell, in multiples of the window; the summary.
+
+    With nodes, return one table of the KV that is sent within and between nodes.
+    """
     if found["ranks_per_node"] is not None:
         return _nodes_text(found)
     tokens = found["max_token_imbalance"]
     return (
         f"{counted(found['packs'], 'pack')} per cell, attention pairs at most {found['max_imbalance']:g} x the mean, "
         f"tokens {'equal' if tokens == 1 else f'at most {tokens:g} x the mean'}\n"
-        "KV moved in all / largest received or sent of a rank, both in multiples of the window\n\n"
+        "KV moved in total / most that any rank receives or sends, both in multiples of the window\n\n"
         f"{_cells_table(found)}\n\nall cells; first three columns: geometric means over the {found['summary_cells']} "
-        f"with a bound above 0\n\n{_summary_table(found['summary'])}"
+        f"cells with a bound above 0\n\n{_summary_table(found['summary'])}"
     )
 
 
@@ -209,6 +215,6 @@ def _nodes_text(found: dict[str, Any]) -> str:
     ]
     return (
         f"{counted(found['packs'], 'pack')} per cell, nodes of {found['ranks_per_node']} ranks; KV in windows\n"
-        "intra, inter: largest received or sent of a rank in its node, and from or to others; all inter: of all "
-        "ranks\n\n" + records_table(columns, rows + means)
+        "intra, inter: most KV that any rank receives or sends within its node, and from or to other nodes; "
+        "all inter: sum over ranks\n\n" + records_table(columns, rows + means)
     )

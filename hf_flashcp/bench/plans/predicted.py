@@ -1,4 +1,4 @@
-"""Predicted attention time of every strategy, as a multiple of the ideal: one device's time over the ranks."""
+"""Predicted attention time of every strategy, relative to the ideal: one device's time / number of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..arguments import with_arguments
 
 
 TIMED = "search, timed"
-"""The row of plans that `cost_model` chose."""
+"""Name of the plans that `search` makes with a cost model."""
 
 
 @with_arguments("corpora", "window", "cp_sizes", "packs", "seed")
@@ -34,14 +34,14 @@ def measure(
     hardware: str | HardwareProfile = "h100",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Plans drawn packs and predicts their steps, with the ranks packed into nodes, and each in a node of its own.
+    """Plan random packs and predict their steps, with the hardware's nodes and with one rank per node.
 
-    By strategy, a cell has means of `attention` (attention and what it waits for on the slowest rank, over the ideal),
-    of `exposed` (the waiting alone, likewise) and of `step_seconds`, and median `plan_ms`; `summary` has the geometric
-    mean of `attention` over cells.
+    For each strategy, a cell has means over packs of `attention` (attention and waiting on the slowest rank, relative
+    to the ideal), `exposed` (the longest wait of any rank, relative to the ideal) and `step_seconds`, and the median
+    of `plan_ms`. `summary` has the geometric mean of `attention` over cells.
     """
     profile = HardwareProfile.load(hardware)
-    links = {"nodes": profile, "a node each": dataclasses.replace(profile, ranks_per_node=1)}
+    links = {"nodes": profile, "one per node": dataclasses.replace(profile, ranks_per_node=1)}
     models = {name: CostModel.from_config(config, connected) for name, connected in links.items()}
     cells = []
     for corpus, cp_size in tqdm([*itertools.product(corpora, cp_sizes)], unit="cell", leave=False, disable=None):
@@ -89,7 +89,7 @@ def _predictions(lengths: Sequence[int], cp_size: int, model: CostModel) -> dict
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each cell and the geometric means, and a column for each strategy."""
+    """Return a table with one column per strategy, one row per cell, and geometric means."""
     columns = {"corpus": "", "ranks": ",", "links": "", **dict.fromkeys(found["cells"][0]["strategies"], ".3f")}
     rows = [
         (cell["corpus"], cell["cp_size"], cell["links"], *(row["attention"] for row in cell["strategies"].values()))

@@ -1,8 +1,8 @@
-"""Predicted times of one attention module beside those that the FlashCP paper measured, and what follows for ours.
+"""Compares predicted times of one attention module with those in the FlashCP paper, and derives speed-ups of ours.
 
-The paper's setting: one node of 8 H100s, 128K tokens, 32 heads of 128 without grouped queries, cp_size 8. Its packs
-are not known: kernels are predicted for packs like its corpora. What Llama 3 and Per-Doc transfer does not depend on
-the pack.
+The paper measured one node of 8 H100s, 128K tokens, 32 heads of 128 without grouped queries, and cp_size 8. Its packs
+are not published, so kernel times are predicted for random packs from the same corpora. The transfers of Llama 3 CP
+and Per-Doc CP do not depend on the pack.
 """
 
 from __future__ import annotations
@@ -38,53 +38,56 @@ PAPER = {
         "flashcp_paper": (16.5, 5.5, 15.6, 3.6, 3.6),
     },
 }
-"""Milliseconds of arXiv 2606.08476, cp_size 8, 32 heads, by `PARTS`: its "others" are copies."""
+"""Milliseconds in arXiv 2606.08476 for cp_size 8 and 32 heads, by `PARTS`. The paper calls copies "others"."""
 
 SIXTEEN = {"per_doc_cp": 1.21, "zigzag_ring": 1.41}
-"""Its attention time of 16 documents of 8K, over that of whole documents: the one pack that is known."""
+"""The paper's attention time for 16 documents of 8K tokens, relative to whole documents.
+
+This is the only pack whose document lengths are published.
+"""
 
 TARGETS = {"llama3": 1.38, "per_doc_cp": 1.63}
-"""Average speed-ups of its FlashCP over Llama 3 CP and Per-Doc CP."""
+"""Average speed-ups of the paper's FlashCP over Llama 3 CP and Per-Doc CP."""
 
 WINDOW, CP_SIZE = 131072, 8
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
 
 
-PAPERS = "32 KV heads"
-"""The setting in which the paper measured."""
+PAPER_SETTING = "32 KV heads"
+"""The setting of the paper's measurements."""
 
 _SETTINGS = {
-    PAPERS: (32, 8),
+    PAPER_SETTING: (32, 8),
     "8 KV heads": (8, 8),
-    "32 KV heads, a node each": (32, 1),
-    "8 KV heads, a node each": (8, 1),
+    "32 KV heads, one rank per node": (32, 1),
+    "8 KV heads, one rank per node": (8, 1),
 }
-"""KV heads of the model, and ranks that share a node."""
+"""Number of KV heads and ranks per node of each setting."""
 
 
 @with_arguments("packs", "seed")
 def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
-    """Predicts the paper's bars on drawn packs.
+    """Predict the paper's measurements on random packs.
 
-    `kernel_ratios` says more where packs differ. `speedups` are how many times as long as ours the rivals' attention
-    module takes, mean over mean, by setting, assumption and corpus. Ours is `search` with the cost model. What is
-    assumed:
+    `kernel_ratios` compares ratios of kernel times, which depend less on the packs than the times do. `speedups` has
+    the time of the other implementations' attention module relative to ours (a ratio of means), by setting and
+    assumption, and by corpus. Ours is `search` with the cost model. The assumptions are:
 
-    - "predicted": everything.
-    - "copies published": rivals have the paper's copies, all else is predicted.
-    - "published": rivals are as published; ours has the kernels of the published FlashCP, and its own copies and
-      waiting as predicted.
-    - "published, ours copies as much": and ours has the copies of the published FlashCP too.
+    - "predicted": all times are predicted.
+    - "copies published": the others' copies take the published times; all other times are predicted.
+    - "published": the others take the published times. Our kernels take the times of the published FlashCP, while our
+      copies and waiting are predicted.
+    - "published, ours copies as much": as before, and our copies also take the times of the published FlashCP.
     """
     parts: dict[str, dict[str, Any]] = {}
     speedups: dict[str, dict[str, dict[str, float]]] = {}
     cells = [*itertools.product(_SETTINGS.items(), PAPER.items())]
     for (name, setting), (corpus, published) in tqdm(cells, unit="cell", leave=False, disable=None):
         means = _means(*setting, corpus, published, range(seed, seed + packs))
-        if name == PAPERS:
+        if name == PAPER_SETTING:
             parts[corpus] = {scheme: _beside(means[scheme], published[scheme]) for scheme in published}
             parts[corpus]["ours"] = {"predicted": means["ours"]}
-        for assumption, ratios in _ratios(means, published if name == PAPERS else None).items():
+        for assumption, ratios in _ratios(means, published if name == PAPER_SETTING else None).items():
             speedups.setdefault(f"{name}, {assumption}", {})[corpus] = ratios
     for by_corpus in speedups.values():
         by_corpus["both"] = {
@@ -105,7 +108,7 @@ def measure(packs: int, *, seed: int = 0) -> dict[str, Any]:
 def _means(
     kv_heads: int, ranks_per_node: int, corpus: str, published: dict[str, tuple[float, ...]], seeds: Iterable[int]
 ) -> dict[str, list[float]]:
-    """Predicted milliseconds of ours and of the published schemes by `PARTS`, means over drawn packs."""
+    """Return the predicted milliseconds of ours and of the published schemes, by `PARTS`, as means over packs."""
     profile = dataclasses.replace(HardwareProfile.load("h100"), ranks_per_node=ranks_per_node)
     model = CostModel.from_config({**_SIZES, "num_key_value_heads": kv_heads}, profile)
     drawn: dict[str, list[tuple[float, ...]]] = {scheme: [] for scheme in ("ours", *published)}
@@ -134,7 +137,7 @@ def _sixteen() -> dict[str, float]:
 
 
 def _ours(lengths: list[int], model: CostModel) -> tuple[float, ...]:
-    """Milliseconds of copies, forward, backward, and waiting in both, on the rank that takes longest."""
+    """Return the milliseconds of copies, forward, backward, and waiting in both passes, on the slowest rank."""
     plan = plan_documents(lengths, CP_SIZE, cost_model=model)
     forward, backward = model.passes(plan, model.layers[0])
     slowest = sum(forward[:3] + backward[:3]).argmax()
@@ -144,7 +147,7 @@ def _ours(lengths: list[int], model: CostModel) -> tuple[float, ...]:
 
 
 def _parts(scheme: str, lengths: list[int], model: CostModel) -> tuple[float, ...]:
-    """Milliseconds by `PARTS` of the rank with the most attention."""
+    """Return the milliseconds, by `PARTS`, of the rank with the most attention."""
     plan = ShardPlan(lengths, CP_SIZE, BASELINES[scheme].slices(tuple(lengths), CP_SIZE))
     forward, backward = passes(scheme, model, plan, model.layers[0])
     busiest = (forward[0] + backward[0]).argmax()
@@ -160,7 +163,7 @@ def _beside(predicted: list[float], published: tuple[float, ...]) -> dict[str, A
 def _ratios(
     means: dict[str, list[float]], published: dict[str, tuple[float, ...]] | None
 ) -> dict[str, dict[str, float]]:
-    """By assumption how many times as long as ours the rivals take."""
+    """Return the times of the other implementations relative to ours, for each assumption."""
     ours = means["ours"]
     found = {"predicted": {rival: sum(means[rival]) / sum(ours) for rival in TARGETS}}
     if published is not None:
@@ -177,11 +180,11 @@ def _ratios(
 
 
 def text(found: dict[str, Any]) -> str:
-    """Tables of the parts beside the published ones, of what kernels say, and of the speed-ups."""
+    """Return three tables: predicted and published times, ratios of kernel times, and speed-ups."""
     targets = ", ".join(f"{ratio} over {rival}" for rival, ratio in TARGETS.items())
     return (
         f"{found['packs']} packs of {WINDOW:,} tokens, {CP_SIZE} H100s in a node, 32 heads of 128; ms, means\n"
-        "(ours: what is waited for in forward and backward, in place of all-gather and reduce-scatter)\n\n"
+        "(ours: waiting in forward and backward in place of all-gather and reduce-scatter)\n\n"
         f"{_parts_table(found['parts'])}\n\n{_kernels_table(found)}\n\n{_speedups_table(found['speedups'])}\n\n"
         f"the published FlashCP, on average over its settings: {targets}"
     )
@@ -193,7 +196,7 @@ def _parts_table(parts: dict[str, Any]) -> str:
         for scheme, row in schemes.items():
             for kind in ("predicted", "published"):
                 if kind in row:
-                    # The sum of a part that takes no time may be -0.0.
+                    # A part that takes no time may be -0.0.
                     rows.append((corpus, scheme, kind, *map(abs, (*row[kind], sum(row[kind])))))
             if "errors" in row:
                 rows.append(("", "", "error", *(f"{error:+.0%}" for error in row["errors"])))

@@ -1,4 +1,4 @@
-"""Traffic that strategies save on packs like the Pile's, beside Table 2 of the FlashCP paper."""
+"""Traffic that each strategy saves on random packs, compared with Table 2 of the FlashCP paper."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from ..arguments import with_arguments
 
 
 PAPER = {"flashcp": {"saved_eq5": 0.28, "pair_imbalance": 1.04}, "ilp": {"saved_eq5": 0.36, "pair_imbalance": 1.00}}
-"""Table 2 of arXiv 2606.08476: Pile, four ranks. ILP is the paper's integer program, not a strategy of ours."""
+"""Table 2 of arXiv 2606.08476 (Pile, four ranks). ILP is the paper's integer program, which we do not implement."""
 
 
 def padded_all_gather_fraction(plan: ShardPlan) -> float:
-    """FlashCP eq. 5 over eq. 4: every rank gathers from all others, padded to the largest contribution."""
+    """Return FlashCP eq. 5 / eq. 4: the traffic of an all-gather in which ranks pad to the largest contribution."""
     return shared_tokens(plan) * plan.cp_size / plan.num_tokens
 
 
 @with_arguments("corpus", "window", "cp_size", "packs")
 def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -> dict[str, Any]:
-    """Plans drawn packs with every strategy: means of the share of an all-gather's traffic that it saves by eq. 5 and
-    by exact exchange, and of imbalances (max / mean over ranks)."""
+    """Plan random packs with every strategy, and return means over packs.
+
+    They are the saved share of an all-gather's traffic, with a padded exchange (eq. 5) and with an exact exchange; the
+    imbalances (max / mean over ranks); and the planning time.
+    """
     drawn = [sample_pack(corpus, window, seed=seed + index) for index in range(packs)]
     rows = {}
     for strategy in STRATEGIES:
@@ -42,7 +45,7 @@ def measure(corpus: str, window: int, cp_size: int, packs: int, seed: int = 0) -
 
 
 def text(found: dict[str, Any]) -> str:
-    """A table with a row for each strategy, and the paper's below."""
+    """Return a table with one row per strategy, followed by the paper's rows."""
     columns = {
         "strategy": ("strategy", ""),
         "saved_eq5": ("traffic saved\nby eq. 5", ".1%"),

@@ -1,1 +1,1 @@
-"""What attaching changes in a transformers model: forwards, mixers, rotary embeddings, router losses."""
+"""Changes to the models of transformers that are attached: forwards, mixers, rotary embeddings and router losses."""

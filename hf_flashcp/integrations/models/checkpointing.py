@@ -1,8 +1,9 @@
-"""Activation checkpointing, as transformers (before 5.24: gradient checkpointing), accelerate and PyTorch turn it on.
+"""Support for the activation checkpointing of transformers, accelerate and PyTorch.
 
-The new name is that of arguments and methods. Layers have kept theirs (modeling_utils.py,
-`_set_gradient_checkpointing`): `gradient_checkpointing` says whether a layer runs again in backward, and
-`_gradient_checkpointing_func` runs it. FSDP2's own activation checkpointing wraps layers in a `CheckpointWrapper`.
+Before transformers 5.24, it is called gradient checkpointing. From 5.24 on, arguments and methods have the new name,
+while layers keep the old one (modeling_utils.py, `_set_gradient_checkpointing`): `gradient_checkpointing` says whether
+a layer runs again in backward, and `_gradient_checkpointing_func` runs it. FSDP2's activation checkpointing in
+accelerate wraps layers in a `CheckpointWrapper`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ CHECKPOINTING_ARGUMENT = (
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     else "gradient_checkpointing"
 )
-"""The argument's name in the installed transformers; that of its options ends in `_kwargs`."""
+"""Name of the argument in the installed transformers. The name of the argument for its options ends in `_kwargs`."""
 
 
 def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-    """`model.activation_checkpointing_enable`, by its name in the installed transformers."""
+    """Call `model.activation_checkpointing_enable`, by its name in the installed transformers."""
     getattr(model, f"{CHECKPOINTING_ARGUMENT}_enable")(kwargs, **options)
 
 
 def layers_run_again(model: torch.nn.Module) -> frozenset[int]:
-    """The `layer_idx` of attention modules that backward runs again and that hold nothing until then: not those under
-    a `context_fn` (`save_attention_context_fn`), whose results are held from forward on, as without checkpointing."""
+    """Return the `layer_idx` of attention modules that run again in backward and keep nothing from forward.
+
+    Layers with a `context_fn`, such as `save_attention_context_fn`, are not among them, because they keep their
+    attention results from forward, as layers without checkpointing do.
+    """
     return frozenset(
         module.layer_idx
         for layer in _checkpointed(model)
@@ -41,7 +45,7 @@ def layers_run_again(model: torch.nn.Module) -> frozenset[int]:
 
 
 def inside_wrappers(layer: torch.nn.Module) -> torch.nn.Module:
-    """The layer that checkpoint and offload wrappers call."""
+    """Return the layer inside checkpoint and offload wrappers."""
     while isinstance(layer, ActivationWrapper):
         layer = layer._checkpoint_wrapped_module
     return layer

@@ -1,7 +1,7 @@
-"""The arguments of model forwards that we read, by every name that a supported transformers gives them.
+"""The arguments of model forwards that this library reads, under all names that they have in supported transformers.
 
-`tests/test_canaries.py` goes through the forwards of all causal language models and fails for a name that is on no
-list: a renamed argument would otherwise pass for one that we do not know, and silently change what we do.
+`tests/test_canaries.py` inspects the forwards of all causal language models, and fails if an argument is not on any
+list. Otherwise, a renamed argument would go unnoticed.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any
 from transformers import Cache
 
 
-# Key-value caches and recurrent states of earlier calls; transformers 5.24 calls all of them `cache`.
+# Key-value caches and recurrent states of earlier calls. Since transformers 5.24 all of them are called `cache`.
 CACHES = ("cache", "past_key_values", "cache_params")
 MEDIA = re.compile(
     "pixel|image|video|audio|patch|input_features|input_values|spatial_shapes|bbox|qformer|perceiver|protein|"
     "aspect_ratio|per_grid|feature_attention_mask|cross_attention_states|mm_encoder_outputs"
 )
-"""What comes from images, video and audio. `mm_token_type_ids` and `token_type_ids` come with text too."""
+"""Inputs from images, video and audio. `mm_token_type_ids` and `token_type_ids` also occur with text."""
 
 
 def has_cache(batch: Mapping[str, Any]) -> bool:
-    """Whether a forward continues from a cache, or fills one."""
+    """Return whether a forward reads or fills a cache."""
     return any(batch.get(name) is not None for name in CACHES) or any(
         isinstance(value, Cache) for value in batch.values()
     )
 
 
 def media(batch: Mapping[str, Any]) -> list[str]:
+    """Return the names of a batch's inputs from images, video and audio."""
     return sorted(key for key, value in batch.items() if value is not None and MEDIA.search(key))

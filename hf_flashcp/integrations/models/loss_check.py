@@ -1,8 +1,9 @@
-"""Checks in the first sharded forward that ranks can share a model's loss, by what its loss function is given.
+"""A check in the first sharded forward that the losses of the ranks add up to the loss of the batch.
 
-A rank has any part of the tokens, so its loss must be the sum over the targets in `shift_labels`, divided by
-`num_items_in_batch`: the ranks' losses then add up. One that shifts `labels` by itself would lose the targets at cuts,
-one that takes a mean would weigh ranks alike whatever they hold, and a further term would count once per rank.
+A rank can hold any part of the tokens. The ranks' losses add up if each is the sum over the targets in `shift_labels`,
+divided by `num_items_in_batch`. A loss that shifts `labels` by itself would lose the targets at the ends of slices. A
+loss that is a mean would give all ranks the same weight, no matter how many targets they hold. A further term in the
+loss would count once per rank.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from .router_loss import router_coefficients
 from .sharded_forward import ShardedForward
 
 
-_POSITIONAL = ("logits", "labels", "vocab_size")  # of loss functions, as models call them
+_POSITIONAL = ("logits", "labels", "vocab_size")  # positional arguments with which models call loss functions
 _PROBED_TOKENS = 4
-_TOLERANCE = 1e-3  # relative: a loss may add up in bf16
-_ADVICE = "Use transformers' own loss, or one that takes shift_labels (docs/turn_it_on.md), or cp_size 1."
+_TOLERANCE = 1e-3  # relative, because a loss may be summed in bf16
+_ADVICE = "Use transformers' own loss, a loss that takes shift_labels (docs/turn_it_on.md), or cp_size 1."
 
 
 class LossCheck:
-    """Stands in for the loss function of `model` during one forward.
+    """A replacement for the loss function of `model` during one forward, which checks how the loss is computed.
 
-    If that seems to compute the loss by itself, or with `watch`, the batch's `shift_labels` are replaced by a tensor
-    that records whether it is used. Only then, because compiled layers are compiled again for another type of tensor.
+    If the forward does not seem to call the loss function, or if `watch` is set, the batch's `shift_labels` are also
+    replaced by a tensor that records whether it is used. This is not done otherwise, because compiled layers would be
+    compiled again for the other tensor type.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Any], watch: bool):
@@ -46,6 +48,7 @@ class LossCheck:
         model.loss_function = self
 
     def restore(self) -> None:
+        """Put the model's own loss function back."""
         if self._own_function is None:
             del self._model._loss_function
         else:
@@ -56,8 +59,8 @@ class LossCheck:
         shift_labels = kwargs.get("shift_labels")
         if shift_labels is None:
             raise UnsupportedModelError(
-                f"{self._name} does not hand shift_labels on to its loss function: targets at the cuts would be lost. "
-                f"{_ADVICE}"
+                f"{self._name} does not pass shift_labels to its loss function, so targets at the ends of slices "
+                f"would be lost. {_ADVICE}"
             )
         kwargs["shift_labels"] = shift_labels.as_subclass(torch.Tensor)
         self._require_sum_over_targets(args, kwargs)
@@ -66,8 +69,10 @@ class LossCheck:
         return loss
 
     def finish(self, output: Any, forward: ShardedForward, other_terms: bool) -> bool:
-        """Checks the loss of the forward's output, and returns whether it could. `other_terms`: it has further ones,
-        which are exact."""
+        """Check the loss in the forward's output, and return whether that was possible.
+
+        `other_terms` says that the loss has further terms, which are known to be exact.
+        """
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None:
             return False
@@ -75,8 +80,8 @@ class LossCheck:
             return False
         if self._returned is None and not self._watched.used:
             raise UnsupportedModelError(
-                f"{self._name} computes its loss from labels and not from shift_labels: targets at the cuts would be "
-                f"lost. {_ADVICE}"
+                f"{self._name} computes its loss from labels and not from shift_labels, so targets at the ends of "
+                f"slices would be lost. {_ADVICE}"
             )
         if self._returned is None or other_terms:
             return True
@@ -90,15 +95,15 @@ class LossCheck:
             math.isclose(rest, term, rel_tol=1e-3, abs_tol=tolerance) for term in terms
         ):
             raise UnsupportedModelError(
-                f"{self._name} adds a term of {rest:.4g} to what its loss function returns. If it is not a sum over "
-                f"tokens, it would count once per rank. {_ADVICE}"
+                f"{self._name} adds a term of {rest:.4g} to what its loss function returns. Unless the term is a sum "
+                f"over tokens, it would count once per rank. {_ADVICE}"
             )
         return True
 
     def _require_sum_over_targets(self, args: tuple, kwargs: dict[str, Any]) -> None:
         logits = args[0] if args else kwargs["logits"]
         tokens = logits.shape[1]
-        places = torch.arange(_PROBED_TOKENS, device=logits.device) % tokens  # as many on every rank
+        places = torch.arange(_PROBED_TOKENS, device=logits.device) % tokens  # the same number on every rank
         targets = torch.arange(_PROBED_TOKENS, device=logits.device)[None] % logits.shape[-1]
         none = torch.full_like(targets, IGNORE_INDEX)
         first, rest = targets.where(targets == 0, none), targets.where(targets != 0, none)
@@ -118,35 +123,38 @@ class LossCheck:
         except Exception as error:
             raise UnsupportedModelError(
                 f"The loss function of {self._name} fails on {_PROBED_TOKENS} of the tokens "
-                f"({type(error).__name__}: {error}), but a rank has any part. {_ADVICE}"
+                f"({type(error).__name__}: {error}), but a rank can have any part of them. {_ADVICE}"
             ) from error
         if whole == nothing or (math.isnan(whole) and math.isnan(nothing)):
             raise UnsupportedModelError(
-                f"{self._name} has a loss function that ignores shift_labels: targets at the cuts would be lost. "
-                f"{_ADVICE}"
+                f"{self._name} has a loss function that ignores shift_labels, so targets at the ends of slices would "
+                f"be lost. {_ADVICE}"
             )
         is_sum = nothing == 0 and math.isclose(whole, parts, rel_tol=_TOLERANCE, abs_tol=1e-6)
         if not (is_sum and math.isclose(whole, 2 * half, rel_tol=_TOLERANCE, abs_tol=1e-6)):
             raise UnsupportedModelError(
                 f"{self._name} has a loss function that is not the sum over its targets divided by "
-                f"num_items_in_batch: the ranks' losses would not add up. {_ADVICE}"
+                f"num_items_in_batch, so the ranks' losses would not add up. {_ADVICE}"
             )
 
 
 def _calls_loss_function(model: PreTrainedModel) -> bool:
-    """Whether the code of its forward names the loss function. A forward that calls another one may use it too."""
+    """Return whether the code of the model's forward names the loss function.
+
+    If it does not, a function that it calls may still use the loss function.
+    """
     code = getattr(inspect.unwrap(model.forward), "__code__", None)
     return code is not None and "loss_function" in code.co_names
 
 
 class _Watched(torch.Tensor):
-    """Remembers whether anything was computed from it."""
+    """A tensor that records whether anything was computed from it."""
 
     used = False
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") != "__get__":  # shape, device, dtype
+        if getattr(func, "__name__", "") != "__get__":  # reading shape, device or dtype does not count
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, _Watched):
                     value.used = True
@@ -155,6 +163,6 @@ class _Watched(torch.Tensor):
 
 
 def _part(value: Any, tokens: int, places: torch.Tensor) -> Any:
-    """`places` of a tensor (1, tokens, ...)."""
+    """Return the tokens `places` of a tensor (1, tokens, ...), and any other value unchanged."""
     is_per_token = isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (1, tokens)
     return value[:, places] if is_per_token else value

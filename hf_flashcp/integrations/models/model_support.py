@@ -1,5 +1,8 @@
-"""Which models train exactly, as far as class and config tell. The rest shows at the first step: an attention call
-that asks for something we do not compute, or attention layers that never call us with a plan."""
+"""A check of a model's class and config: whether it trains exactly with context parallelism.
+
+The first step checks the rest: whether attention calls ask for something that is not computed, and whether all
+attention layers use the plan.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,30 @@ from .per_document_mixers import needs_whole_documents
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_FROM_PADDING = "counts positions from pad_token_id + 1 and not from 0, which a sharded batch's position_ids do not"
+_FROM_PADDING = "counts positions from pad_token_id + 1, but the position_ids of a sharded batch count from 0"
 POSITIONS_OF_THEIR_OWN = {
     **dict.fromkeys(
         ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
         _FROM_PADDING,
     ),
-    "llama4_text": "scales queries by their place in the row that a rank holds and not by position_ids",
+    "llama4_text": "scales queries by their index in the row that a rank holds, and not by position_ids",
 }
 _NOT_A_LANGUAGE_MODEL = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raises an `UnsupportedModelError` with the reason if `model` cannot be trained exactly."""
+    """Raise an `UnsupportedModelError` with the reason if `model` cannot be trained exactly."""
     config = model.config.get_text_config()
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model, but flashcp shards causal language models, which have a decoder "
-            "alone. Train it without flashcp."
+            f"{name} is an encoder-decoder model, but flashcp shards causal language models, which only have a "
+            "decoder. Train it without flashcp."
         )
     if not (model._supports_attention_backend or needs_whole_documents(model)):
         raise UnsupportedModelError(
-            f"{name} does not call its attention through transformers' attention interface, so flashcp never gets to "
-            "see it. It cannot be trained with context parallelism."
+            f"{name} does not call its attention through transformers' attention interface, so flashcp cannot replace "
+            "it. It cannot be trained with context parallelism."
         )
     if config._attn_implementation != INTERNAL_NAME:
         raise UnsupportedModelError(
@@ -49,7 +52,8 @@ def check_model(model: PreTrainedModel) -> None:
         if sub_config is not None and sub_config._attn_implementation == INTERNAL_NAME:
             raise UnsupportedModelError(
                 f"{name} has flashcp in its {type(sub_config).__name__} too, but only text is sharded. Load it with "
-                'attn_implementation={"text_config": "flashcp", "vision_config": "sdpa"} (a name for each sub-config).'
+                'attn_implementation={"text_config": "flashcp", "vision_config": "sdpa"}, with a name for each '
+                "sub-config."
             )
     reason = _reason_against(model, config)
     if reason:
@@ -58,22 +62,22 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
     if _NOT_A_LANGUAGE_MODEL.search(type(model).__name__):
-        return "has a head whose loss is not a sum over next tokens; flashcp shards causal language models"
+        return "has a head whose loss is not a sum over next tokens, but flashcp shards causal language models only"
     if getattr(model, "is_quantized", False):
-        return "has quantized weights, with which gradients have not been compared: leave quantization_config out"
+        return "has quantized weights, for which exactness is not tested: leave quantization_config out"
     if getattr(config, "is_causal", True) is False:
-        return "attends in both directions (is_causal=False); flashcp computes causal attention inside documents"
+        return "attends in both directions (is_causal=False), but flashcp computes causal attention only"
     if reason := POSITIONS_OF_THEIR_OWN.get(config.model_type):
         return reason
     if layer_drop := getattr(config, "layerdrop", 0) or getattr(config, "layer_drop", 0):
-        return f"drops layers at random ({layer_drop}), each rank others, while they exchange KV: set layerdrop to 0"
+        return f"drops layers at random ({layer_drop}), but all ranks must run the same layers: set layerdrop to 0"
     if needs_whole_documents(model):
         return None
     layer_types = set(getattr(config, "layer_types", None) or ())
     if others := sorted(layer_types - EXACT_LAYER_TYPES):
         return (
-            f"has layers of type {', '.join(others)}; flashcp exchanges what full and sliding attention need, not the "
-            "state or the choice of keys of other layers"
+            f"has layers of type {', '.join(others)}, but flashcp only supports full and sliding-window attention: it "
+            "does not exchange the states or selected keys of other layers"
         )
     if getattr(model, "_is_stateful", False):
         return "has recurrent layers, whose state is not exchanged between ranks"

@@ -1,12 +1,12 @@
-"""Recurrent and convolutional layers on plans that keep every document whole.
+"""Support for recurrent and convolutional layers on plans that keep every document whole.
 
-Their state flows from token to token, so no rank can begin in the middle of a document; and in a packed row it would
-flow on into the next document (transformers' own kernels stop it only with CUDA packages, and not in all families).
-Where each rank holds whole documents it is enough to call such a module once a document:
+The state of such a layer flows from token to token, so a rank cannot start in the middle of a document. In a packed
+row, the state would also flow into the next document (transformers' own kernels prevent this only with CUDA packages,
+and not in all families). If each rank holds whole documents, it is enough to call such a module once per document:
 
-    local row   A A A A B B C C C        mixer(A A A A), mixer(B B), mixer(C C C), joined again
+    local row   A A A A B B C C C        mixer(A A A A), mixer(B B), mixer(C C C), concatenated
 
-The rest of the layer, its norms, projections and experts, works token by token and sees the whole row.
+The rest of the layer (norms, projections, experts) processes tokens independently, and gets the whole row.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ MIXERS = {
     "zamba2": "Zamba2MambaMixer",
     "zaya": "ZayaCCAProjection",
 }
-"""The module of each family that mixes tokens otherwise than by attention, by model type."""
+"""The class of each family's module that mixes tokens by other means than attention, by model type."""
 
 
 def needs_whole_documents(model: PreTrainedModel) -> bool:
-    """Whether the model has such layers, of a family that we know."""
+    """Return whether the model has such layers and belongs to a family in `MIXERS`."""
     mixer = MIXERS.get(model.config.get_text_config().model_type)
     return mixer is not None and any(type(module).__name__ == mixer for module in model.modules())
 
 
 def count_attention_modules(model: PreTrainedModel) -> int:
-    """Modules whose forward calls transformers' attention interface: in hybrid models not one a layer."""
+    """Return how many modules call transformers' attention interface, as not every layer of a hybrid model does."""
     return sum(
         "attention_interface(" in inspect.getsource(type(module).forward)
         for module in model.modules()
@@ -67,7 +67,7 @@ def count_attention_modules(model: PreTrainedModel) -> int:
 
 
 def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
-    """Raises a `BatchError` if `plan` cuts a document."""
+    """Raise a `BatchError` if `plan` cuts a document."""
     documents = len(plan.lengths)
     if documents < plan.cp_size:
         advice = (
@@ -75,7 +75,7 @@ def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
             "cp_size documents in a batch, or lower cp_size."
         )
     else:
-        advice = 'Plan with strategy="whole_doc" (FlashCPPlugin and FlashCPCollator take it).'
+        advice = 'Plan with strategy="whole_doc", a setting of FlashCPPlugin.'
     for rank, slices in enumerate(plan.slices):
         for document, start, stop in slices:
             if stop - start != plan.lengths[document]:
@@ -87,7 +87,7 @@ def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
 
 
 def hook_mixers(model: PreTrainedModel) -> list[Any]:
-    """Makes the mixers of an attached model run once a document, and returns the hooks' handles."""
+    """Make the mixers of an attached model run once per document, and return the handles of the hooks."""
     if not needs_whole_documents(model):
         return []
     mixer = MIXERS[model.config.get_text_config().model_type]
@@ -102,11 +102,12 @@ def hook_mixers(model: PreTrainedModel) -> list[Any]:
 
 
 class _PerDocument:
-    """One mixer. Its plan comes with the keyword arguments of its decoder layer.
+    """The hooks of one mixer, which gets its plan from the keyword arguments of its decoder layer.
 
     A checkpointed layer runs again in backward, perhaps after other forwards, and without its hooks (in transformers
-    5.23 they stay outside the checkpoint: modeling_layers.py, GradientCheckpointingLayer), so the function that is
-    checkpointed carries the plan along."""
+    5.23 hooks run outside the checkpoint, see GradientCheckpointingLayer in modeling_layers.py). Therefore the
+    checkpointed function carries the plan.
+    """
 
     def __init__(self):
         self._plan: RankPlan | None = None
@@ -145,8 +146,8 @@ class _PerDocument:
         if self._plan is None:
             if current_sharded_forward() is not None:
                 raise UnsupportedModelError(
-                    f"{type(mixer).__name__} ran inside a sharded forward, but its layer was not given flashcp_plan: "
-                    "its state would leak from document to document. This model cannot be trained with context "
+                    f"{type(mixer).__name__} ran inside a sharded forward, but its layer was not given flashcp_plan, "
+                    "so its state would leak from document to document. This model cannot be trained with context "
                     "parallelism."
                 )
             return None
@@ -166,7 +167,7 @@ class _PerDocument:
 
 
 def _cut(tensor: torch.Tensor, num_tokens: int, start: int, stop: int) -> torch.Tensor:
-    """[start, stop) of a tensor (1, T, ...); any other as it is."""
+    """Return the tokens [start, stop) of a tensor (1, num_tokens, ...), and any other tensor unchanged."""
     return tensor[:, start:stop] if tensor.dim() >= 2 and tensor.shape[:2] == (1, num_tokens) else tensor
 
 

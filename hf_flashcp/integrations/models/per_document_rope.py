@@ -1,10 +1,11 @@
-"""RoPE whose frequencies depend on how long the sequence is (`dynamic` and `longrope`, modeling_rope_utils.py).
+"""Support for RoPE whose frequencies depend on the sequence length (`dynamic` and `longrope`, modeling_rope_utils.py).
 
-transformers takes the largest position that a call sees for that length. A rank sees part of a document, and a packed
-row many documents, so the answer would depend on the cut and on the neighbours. Here each document gets the
-frequencies that it would have had alone: the rotary module is called once per document, with this rank's positions of
-it and one more, the document's largest, whose result is dropped. Documents come in packed order, those of which this
-rank holds nothing included, because dynamic frequencies also depend on the documents before.
+transformers takes the largest position in a call for the sequence length. A rank holds parts of several documents, so
+the frequencies would depend on how the batch is sharded and on the other documents. Here each document gets the
+frequencies that it would have alone: the rotary module is called once per document, with this rank's positions in the
+document and with the document's largest position, whose result is dropped. All documents are processed in packed
+order, including those of which this rank does not hold any tokens, because dynamic frequencies also depend on earlier
+documents.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .sharded_forward import current_sharded_forward
 
 
 def hook_length_dependent_rope(model: PreTrainedModel) -> list[Any]:
-    """Puts hooks on the model's rotary modules where they need it, and returns their handles."""
+    """Add hooks to the model's rotary modules, if their frequencies depend on the length, and return the handles."""
     config = model.config.get_text_config()
     lengths = list(_original_lengths(getattr(config, "rope_parameters", None), config))
     if not lengths:
@@ -30,16 +31,18 @@ def hook_length_dependent_rope(model: PreTrainedModel) -> list[Any]:
     rotary_modules = [module for module in model.modules() if hasattr(module, "rope_type")]
     if not rotary_modules:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has a RoPE that depends on the sequence length, but no rotary module of the "
-            "usual kind: the frequencies would depend on what a rank holds. It cannot be trained with context "
-            "parallelism."
+            f"{type(model).__name__} has a RoPE that depends on the sequence length, but no rotary module of "
+            "transformers' usual kind, so frequencies would depend on how batches are sharded. It cannot be trained "
+            "with context parallelism."
         )
     return [handle for module in rotary_modules for handle in _PerDocumentCalls(min(lengths)).hook(module)]
 
 
 def _original_lengths(parameters: Any, config: Any) -> Iterator[int]:
-    """Up to which length frequencies are the original ones, of every length-dependent entry of `rope_parameters`,
-    which some configs nest by layer type."""
+    """Yield the sequence length up to which frequencies are unchanged, for every length-dependent entry.
+
+    `parameters` are `rope_parameters` of the config, which some configs nest by layer type.
+    """
     if not isinstance(parameters, Mapping):
         return
     rope_type = parameters.get("rope_type")
@@ -84,12 +87,12 @@ class _PerDocumentCalls:
         return type(output)(torch.cat(parts, dim=-2) for parts in zip(*outputs))
 
     def _positions_of_calls(self, position_ids: torch.Tensor, plan: RankPlan) -> Iterator[torch.Tensor]:
-        """(..., T) positions split by document, each with the document's largest position appended."""
+        """Split positions (..., T) by document, and append each document's largest position."""
         held = [0] * len(plan.plan.lengths)
         for piece in plan.layout.slices:
             held[piece.document] += piece.tokens
         first = 0
-        # Neighbours of one length, or all with the original frequencies, share a call.
+        # Consecutive documents share a call if they have the same length, or if their frequencies are unchanged.
         longest = self._original_length - 2
         for _, documents in groupby(zip(_largest_positions(plan), held), key=lambda entry: max(entry[0], longest)):
             largest, counts = zip(*documents)
@@ -99,7 +102,7 @@ class _PerDocumentCalls:
 
 
 def _largest_positions(plan: RankPlan) -> list[int]:
-    """Those of each document, of which this rank may hold another part."""
+    """Return the largest position of each document, which another rank may hold."""
     if plan.position_ids is None:
         return [length - 1 for length in plan.plan.lengths]
     documents = plan.position_ids.split(plan.plan.lengths, dim=-1)
@@ -113,5 +116,5 @@ def _with_positions(args: tuple, kwargs: dict, position_ids: torch.Tensor) -> tu
 
 
 def _without_last(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """cos and sin (..., T, D), or complex frequencies, without the appended position."""
+    """Return cos and sin (..., T, D), or complex frequencies, without the appended position."""
     return output[..., :-1, :] if isinstance(output, torch.Tensor) else tuple(part[..., :-1, :] for part in output)

@@ -1,16 +1,16 @@
 """Router losses of mixture-of-experts models, which are not sums over tokens.
 
 The load balancing loss of Switch Transformers (https://huggingface.co/papers/2101.03961, equations 4 to 6) multiplies
-two means over the tokens of a batch, of all layers:
+two means over the tokens of a batch in all layers:
 
-    loss = E * sum_e f_e P_e    f_e: tokens routed to expert e (no gradient)    P_e: its router probability
+    loss = E * sum_e f_e P_e    f_e: share of tokens routed to expert e (no gradient)    P_e: mean router probability
 
-so the mean of what ranks compute on their own tokens is another number. Ranks add up their counts and probabilities
-before the product instead: 2 E + 1 numbers per forward. transformers copies the function that computes it into each
-modeling file, under one name, and the model adds `coefficient * loss` to the sum over targets.
+The mean of the losses that ranks compute on their own tokens is a different number. Instead, ranks sum their counts
+and probabilities before the product, which takes 2 E + 1 numbers per forward. transformers has a copy of the function
+in each modeling file, always with the same name. The model adds `coefficient * loss` to its sum over targets.
 
-Other terms are plain means over the forward's tokens, such as z-losses: there each rank's coefficient is scaled by its
-share of the tokens.
+Other terms, such as z-losses, are plain means over the tokens of the forward. For these, each rank's coefficient is
+scaled by its share of the tokens.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from ...errors import UnsupportedModelError
 from .sharded_forward import ShardedForward, current_sharded_forward
 
 
-FUNCTION = "load_balancing_loss_func"  # in transformers' modeling files, and in those that import it from there
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models multiply it by, theirs or their config's
-MEAN_COEFFICIENTS = ("z_loss_coefficient",)  # models' factors of loss terms that are means over the forward's tokens
-_TOLERANCE = 1e-4  # relative: transformers adds up in fp32
+FUNCTION = "load_balancing_loss_func"  # name in transformers' modeling files, and in files that import it from there
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models or configs that multiply this loss
+MEAN_COEFFICIENTS = ("z_loss_coefficient",)  # attributes of models that multiply means over the forward's tokens
+_TOLERANCE = 1e-4  # relative, because transformers sums in fp32
 
 
 def share_router_losses(model: torch.nn.Module) -> None:
-    """Replaces the router loss in the modules that define the model's class, once; without a sharded forward it is
-    transformers' own."""
+    """Replace the router loss function in the modules that define the model's class, if not done before.
+
+    Outside a sharded forward, the replacement computes transformers' own loss.
+    """
     for module in {cls.__module__: sys.modules.get(cls.__module__) for cls in type(model).__mro__}.values():
         stock = getattr(module, FUNCTION, None)
         if stock is not None and not hasattr(stock, "_flashcp_stock"):
@@ -63,11 +65,10 @@ def _shared(stock: Callable) -> Callable:
 def router_loss(
     gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """The load balancing loss over the tokens of all ranks of `group`, each of which calls with the (T_r, E) logits of
-    its own tokens, one per layer.
+    """Compute the load balancing loss over the tokens of all ranks of `group`.
 
-    The number is the same on every rank, in fp32, or fp64 where the logits are. The mean over ranks of their gradients
-    is its gradient.
+    Every rank calls it with the logits (T_r, E) of its own tokens, one tensor per layer. The loss is the same on every
+    rank, in fp32, or in fp64 if the logits are fp64. Its gradient is the mean of the ranks' gradients.
     """
     counts, probabilities, rows = router_statistics(gate_logits, num_experts, top_k)
     if group is not None:
@@ -79,7 +80,11 @@ def router_loss(
 def router_statistics(
     gate_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(E,) tokens routed to each expert, (E,) its probability summed over tokens, and (1,) tokens, of all layers."""
+    """Return statistics summed over all layers.
+
+    These are the number of tokens routed to each expert (E,), each expert's probability summed over tokens (E,), and
+    the number of tokens (1,).
+    """
     dtype = torch.promote_types(torch.float32, gate_logits[0].dtype)
     device = gate_logits[0].device
     counts, probabilities, rows = (torch.zeros(size, dtype=dtype, device=device) for size in (num_experts,) * 2 + (1,))
@@ -93,14 +98,17 @@ def router_statistics(
 
 
 def _histogram(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E,) how often each comes; deterministic, and without waiting for the device."""
+    """Count how often each expert occurs, (E,), deterministically and without waiting for the device."""
     dtype = torch.int32 if experts.device.type == "cuda" else torch.float32
     return torch.histc(experts.to(dtype), bins=num_experts, min=0, max=num_experts)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose backward needs none: every rank computes the same loss from the sums, so the others' gradients
-    are equal to its own, and add up to `size` times that."""
+    """An all-reduce whose backward does not communicate.
+
+    Every rank computes the same loss from the sums, so all ranks have the same gradient, and their sum is `size` times
+    that gradient.
+    """
 
     @staticmethod
     def forward(ctx, numbers: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -124,14 +132,14 @@ def _require_same_formula(
             same = False
     if not same:
         raise UnsupportedModelError(
-            f"{type(forward.model).__name__} computes its router loss otherwise than Switch Transformers do "
-            f"({stock.__module__}.{stock.__name__}), so ranks cannot add up what it needs. Turn it off: "
-            "config.output_router_logits = False, or its coefficient 0."
+            f"{type(forward.model).__name__} computes its router loss differently from Switch Transformers "
+            f"({stock.__module__}.{stock.__name__}), so ranks cannot share it. Turn it off by "
+            "config.output_router_logits = False, or set its coefficient to 0."
         )
 
 
 def scale_mean_terms(model: torch.nn.Module, weight: float) -> dict[str, float]:
-    """Multiplies the coefficients of loss terms that are means over a forward's tokens, and returns what they were."""
+    """Multiply the coefficients of loss terms that are means over a forward's tokens, and return the old values."""
     stock = {name: getattr(model, name) for name in MEAN_COEFFICIENTS if getattr(model, name, 0)}
     for name, coefficient in stock.items():
         setattr(model, name, coefficient * weight)
@@ -139,7 +147,7 @@ def scale_mean_terms(model: torch.nn.Module, weight: float) -> dict[str, float]:
 
 
 def router_coefficients(model: torch.nn.Module) -> set[float]:
-    """What the model may multiply its router loss by."""
+    """Return the coefficients by which the model may multiply its router loss."""
     places = (model, model.config, model.config.get_text_config())
     found = (getattr(place, name, None) for place in places for name in COEFFICIENTS)
     return {float(coefficient) for coefficient in found if coefficient is not None}

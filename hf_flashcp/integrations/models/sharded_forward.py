@@ -1,7 +1,7 @@
-"""Whether this thread is inside the forward of a model whose batch has been sharded.
+"""The state of a sharded forward, which tells whether the current thread is inside one.
 
-Mask functions have no other way to know. Attention layers get the plan itself, as a keyword argument, which also
-reaches the recomputation of a checkpointed layer, on whatever thread that runs.
+Mask functions have no other way to find out. Attention layers get the plan as a keyword argument, which also reaches
+the recomputation of a checkpointed layer on any thread.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class ShardedForward:
-    """One forward of an attached model, and what its layers and masks have asked for."""
+    """One forward of an attached model, and the windows and masks that its layers have asked for."""
 
     model: torch.nn.Module
     plan: RankPlan
-    is_first: bool  # asks for checks that cost something
-    router_group: ProcessGroup | None = None  # ranks whose tokens a router loss is about
-    router_weight: float = 1.0  # the share of it that this rank's loss has
-    attention_modules: set[int] = field(default_factory=set)  # ids of those that called us with the plan
+    is_first: bool  # turns on checks that take time
+    router_group: ProcessGroup | None = None  # ranks over whose tokens a router loss is computed
+    router_weight: float = 1.0  # factor of the router loss in this rank's loss
+    attention_modules: set[int] = field(default_factory=set)  # ids of the modules that used the plan
     attention_windows: set[int | None] = field(default_factory=set)  # `None` for full attention
     mask_windows: set[int] = field(default_factory=set)
-    has_other_mask: bool = False  # neither causal nor a sliding window
-    router_loss: torch.Tensor | None = None  # the whole of it, if the model computed one
+    has_other_mask: bool = False  # whether a mask was neither causal nor a sliding window
+    router_loss: torch.Tensor | None = None  # loss over all ranks, if the model computed one
 
 
 _current: ContextVar[ShardedForward | None] = ContextVar("flashcp_sharded_forward", default=None)
@@ -42,16 +42,17 @@ is_running = False
 
 
 def sharded_forward_count() -> int:
-    """How many sharded forwards this process has begun."""
+    """Return how many sharded forwards this process has started."""
     return _forwards
 
 
 def current_sharded_forward() -> ShardedForward | None:
+    """Return the sharded forward that this thread is in, if any."""
     return _current.get()
 
 
 def set_sharded_forward(forward: ShardedForward | None) -> None:
-    """Enters a sharded forward, or leaves it."""
+    """Enter a sharded forward, or leave it with `None`."""
     global _forwards, is_running
     is_running = forward is not None
     _forwards += is_running

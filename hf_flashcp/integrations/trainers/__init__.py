@@ -1,1 +1,1 @@
-"""transformers and TRL trainers under context parallelism."""
+"""Trainers of transformers and TRL with context parallelism."""

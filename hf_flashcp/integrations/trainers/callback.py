@@ -16,21 +16,23 @@ from .plan_metrics import PlanMetrics
 
 
 class FlashCPCallback(TrainerCallback):
-    """Attaches the model of a Trainer that is left as it is: `Trainer(..., callbacks=[FlashCPCallback()])`.
+    """A callback that attaches the model of a stock Trainer: `Trainer(..., callbacks=[FlashCPCallback()])`.
 
-    The arguments need `parallelism_config=FlashCPPlugin(cp_size=...)`. Losses and gradients are exact. What a callback
-    cannot reach is better with [`FlashCPTrainer`] or [`FlashCPTrainerMixin`]: `num_input_tokens_seen` and `total_flos`
-    count a shared batch cp_size times, plan metrics land in `trainer.state.log_history` but in trackers only if these
-    come after it in the list of callbacks, and evaluation is refused, because Trainer averages it as if every process
-    had a batch of its own.
+    The Trainer's arguments need `parallelism_config=FlashCPPlugin(cp_size=...)`. Losses and gradients are exact. The
+    following limits do not apply to [`FlashCPTrainer`] and [`FlashCPTrainerMixin`]:
+
+    - `num_input_tokens_seen` and `total_flos` count a shared batch cp_size times;
+    - plan metrics are added to `trainer.state.log_history`, but reach only those trackers that come after this
+      callback in the list of callbacks;
+    - evaluation is refused, because Trainer averages losses as if every process had a separate batch.
 
     Attributes:
-        handle (`ContextParallelHandle`, *optional*): see [`attach`].
+        handle (`ContextParallelHandle`, *optional*): handle of the attached model, see [`attach`].
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: when training begins, without a [`FlashCPPlugin`]; with a cp_size above 1, also for
-            evaluation, label smoothing, and what else would not be exact.
+        ConfigurationError: when training begins, if there is no [`FlashCPPlugin`]. With a cp_size above 1 also for
+            evaluation, label smoothing, and other options that would not be exact.
     """
 
     def __init__(self):
@@ -52,8 +54,8 @@ class FlashCPCallback(TrainerCallback):
                 self._refuse_evaluation()
             if isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
                 raise ConfigurationError(
-                    "The data loader dispatches batches from one process, which knows nothing of cp_size. Set "
-                    'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+                    "The data loader dispatches batches from one process, which does not take cp_size into account. "
+                    'Set TrainingArguments(accelerator_config={"dispatch_batches": False}).'
                 )
         self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
@@ -77,6 +79,7 @@ class FlashCPCallback(TrainerCallback):
     @staticmethod
     def _refuse_evaluation() -> None:
         raise ConfigurationError(
-            "A stock Trainer cannot evaluate under context parallelism: it averages and truncates losses as if every "
-            "process had a batch of its own. Use FlashCPTrainer (or FlashCPTrainerMixin), or eval_strategy='no'."
+            "A stock Trainer cannot evaluate under context parallelism, because it averages and truncates losses as "
+            "if every process had a separate batch. Use FlashCPTrainer or FlashCPTrainerMixin, or set "
+            "eval_strategy='no'."
         )

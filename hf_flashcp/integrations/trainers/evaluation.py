@@ -1,4 +1,4 @@
-"""Evaluation as on one device: each row of the set counts once in the sums of losses and targets."""
+"""Evaluation with the result of one device: each row of the dataset counts once in the sums of losses and targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.utils.operations import recursively_apply
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import ConfigurationError
-from .predictions import Tree, filled_up, token_shape
+from .predictions import Tree, pad_rows, token_shape
 
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class EvaluationPass:
-    """One pass over an evaluation set: sums of losses and targets on this rank, and which rows count.
+    """One pass over an evaluation dataset: sums of losses and targets on this rank, and which rows count.
 
-    accelerate gives every data-parallel group as many batches, and fills the last ones up with rows from the
-    beginning. Batch s of group g holds the rows from (s * groups + g) * rows per batch on: those beyond the dataset's
-    end have been counted before, so their targets are masked. With cp_size 1, rows that cannot be told apart, such as
-    those of a dataset without a length, all count, as they do in transformers; above 1 they are refused.
+    accelerate gives every data-parallel group the same number of batches, and fills the last ones with rows from the
+    beginning of the dataset. Batch s of group g starts at row (s * groups + g) * rows_per_batch. Rows beyond the end
+    of the dataset have been counted before, so their targets are masked. If rows cannot be told apart, for example in
+    a dataset without a length, all of them count with cp_size 1, as in transformers, and they are refused above 1.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any):
@@ -41,12 +41,12 @@ class EvaluationPass:
         self._step = 0
         self._rows_per_batch: int | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)  # loss and targets
-        self.rows = self.kept_rows = self.kept_tokens = 0  # of the last batch; kept ones come before repeated ones
-        self.losses: torch.Tensor | None = None  # (documents,), for this step's one loss in the evaluation loop
-        self.loss_is_a_metric = False  # `compute_metrics` returned a "loss", which replaces this one
+        self.rows = self.kept_rows = self.kept_tokens = 0  # of the last batch, in which kept rows come first
+        self.losses: torch.Tensor | None = None  # (documents,), losses that the evaluation loop gets for this step
+        self.loss_is_a_metric = False  # whether `compute_metrics` returned a "loss", which replaces this one
 
     def mask_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The next full batch, without targets in rows that stand in for others. To be called once per batch."""
+        """Return the next full batch without targets in repeated rows. Must be called once per batch."""
         lengths = row_lengths(inputs, self._batch_size)
         self.rows, tokens = token_shape(inputs)
         if self._dataset_rows is not None and lengths is None and self._cp_size > 1:
@@ -73,9 +73,14 @@ class EvaluationPass:
         return {**inputs, **masked}
 
     def add(self, share: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        """Adds a batch: this rank's `share` of its summed loss, and its `targets` on all ranks of `group`, which share
-        it. Returns its mean loss (0 without targets), fp64 and the same on these ranks."""
-        loss_sum = torch.where(targets > 0, share.double(), 0.0)  # nothing but prompts: may be 0 / 0
+        """Add a batch, and return its mean loss in fp64, which is the same on all ranks of `group`.
+
+        Args:
+            share: this rank's share of the batch's summed loss.
+            targets: number of targets of the whole batch. Without targets, the mean loss is 0.
+            group: ranks that share the batch, or `None` if there is only one.
+        """
+        loss_sum = torch.where(targets > 0, share.double(), 0.0)  # a batch of prompts only may give 0 / 0
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
         mean = loss_sum / targets.clamp(min=1)
@@ -85,7 +90,7 @@ class EvaluationPass:
         return mean
 
     def recording(self, compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        """`compute_metrics`, and whether it returned a loss of its own is kept."""
+        """Return `compute_metrics`, wrapped to record whether it returns a loss."""
 
         @functools.wraps(compute_metrics)
         def recorded(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -96,18 +101,23 @@ class EvaluationPass:
         return recorded
 
     def mean_loss(self) -> float:
-        """Mean over all targets of the evaluation set; NaN where there are none. Every rank calls."""
+        """Return the mean loss over all targets of the dataset, or NaN without targets. Every rank must call it."""
         loss_sum, targets = self._accelerator.reduce(self._sums.to(self._accelerator.device), "sum").tolist()
         return loss_sum / targets if targets else float("nan")
 
     def gathered(self, tensors: Tree) -> Tree:
-        """The trainer's `gather_function`: the loop asks for losses first, and the rest has been gathered already."""
+        """Return gathered tensors; the trainer's `gather_function`.
+
+        The evaluation loop asks for losses first. All other tensors are already gathered.
+        """
         losses, self.losses = self.losses, None
         return tensors if losses is None else losses
 
     def gather(self, tree: Tree) -> Tree:
-        """Rows of all data-parallel groups in the order of the dataset, from any number per group; the ranks of a
-        group have the same ones."""
+        """Gather the rows of all data-parallel groups, in the order of the dataset.
+
+        The ranks of a group have the same rows, and groups can have different numbers of rows.
+        """
         return tree if self._accelerator.num_processes == 1 else recursively_apply(self._gather_tensor, tree)
 
     def _gather_tensor(self, rows: torch.Tensor) -> torch.Tensor:
@@ -115,24 +125,26 @@ class EvaluationPass:
         most, width = shapes.amax(0).tolist()
         if most == 0:
             return rows
-        by_rank = self._accelerator.gather(filled_up(rows, most, width)).split(most)
+        by_rank = self._accelerator.gather(pad_rows(rows, most, width)).split(most)
         counts = shapes[:, 0].tolist()
         return torch.cat([by_rank[rank][: counts[rank]] for rank in range(0, len(counts), self._cp_size)])
 
 
 def require_length(dataset: Any, groups: int) -> None:
-    """Raises a `ConfigurationError` if several data-parallel groups would share a dataset without a length."""
+    """Raise a `ConfigurationError` if several data-parallel groups would share a dataset without a length."""
     if groups > 1 and not isinstance(dataset, Sized):
         raise ConfigurationError(
-            f"The evaluation set has no length, and {groups} data-parallel groups share it: rows that fill up the "
-            "last batches could not be told from new ones, and eval_loss would count them twice. Give it a length "
-            "(a map-style dataset), or evaluate with cp_size equal to the number of processes."
+            f"The evaluation set has no length, and {groups} data-parallel groups share it, so eval_loss would count "
+            "the rows that fill the last batches twice. Use a map-style dataset, or evaluate with cp_size equal to "
+            "the number of processes."
         )
 
 
 def require_known_rows(loader: Any, batch_size: int) -> None:
-    """Raises a `ConfigurationError` if a data loader's batches do not show which dataset rows they hold. Collates the
-    first one."""
+    """Raise a `ConfigurationError` if the batches of a data loader do not show which dataset rows they hold.
+
+    Collates the first batch to find out.
+    """
     rows = [loader.dataset[index] for index in range(min(batch_size, len(loader.dataset)))]
     with torch.random.fork_rng(devices=[]):
         batch = loader.collate_fn(rows)
@@ -141,15 +153,16 @@ def require_known_rows(loader: Any, batch_size: int) -> None:
 
 
 def refuse_unknown_rows() -> None:
+    """Raise a `ConfigurationError` for a packed batch that does not show its dataset rows."""
     raise ConfigurationError(
-        "Evaluation with several data-parallel groups cannot tell the dataset's rows apart in this packed batch, and "
-        "would count those twice that fill up the last ones. Collate with FlashCPCollator, set "
+        "Evaluation with several data-parallel groups cannot tell the dataset's rows apart in this packed batch, so "
+        "it would count the rows that fill the last batches twice. Collate with FlashCPCollator, set "
         "per_device_eval_batch_size to 1, or evaluate with cp_size equal to the number of processes."
     )
 
 
 def row_lengths(inputs: Mapping[str, Any], batch_size: int) -> tuple[int, ...] | None:
-    """Tokens of each dataset row of a full batch; None if it is a packed row that does not show them."""
+    """Return the number of tokens of each dataset row in a full batch, or `None` if a packed row hides them."""
     plan = inputs.get("flashcp_plan")
     if getattr(plan, "row_lengths", None) is not None:
         return plan.row_lengths
@@ -160,16 +173,17 @@ def row_lengths(inputs: Mapping[str, Any], batch_size: int) -> tuple[int, ...] |
 
 
 def target_labels(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The targets of a full batch: shifted labels, IGNORE_INDEX where there is none."""
+    """Return the targets of a full batch: shifted labels, which are IGNORE_INDEX where there is no target."""
     return inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"][..., 1:]
 
 
 class DocumentLosses(NamedTuple):
-    """Losses of documents.
+    """The losses of documents.
 
     Attributes:
-        loss_sum (`np.ndarray`): (documents,), float64: negative log likelihood summed over its targets, in nats.
-        targets (`np.ndarray`): (documents,), int64: how many targets it has.
+        loss_sum (`np.ndarray`): (documents,), float64; negative log-likelihood in nats, summed over each document's
+            targets.
+        targets (`np.ndarray`): (documents,), int64; number of targets of each document.
     """
 
     loss_sum: np.ndarray
@@ -177,6 +191,6 @@ class DocumentLosses(NamedTuple):
 
     @property
     def perplexity(self) -> np.ndarray:
-        """(documents,): exp of the mean loss over a document's targets; NaN where it has none."""
+        """Perplexity (documents,): exp of the mean loss over a document's targets, or NaN without targets."""
         with np.errstate(invalid="ignore"):
             return np.exp(self.loss_sum / self.targets)

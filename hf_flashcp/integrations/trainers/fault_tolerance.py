@@ -1,4 +1,4 @@
-"""What a Trainer needs when a rank fails: errors that name it, whole checkpoints, a stop that all ranks make."""
+"""Fault tolerance of trainers: errors that name failed ranks, complete checkpoints, and a common stop of all ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ...distributed import name_missing_ranks
 
 
-STAGING = "incomplete"  # directory beside the checkpoints
+STAGING = "incomplete"  # directory in output_dir for checkpoints that are being written
 
 
 class ReliableTrainerMixin:
-    """Part of [`FlashCPTrainerMixin`].
+    """The part of [`FlashCPTrainerMixin`] that handles failures of ranks.
 
-    A checkpoint is written to `output_dir/incomplete/checkpoint-N` and gets its place when all ranks have written
-    their part; only then are older ones deleted. So each `checkpoint-N` is whole, whenever a process dies.
+    A checkpoint is written to `output_dir/incomplete/checkpoint-N`, and moved to `output_dir/checkpoint-N` when all
+    ranks have written their part. Older checkpoints are deleted after that. Every `checkpoint-N` is therefore
+    complete, no matter when a process dies.
     """
 
     _staging: str | None = None
@@ -39,7 +40,7 @@ class ReliableTrainerMixin:
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        if self.state.global_step >= self.state.max_steps:  # resumed from its end: Trainer would take one step more
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, Trainer would run one more step
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -64,7 +65,7 @@ class ReliableTrainerMixin:
         with name_missing_ranks(f"saving {name}"):
             run_dir = self._get_output_dir(trial)
             staged, final = os.path.join(run_dir, STAGING, name), os.path.join(run_dir, name)
-            if self.is_local_process_zero():  # what a run that died may have left
+            if self.is_local_process_zero():  # remove files of a run that died
                 shutil.rmtree(os.path.dirname(staged), ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._staging = os.path.dirname(staged)
@@ -77,7 +78,7 @@ class ReliableTrainerMixin:
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
-            # Once on a file system that nodes share, once a node otherwise.
+            # Runs once if nodes share the file system, and once per node otherwise.
             for is_mine in (self.is_world_process_zero(), self.is_local_process_zero()):
                 if is_mine:
                     _put_in_place(staged, final)
@@ -94,7 +95,7 @@ class ReliableTrainerMixin:
 def _put_in_place(staged: str, final: str) -> None:
     whole = f"{staged}.whole"
     try:
-        os.rename(staged, whole)  # first: on a shared file system another node may have done it
+        os.rename(staged, whole)  # fails if another node has done it on a shared file system
     except FileNotFoundError:
         return
     with contextlib.suppress(FileNotFoundError):
@@ -104,11 +105,13 @@ def _put_in_place(staged: str, final: str) -> None:
 
 
 class StopTogetherCallback(JITCheckpointCallback):
-    """`enable_jit_checkpoint` for ranks that work on one batch: after the step in which SIGTERM has reached one of
-    them, all save and stop. Transformers' own saves on each rank when that rank's signal has come, and ranks that are
-    a step apart then wait for each other in different collectives.
+    """A version of `enable_jit_checkpoint` for ranks that share a batch: all save and stop after the same step.
 
-    Costs an all-reduce of one number a step.
+    When SIGTERM has reached one rank, all ranks save a checkpoint and stop at the end of the step. The callback of
+    transformers saves on each rank when that rank receives its signal. Ranks that are in different steps at that time
+    would wait for each other in different collectives.
+
+    This costs an all-reduce of one number per step.
     """
 
     def __init__(self, stock: JITCheckpointCallback):

@@ -1,4 +1,4 @@
-"""Means of what plans cost and how fast they run, for logs."""
+"""Metrics for logs: the mean costs of plans, and the speed of training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _COSTS = ("kv_total", "kv_all_gather", "token_imbalance", "pair_imbalance")
 
 
 class PlanMetrics:
-    """Means over the packs that have been trained on: over the run, and since they were last logged.
+    """Means over the packs of a run, and over the packs since metrics were last logged.
 
     Args:
-        groups (`int`, *optional*, defaults to 1): data-parallel groups, each of which trains on a pack at a time.
+        groups (`int`, *optional*, defaults to 1): number of data-parallel groups, each of which trains on one pack at
+            a time.
     """
 
     def __init__(self, groups: int = 1):
@@ -28,34 +29,38 @@ class PlanMetrics:
         self._interval = _Sums()
 
     def add(self, plan: ShardPlan) -> None:
+        """Add the pack with this plan."""
         costs = plan_costs(plan)
         for sums in (self._run, self._interval):
             sums.add(costs, plan)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it, as in evaluation, time does not count."""
+        """Exclude the time inside this context, such as that of evaluation."""
         begin, waited = time.perf_counter(), seconds_waited()
         yield
         for sums in (self._run, self._interval):
             sums.leave_out(time.perf_counter() - begin, (seconds_waited() or 0.0) - (waited or 0.0))
 
     def means(self) -> dict[str, float]:
-        """Empty before the first pack, then
+        """Return the means over the run, or an empty dict before the first pack.
 
-        - `flashcp_kv_fraction`: KV moved against an all-gather, over all packs;
-        - `flashcp_token_imbalance`, `flashcp_pair_imbalance`: max / mean over ranks, mean over packs;
-        - `flashcp_plan_ms`: milliseconds that planning a pack took, wherever it was done; absent for plans that were
-          not timed;
-        - `flashcp_tokens_per_second`: of all data-parallel groups, without evaluation;
-        - `flashcp_exposed_transfer_ms`: milliseconds a pack that this process waited for KV and its gradients (on CPU
-          alone, see [`seconds_waited`]).
+        - `flashcp_kv_fraction`: KV moved, as a share of what an all-gather would move, over all packs;
+        - `flashcp_token_imbalance`, `flashcp_pair_imbalance`: max / mean over ranks, averaged over packs;
+        - `flashcp_plan_ms`: milliseconds of planning per pack, in whichever process it ran; missing if plans were not
+          timed;
+        - `flashcp_tokens_per_second`: training speed of all data-parallel groups together, without evaluation;
+        - `flashcp_exposed_transfer_ms`: milliseconds per pack that this process waited for KV and its gradients (on
+          CPU only, see [`seconds_waited`]).
         """
         return self._run.means(self._groups)
 
     def take_interval_means(self) -> dict[str, float]:
-        """[`~PlanMetrics.means`] of the packs since the last call. What comes between the last one and the next pack,
-        such as saving the model at the end, is not in the run's speed."""
+        """Return [`~PlanMetrics.means`] of the packs since the last call.
+
+        The time from this call to the next pack, for example for saving the model at the end, does not count in the
+        speed of the run.
+        """
         self._run.ended = time.perf_counter()
         interval, self._interval = self._interval, _Sums()
         self._interval.begin()

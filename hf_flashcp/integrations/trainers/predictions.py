@@ -1,4 +1,4 @@
-"""Predictions of a batch as transformers' Trainer collects them: a row for each document or row, from all ranks."""
+"""Predictions of a batch as transformers' Trainer collects them: one row per document or dataset row, on all ranks."""
 
 from __future__ import annotations
 
@@ -24,20 +24,26 @@ Tree = Any
 def whole_documents(
     outputs: Tree, labels: Tree, plan: RankPlan, kept_tokens: int, preprocess: Callable[[Tree, Tree], Tree] | None
 ) -> tuple[Tree, Tree]:
-    """Predictions of a sharded batch, as a padded batch with a row per document on one device would give them, from
-    outputs (1, T_r, ...) of this rank's tokens and labels of the whole batch, not shifted, (1, C) or rows of it.
+    """Return the predictions and labels of a sharded batch, as for a padded batch with one row per document.
 
-    Every rank of the plan's group calls. Documents are put together one by one, so that of the full logits only one
-    document's are there at a time where `preprocess` makes them smaller. Those from `kept_tokens` on are left out.
+    Every rank of the plan's group must call it. Documents are assembled one at a time, so that if `preprocess` reduces
+    logits, only one document's full logits exist at a time.
 
-    Returns predictions (documents, longest, ...), or what `preprocess` makes of them, and labels (documents, longest),
-    on every rank of the group; -100 behind the end of a document.
+    Args:
+        outputs: outputs (1, T_r, ...) for this rank's tokens.
+        labels: labels of the whole batch, (1, C) or (B, T), not shifted.
+        plan: plan of the batch, bound to this rank.
+        kept_tokens: documents that end after this many tokens of the batch are left out.
+        preprocess: function applied to the outputs and labels of each document, if given.
+
+    Returns predictions (documents, longest, ...), after `preprocess`, and labels (documents, longest), on every rank
+    of the group. Positions after the end of a document hold -100.
     """
     lengths, cp_size = plan.plan.lengths, plan.plan.cp_size
     places = [torch.from_numpy(token_index(plan.plan, rank)) for rank in range(cp_size)]
     kept = sum(1 for stop in accumulate(lengths) if stop <= kept_tokens)
     predictions, targets = [], []
-    # At least one, for the shape of what `preprocess` makes of it.
+    # At least one document, to get the shape that `preprocess` returns.
     for start, stop in pairwise(accumulate(lengths[: max(kept, 1)], initial=0)):
         document = recursively_apply(_document, outputs, plan, places, start, stop)
         document_labels = recursively_apply(_tokens, labels, start, stop)
@@ -47,7 +53,7 @@ def whole_documents(
 
 
 def documents_of(inputs: Mapping[str, Any], plan: RankPlan, kept_tokens: int) -> dict[str, torch.Tensor]:
-    """The tensors of a full batch that have a value per token, with a row per document."""
+    """Return the tensors of a full batch that have one value per token, rearranged to one row per document."""
     shape = token_shape(inputs)
     per_token = {
         key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape[:2] == shape
@@ -61,8 +67,8 @@ def documents_of(inputs: Mapping[str, Any], plan: RankPlan, kept_tokens: int) ->
 def whole_rows(
     outputs: Tree, labels: Tree, kept: int, rows: int, preprocess: Callable[[Tree, Tree], Tree] | None
 ) -> tuple[Tree, Tree]:
-    """Predictions of a batch that was not sharded, as transformers' Trainer gives them, of the first `kept` rows."""
-    if kept < rows:  # one at least, for the shape of what `preprocess` makes of it
+    """Return the predictions and labels of the first `kept` rows of an unsharded batch, as Trainer collects them."""
+    if kept < rows:  # at least one row, to get the shape that `preprocess` returns
         outputs, labels = (first_rows(tree, max(kept, 1), rows) for tree in (outputs, labels))
     if preprocess is not None:
         outputs = preprocess(outputs, labels)
@@ -70,13 +76,16 @@ def whole_rows(
 
 
 def first_rows(tree: Tree, count: int, rows: int) -> Tree:
-    """The first `count` rows of tensors that have `rows` of them."""
+    """Return the first `count` rows of the tensors that have `rows` rows, and all other tensors unchanged."""
     return recursively_apply(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == rows else tensor, tree)
 
 
 def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | None) -> Tree:
-    """What transformers' Trainer takes for predictions: the model's outputs but for the loss and `ignore_keys`. Those
-    of a packed batch, of which the rank has `tokens`, must have a value for each."""
+    """Return the outputs that transformers' Trainer uses as predictions: all except the loss and `ignore_keys`.
+
+    Raises a `ConfigurationError` if `tokens`, this rank's number of tokens of a packed batch, is given and an output
+    does not have one value per token.
+    """
     if isinstance(outputs, Mapping):
         found = {key: value for key, value in outputs.items() if key not in (*ignore_keys, "loss")}
     else:
@@ -90,9 +99,11 @@ def per_token_outputs(outputs: Any, ignore_keys: Sequence[str], tokens: int | No
 
 
 def refuse_outputs(keys: Sequence[str]) -> None:
+    """Raise a `ConfigurationError` for outputs that do not have one value per token."""
     raise ConfigurationError(
-        f"The model's outputs {', '.join(keys)} belong to a packed batch, but predictions are those of its documents. "
-        f"Leave them out: ignore_keys={list(keys)} of evaluate and predict, ignore_keys_for_eval of train."
+        f"The model's outputs {', '.join(keys)} belong to a packed batch as a whole, but predictions are collected "
+        f"per document. Leave them out: pass ignore_keys={list(keys)} to evaluate and predict, and as "
+        "ignore_keys_for_eval to train."
     )
 
 
@@ -105,8 +116,11 @@ def _is_per_token(tree: Tree, tokens: int) -> bool:
 
 
 def stacked(trees: Sequence[Tree]) -> Tree:
-    """Trees of the same structure as one: tensors one below the other, filled up with -100 to the longest second
-    dimension, numbers as a row each (transformers' `nested_concat`)."""
+    """Concatenate trees of the same structure, as transformers' `nested_concat` does.
+
+    Tensors are concatenated along the first dimension, and padded with -100 to the longest second dimension. Scalars
+    become rows.
+    """
     first = trees[0]
     if isinstance(first, Mapping):
         return type(first)({key: stacked([tree[key] for tree in trees]) for key in first})
@@ -119,11 +133,11 @@ def stacked(trees: Sequence[Tree]) -> Tree:
         )
     rows = [torch.atleast_1d(tree) for tree in trees]
     width = max(each.shape[1] for each in rows) if rows[0].dim() > 1 else 0
-    return torch.cat([filled_up(each, len(each), width) for each in rows])
+    return torch.cat([pad_rows(each, len(each), width) for each in rows])
 
 
-def filled_up(rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
-    """(count, width, ...): `rows`, and -100 beside and below them."""
+def pad_rows(rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """Return `rows`, padded with -100 to (count, width, ...)."""
     shape = (count, width, *rows.shape[2:]) if rows.dim() > 1 else (count,)
     if rows.shape == shape:
         return rows.contiguous()
@@ -137,12 +151,12 @@ def _tokens(labels: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _rows_if(kept: int, *trees: Tree) -> tuple[Tree, Tree]:
-    """Both trees, without rows if none is kept."""
+    """Return both trees, or empty ones of the same structure if no row is kept."""
     return trees if kept else recursively_apply(lambda rows: rows[:0], trees)
 
 
 def _document(values: torch.Tensor, plan: RankPlan, places: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-    """(1, stop - start, ...): the values of one document, from the (1, T_r, ...) of all ranks' tokens."""
+    """Gather the values (1, stop - start, ...) of one document from the values (1, T_r, ...) of all ranks' tokens."""
     held = [((place >= start) & (place < stop)).nonzero().flatten().to(values.device) for place in places]
     mine = values.new_zeros(max(map(len, held)), *values.shape[2:])
     mine[: len(held[plan.rank])] = values[0, held[plan.rank]]
@@ -157,6 +171,7 @@ def _document(values: torch.Tensor, plan: RankPlan, places: list[torch.Tensor], 
 
 
 def token_shape(inputs: Mapping[str, Any]) -> torch.Size:
+    """Return the shape (rows, tokens) of a batch."""
     key = next(key for key in ("labels", "input_ids", "inputs_embeds") if inputs.get(key) is not None)
     return inputs[key].shape[:2]
 
@@ -164,9 +179,13 @@ def token_shape(inputs: Mapping[str, Any]) -> torch.Size:
 def losses_by_document(
     logits: torch.Tensor, shift_labels: torch.Tensor, plan: RankPlan, kept_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and number of targets of each document of a sharded batch, from logits (1, T_r, V) and shift_labels
-    (1, T_r) of this rank's tokens; without documents from `kept_tokens` on. Every rank of the plan's group calls, and
-    gets two tensors (documents, 1), float64 and int64."""
+    """Return the summed loss and the number of targets of each document in a sharded batch.
+
+    Every rank of the plan's group must call it, with the logits (1, T_r, V) and shift_labels (1, T_r) of its own
+    tokens. Documents that end after `kept_tokens` tokens of the batch are left out.
+
+    Returns two tensors of shape (documents, 1), float64 and int64.
+    """
     stops = torch.tensor(plan.plan.lengths).cumsum(0)
     documents = torch.searchsorted(stops, torch.from_numpy(token_index(plan.plan, plan.rank)), right=True)
     sums = torch.zeros(2, len(stops), dtype=torch.float64, device=logits.device)
@@ -178,13 +197,13 @@ def losses_by_document(
 
 
 def losses_by_row(logits: torch.Tensor, labels: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`losses_by_document`] of a batch that was not sharded: (B, T, V) logits and (B, T) labels, not shifted."""
+    """Return the results of [`losses_by_document`] for logits (B, T, V) and unshifted labels (B, T) of whole rows."""
     sums = _losses_and_targets(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     sums = sums.view(2, len(labels), -1).sum(-1)
     return sums[0, :kept, None], sums[1, :kept, None].long()
 
 
 def _losses_and_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(2, tokens), float64: of each token its loss, and 1 if it has a target."""
+    """Return a float64 tensor (2, tokens): the loss of each token, and 1 if it has a target or 0 if not."""
     losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
     return torch.stack((losses.double(), (targets != IGNORE_INDEX).double()))

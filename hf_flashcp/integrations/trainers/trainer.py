@@ -1,4 +1,4 @@
-"""`FlashCPTrainerMixin` and `FlashCPTrainer`: Trainer under context parallelism, counters and losses right."""
+"""`FlashCPTrainerMixin` and `FlashCPTrainer`: Trainer with context parallelism and correct counters and losses."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from .trl_guards import refuse_other_trainers
 
 
 class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
-    """Put in front of a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
+    """A mixin that adds context parallelism to a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
-    Takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or makes one from the environment
-    that `accelerate launch` sets, attaches the model, and shards each batch after it has been counted. A model that
-    takes its place (`model_init`, a hyper-parameter search, `trainer.model = other`) is attached too. Plan metrics go
-    to whatever the trainer reports to. Evaluation gives the same results with every cp_size, 1 included.
+    It takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or creates one from the
+    environment of `accelerate launch`. It attaches the model, and shards each batch after the trainer has counted its
+    tokens and targets. A model that replaces the first one (`model_init`, a hyperparameter search,
+    `trainer.model = other`) is attached too. Plan metrics are reported wherever the trainer reports its logs.
+    Evaluation gives the same results for every cp_size, including 1.
 
     Args:
-        args: those of the Trainer class behind it.
-        kwargs: likewise.
+        args: arguments of the Trainer class behind the mixin.
+        kwargs: keyword arguments of the Trainer class behind the mixin.
 
     Attributes:
-        flashcp (`ContextParallelHandle`): of the current model, see [`attach`].
+        flashcp (`ContextParallelHandle`): handle of the current model, see [`attach`].
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or, with a
-            cp_size above 1, an option that would see full labels beside this rank's logits (label smoothing,
-            compute_loss_func, a prediction_step of the class behind). When training begins, for an evaluation that
-            would be refused later.
+        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, or DeepSpeed.
+            With a cp_size above 1 also for options that would combine full labels with this rank's logits (label
+            smoothing, compute_loss_func, a prediction_step of the class behind). When training begins, also for an
+            evaluation that would be refused later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -66,7 +67,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model that is attached. `train()` sets another one where there is a `model_init`."""
+        """The attached model. If there is a `model_init`, `train()` replaces it."""
         return self._model
 
     @model.setter
@@ -76,7 +77,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             if attached_handle(model) is not earlier:  # a copy of the model keeps its handle
                 self.flashcp = self._attach(model)
                 earlier.remove()
-            self.model_wrapped = model  # what train() takes
+            self.model_wrapped = model  # the model that train() uses
         self._model = model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -92,21 +93,22 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
         if self.args.accelerator_config.dispatch_batches and self.args.parallelism_config.cp_size > 1:
             raise ConfigurationError(
-                "accelerator_config has dispatch_batches: one process would read for all, which knows nothing of "
-                "cp_size. Leave it out, or set it to False."
+                "accelerator_config has dispatch_batches: one process would read batches for all others, without "
+                "taking cp_size into account. Leave it out, or set it to False."
             )
         if self.args.accelerator_config.dispatch_batches is None:
-            # Dispatching reads on rank 0 alone and does not know "cp" (accelerate/data_loader.py).
+            # Dispatching reads on rank 0 only, and ignores the mesh dimension "cp" (accelerate/data_loader.py).
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
-        if hasattr(self, "flashcp"):  # a trial of a hyper-parameter search has set arguments
+        if hasattr(self, "flashcp"):  # a trial of a hyperparameter search has set arguments
             self._refuse_options()
 
     def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
         bare = getattr(model, "_orig_mod", model)
         prepared = any(getattr(each, "_is_accelerate_prepared", False) for each in (model, bare))
         if training and prepared and not self.is_fsdp_enabled and not isinstance(bare, DistributedDataParallel):
-            # For evaluation, so without DDP, and accelerate would leave it so: gradients would not be averaged.
+            # The model was prepared for evaluation, without DDP. accelerate would not wrap it again, so gradients
+            # would not be averaged.
             model = self.accelerator.unwrap_model(bare, keep_fp32_wrapper=False)
             model._is_accelerate_prepared = False
             self.accelerator._models.clear()
@@ -114,7 +116,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 
     @property
     def _dp_size(self) -> int:
-        """Data-parallel groups."""
+        """Number of data-parallel groups."""
         return self.args.world_size // self.get_cp_size()
 
     def _refuse_options(self) -> None:
@@ -123,19 +125,19 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         require_exact_arguments(self.args)
         if (owner := self._own_prediction_step()) is not None:
             raise ConfigurationError(
-                f"{owner.__name__} has a prediction_step of its own, which would see a part of the batch. Leave it "
-                f"out, or override prediction_step in a subclass of {type(self).__name__}."
+                f"{owner.__name__} has a prediction_step of its own, which would get only this rank's part of the "
+                f"batch. Remove it, or override prediction_step in a subclass of {type(self).__name__}."
             )
         known = {"labels", "shift_labels", *getattr(self.data_collator, "per_token_keys", ())}
         if not self.label_names or not {*self.label_names} <= known:
             raise ConfigurationError(
-                f"label_names is {self.label_names}, but labels under context parallelism have a value for each "
-                "token. Leave it out, or name others in the per_token_keys of FlashCPCollator."
+                f"label_names is {self.label_names}, but under context parallelism labels must have one value per "
+                "token. Leave it out, or add the other columns to per_token_keys of FlashCPCollator."
             )
         if self.compute_loss_func:
             raise ConfigurationError(
                 "compute_loss_func needs whole documents, but under context parallelism each rank has the logits of "
-                "its own tokens only. Leave it out, or evaluate with cp_size 1."
+                "its own tokens only. Leave it out, or use cp_size 1."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -149,7 +151,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)
         if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
-            # Trainer seeds every process's workers apart, but those of a group must draw alike.
+            # Trainer seeds the workers of every process differently, but those of a group must draw the same numbers.
             group = self.args.process_index // self.get_cp_size()
             inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
         inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
@@ -164,9 +166,10 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
                 "accumulated batches",
                 {"batches": len(batches)},
                 dist.group.WORLD,
-                advice="The streams of data-parallel groups end at different steps, and some would wait for others in "
-                "vain. Give all shards as many rows, gradient_accumulation_steps=1 (a stream that ends earlier begins "
-                'again), or accelerator_config={"split_batches": True} (every group reads the whole stream).',
+                advice="The streams of data-parallel groups end at different steps, so some would wait for others "
+                "until they time out. Give all shards the same number of rows, set gradient_accumulation_steps=1 (a "
+                'stream that ends early starts again), or set accelerator_config={"split_batches": True} (every group '
+                "reads the whole stream).",
                 error=BatchError,
             )
         return batches, targets
@@ -176,7 +179,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             if self.args.train_batch_size != 1:
                 raise ConfigurationError(
                     f"per_device_train_batch_size is {self.args.train_batch_size}, but packed rows are batches "
-                    "already. Set it to 1."
+                    "already. Set per_device_train_batch_size to 1."
                 )
             self.train_dataset.for_run(
                 cp_size=self.get_cp_size(),
@@ -187,7 +190,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        # In order: packs next to each other take about the same time, and their documents are shuffled.
+        # In order, because consecutive packs take about the same time. Their documents are already shuffled.
         return (
             SequentialSampler(dataset) if isinstance(dataset, PackedDocuments) else super()._get_train_sampler(dataset)
         )
@@ -197,11 +200,11 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         if targets is None:
             return None
         if not self.args.average_tokens_across_devices:
-            # A process's own targets over cp_size: transformers 5.17 rounds that down to a whole number.
-            # A Python number, because FSDP2 casts tensors of floats to its param_dtype, and bf16 rounds counts.
+            # The process's own targets divided by cp_size, which transformers 5.17 would round down to an integer.
+            # A Python number, because FSDP2 casts floating-point tensors to its param_dtype, and bf16 rounds counts.
             own = sum(int(target_labels(batch).ne(IGNORE_INDEX).sum()) for batch in batch_samples)
             return max(own, 1) / self.get_cp_size()
-        # A whole number, for the same reason. Without any target the mean is 0 / 0, which would end the run.
+        # An integer, for the same reason. At least 1, because the mean over no targets, 0 / 0, would end the run.
         return torch.as_tensor(targets, device=device).round().long().clamp(min=1)
 
     def _prepare_context_parallel_inputs(
@@ -217,13 +220,13 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         super().log(logs, *args, **kwargs)
 
     def document_losses(self, dataset: Any = None) -> DocumentLosses:
-        """Loss and perplexity of each document of a dataset, whatever batches and ranks share it.
+        """Compute the loss and perplexity of each document of a dataset, independent of batches and ranks.
 
         Args:
-            dataset (`Dataset`, *optional*): rows as for evaluation; defaults to the `eval_dataset`.
+            dataset (`Dataset`, *optional*): dataset with rows as for evaluation; defaults to the `eval_dataset`.
 
         Returns:
-            `DocumentLosses`: in the order of the dataset, on every process.
+            `DocumentLosses`: losses in the order of the dataset, on every process.
         """
         compute_metrics, self.compute_metrics = self.compute_metrics, None
         concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
@@ -235,7 +238,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             self.args.eval_do_concat_batches = concatenates
         return DocumentLosses(output.predictions[:, 0], output.label_ids[:, 0])
 
-    # Trainer adds these up over all processes, but cp_size of them work on the same batch.
+    # Trainer sums the following counts over all processes, but cp_size processes work on the same batch.
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
@@ -247,13 +250,13 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 
 
 class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
-    """`transformers.Trainer` with context parallelism: [`FlashCPTrainerMixin`] in front of it.
+    """`transformers.Trainer` with context parallelism, see [`FlashCPTrainerMixin`].
 
-    Without a `data_collator` it uses a [`FlashCPCollator`].
+    Its default `data_collator` is a [`FlashCPCollator`].
 
     Args:
-        args: those of `Trainer`.
-        kwargs: likewise.
+        args: arguments of `Trainer`.
+        kwargs: keyword arguments of `Trainer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

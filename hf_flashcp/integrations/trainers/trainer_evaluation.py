@@ -1,4 +1,4 @@
-"""The part of `FlashCPTrainerMixin` that evaluates: eval_loss over all targets, predictions of documents."""
+"""The part of `FlashCPTrainerMixin` that evaluates: eval_loss over all targets, and predictions of whole documents."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _OUTPUTS_OF_A_BATCH = {"output_router_logits": ("aux_loss", "router_logits"), "o
 
 
 class EvaluatingTrainerMixin:
-    """Part of [`FlashCPTrainerMixin`]: evaluation with the same results for every cp_size, 1 included.
+    """The part of [`FlashCPTrainerMixin`] that evaluates, with the same results for every cp_size, including 1.
 
-    `eval_loss` is the mean over all targets, and the predictions, labels, inputs and losses that `compute_metrics`
-    sees have a row for each document. A padded batch, which runs unsharded with cp_size 1, keeps its rows.
+    `eval_loss` is the mean over all targets. The predictions, labels, inputs and losses that `compute_metrics` gets
+    have one row per document. A padded batch, which runs unsharded with cp_size 1, keeps its rows.
     """
 
     flashcp: ContextParallelHandle
@@ -52,7 +52,7 @@ class EvaluatingTrainerMixin:
         return super().train(*args, **kwargs)
 
     def _check_evaluation(self, ignore_keys: list[str] | None) -> None:
-        """Raises what the first evaluation would raise."""
+        """Raise the error that the first evaluation would raise."""
         flashcp_collator = isinstance(self.data_collator, FlashCPCollator)
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
         for name in datasets if self.get_cp_size() > 1 else ():
@@ -72,7 +72,7 @@ class EvaluatingTrainerMixin:
         return getattr(self.model.config, "keys_to_ignore_at_inference", ["cache", "past_key_values"])
 
     def _own_prediction_step(self) -> type | None:
-        """The class behind this one whose `prediction_step` does more than ours makes up for."""
+        """Return the class behind this one whose `prediction_step` does more than this class can replace, if any."""
         behind = type(self).__mro__[type(self).__mro__.index(EvaluatingTrainerMixin) + 1 :]
         owner = next(each for each in behind if "prediction_step" in vars(each))
         generates = owner is Seq2SeqTrainer and self.args.predict_with_generate
@@ -103,7 +103,7 @@ class EvaluatingTrainerMixin:
                 )
                 loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
         if loss is not None:
-            # compute_loss multiplies by the number of processes, or the ranks' losses average to the group's.
+            # Either compute_loss multiplies by the number of processes, or the ranks' mean is the group's loss.
             multiplied = num_items is not None and self.args.average_tokens_across_devices
             weight = targets.double() / (self.accelerator.num_processes if multiplied else cp_size)
             group, _, _ = context_parallel_group(self.flashcp.mesh)
@@ -114,15 +114,18 @@ class EvaluatingTrainerMixin:
         if loss is not None and "loss" in self.args.include_for_metrics:
             documents = len(label_ids[0] if isinstance(label_ids, tuple) else label_ids)
             evaluation.losses = evaluation.gather(loss.expand(documents))
-        if "inputs" in self.args.include_for_metrics:  # the loop reads them from the batch that it has passed
+        if "inputs" in self.args.include_for_metrics:  # the loop reads them from the batch that it passed
             shown = self._inputs_for_metrics(batch, shard)
             inputs.clear()
             inputs.update(shown)
         return loss, evaluation.gather(predictions), evaluation.gather(label_ids)
 
     def _count_for_loss(self, batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor | float | None:
-        """`num_items_in_batch` where the loss takes one: of this group's batch, so that what is no sum over targets
-        counts once for each batch."""
+        """Return `num_items_in_batch` if the loss accepts it.
+
+        It counts the targets of this group's batch, so that loss terms that are not sums over targets count once per
+        batch.
+        """
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
         if self.args.average_tokens_across_devices:
@@ -132,8 +135,8 @@ class EvaluatingTrainerMixin:
     def _predict_without_labels(self, model, batch, prediction_loss_only, ignore_keys):
         if self.get_cp_size() > 1 and not prediction_loss_only:
             raise ConfigurationError(
-                "Predictions under context parallelism are put together from documents with labels, which this batch "
-                "has not. Give it labels (-100 where there is no target), or predict with cp_size 1."
+                "Predictions under context parallelism need labels, but this batch has none. Add labels (-100 where "
+                "there is no target), or predict with cp_size 1."
             )
         loss, outputs, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         if outputs is None:
@@ -145,7 +148,7 @@ class EvaluatingTrainerMixin:
     def _predictions(
         self, outputs: Any, labels: Tree, batch: dict[str, Any], shard: dict[str, Any], ignore_keys: list[str] | None
     ) -> tuple[Tree, Tree]:
-        """What the evaluation loop collects of this group's batch: predictions and labels."""
+        """Return the predictions and labels of this group's batch that the evaluation loop collects."""
         evaluation, plan = self._pass, shard.get("flashcp_plan")
         sharded = isinstance(plan, RankPlan)
         if self._losses_by_document:
@@ -177,7 +180,7 @@ class EvaluatingTrainerMixin:
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        # With cp_size 1 an option can ask for the evaluation of the class behind this one.
+        # With cp_size 1, some options need the evaluation of the class behind this one.
         as_stock = self._own_prediction_step() is not None or self.args.eval_use_gather_object
         with self.plan_metrics.paused():
             if as_stock and self.get_cp_size() == 1 and not self._losses_by_document:
@@ -187,9 +190,10 @@ class EvaluatingTrainerMixin:
     def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any) -> EvalLoopOutput:
         evaluation = EvaluationPass(self, dataloader.dataset)
         compute_metrics, gather_for_metrics = self.compute_metrics, self.accelerator.gather_for_metrics
-        self._pass, self.preprocess_logits_for_metrics = evaluation, None  # called for each document
+        self._pass, self.preprocess_logits_for_metrics = evaluation, None  # the pass calls it for each document
         self.gather_function = evaluation.gathered
-        # It drops what processes beyond the dataset's last row bring, of a batch that every rank has a part of.
+        # gather_for_metrics drops the results of processes beyond the dataset's last row, but here every rank has a
+        # part of each batch.
         self.accelerator.gather_for_metrics = self.accelerator.gather
         if compute_metrics is not None:
             self.compute_metrics = evaluation.recording(compute_metrics)
@@ -199,7 +203,7 @@ class EvaluatingTrainerMixin:
             self._pass, self.preprocess_logits_for_metrics = None, evaluation.preprocess
             self.compute_metrics = compute_metrics
             self.gather_function = self.accelerator.gather_for_metrics = gather_for_metrics
-        # Trainer averages batches. A "loss" that compute_metrics returns takes the place of its own.
+        # Trainer averages the losses of batches. A "loss" returned by compute_metrics replaces that average.
         loss_key = f"{arguments[-1]}_loss"
         mean_loss = evaluation.mean_loss()
         if loss_key in output.metrics and not evaluation.loss_is_a_metric:

@@ -1,8 +1,8 @@
-"""TRL's trainers that cannot be sharded refuse our plugin.
+"""Guards that make TRL's trainers other than `SFTTrainer` refuse a `FlashCPPlugin`.
 
-Only `SFTTrainer`'s batches are documents. The online trainers build theirs after generation (their configs raise where
-`parallelism_config.cp_enabled`, which `FlashCPPlugin` keeps False), the preference and reward trainers compare whole
-padded sequences.
+Only the batches of `SFTTrainer` consist of documents. The online trainers build their batches after generation. (Their
+configs refuse `parallelism_config.cp_enabled`, but that is False for `FlashCPPlugin`.) The preference and reward
+trainers compare whole padded sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BASE_CONFIG = "trl.trainer.base_config"
 
 
 def guard_configs() -> None:
-    """Makes the configs of an imported TRL refuse a `FlashCPPlugin` with cp_size above 1, SFTConfig apart."""
+    """Make all configs of an imported TRL except SFTConfig refuse a `FlashCPPlugin` with a cp_size above 1."""
     base = sys.modules[BASE_CONFIG]._BaseConfig
     post_init = base.__post_init__
 
@@ -31,7 +31,7 @@ def guard_configs() -> None:
 
 
 def refuse_other_trainers(arguments: Any) -> None:
-    """Raises a `ConfigurationError` if `arguments` are a TRL trainer's other than SFTTrainer's, with a plugin."""
+    """Raise a `ConfigurationError` if `arguments` with a plugin belong to a TRL trainer other than SFTTrainer."""
     from ..plugin import FlashCPPlugin
 
     plugin = arguments.parallelism_config
@@ -41,13 +41,13 @@ def refuse_other_trainers(arguments: Any) -> None:
     if f"{BASE_CONFIG}._BaseConfig" in ancestors and "trl.trainer.sft_config.SFTConfig" not in ancestors:
         trainer = type(arguments).__name__.replace("Config", "Trainer")
         raise ConfigurationError(
-            f"{trainer} cannot run under context parallelism: of TRL's trainers only SFTTrainer has batches of "
-            "documents. Others build theirs after generation, or compare whole sequences, of which a rank would have "
-            "parts. Leave parallelism_config out, or train with SFTTrainer."
+            f"{trainer} cannot run under context parallelism: of TRL's trainers, only SFTTrainer trains on batches of "
+            "documents. The others build their batches after generation or compare whole sequences. Leave "
+            "parallelism_config out, or train with SFTTrainer."
         )
 
 
 def is_sft_trainer(trainer: Any, owner: type | None = None) -> bool:
-    """Whether a trainer is TRL's SFTTrainer, or `owner`, one of its classes, is that itself."""
+    """Return whether a trainer is an SFTTrainer of TRL, or, if `owner` is given, whether this class is SFTTrainer."""
     classes = type(trainer).__mro__ if owner is None else (owner,)
     return "trl.trainer.sft_trainer.SFTTrainer" in {f"{each.__module__}.{each.__name__}" for each in classes}

@@ -1,1 +1,1 @@
-"""Strategy "search": little KV on the wire, spread over the ranks, under the caps."""
+"""Strategy "search": plans with little KV on the wire, spread evenly over the ranks, under the caps."""

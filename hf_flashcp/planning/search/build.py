@@ -1,9 +1,9 @@
-"""How one plan of the strategy "search" is built: tails cut off long documents rank by rank, the rest packed whole.
+"""Builds one plan of the strategy "search": cuts tails off long documents, rank by rank, and packs the rest whole.
 
-Everything rests on one identity (derived from FlashCP eq. 3 and exact exchange): a document's traffic is the sum, over
-its holders but the one of its last token, of the end of the holder's last slice. So cutting the tail [h, l) off a
-document costs exactly h, whatever earlier tokens of it the same rank takes along ("own head"), and what is left
-between own head and tail is one more item to place.
+The construction rests on one identity (derived from FlashCP eq. 3 and an exact exchange). A document's traffic is the
+sum of the ends of its ranks' last slices, over all ranks that hold some of it except the rank with its last token. So
+cutting the tail [h, l) off a document costs exactly h, no matter which earlier tokens of the document the same rank
+takes as well (its "own head"). The tokens between the own head and the tail are one more item to place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from .unplaced import Unplaced
 
 
 class Construction:
-    """Builds one plan: what its ranks hold so far, and what is still to be placed.
+    """Builds one plan. Holds the slices of the ranks that are complete, and the items that are still to be placed.
 
-    No rank should receive or send more than `target`, which own heads meet in place of short documents. `before` are
-    the tails of an earlier construction, from which the number of each document's holders is foreseen; `spreading` is
-    how much of the low positions to spread as heads, against what they suggest. The next rank takes `needed` to `most`
-    tokens.
+    Args:
+        caps (`Caps`): the documents, and what a rank may hold of them.
+        settings (`Settings`): the choices that differ between constructions.
+        target (`float`, *optional*): the most tokens whose KV a rank should receive or send. Ranks take own heads in
+            place of short documents to stay below it.
+        before (`Tails`, *optional*): tails of an earlier construction. They predict how many ranks will hold each
+            document.
+        spreading (`float`, *optional*, defaults to 1.0): how much of the documents' low positions to spread over ranks
+            as own heads, relative to the amount that `before` suggests.
+
+    Attributes:
+        needed (`int`): the fewest tokens that the next rank has to take.
+        most (`int`): the most tokens that the next rank may take.
     """
 
     def __init__(
@@ -44,36 +53,39 @@ class Construction:
         self._look_at_next_rank()
 
     def _look_at_next_rank(self) -> None:
-        """The most and the fewest tokens of the next rank, which has to take what all ranks after it cannot."""
+        """Set the most and the fewest tokens of the next rank. It has to take the tokens that later ranks cannot."""
         self.ranks_left = self.caps.cp_size - len(self.slices)
         self.most = self.needed = self.shares[len(self.slices)]
         if self.caps.token_room:
             self.needed = max(self.tokens_left - (self.ranks_left - 1) * self.most, 0)
 
     def close(self, rank: OpenRank) -> None:
-        """Ends a rank that is as full as it has to be."""
+        """Add a complete rank to the plan."""
         self.tokens_left -= self.most - rank.tokens
         self.pairs_left -= self.caps.most_pairs - rank.pairs
         self.slices.append(rank.held)
         self._look_at_next_rank()
 
     def receivers(self, document: int) -> int:
-        """How many ranks will need the head of a document, as far as one can tell."""
+        """Return an estimate of how many ranks will need the head of a document."""
         return max(len(self.tails.get(document, ())), len(self.before.get(document, ())), 1)
 
     def low_positions(self, document: int, tails: int) -> float:
-        """Tokens that, last time, ranks after the next one held of a document's low positions, which all others need,
-        beyond what the target lets them send."""
+        """Return how many tokens at low positions of a document should be spread over ranks as own heads.
+
+        All other ranks that hold the document need these tokens. In the earlier construction, the ranks after the next
+        one held this many more of them than the target allows them to send (times `spreading`).
+        """
         beyond = 0.0
         for index, tail in enumerate(self.before.get(document, ())[tails + 1 :], tails + 1):
             beyond += max(tail.tokens - self.target / index, 0)
         return self.spreading * beyond
 
     def run(self) -> Slices | None:
-        """Slices of every rank, or `None` where the settings lead nowhere."""
+        """Return the slices of every rank, or `None` if these settings lead to no plan."""
         packed, stuck, whole_first = None, False, self.settings.whole_first
         while packed is None and not stuck:
-            # The last rank takes all that is left, or the settings lead nowhere.
+            # The last rank takes all remaining items, or there is no plan.
             largest = self.unplaced.largest() if self.ranks_left > 1 else None
             fits = largest is None or self._fits(largest)
             if fits:
@@ -87,7 +99,7 @@ class Construction:
         return None if packed is None else self.slices + packed
 
     def _next(self, largest: Item) -> Item:
-        """Which of the items that no rank can hold has its tail cut off."""
+        """Return the item whose tail is cut off next, one of those that no rank can hold whole."""
         unplaced, order = self.unplaced, self.settings.order
         if order == "same":
             going_on = (item for item in unplaced.loose if item.piece.document in self.tails and not self._fits(item))
@@ -102,13 +114,14 @@ class Construction:
         return min((item for item in unplaced.loose if item < smallest and not self._fits(item)), default=smallest)
 
     def _fits(self, item: Item) -> bool:
-        """Whether a rank can hold an item, the shortest documents beside it."""
+        """Return whether a rank can hold an item together with the shortest documents."""
         pairs_left = self.caps.most_pairs - item.pairs
         if pairs_left < 0 or item.tokens > self.most:
             return False
         return self.unplaced.least_pairs(max(self.needed - item.tokens, 0)) <= pairs_left
 
     def _pack(self, cuts: bool) -> Slices | None:
+        """Return the slices of the remaining ranks, on which all items are packed, or `None` if that fails."""
         if self.pairs_left > self.ranks_left * self.caps.most_pairs:
             return None
         loads = {
@@ -121,8 +134,11 @@ class Construction:
         return pack(self.unplaced.ascending(), shares, self.caps.most_pairs, token_weight, weights, cuts)
 
     def _fill(self, item: Item) -> bool:
-        """Closes a rank with an item and others, whole, the largest first as long as the shortest documents could fill
-        what is left; a head at last. Gives up, changing nothing, where that leaves too many pairs to the others."""
+        """Fill the next rank with an item and other whole items, and return whether that worked.
+
+        Other items are added largest first, as long as the shortest documents could fill the rest of the rank. A head
+        fills the last tokens. If this would leave too many pairs to later ranks, nothing is changed.
+        """
         unplaced, rank = self.unplaced, OpenRank(self)
         rank.hold(item)
         chosen = [item]
@@ -150,7 +166,10 @@ class Construction:
         return True
 
     def _cut_tail(self, item: Item) -> bool:
-        """Closes a rank with the tail of an item, its own head, the shortest documents and the head of another."""
+        """Fill the next rank with the tail of an item, its own head, short documents and the head of another item.
+
+        Returns whether that worked.
+        """
         self.unplaced.take(item)
         rank = TailRank(self, item)
         rank.take_own_head()

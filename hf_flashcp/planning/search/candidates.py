@@ -1,4 +1,4 @@
-"""The plans that the strategy "search" has found for a batch, each with what it costs."""
+"""The plans that the strategy "search" has found for a batch, with their traffic."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from .tail import Tails
 
 
 WITHIN = 1.1
-"""A plan may need this much more KV than the least found if its busiest rank needs less."""
+"""A plan may move up to this multiple of the least KV found if its busiest rank moves less."""
 
 
 class Candidate:
-    """A plan, its number of slices, and the tokens whose KV travels: in all, and to or from the busiest rank. One that
-    was constructed has its settings, and the tails that were cut off."""
+    """A plan and its traffic.
+
+    Attributes:
+        count (`int`): number of slices.
+        total (`int`): tokens whose KV travels, summed over ranks.
+        bottleneck (`int`): tokens whose KV the busiest rank receives or sends.
+        settings (`Settings`, *optional*): settings of the construction, if the plan comes from one.
+        tails (`Tails`, *optional*): tails that the construction cut off documents.
+    """
 
     def __init__(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None):
         self.slices, self.settings, self.tails = slices, settings, tails
@@ -32,7 +39,7 @@ class Candidate:
 
 
 class Candidates:
-    """Plans of one batch, collected setting by setting, within `limits`: its caps, raised where nothing meets them."""
+    """Collects plans of one batch. All of them are within `limits`: the caps, or raised caps if no plan meets them."""
 
     def __init__(self, caps: Caps):
         self.caps = self.limits = caps
@@ -41,10 +48,11 @@ class Candidates:
 
     @cached_property
     def lower_bound(self) -> int:
+        """Lower bound of the total KV of any plan within the caps."""
         return least_kv(self.caps)
 
     def keep(self, slices: Slices, settings: Settings | None = None, tails: Tails | None = None) -> Candidate | None:
-        """Measures a plan and keeps it if it is within the limits."""
+        """Measure a plan, and keep and return it if it is within the limits."""
         give_empty_ranks_a_token(slices)
         candidate = None
         if self.limits.allow(slices):
@@ -55,40 +63,43 @@ class Candidates:
     def build(
         self, settings: Settings, target: float = math.inf, before: Tails | None = None, spreading: float = 1.0
     ) -> Candidate | None:
-        """Builds a plan and keeps it: arguments of [`Construction`]."""
+        """Build a plan and keep it. The arguments are those of [`Construction`]."""
         construction = Construction(self.limits, settings, target, before, spreading)
         slices = construction.run()
         return None if slices is None else self.keep(slices, settings, construction.tails)
 
     def build_like(self, base: Candidate, target: float, spreading: float) -> Candidate | None:
-        """Builds a plan like a constructed one, in which ranks should not receive or send more than `target`."""
-        assert base.settings is not None, "a plan that was constructed"
+        """Build a plan like a constructed one, in which no rank should receive or send more than `target` tokens."""
+        assert base.settings is not None, "the base must come from a construction"
         return self.build(base.settings._replace(load_weight=1.0), target, base.tails, spreading)
 
     def build_next(self, count: int, near: float) -> None:
-        """Builds plans of little total by the next `count` settings, or until one is found and `near` the lower
-        bound."""
+        """Build plans with little total KV from the next `count` settings, and from more until one is found.
+
+        This ends early if the least total is at most `near` times the lower bound.
+        """
         while self.untried and (count > 0 or not self.found) and not self.is_within(near):
             self.build(self.untried.pop(0))
             count -= 1
 
     def repair(self, slices: Slices, solves: int) -> None:
-        """Keeps the same plan with up to `solves` pairs of ranks planned anew."""
+        """Re-plan up to `solves` pairs of ranks of a plan, and keep the result."""
         repaired = repair(slices, self.limits, solves)
         if repaired is not None:
             self.keep(repaired)
 
     def least(self) -> Candidate:
+        """Return the plan with the least total KV."""
         return best_of(self.found, minimize_total=True)
 
     def is_within(self, factor: float) -> bool:
-        """Whether the least total is at most `factor` times the lower bound."""
+        """Return whether the least total is at most `factor` times the lower bound."""
         total = self.least().total if self.found else math.inf
         return total == 0 or (total < math.inf and total <= factor * self.lower_bound)
 
 
 def best_of(found: list[Candidate], minimize_total: bool) -> Candidate:
-    """The plan of the least total; or, of those near it, the one whose busiest rank has the least."""
+    """Return the plan with the least total; without `minimize_total`, the plan near it with the least bottleneck."""
     if minimize_total:
         return min(found, key=lambda plan: (plan.total, plan.bottleneck, plan.count))
     least = min(plan.total for plan in found)

@@ -1,9 +1,10 @@
-"""Strategy "search" with a `Topology`: little on the slower links between nodes.
+"""Strategy "search" with a `Topology`: plans with little traffic on the slower links between nodes.
 
-Two kinds of plans are tried beside the flat one, which knows no nodes. The flat one's ranks, grouped so that those
-which share documents share a node. And plans in two levels: the search shares documents out to nodes, each a rank with
-the budgets of all of its ranks; then each node shares out what it holds. A document that is cut between nodes lies on
-all ranks of each of them, zigzag, so that they share what crosses; whole documents are planned by the flat search.
+Besides the flat plan, which ignores nodes, two kinds of plans are tried. The first is the flat plan with its ranks
+regrouped, so that ranks that share documents share a node. The second is made in two levels. The search first assigns
+documents to nodes, as if each node were one rank with the caps of all its ranks. Each node then divides its documents
+among its ranks. A document that is cut between nodes is split in a zigzag over all ranks of each of these nodes, so
+that they share the traffic between nodes. Documents that are whole on a node are planned by the flat search.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ from .settings import SETTINGS
 
 
 BASES = ((SETTINGS[0], 0.9), (SETTINGS[2], 0.6))
-"""Settings of the plans of nodes that are made first, and how much of what the user allows above 1 is their cap on
-attention pairs: the rest is room for the ranks of a node."""
+"""Settings of the base plans of nodes, each with the fraction of the user's slack (what the cap on attention pairs
+allows above 1) that nodes may use. The rest is left to the ranks inside a node. The order is that of how much each
+improves on those before it, on sampled packs."""
 
 TARGETS = ((0.6, 2.5), (0.7, 4.0), (0.5, 4.0))
-"""Shares of what a base's busiest node receives and sends that plans like it should have at most, and how much low
-positions are spread in them: in the order of what each adds to those before it, on drawn packs, as the bases are."""
+"""Pairs of target and spreading for further plans like a base, in the same kind of order. The target is a fraction of
+what the base's busiest node receives or sends; [`Construction`] explains both."""
 
 MANY = 1000
-"""Documents beyond which only the first of each is made."""
+"""Number of documents above which only the first base and the first target are tried."""
 
 
 def search_in_nodes(caps: Caps, topology: Topology) -> Slices:
-    """Slices of every rank: of the plans tried, within the caps, the one whose busiest links take the shortest when
-    rows cross to each node once, a row between nodes counted `inter_node_cost` times. Never busier than [`search`]'s,
-    nor less balanced than that where it does not meet the caps. With all ranks in one node, or each in its own, the
-    plan is `search`'s. Pure and deterministic."""
+    """Return the slices of every rank in the plan whose busiest links need the least time.
+
+    Rows are sent to each node once, and a row between nodes counts `inter_node_cost` times. The links are never busier
+    than those of the plan of [`search`]. If that plan does not meet the caps, the result is not less balanced. If all
+    ranks share one node, or each has its own, the result is the plan of `search`. Pure and deterministic.
+    """
     flat = search(caps)
     found = [flat, *node_plans(flat, caps, topology.ranks_per_node)]
     return min(found, key=lambda slices: busiest(slices, topology))
 
 
 def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
-    """What the busiest link of any rank carries in the first step of the exchange and in the second, in or out, and
-    all links together: tokens whose KV travels, between nodes times `inter_node_cost`."""
+    """Return the load of the busiest links and of all links together, in the hierarchical exchange.
+
+    The load is in tokens whose KV travels, and tokens between nodes count `inter_node_cost` times. The first number is
+    the load of the busiest link of any rank in the first step, in or out, plus that in the second step.
+    """
     first, second = hierarchical_traffic(slices, min(topology.ranks_per_node, len(slices)))
     received, sent = by_link(first, topology.ranks_per_node)
     cost = np.array([[1.0], [topology.inter_node_cost]])
@@ -54,8 +61,11 @@ def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
 
 
 def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
-    """Plans that spare the links between nodes: a flat plan's ranks grouped, and one in two levels, if that is within
-    the caps or no less balanced. None where ranks do not fill several nodes of several ranks."""
+    """Return plans with little traffic between nodes: a flat plan with its ranks regrouped, and one in two levels.
+
+    The latter is left out if it is neither within the caps nor as balanced as the flat plan. The list is empty if the
+    ranks do not fill several nodes of several ranks.
+    """
     nodes, left_over = divmod(caps.cp_size, ranks_per_node)
     several = not left_over and 1 not in (nodes, ranks_per_node)
     caps = caps.with_most(pairs=max(caps.most_pairs, max(rank_pairs(flat))))
@@ -70,7 +80,7 @@ def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
 
 
 def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
-    """Plans of documents on nodes, as if each were one rank."""
+    """Return plans that assign documents to nodes, as if each node were one rank."""
     found: list[Candidate] = []
     few = None if len(caps.lengths) <= MANY else 1
     for settings, part in BASES[:few]:
@@ -87,7 +97,7 @@ def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
-    """Moves slices between ranks: each trades places with the one that spares most traffic between nodes, if any."""
+    """Reorder ranks for less traffic between nodes: each changes places with the rank with which it saves the most."""
     traffic = traffic_matrix(slices)
     traffic = traffic + traffic.T
     ranks = np.arange(len(slices))
@@ -111,14 +121,17 @@ def grouped(slices: Slices, ranks_per_node: int) -> Slices:
 
 
 def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:
-    """What a node holds, on its ranks: zigzag what is cut, and all of it where the rest cannot be planned."""
+    """Divide the slices of a node among its ranks.
+
+    Documents that are cut between nodes are split in a zigzag. So are all others if they cannot be planned.
+    """
     whole = [piece for piece in held if piece.tokens == caps.lengths[piece.document]]
     slices = _zigzag([piece for piece in held if piece.tokens < caps.lengths[piece.document]], ranks)
     planned = _whole_inside(whole, slices, caps)
     if planned is None:
         slices = _zigzag(held, ranks)
     else:
-        # Ranks with a token less of what is cut get one more of the others.
+        # Ranks with a token less of the cut documents get a token more of the whole ones.
         tokens = rank_tokens(slices)
         planned.sort(key=lambda pieces: -sum(stop - start for _, start, stop in pieces))
         for rank, pieces in zip(sorted(range(ranks), key=tokens.__getitem__), planned):
@@ -127,7 +140,10 @@ def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:
 
 
 def _whole_inside(whole: list[Slice], beside: Slices, caps: Caps) -> Slices | None:
-    """A plan of a node's whole documents, numbered as in `whole`, on its ranks, which hold others `beside` them."""
+    """Return a plan of a node's whole documents, numbered as in `whole`, or `None` if there is none.
+
+    The node's ranks already hold the slices `beside`.
+    """
     ranks, lengths = len(beside), tuple(piece.tokens for piece in whole)
     if sum(lengths) < ranks:
         return None

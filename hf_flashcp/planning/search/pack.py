@@ -1,4 +1,4 @@
-"""Packs whole items on ranks under both caps, tokens and attention pairs: the second half of a plan of "search"."""
+"""Packs whole items on ranks under the caps on tokens and attention pairs: the second half of a plan of "search"."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..caps import Item, assign_shares, item_of
 
 
 _COMPARED = 16
-"""Items of a rank that are compared with those of another."""
+"""The most items of a rank that are compared with items of another rank."""
 
 
 def longest_tail(start: int, stop: int, pairs: int) -> int:
-    """How many tokens from the end of [start, stop) hold at most `pairs` attention pairs."""
+    """Return how many tokens from the end of [start, stop) have at most `pairs` attention pairs."""
     rest = stop * (stop + 1) // 2 - pairs
     if rest <= start * (start + 1) // 2:
         return stop - start
@@ -34,11 +34,18 @@ def pack(
     kv_weights: dict[int, float],
     cuts: bool,
 ) -> Slices | None:
-    """Places whole items, in ascending order, on empty ranks, the largest first; then brings pairs under the cap by
-    swaps, and tokens to the shares (largest first) by moves, swaps and, with `cuts`, head cuts. `token_weight` weighs
-    tokens against pairs, `kv_weights` a piece of each split document for the KV that it makes travel.
+    """Pack whole items on empty ranks; return the slices of every rank, or `None` if that fails.
 
-    Slices of every rank, or `None` where that fails.
+    Items are placed largest first. Swaps then bring each rank's pairs under the cap, and moves and swaps bring its
+    tokens under its share.
+
+    Args:
+        items (`list[Item]`): the items, in ascending order.
+        shares (`list[int]`): the most tokens of each rank, largest first.
+        most_pairs (`int`): the most attention pairs of a rank.
+        token_weight (`float`): weight of tokens against pairs when items are placed.
+        kv_weights (`dict[int, float]`): weight of a piece of each split document, for the KV that it makes travel.
+        cuts (`bool`): whether heads may be cut off items.
     """
     packing = Packing(shares, most_pairs, cuts)
     packing.place(items, token_weight, kv_weights)
@@ -48,7 +55,7 @@ def pack(
 
 
 class Load:
-    """What one rank holds, and the most tokens that it may hold (`share`)."""
+    """The items on one rank, and the most tokens that it may hold (`share`)."""
 
     __slots__ = ("items", "pairs", "share", "tokens")
 
@@ -68,7 +75,7 @@ class Load:
 
 
 class Swap(NamedTuple):
-    """Items that one rank gives to another, and the one that it gets for them, if any."""
+    """The items that one rank gives to another, and the item that it gets in return, if any."""
 
     receiver: Load
     given: list[Item]
@@ -79,14 +86,14 @@ _pairs, _tokens = attrgetter("pairs"), attrgetter("tokens")
 
 
 class Packing:
-    """Items on ranks, moved about until all ranks are under the caps."""
+    """Items on ranks, which are moved between ranks until all ranks are under the caps."""
 
     def __init__(self, shares: list[int], most_pairs: int, cuts: bool):
         self.shares, self.most_pairs, self.cuts = shares, most_pairs, cuts
         self.ranks = [Load() for _ in shares]
 
     def place(self, items: list[Item], token_weight: float, kv_weights: dict[int, float]) -> None:
-        """Longest processing time first, on pairs, tokens and KV together."""
+        """Place items by the rule "longest processing time first", on a weighted sum of pairs, tokens and KV."""
         pair_weight, token_weight = 1 / self.most_pairs, token_weight / self.shares[0]
         held = [rank.items for rank in self.ranks]
         loads = [(0.0, index) for index in range(len(self.ranks))]
@@ -102,8 +109,8 @@ class Packing:
             rank.pairs, rank.tokens, rank.share = sum(map(_pairs, rank.items)), rank_tokens, share
 
     def lower_pairs(self) -> None:
-        """Swaps items of the rank with the most pairs against smaller ones elsewhere until all are under the cap, or
-        nothing helps."""
+        """Swap items of the rank with the most pairs for smaller ones until all ranks are under the cap or no swap
+        helps."""
         for _ in range(2 * len(self.ranks)):
             donor = max(self.ranks, key=_pairs)
             if donor.pairs <= self.most_pairs:
@@ -115,7 +122,7 @@ class Packing:
                 return
 
     def _pair_swap(self, donor: Load) -> Swap | None:
-        """The swap with one of the ranks with the fewest pairs that lowers the larger of the two most."""
+        """Return the swap with one of the ranks with the fewest pairs that most lowers the larger load of the two."""
         best, swap = donor.pairs, None
         mine = [(item.pairs, item) for item in donor.items[:_COMPARED]]
         for receiver in sorted(self.ranks, key=_pairs)[:4]:
@@ -132,8 +139,10 @@ class Packing:
         return Swap(swap[0], [swap[1]], swap[2]) if swap else None
 
     def _cut_for_pairs(self, donor: Load, share: int) -> bool:
-        """Gives a head that brings a rank under the cap on pairs, with room for the tokens it will then lack, to the
-        rank with the most room. Returns whether it could."""
+        """Move a head from a rank without room for pairs to the rank with the most room; return whether that worked.
+
+        The head leaves the donor below the cap, with room for the pairs of the tokens that it then lacks.
+        """
         receiver = min(self.ranks, key=_pairs)
         room = self.most_pairs - receiver.pairs
         item = max(donor.items, key=lambda item: (-item.piece.start, item.piece.stop))
@@ -141,7 +150,7 @@ class Packing:
         head = 0
         for _ in range(3):
             lacking = max(share - donor.tokens + head, 0)
-            # One head, or short documents of a quarter of the average pairs per token.
+            # The lacking tokens will be one head, or short documents with a quarter of the average pairs per token.
             over = donor.pairs - self.most_pairs + self.most_pairs // 64
             over += min(attention_pairs(0, lacking), lacking * self.most_pairs // (4 * share))
             longer = item.tokens - longest_tail(start, stop, item.pairs - min(over, room))
@@ -155,8 +164,10 @@ class Packing:
         return head > 0
 
     def equalize_tokens(self) -> bool:
-        """Moves whole items, swaps pairs of them, and as a last resort moves heads, until no rank has more tokens than
-        its share. Returns whether that worked."""
+        """Move and swap items until no rank has more tokens than its share; return whether that worked.
+
+        Heads are moved only as a last resort.
+        """
         cuts_left = len(self.ranks) if self.cuts else 0
         for _ in range(6 * len(self.ranks) + 12):
             excess = [rank.tokens - rank.share for rank in self.ranks]
@@ -169,7 +180,7 @@ class Packing:
                 excess[rank] < 0 and self._give(donor, self.ranks[rank], min(over, -excess[rank]))
                 for rank in receivers
             ):
-                # The rank that lacks tokens has no room for pairs: it gives a head and gets shorter documents for it.
+                # The rank that lacks tokens has no room for pairs: it gives a head away to get short documents later.
                 cuts_left -= 1
                 neediest = self.ranks[receivers[0]]
                 if cuts_left < 0 or not self._cut_for_pairs(neediest, neediest.share):
@@ -177,8 +188,11 @@ class Packing:
         return False
 
     def _give(self, donor: Load, receiver: Load, owed: int) -> bool:
-        """Moves up to `owed` tokens by the best of: a whole item, a swap of two, the head of an item, one item against
-        several. Tokens use up no more than their share of the room for pairs. Returns whether anything moved."""
+        """Move up to `owed` tokens from the donor to the receiver; return whether anything moved.
+
+        The best of these is chosen: a whole item, a swap of two items, the head of an item, or several items for one.
+        The moved tokens use at most a proportional part of the receiver's room for pairs.
+        """
         room = self.most_pairs - receiver.pairs
         mine = sorted((item.tokens, item.pairs, item) for item in donor.items)
         best, swap = self._token_swap(donor, receiver, owed, mine)
@@ -197,8 +211,11 @@ class Packing:
     def _token_swap(
         self, donor: Load, receiver: Load, owed: int, mine: list[tuple[int, int, Item]]
     ) -> tuple[int, Swap | None]:
-        """The move of one of the donor's items (`mine`, ascending, with their tokens and pairs), or swap of two, that
-        brings the receiver closest to what it is owed, and the tokens that it brings."""
+        """Return the move of one item, or the swap of two, that brings the receiver closest to the tokens it is owed.
+
+        `mine` are the donor's items with their tokens and pairs, ascending. The result is the number of tokens that
+        the receiver gains, and the swap, or `None` if nothing helps.
+        """
         room, donor_room = self.most_pairs - receiver.pairs, self.most_pairs - donor.pairs
         best: int = 0
         given: Item | None = None
@@ -219,13 +236,15 @@ class Packing:
         return best, Swap(receiver, [given], taken) if given else None
 
     def _several_against_one(self, donor: Load, receiver: Load, owed: int) -> Swap | None:
-        """One item of a receiver that has no room for pairs left against several of the donor, all but one of them its
-        shortest: more tokens, hardly more pairs."""
+        """Return a swap of several items of the donor for one item of a receiver with little room for pairs.
+
+        All but one of the donor's items are its shortest, so that the receiver gains tokens but hardly any pairs.
+        """
         room, donor_room = self.most_pairs - receiver.pairs, self.most_pairs - donor.pairs
         mine = sorted(donor.items, key=_tokens)
         tokens_up_to = list(accumulate(map(_tokens, mine), initial=0))
         pairs_up_to = list(accumulate(map(_pairs, mine), initial=0))
-        # Beside `first` go items shorter than it, up to `most` of them; without one, at least one item stays.
+        # Up to `most` items that are shorter than `first` are added to it. Without a `first`, at least one item stays.
         longest = range(max(len(mine) - _COMPARED, 0), len(mine))
         firsts = [(0, 0, len(mine) - 1, None), *((mine[at].tokens, mine[at].pairs, at, mine[at]) for at in longest)]
         best, swap = 0, None
@@ -253,7 +272,7 @@ def _exchange(donor: Load, swap: Swap) -> None:
 
 
 def _move_head(donor: Load, item: Item, head: int, receiver: Load) -> None:
-    """Cuts the first `head` tokens off an item of the donor and gives them to the receiver."""
+    """Cut the first `head` tokens off an item of the donor and give them to the receiver."""
     document, start, stop = item.piece
     donor.remove(item)
     donor.add(item_of(document, start + head, stop))

@@ -1,8 +1,8 @@
-"""Two ranks at a time planned anew: what the strategy "search" does with plans that may still be far from the least.
+"""Re-plans pairs of ranks, which the strategy "search" does for plans that may still be far from the least KV.
 
-Everything two ranks hold is put together and shared out again, at their token counts, for the least KV: some items
-whole to the one, the rest to the other, and at most one item cut, in up to three parts of which the outer two go to
-the same rank (an own head beside a tail). Which items go where is tried exhaustively, short documents in bundles.
+Everything that two ranks hold is pooled and divided again for the least KV, such that both keep their numbers of
+tokens. At most one item is cut, into up to three parts, and the two outer parts go to the same rank (an own head and a
+tail). All other items go to either rank whole. All divisions are tried, with short documents in bundles.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..caps import Caps
 
 
 _UNITS = 9
-"""Units of which every subset is tried, besides the one that is cut."""
+"""Number of units of which every subset is tried, not counting the unit that is cut."""
 
 _BUNDLES = 4
-"""How many of these are several short documents."""
+"""How many of these units are bundles of short documents."""
 
 _CUT = 3
 """How many units are tried as the one that is cut."""
@@ -29,11 +29,12 @@ _CUT = 3
 _FAR = 2**61
 
 _MOST_WORK = 40_000
-"""Slices x ranks of plans that are repaired: thousands of documents split over all ranks take too long to look at."""
+"""The most slices x ranks in a plan to repair. Plans in which thousands of documents are split over all ranks would
+take too long."""
 
 
 class Unit:
-    """A piece of a document, or several whole documents (`document` -1), that two ranks share out."""
+    """A piece of a document, or a bundle of whole documents (`document` is -1), that goes to one of two ranks."""
 
     def __init__(self, document: int, pieces: list[Slice]):
         self.document, self.pieces = document, pieces
@@ -42,8 +43,14 @@ class Unit:
 
 
 class Pool:
-    """What two ranks hold: units to be shared out, and for each rank what stays there because there is too much to
-    try. `tokens` are of the first rank, `pairs` of both."""
+    """Everything that two ranks hold.
+
+    Attributes:
+        units (`list[Unit]`): the units to divide between the ranks.
+        kept (`tuple[list[Slice], list[Slice]]`): the slices that stay on each rank, because there are too many to try.
+        tokens (`int`): number of tokens of the first rank.
+        pairs (`int`): number of attention pairs of both ranks.
+    """
 
     def __init__(self, held: tuple[list[Slice], list[Slice]], caps: Caps):
         self.most_pairs = caps.most_pairs
@@ -66,7 +73,7 @@ class Pool:
         self._bundle(whole[:bundled])
 
     def _bundle(self, whole: list[Slice]) -> None:
-        """Short documents together, each bundle of about twice the tokens of the one before."""
+        """Put short documents into bundles, each with about twice the tokens of the one before."""
         limit = _held_tokens(whole) / (2**_BUNDLES - 1)
         tokens, bundle = 0, []
         for piece in whole:
@@ -77,13 +84,14 @@ class Pool:
                 tokens, bundle, limit = 0, [], 2 * limit
 
     def cuttable(self) -> list[int]:
-        """Units that may be cut: the largest, and the largest that start their document."""
+        """Return the units that may be cut: the largest, and the largest that begin at the start of a document."""
         by_pairs = sorted(range(len(self.units)), key=lambda index: -self.units[index].pairs)
         singles = [index for index in by_pairs if self.units[index].document >= 0]
         from_start = [index for index in singles if not self.units[index].start]
         return list(dict.fromkeys(singles[:2] + from_start[:_CUT]))[:_CUT]
 
     def slices(self, share: Share) -> tuple[list[Slice], list[Slice]]:
+        """Return the slices of both ranks after the pool is divided as `share` says."""
         first, second = list(self.kept[0]), list(self.kept[1])
         others = [unit for index, unit in enumerate(self.units) if index != share.cut]
         for place, unit in enumerate(others):
@@ -106,7 +114,7 @@ def _held_pairs(held: list[Slice]) -> int:
 
 
 def _whole_and_parts(held: list[Slice], caps: Caps) -> tuple[list[Slice], dict[int, list[Slice]]]:
-    """Whole documents, the shortest first, and pieces of other documents, those that touch joined."""
+    """Return the whole documents, shortest first, and the pieces of each other document, with adjacent ones joined."""
     whole: list[Slice] = []
     parts: dict[int, list[Slice]] = defaultdict(list)
     for piece in sorted(held):
@@ -121,26 +129,24 @@ def _whole_and_parts(held: list[Slice], caps: Caps) -> tuple[list[Slice], dict[i
 
 
 class Share(NamedTuple):
-    """One way to share out a pool: which unit is cut, which others the first rank holds (by bits), and who gets how
-    many tokens of the cut unit's outer parts. `cost` is KV on top of what the two receive if no document is split
-    between them."""
+    """One way to divide a pool between two ranks. Smaller shares are better."""
 
-    excess: int
-    cost: int
-    cut: int
-    mask: int
-    outer_first: bool
-    low: int
-    top: int
+    excess: int  # attention pairs above the cap, on both ranks together
+    cost: int  # tokens whose KV travels because documents are split between the two ranks
+    cut: int  # index of the unit that is cut
+    mask: int  # bit i says whether the first rank gets the i-th of the other units
+    outer_first: bool  # whether the first rank gets the two outer parts of the cut unit
+    low: int  # tokens of the outer part at the unit's start
+    top: int  # tokens of the outer part at the unit's end
 
 
 def share_out(pool: Pool) -> Share | None:
-    """The best way found, if there is any that keeps the numbers of tokens."""
+    """Return the best division found, or `None` if none keeps the ranks' numbers of tokens."""
     return min(filter(None, (_cut(pool, cut) for cut in pool.cuttable())), default=None)
 
 
 def _cut(pool: Pool, cut: int) -> Share | None:
-    """Every subset of the other units on the first rank, the unit `cut` shared out between the two."""
+    """Return the best division with the unit `cut` divided, over all subsets of the other units on the first rank."""
     unit, others = pool.units[cut], [unit for index, unit in enumerate(pool.units) if index != cut]
     held = np.array([_held_tokens(pool.kept[0])], np.int64)
     pairs = np.array([_held_pairs(pool.kept[0])], np.int64)
@@ -160,21 +166,19 @@ def _cut(pool: Pool, cut: int) -> Share | None:
 
 
 class Outer(NamedTuple):
-    """The rank that gets the outer parts of the cut unit, for each subset of the other units on the first rank: the
-    tokens of these parts, the pairs of what it holds besides, and where its and the other rank's last pieces of the
-    cut document end."""
+    """The rank that gets the outer parts of the cut unit. Arrays have an entry per subset of the other units."""
 
-    first: bool
-    tokens: np.ndarray
-    pairs: np.ndarray
-    own: np.ndarray
-    inner_own: np.ndarray
+    first: bool  # whether this is the first rank
+    tokens: np.ndarray  # tokens of the outer parts
+    pairs: np.ndarray  # attention pairs of everything else that the rank holds
+    own: np.ndarray  # where the rank's last piece of the cut document ends, except the cut unit
+    inner_own: np.ndarray  # where that of the other rank ends
 
 
 def _outer_parts(pool: Pool, cut: int, masks: np.ndarray, extra: np.ndarray, outer: Outer) -> Share:
-    """The best subset, and how the rank's tokens of the cut unit are divided between its two ends."""
+    """Return the best division for the given outer rank: its subset, and the lengths of the two outer parts."""
     unit, tokens = pool.units[cut], outer.tokens
-    # As in `tail_beside_head`: of the tokens at the two ends, the most that can be at the top.
+    # As in `tail_beside_head`, the part at the unit's end is as long as the cap on pairs allows.
     slope = unit.stop - unit.start - tokens
     pairs = outer.pairs + tokens * (2 * unit.start + tokens + 1) // 2
     top = np.where(slope > 0, (pool.most_pairs - pairs) // np.maximum(slope, 1), tokens)
@@ -190,8 +194,8 @@ def _outer_parts(pool: Pool, cut: int, masks: np.ndarray, extra: np.ndarray, out
 
 
 def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
-    """The cost of documents of which the two ranks hold several pieces; and, of the document that is cut, where each
-    rank's last piece ends, the cut unit left out."""
+    """Return the cost of documents of which the two ranks hold several pieces, for each subset; and where each rank's
+    last piece of the cut document ends, except the cut unit."""
     places = defaultdict(list)
     for place, unit in enumerate(others):
         places[unit.document].append((place, unit.stop))
@@ -215,8 +219,10 @@ def _ends(pool: Pool, others: list[Unit], cut_document: int, masks: np.ndarray):
 
 
 def repair(slices: Slices, caps: Caps, solves: int) -> Slices | None:
-    """The same plan with up to `solves` pairs of ranks shared out anew, those first that have most to gain, as long as
-    that helps; `None` for plans that take too long to look at."""
+    """Re-plan up to `solves` pairs of ranks, those with the most to gain first, as long as that helps.
+
+    Returns the slices of every rank, or `None` for plans that would take too long.
+    """
     if sum(map(len, slices)) * len(slices) > _MOST_WORK:
         return None
     slices = [list(held) for held in slices]
@@ -253,7 +259,7 @@ def _excess(held: list[Slice], caps: Caps) -> int:
 
 
 def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], int]:
-    """[`shared_costs`], with all pairs of ranks of which one has too many attention pairs."""
+    """Return [`shared_costs`], extended by all pairs of ranks of which one has too many attention pairs."""
     gains = shared_costs(slices)
     for rank, excess in enumerate(over):
         if excess:
@@ -264,7 +270,7 @@ def _gains_of_pairs(slices: Slices, over: list[int]) -> dict[tuple[int, int], in
 
 
 def shared_costs(slices: Slices) -> dict[tuple[int, int], int]:
-    """What pairs of ranks receive because documents are split between them."""
+    """Return, for pairs of ranks, the tokens whose KV travels because documents are split between the two."""
     ends: dict[int, dict[int, int]] = defaultdict(dict)
     for rank, held in enumerate(slices):
         for document, _, stop in held:

@@ -1,4 +1,4 @@
-"""Strategy "search": little KV on the wire, spread over the ranks, under the caps."""
+"""Strategy "search": looks for a plan with little KV on the wire, spread evenly over the ranks, under the caps."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .settings import SETTINGS, Effort, effort_for
 
 
 NEAR = 1.03
-"""Plans of at most this multiple of the lower bound are not improved any further."""
+"""Plans with at most this multiple of the lower bound are not improved any further."""
 
 FAR = 1.2
 """Plans above this multiple of the lower bound are worth a longer search."""
 
 MOST_WORK = 4_000_000
-"""Slices that may be built in rounds of Algorithm 1 before it is left alone. Only thousands of documents on hundreds
-of ranks get there, where Algorithm 1 would take minutes."""
+"""The most slices to build in rounds of Algorithm 1. Only batches of thousands of documents on hundreds of ranks reach
+this limit. Algorithm 1 would take minutes for them."""
 
 
 def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
-    """Slices of every rank: little KV in all, and little on the rank with the most of it. Pure and deterministic.
+    """Return the slices of every rank in a plan with little KV in total and on the busiest rank.
 
-    Never above Algorithm 1 at the same caps in total, nor (but for `minimize_total`) in what the busiest rank receives
-    or sends, unless that exceeds them: where no better plan is found, it is Algorithm 1's. Where nothing meets the cap
-    on pairs, plans have no more than the better balanced of Per-Doc with and without rotated ranks.
+    Of the plans found within 10% of the least total KV, this is the one whose busiest rank receives or sends the least
+    KV; ties go to the fewest slices. With `minimize_total` it is the plan with the least total. That total is never
+    higher than without the option, and the search takes a few times as long. Pure and deterministic.
 
-    With `minimize_total` the total counts first; it is never above what is found without, and takes a few times as
-    long. Else, of the plans within 10% of the least total, the one whose busiest rank has least, then the one of the
-    fewest slices.
+    If Algorithm 1 has a plan within the caps, the result never moves more KV than that plan in total, nor (without
+    `minimize_total`) on the busiest rank; if no better plan is found, it is that plan. If no plan meets the cap on
+    pairs, the result is at least as balanced as Per-Doc with or without rotated ranks, whichever is more balanced.
     """
     return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _best_found(caps, minimize_total).slices
 
@@ -44,7 +44,7 @@ def _best_found(caps: Caps, minimize_total: bool) -> Candidate:
     candidates.build_next(effort.targets - effort.settings, FAR)
     if not candidates.found:
         _build_beyond_caps(candidates, effort.solves)
-    # Plans of Algorithm 1 that reach both are of no use.
+    # Plans of Algorithm 1 that reach both limits would not be chosen.
     most_total = most_bottleneck = math.inf
     if candidates.found:
         least = candidates.least()
@@ -64,7 +64,7 @@ def _best_found(caps: Caps, minimize_total: bool) -> Candidate:
 
 
 def _build_beyond_caps(candidates: Candidates, solves: int) -> None:
-    """Where no construction meets the cap on pairs: builds plans that exceed it, and repairs them."""
+    """Build plans that exceed the cap on pairs, and repair them. This is done if no construction meets the cap."""
     for excess in (1.03, 1.1, 1.3):
         raised = candidates.caps.with_most(pairs=int(excess * candidates.caps.most_pairs))
         for settings in SETTINGS[:2]:
@@ -77,13 +77,16 @@ def _build_beyond_caps(candidates: Candidates, solves: int) -> None:
 
 
 def _algorithm1_below(caps: Caps, total: float, bottleneck: float) -> Candidate | None:
-    """Algorithm 1's plan, if it is within the caps and may be below `total` or `bottleneck`."""
+    """Return the plan of Algorithm 1 if it is within the caps and may be below `total` or `bottleneck`."""
     slices = algorithm1(caps, total, bottleneck, MOST_WORK)
     return None if slices is None else Candidate(slices)
 
 
 def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
-    """Where nothing meets the cap on pairs: raises it to the best balanced plan's, returns that and builds others."""
+    """Raise the cap on pairs to that of the best balanced plan, build plans under it, and return the balanced plan.
+
+    This is done if no plan meets the cap.
+    """
     caps = candidates.caps
     known = [Candidate(per_doc(caps.lengths, caps.cp_size, rotate_ranks)) for rotate_ranks in (False, True)]
     balanced = min(known, key=lambda plan: (max(rank_pairs(plan.slices)), plan.total, plan.bottleneck, plan.count))
@@ -94,7 +97,10 @@ def _raise_limits(candidates: Candidates, effort: Effort) -> Candidate:
 
 
 def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) -> None:
-    """Looks for less on the busiest rank than in the best built plan: targets follow what has been reached."""
+    """Look for plans whose busiest rank moves less than in the best built plan.
+
+    Each target depends on whether the plans before it met theirs.
+    """
     built = [plan for plan in candidates.found if plan.settings]
     if not built:
         return
@@ -117,7 +123,7 @@ def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) 
 
 
 def _lower_total(candidates: Candidates, effort: Effort) -> None:
-    """Builds more plans, then plans pairs of ranks anew in those of the least total."""
+    """Build more plans, then re-plan pairs of ranks in those with the least total."""
     candidates.build_next(effort.more_settings, NEAR)
     if not candidates.is_within(NEAR):
         for plan in sorted(candidates.found, key=lambda plan: plan.total)[: effort.repaired]:
@@ -125,7 +131,7 @@ def _lower_total(candidates: Candidates, effort: Effort) -> None:
 
 
 def _choose(found: list[Candidate], reference: Candidate | None, minimize_total: bool) -> Candidate:
-    """The best plan, of those that are nowhere above the reference if there is one."""
+    """Return the best plan. If there is a reference, only plans that are nowhere above it are considered."""
     if reference and not minimize_total:
         found = [plan for plan in found if plan.total <= reference.total and plan.bottleneck <= reference.bottleneck]
     return best_of([*found, reference] if reference else found, minimize_total)

@@ -1,4 +1,4 @@
-"""Fills a rank (`OpenRank`) with the tail of a long document, and what it can hold beside it."""
+"""`TailRank`: fills a rank with the tail of a long document and with whatever fits beside it."""
 
 from __future__ import annotations
 
@@ -17,36 +17,46 @@ if TYPE_CHECKING:
 
 
 class Tail(NamedTuple):
-    """The last `tokens` tokens, from `start` on, of what was left of a document when a rank took them."""
+    """The last `tokens` tokens, beginning at `start`, of what was left of a document when a rank took them."""
 
     start: int
     tokens: int
 
 
 Tails = dict[int, list[Tail]]
-"""The tails that were cut off each document, the last tokens first."""
+"""The tails that were cut off each document, in descending order of their tokens' positions."""
 
 
 class OpenRank:
-    """The next rank: what it holds, and what it may take besides: up to `tokens`, at least `needed`, up to `pairs`."""
+    """The next rank, which is being filled.
+
+    Attributes:
+        held (`list[Slice]`): the slices that it holds.
+        tokens (`int`): the most tokens that it may still take.
+        needed (`int`): the fewest tokens that it still has to take.
+        pairs (`int`): the most attention pairs that it may still take.
+    """
 
     def __init__(self, plan: Construction):
         self.held: list[Slice] = []
         self.tokens, self.needed, self.pairs = plan.most, plan.needed, plan.caps.most_pairs
 
     def hold(self, item: Item) -> None:
+        """Add an item to the rank."""
         self.held.append(item.piece)
         self.tokens -= item.tokens
         self.needed -= item.tokens
         self.pairs -= item.pairs
 
     def hold_slice(self, document: int, start: int, stop: int) -> None:
+        """Add tokens [start, stop) of a document to the rank."""
         self.held.append(Slice(document, start, stop))
         self.tokens -= stop - start
         self.needed -= stop - start
         self.pairs -= attention_pairs(start, stop)
 
     def hold_range(self, documents: Range, items: list[Item]) -> None:
+        """Add a range of documents, given also as items, to the rank."""
         self.held += [item.piece for item in items]
         self.tokens -= documents.tokens
         self.needed -= documents.tokens
@@ -54,8 +64,10 @@ class OpenRank:
 
 
 class TailRank(OpenRank):
-    """A rank that takes the tail of tokens [start, stop) of a document, and what else it can hold beside that. `tail`
-    is the number of tokens of the longest that it can take beside what it holds already."""
+    """A rank that takes the tail of tokens [start, stop) of a document, and other slices beside it.
+
+    `tail` is the length of the longest tail that the rank can take beside the slices that it already holds.
+    """
 
     def __init__(self, plan: Construction, item: Item):
         super().__init__(plan)
@@ -65,7 +77,10 @@ class TailRank(OpenRank):
         self.tail, self.own_head, self.most_tail = 0, 0, self.tokens
 
     def take_own_head(self) -> None:
-        """Takes as much of the document's head as keeps every rank at the target, which then bounds the tail."""
+        """Take as much of the document's head as is needed to keep every rank at the target.
+
+        The target then also limits the tail.
+        """
         if self.target < math.inf:
             self.own_head = self._balancing_head()
             if self.own_head:
@@ -74,8 +89,10 @@ class TailRank(OpenRank):
         self.tail = min(longest_tail(self.start, self.stop, self.pairs), self.tokens, self.most_tail)
 
     def take_short_documents(self) -> None:
-        """Takes short documents for tokens that the tail has no pairs for. Where these leave pairs unused, more of the
-        document's own head replaces some of them."""
+        """Take short documents for the tokens that the tail cannot provide within the cap on pairs.
+
+        If they leave pairs unused, more of the document's own head replaces some of them.
+        """
         if self.tail >= self.needed:
             return
         unplaced, short = self.unplaced, self._short_documents()
@@ -93,7 +110,7 @@ class TailRank(OpenRank):
             unplaced.take_range(short)
 
     def take_leftovers(self) -> None:
-        """Takes what is left of documents that gave a head: it costs nothing more."""
+        """Take remainders of documents that gave a head away, which cost no further KV."""
         while self.tail < self.needed:
             leftover = self.unplaced.leftover(self.document, self.needed - self.tail, self.pairs)
             if leftover is None:
@@ -103,7 +120,7 @@ class TailRank(OpenRank):
             self.tail = min(longest_tail(self.start, self.stop, self.pairs), self.tokens, self.most_tail)
 
     def take_head(self) -> bool:
-        """Takes the head that fills the rank together with a tail, if one is needed; says whether the rank is full."""
+        """Take a head to fill the rank together with the tail, if needed; return whether the rank is full."""
         if self.tail >= self.needed:
             return True
         choice = self._tail_and_head(self.unplaced.heads()) or self._tail_and_head(self.unplaced.loose)
@@ -121,7 +138,7 @@ class TailRank(OpenRank):
         return True
 
     def take_tail(self) -> None:
-        """Takes the tail; what is left of the document is to be placed."""
+        """Take the tail, and return the rest of the document to the unplaced items."""
         tail = Tail(self.stop - self.tail, self.tail)
         if tail.tokens:
             self.hold_slice(self.document, tail.start, self.stop)
@@ -133,7 +150,7 @@ class TailRank(OpenRank):
         self.start += tokens
 
     def _balancing_head(self) -> int:
-        """How much of the document's head to hold so that no rank receives or sends more than the target."""
+        """Return how many tokens of the document's head to hold so that no rank exceeds the target."""
         start, stop, tails = self.start, self.stop, len(self.tails)
         before = self.plan.before.get(self.document, ())
         receivers = max(len(before), tails + 1)
@@ -147,7 +164,7 @@ class TailRank(OpenRank):
         return max(min(own, self.tokens - tail, stop - start - tail), 0)
 
     def _short_documents(self) -> Range:
-        """Which of the untouched documents leave too few tokens for the tail to fill."""
+        """Return the short documents to take: as many as fit in the tokens that the tail cannot provide."""
         unplaced, end = self.unplaced, self._end_of_short_documents()
         first, tokens_up_to, pairs_up_to = unplaced.first, unplaced.tokens_up_to, unplaced.pairs_up_to
         start, stop, needed, most_tail = self.start, self.stop, self.needed, self.most_tail
@@ -168,8 +185,10 @@ class TailRank(OpenRank):
         return unplaced.range(first, up_to)
 
     def _end_of_short_documents(self) -> int:
-        """Where the documents end that a rank may use as short ones: later ranks need some, lest they hold too much of
-        this document's low positions."""
+        """Return the end of the documents that the rank may take as short documents.
+
+        Later ranks need the others, so that they do not hold too many tokens at low positions of this document.
+        """
         unplaced, end = self.unplaced, self.unplaced.last
         if self.target < math.inf:
             up_to = unplaced.tokens_up_to
@@ -178,8 +197,10 @@ class TailRank(OpenRank):
         return end
 
     def _replaceable(self, short: Range, stop: int, pairs: int) -> Range:
-        """The shortest of the short documents that an own head, up to `stop` at most, can replace for at most `pairs`
-        more: the tail grows by whole tokens, and what pairs it leaves unused would be missing later."""
+        """Return the shortest of the short documents that an own head up to `stop` can replace for `pairs` more pairs.
+
+        The tail grows by whole tokens. Pairs that it leaves unused would be missing on later ranks.
+        """
         tokens_up_to, pairs_up_to = self.unplaced.tokens_up_to, self.unplaced.pairs_up_to
         up_to, too_many = short.start, short.stop + 1
         while too_many - up_to > 1:
@@ -193,12 +214,15 @@ class TailRank(OpenRank):
         return self.unplaced.range(short.start, up_to)
 
     def _tail_and_head(self, others: list[Item]) -> tuple[int, Item | None] | None:
-        """`(tail, other)`: tokens of a tail, and the item whose head makes up with it exactly the tokens that the rank
-        needs, one of `others` or the document itself (`None`): whichever keeps to the target and costs least."""
+        """Return `(tail, other)`: the length of the tail, and the item whose head provides the rank's other tokens.
+
+        The item is one of `others`, or `None` for the document itself. Of all choices, this is the one that exceeds
+        the target least and then costs the least KV.
+        """
         start, stop, length, needed = self.start, self.stop, self.stop - self.start, self.needed
         tails, pairs, most_tail, target = len(self.tails), self.pairs, self.most_tail, self.target
         receivers = self.plan.receivers(self.document)
-        # What is sent beyond the target, what it costs, whether another item is cut; then tail and item.
+        # Each choice: tokens sent beyond the target, cost, whether another item is cut, tail, item.
         choices: list[tuple[float, int, bool, int, Item | None]] = []
         tail = tail_beside_head(stop, start, needed, pairs) if needed < length else None
         if tail is not None:
@@ -227,10 +251,13 @@ class TailRank(OpenRank):
 
 
 def tail_beside_head(stop: int, head_start: int, tokens: int, pairs: int) -> int | None:
-    """The longest tail of a document up to `stop` that fits in `pairs` together with a head that starts at
-    `head_start` (of the same document or another), both together of exactly `tokens` tokens: growing the tail by a
-    token and shrinking the head by one adds `stop - head_start - tokens` pairs, a constant, so this is the solution of
-    a linear equation."""
+    """Return the length of the longest tail that fits in `pairs` attention pairs together with a head.
+
+    The tail ends at token `stop` of its document. The head starts at token `head_start` of the same document or of
+    another. Together they have exactly `tokens` tokens. Making the tail a token longer and the head a token shorter
+    adds a constant number of pairs, `stop - head_start - tokens`, so the length solves a linear equation. The result
+    is `None` if not even the head alone fits.
+    """
     slope = stop - head_start - tokens
     spare = pairs - attention_pairs(head_start, head_start + tokens)
     if spare < 0:

@@ -1,4 +1,4 @@
-"""What is still to be placed while a plan of the strategy "search" is built."""
+"""`Unplaced`: the documents and pieces that are still to be placed while a plan of "search" is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..caps import Caps, Item, item_of
 
 
 class Range(NamedTuple):
-    """Untouched documents `start` to `stop` (half-open) of the ascending list, with their tokens and pairs."""
+    """Documents [start, stop) of the ascending list of whole documents, with their tokens and pairs."""
 
     start: int
     stop: int
@@ -18,8 +18,11 @@ class Range(NamedTuple):
 
 
 class Unplaced:
-    """The documents and pieces that no rank holds yet: of `whole`, in ascending order, those from `first` to `last`
-    (half-open), and the `loose` rests of documents that were cut."""
+    """The documents and pieces that no rank holds yet.
+
+    These are the documents [first, last) of `whole`, which is in ascending order, and the `loose` remainders of
+    documents that were cut.
+    """
 
     def __init__(self, caps: Caps):
         self.caps = caps
@@ -28,18 +31,19 @@ class Unplaced:
         self.loose: list[Item] = []
 
     def ascending(self) -> list[Item]:
-        """All items, those with the fewest pairs first."""
+        """Return all items, those with the fewest pairs first."""
         items = self.whole[self.first : self.last]
         for item in self.loose:
             insort(items, item)
         return items
 
     def largest(self) -> Item | None:
-        """The item with the most pairs, without taking it."""
+        """Return the item with the most pairs, or `None` if there are no items. The item stays unplaced."""
         longest = self.whole[self.last - 1 : self.last] if self.last > self.first else []
         return max(self.loose + longest, default=None)
 
     def take(self, item: Item) -> None:
+        """Remove an item that a rank has taken."""
         if item in self.loose:
             self.loose.remove(item)
         elif item == self.whole[self.last - 1]:
@@ -51,10 +55,12 @@ class Unplaced:
             self.take_range(self.range(index, index + 1))
 
     def range(self, start: int, stop: int) -> Range:
+        """Return the range of documents [start, stop) of `whole`."""
         tokens = self.tokens_up_to[stop] - self.tokens_up_to[start]
         return Range(start, stop, tokens, self.pairs_up_to[stop] - self.pairs_up_to[start])
 
     def take_range(self, taken: Range) -> None:
+        """Remove a range of documents that a rank has taken."""
         start, stop, tokens, pairs = taken
         if start == self.first:
             self.first = stop
@@ -65,17 +71,17 @@ class Unplaced:
             self.last -= stop - start
 
     def add(self, document: int, start: int, stop: int) -> None:
-        """Adds tokens [start, stop) of a document that was cut, if there are any."""
+        """Add tokens [start, stop) of a document that was cut, if there are any."""
         if start < stop:
             self.loose.append(item_of(document, start, stop))
 
     def least_pairs(self, tokens: int) -> int:
-        """Pairs of the shortest documents that hold up to that many tokens."""
+        """Return the pairs of the shortest documents that have at most `tokens` tokens together."""
         up_to = bisect_right(self.tokens_up_to, self.tokens_up_to[self.first] + tokens, self.first, self.last + 1) - 1
         return self.pairs_up_to[max(up_to, self.first)] - self.pairs_up_to[self.first]
 
     def leftover(self, document: int, most_tokens: int, most_pairs: int) -> Item | None:
-        """The longest fitting loose piece of another document, with fewer pairs per token than the average."""
+        """Return the longest loose piece of another document that fits and has at most the average pairs per token."""
         best, most = None, 0
         for item in self.loose:
             if most < item.tokens <= most_tokens and item.pairs <= most_pairs and item.piece.document != document:
@@ -84,7 +90,8 @@ class Unplaced:
         return best
 
     def heads(self) -> list[Item]:
-        """Items whose heads may fill up a rank: the shortest and the longest document, and what starts earliest."""
+        """Return items whose heads may fill a rank: the shortest and longest document and the loose piece that starts
+        earliest."""
         found = []
         if self.first < self.last:
             found.append(self.whole[self.first])
