@@ -19,7 +19,15 @@ from hf_flashcp.planning import PlanSettings
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.engine_cases import _Calls
 from tests.model_cases import cp_mesh, sum_gradients
-from tests.models import build_model, exact_loss_sum, gradients, largest_error, make_documents, per_document_gradients
+from tests.models import (
+    build_model,
+    exact_loss_sum,
+    from_one_rank,
+    gradients,
+    largest_error,
+    make_documents,
+    per_document_gradients,
+)
 from tests.wrapper_cases import with_lora
 
 
@@ -71,7 +79,7 @@ def errors(lora):
     """Return the gradient error of each combination, compared with single documents on one device without
     checkpointing."""
     features = make_documents(LENGTHS)
-    _, expected = per_document_gradients(build("llama", lora, "sdpa"), features)
+    _, expected = from_one_rank(per_document_gradients, build("llama", lora, "sdpa"), features)
     found = {}
     for kind, every, offload, keep in COMBINATIONS:
         model = build("llama", lora).train()
@@ -138,7 +146,7 @@ def offloaded_forward_error(keep):
     """Return the gradient error when all tensors that forward saves are offloaded to the host, including received
     KV."""
     features = make_documents(LENGTHS)
-    _, expected = per_document_gradients(build("llama", False, "sdpa"), features)
+    _, expected = from_one_rank(per_document_gradients, build("llama", False, "sdpa"), features)
     model = build("llama", False).train()
     attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep))
     with offload_on_cpu() as copies, save_on_cpu(pin_memory=True, device_type=DEVICE.type):

@@ -23,6 +23,7 @@ from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
     exact_loss_sum,
+    from_one_rank,
     gradients,
     largest_error,
     make_documents,
@@ -254,7 +255,7 @@ class _Calls:
 def checkpointed(family, lengths, kwargs, keep_received_kv):
     """Return the gradient error, and the exchanges, kernel forwards and kernel backwards per layer."""
     features = make_documents(lengths)
-    _, expected = per_document_gradients(build_model(family, "sdpa"), features)
+    _, expected = from_one_rank(per_document_gradients, build_model(family, "sdpa"), features)
     model = build_model(family)
     if kwargs is not None:
         enable_checkpointing(model, kwargs)

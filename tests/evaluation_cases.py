@@ -21,7 +21,7 @@ from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTr
 from hf_flashcp.integrations.gradient_check import relative_error
 from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
-from tests.models import build_model, make_documents, per_document_gradients, target_count, tokenizer
+from tests.models import build_model, from_one_rank, make_documents, per_document_gradients, target_count, tokenizer
 from tests.trainer_cases import USE_DEVICE, training_arguments
 
 
@@ -43,7 +43,7 @@ def evaluation_loss(lengths, cp_size=None, per_batch=2):
     )
     measured = trainer.evaluate()["eval_loss"]
     reference = build_model("llama", "sdpa")
-    return measured, per_document_gradients(reference, features, own_loss=True)[0]
+    return measured, from_one_rank(per_document_gradients, reference, features, own_loss=True)[0]
 
 
 def most_likely(logits, labels):
@@ -215,7 +215,7 @@ def sft_evaluation(lengths, cp_size, per_batch, with_metrics):
     )
     metrics = trainer.evaluate()
     reference = build_model("llama", "sdpa")
-    loss = per_document_gradients(reference, features, own_loss=True)[0]
+    loss = from_one_rank(per_document_gradients, reference, features, own_loss=True)[0]
     right, entropy = 0, 0.0
     for feature in features:
         tokens = torch.tensor([feature["input_ids"]])
@@ -389,4 +389,4 @@ def loss_of_flattened_rows():
     )
     trainer.train()
     measured = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    return measured, per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)[0]
+    return measured, from_one_rank(per_document_gradients, build_model("llama", "sdpa"), features, own_loss=True)[0]

@@ -14,7 +14,7 @@ from transformers.trainer_utils import HPSearchBackend
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin
 from hf_flashcp.integrations.attach import attached_handle, transformers_model
 from tests.accelerate_state import fresh_accelerate
-from tests.models import build_model, largest_error, make_documents, per_document_gradients
+from tests.models import build_model, from_one_rank, largest_error, make_documents, per_document_gradients
 from tests.trainer_cases import InOrder, KeepGradient, saving_arguments, training_arguments
 from tests.wrapper_cases import fsdp_arguments, fsdp_on_device, full, plain_name, whole_gradients, with_lora
 
@@ -62,7 +62,7 @@ def _reference_of(model, lora=False):
 def _checked(trainer, keep, features, models, lora=False):
     """Return the errors of the last gradient and of eval_loss, and whether only the current model has a handle."""
     reference = _reference_of(trainer.model, lora)
-    expected_loss, expected = per_document_gradients(reference, features, own_loss=True)
+    expected_loss, expected = from_one_rank(per_document_gradients, reference, features, own_loss=True)
     current = transformers_model(trainer.model)
     others = [transformers_model(model) for model in models if transformers_model(model) is not current]
     return {
@@ -209,7 +209,7 @@ def saved(how):
     if how != "best":
         trainer.train(resume_from_checkpoint=str(Path(shared[0]) / "checkpoint-2"))
     reference = _reference_of(trainer.model)
-    expected, _ = per_document_gradients(reference, features, own_loss=True)
+    expected, _ = from_one_rank(per_document_gradients, reference, features, own_loss=True)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     found = trainer.evaluate()["eval_loss"]
     return {
@@ -237,7 +237,7 @@ def callback_with_model_init():
         data_collator=FlashCPCollator(dist.get_world_size()),
         callbacks=[keep, callback],
     )
-    _, expected = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+    _, expected = from_one_rank(per_document_gradients, build_model("llama", "sdpa"), features, own_loss=True)
     for _ in range(2):
         trainer.train()
         handles.append(callback.handle)

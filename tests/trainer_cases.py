@@ -14,7 +14,7 @@ from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, attach
 from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.device import DEVICE, ON_CPU
-from tests.models import build_model, gradients, largest_error, make_documents, per_document_gradients
+from tests.models import build_model, from_one_rank, gradients, largest_error, make_documents, per_document_gradients
 
 
 class KeepGradient(TrainerCallback):
@@ -93,7 +93,9 @@ def trainer_step(
     trainer.train()
     batches = arguments.get("gradient_accumulation_steps", 1) * dist.get_world_size() // cp_size
     window = features[: per_batch * batches]
-    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), window, own_loss=True)
+    expected_loss, expected = from_one_rank(
+        per_document_gradients, build_model("llama", "sdpa"), window, own_loss=True
+    )
     return {
         "gradient_error": largest_error(keep.steps[0], expected),
         "loss": trainer.state.log_history[0]["loss"],
@@ -121,9 +123,11 @@ def autocast_errors(lengths, cp_size):
         callbacks=[keep],
     )
     trainer.train()
-    _, exact = per_document_gradients(build_model("llama", "sdpa"), features)
+    _, exact = from_one_rank(per_document_gradients, build_model("llama", "sdpa"), features)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        _, single = per_document_gradients(build_model("llama", "sdpa", torch.float32), features, own_loss=True)
+        _, single = from_one_rank(
+            per_document_gradients, build_model("llama", "sdpa", torch.float32), features, own_loss=True
+        )
     return largest_error(keep.steps[0], exact), largest_error(single, exact)
 
 
@@ -153,7 +157,7 @@ def accelerator_loop(lengths, accumulation, prompt=0.3):
             optimizer.zero_grad()
     expected, expected_losses = {}, []
     for start in range(0, 3 * accumulation, 3):
-        loss, part = per_document_gradients(reference, features[start : start + 3], own_loss=True)
+        loss, part = from_one_rank(per_document_gradients, reference, features[start : start + 3], own_loss=True)
         expected_losses.append(loss)
         for name, grad in part.items():
             expected[name] = expected.get(name, 0) + grad / accumulation

@@ -14,6 +14,7 @@ from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
 from tests.models import (
     build_model,
+    from_one_rank,
     gradients,
     largest_error,
     make_documents,
@@ -60,7 +61,7 @@ def _documents_of_first_batch(trainer, rows):
 
 
 def _own_loss_gradients(model, features):
-    return per_document_gradients(model, features, own_loss=True)
+    return from_one_rank(per_document_gradients, model, features, own_loss=True)
 
 
 def _dft_gradients(model, features):
@@ -157,7 +158,9 @@ def stock_trainer_step(options):
     )
     trainer.train()
     window = features[: 3 * options.get("gradient_accumulation_steps", 1) * dist.get_world_size() // cp_size]
-    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), window, own_loss=True)
+    expected_loss, expected = from_one_rank(
+        per_document_gradients, build_model("llama", "sdpa"), window, own_loss=True
+    )
     return {
         "gradient_error": largest_error(keep.steps[0], expected),
         "loss": trainer.state.log_history[0]["loss"],

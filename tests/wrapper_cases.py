@@ -31,7 +31,7 @@ from hf_flashcp import (
 from tests.accelerate_state import forbid_tf32, fresh_accelerate
 from tests.device import DEVICE, ON_CPU, on_device
 from tests.model_cases import cp_mesh, sum_gradients
-from tests.models import build_model, largest_error, make_documents, per_document_gradients
+from tests.models import build_model, from_one_rank, largest_error, make_documents, per_document_gradients
 from tests.trainer_cases import (
     USE_DEVICE,
     InOrder,
@@ -103,10 +103,10 @@ def expected_step(reference, features, per_batch, accumulation, groups, per_grou
     means."""
     batches = [features[start : start + per_batch] for start in range(0, per_batch * accumulation * groups, per_batch)]
     if not per_group:
-        return per_document_gradients(reference, sum(batches, []), own_loss=True)
+        return from_one_rank(per_document_gradients, reference, sum(batches, []), own_loss=True)
     losses, means = [], {}
     for group in range(groups):
-        loss, grads = per_document_gradients(reference, sum(batches[group::groups], []), own_loss=True)
+        loss, grads = from_one_rank(per_document_gradients, reference, sum(batches[group::groups], []), own_loss=True)
         losses.append(loss / groups)
         means = {name: means.get(name, 0) + grad / groups for name, grad in grads.items()}
     return sum(losses), means
@@ -172,7 +172,9 @@ def _step(
     single = None
     if trainer.args.bf16:
         window = features[: per_batch * dist.get_world_size() // cp_size]
-        _, bf16 = per_document_gradients(build_model("llama", "sdpa", torch.bfloat16), window, own_loss=True)
+        _, bf16 = from_one_rank(
+            per_document_gradients, build_model("llama", "sdpa", torch.bfloat16), window, own_loss=True
+        )
         single = largest_error(bf16, expected)
     return {
         "gradient_error": largest_error(keep.steps[0], expected),
@@ -255,7 +257,7 @@ def accelerator_loop(accumulation):
         expected, reference = {}, build_model("llama", "sdpa")
         batches = accumulation * world_size // 2
         for start in range(0, 3 * batches, 3):
-            _, part = per_document_gradients(reference, features[start : start + 3], own_loss=True)
+            _, part = from_one_rank(per_document_gradients, reference, features[start : start + 3], own_loss=True)
             expected = {name: expected.get(name, 0) + grad / batches for name, grad in part.items()}
         return largest_error(kept, expected)
 
@@ -346,7 +348,9 @@ def liger_errors():
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     features = make_documents(LENGTHS[:5], prompt=0.3)
-    expected_loss, expected = per_document_gradients(build_model("llama", "sdpa"), features, own_loss=True)
+    expected_loss, expected = from_one_rank(
+        per_document_gradients, build_model("llama", "sdpa"), features, own_loss=True
+    )
     model = build_model("llama", dtype=torch.float32)
     options = {"rope": False, "swiglu": False, "rms_norm": False, "fused_linear_cross_entropy": True}
     _apply_liger_kernel_to_instance(model=model, **options)
