@@ -20,14 +20,14 @@ from hf_flashcp.doctor.tiny_sizes import WINDOW
 
 
 SECTIONS = {
-    SUPPORTED: ("Supported", "These train on every plan."),
+    SUPPORTED: ("Supported", "These train with every strategy."),
     WHOLE_DOCUMENTS: (
         "Whole-document plans only",
         "These have recurrent or convolutional layers and train on plans that keep documents whole: "
         '`FlashCPPlugin(cp_size=..., strategy="whole_doc")`.',
     ),
     REFUSED: ("Refused", "Attaching or the first forward raises an error."),
-    NOT_CHECKED: ("Not checked", "The check needs a tiny copy, and none could be made from the default config."),
+    NOT_CHECKED: ("Not checked", "The check could not run with the default config of these models."),
 }
 
 

@@ -1,4 +1,4 @@
-"""How much memory a device needs to train, from a model's sizes: docs/estimate_command.md has every term.
+"""How much memory a device needs to train, from a model's sizes: docs/sizing.md has every term.
 
 A step has a few moments at which memory can be at its highest. Each is a sum of parts, the peak is the largest sum:
 
