@@ -99,7 +99,7 @@ def main():
     output = parser.parse_args().output
     transformers.utils.logging.set_verbosity_error()
     with WorkerPool() as pool, tqdm(total=len(causal_language_models()), unit="model") as progress:
-        diagnoses = diagnose_all(pool, on_done=lambda _: progress.update())
+        diagnoses = diagnose_all(pool, on_done=lambda _: progress.update(), timeout=900)
     output.write_text(page(diagnoses), encoding="utf-8")
 
 

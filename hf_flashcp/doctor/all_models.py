@@ -12,12 +12,18 @@ from .tiny import causal_language_models
 
 
 def diagnose_all(
-    pool: WorkerPool, model_types: Sequence[str] | None = None, on_done: Callable[[Diagnosis], Any] | None = None
+    pool: WorkerPool,
+    model_types: Sequence[str] | None = None,
+    on_done: Callable[[Diagnosis], Any] | None = None,
+    timeout: float = 120.0,
 ) -> list[Diagnosis]:
-    """Diagnose every model type, or those given, in alphabetical order. `on_done` is called with each diagnosis."""
+    """Diagnose every model type, or those given, in alphabetical order.
+
+    `on_done` is called with each diagnosis. A check is abandoned after `timeout` seconds.
+    """
     diagnoses = []
     for model_type in model_types or causal_language_models():
-        diagnoses.append(diagnose_model_type(model_type, pool))
+        diagnoses.append(diagnose_model_type(model_type, pool, timeout=timeout))
         if on_done is not None:
             on_done(diagnoses[-1])
     return diagnoses
