@@ -95,7 +95,7 @@ def test_every_output_of_the_page_of_benchmarks_has_its_commands():
 def test_all_models_as_a_table_and_as_a_page(pool):
     diagnoses = diagnose_all(pool, ["bloom", "deepseek_v3", "gemma2", "qwen3_next"])
     results = ["refused", "supported", "supported", "whole-document plans only"]
-    assert [d.verdict for d in diagnoses] == results
+    assert [d.result for d in diagnoses] == results
     rows = text(diagnoses).splitlines()[1:]
     assert [row.split()[0] for row in rows] == ["bloom", "deepseek_v3", "gemma2", "qwen3_next"]
     assert "attention interface" in rows[0] and rows[2].endswith("sliding window in some layers; softcap")

@@ -33,7 +33,7 @@ SECTIONS = {
 
 def page(diagnoses):
     """The page in Markdown."""
-    by_result = {result: [d for d in diagnoses if d.verdict == result] for result in SECTIONS}
+    by_result = {result: [d for d in diagnoses if d.result == result] for result in SECTIONS}
     lines = [
         "# Models",
         "",

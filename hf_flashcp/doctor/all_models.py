@@ -34,10 +34,7 @@ def text(diagnoses: Sequence[Diagnosis]) -> str:
     columns = {"model type": "", "result": "", "difference": ".0e", "notes": ""}
     return table(
         columns,
-        [
-            (d.model_type, d.verdict, difference(d), d.reason or "; ".join([*features(d), *d.advice]))
-            for d in diagnoses
-        ],
+        [(d.model_type, d.result, difference(d), d.reason or "; ".join([*features(d), *d.advice])) for d in diagnoses],
     )
 
 
