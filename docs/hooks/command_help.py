@@ -1,4 +1,7 @@
-"""Replaces `<!-- flashcp COMMAND -->` in a page by what `flashcp COMMAND --help` prints."""
+"""Replaces `<!-- flashcp COMMAND -->` in a page with the output of `flashcp COMMAND --help`.
+
+`<!-- flashcp COMMAND * -->` stands for all subcommands of a command, each below a heading of its own.
+"""
 
 import contextlib
 import io
@@ -10,7 +13,20 @@ from hf_flashcp.cli import main
 
 
 def on_page_markdown(markdown, **kwargs):
-    return re.sub(r"<!-- flashcp (.*?) ?-->", lambda match: f"```text\n{help_of(match[1].split())}```", markdown)
+    return re.sub(r"<!-- flashcp (.*?) ?-->", lambda match: expanded(match[1].split()), markdown)
+
+
+def expanded(command):
+    if command[-1:] != ["*"]:
+        return f"```text\n{help_of(command)}```"
+    command = command[:-1]
+    names = subcommands(*command)
+    return "\n\n".join(f"#### flashcp {' '.join([*command, name])}\n\n{expanded([*command, name])}" for name in names)
+
+
+def subcommands(*command):
+    """The names of a command's subcommands, read off its help."""
+    return re.findall(r"^    (\w+)", help_of(command), re.MULTILINE)
 
 
 def help_of(command):

@@ -41,10 +41,6 @@ def add_parser(commands) -> None:
     agreement = _add(benches, "agreement", "time that ranks take to compare their plans in each step")
     options.add_number(agreement, "--processes", [2, 4, 8], "numbers of processes", nargs="+", dest="world_sizes")
     add_gpu(benches)
-    page = _add(benches, "page", "run the commands of docs/benchmarks.md again and write what they print")
-    page.add_argument("path", nargs="?", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE")
-    text = "only those whose heading contains it (default: all)"
-    page.add_argument("--sections", nargs="+", default=[], metavar="TEXT", help=text)
 
 
 def _add(benches, name: str, text: str, module: str = "") -> argparse.ArgumentParser:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -37,7 +35,6 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )
-    parser.add_argument("--output", metavar="FILE", help="with --all-models: write the page there")
     add_json(parser, "the findings")
     parser.set_defaults(run=run)
 
@@ -48,8 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."
         )
-    if arguments.output and not arguments.all_models:
-        raise ConfigurationError("--output goes with --all-models: the report of one model is printed.")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -114,7 +109,7 @@ def _all_models(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..distributed.workers import WorkerPool
-    from ..doctor.models_page import diagnose_all, page
+    from ..doctor.all_models import diagnose_all, text
     from ..doctor.tiny import causal_language_models
 
     with WorkerPool() as pool, tqdm(total=len(causal_language_models()), unit="model") as progress:
@@ -124,10 +119,8 @@ def _all_models(arguments: argparse.Namespace) -> int:
             progress.update()
 
         diagnoses = diagnose_all(pool, on_done=on_done)
-    text = json.dumps([asdict(d) for d in diagnoses], indent=2) if arguments.json else page(diagnoses)
-    if arguments.output:
-        Path(arguments.output).write_text(text)
-        print(f"written to {arguments.output}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps([asdict(each) for each in diagnoses], indent=2))
     else:
-        print(text, end="")
+        print(text(diagnoses))
     return 0

@@ -23,11 +23,11 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
     traffic = plan.kv_traffic()
     arrows = [(*pair, int(traffic[*pair])) for pair in np.argwhere(traffic).tolist()]  # sender, receiver, tokens
     lane = min(0.75, max(0.28, 7 / plan.cp_size))
-    side = min(max(0.34 * len(arrows), 2.4), 6.5) if arrows else 0
+    side = min(max(0.28 * len(arrows), 2.2), 5.0) if arrows else 0
     legend = _legend_handles(plan)
-    figure = new_figure(9.5 + side, lane * plan.cp_size + 1.9 + 0.3 * bool(legend))
+    figure = new_figure(7.2 + side, lane * plan.cp_size + 1.9 + 0.3 * bool(legend))
     if arrows:
-        lanes, between = figure.subplots(1, 2, sharey=True, width_ratios=(9, side))
+        lanes, between = figure.subplots(1, 2, sharey=True, width_ratios=(6.7, side))
         if len(arrows) <= _MAX_ARROWS:
             _draw_arrows(between, arrows, plan.cp_size, pitch=72 * side / (len(arrows) + 1))
         else:
@@ -36,7 +36,7 @@ def plot_plan(plan: ShardPlan, path: str | os.PathLike, *, strategy: str) -> Non
         lanes = figure.subplots()
     _draw_title(figure, plan, strategy)
     if legend:
-        figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+        figure.legend(handles=legend, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     _draw_axes(lanes, plan)
     figure.canvas.draw()  # pixels per token are known only once the layout is final
     figure.set_layout_engine("none")
@@ -116,7 +116,7 @@ def _colour(document):
 def _label_that_fits(axes, x, y, names, pixels):
     if pixels < 8:
         return
-    label = axes.text(x, y, "", ha="center", va="center", fontsize=8, color=INK, linespacing=1.25)
+    label = axes.text(x, y, "", ha="center", va="center", fontsize=9, color=INK, linespacing=1.2)
     lane = abs(axes.transData.transform((0, _BAR))[1] - axes.transData.transform((0, 0))[1])
     for name in names:
         label.set_text(name)
@@ -158,7 +158,7 @@ def _draw_arrows(axes, arrows, ranks, pitch):
                 rotation=90,
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=8,
                 color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )

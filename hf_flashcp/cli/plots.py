@@ -71,7 +71,7 @@ def plot_memory(
     found: Sequence[Choice], usable: float, path: str | os.PathLike, *, window: int, setup: TrainingSetup
 ) -> None:
     """Draw the memory of each cp_size as a bar. `usable` is the memory that a GPU has for training, in bytes."""
-    figure = new_figure(max(7, 1.1 * len(found) + 4), 4.8)
+    figure = new_figure(max(6.5, 0.95 * len(found) + 3.4), 4.4)
     axes = figure.subplots()
     places = range(len(found))
     # Bars end at three times the memory of a GPU. Otherwise the bars of small cp_sizes would dwarf all others.
@@ -86,7 +86,13 @@ def plot_memory(
         height = choice.memory.total / GIB
         if height <= 1.1 * top:
             axes.annotate(
-                f"{height:,.1f}", (place, height), (0, 3), textcoords="offset points", ha="center", color=INK
+                f"{height:,.1f}",
+                (place, height),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
         else:
             axes.annotate(
@@ -121,7 +127,7 @@ _PARTS = {
 def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
     """Draw the output of `flashcp simulate --json`, with one panel for each hardware profile and cp_size."""
     cells = found["cells"]
-    figure = new_figure(10, 0.3 + 4.3 * len(cells))
+    figure = new_figure(8.4, 0.4 + 3.9 * len(cells))
     for axes, cell in zip(figure.subplots(len(cells), 1, squeeze=False)[:, 0], cells):
         schemes = cell["schemes"]
         bottoms = [0.0] * len(schemes)
@@ -138,19 +144,19 @@ def plot_simulation(found: dict[str, Any], path: str | os.PathLike) -> None:
                 (4, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=8,
+                fontsize=8.5,
                 color=INK,
             )
-        axes.set_xlim(0, 1.18 * max(bottoms))
-        axes.set_yticks(range(len(schemes)), map(title_of, schemes), fontsize=8)
+        axes.set_xlim(0, 1.24 * max(bottoms))
+        axes.set_yticks(range(len(schemes)), map(title_of, schemes), fontsize=9)
         axes.invert_yaxis()
         axes.set_title(
             f"{found['window']:,} tokens, {cell['hardware']}, cp_size {cell['cp_size']}, "
             f"{cell['ranks_per_node']} ranks per node",
-            fontsize=10,
+            fontsize=11,
             color=INK,
         )
-        remove_frame(axes, labelsize=8)
+        remove_frame(axes, labelsize=9)
         axes.set_xlabel(
             f"ms on the slowest rank, and as a multiple of {title_of(cell['reference'])}", color=INK, fontsize=9
         )

@@ -72,8 +72,8 @@ def print_tables(curves, whole, cut, window):
     largest = max(curves["relative_difference"])
     step = curves["steps"][curves["relative_difference"].index(largest)]
     print(f"largest relative difference: {largest:.1e}, at step {step} of {curves['steps'][-1]}")
-    print(f"none at all: {curves['relative_difference'].count(0)} of {last + 1} steps")
-    print(f"KV that two processes moved: {curves['cp2_kv_fraction']:.0%} of an all-gather\n")
+    print(f"equal losses: {curves['relative_difference'].count(0)} of {last + 1} steps")
+    print(f"KV sent with two processes: {curves['cp2_kv_fraction']:.0%} of an all-gather\n")
     print(f"distance, tokens   whole documents   windows of {window}")
     for low, high in ranges(list(whole["accuracy"])):
         print(f"{low:>7,} to {high:<5,}{whole['accuracy'][low][-1]:>18.1%}{cut['accuracy'][low][-1]:>17.1%}")
@@ -84,13 +84,13 @@ def draw_curves(curves, path):
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     losses.plot(curves["steps"], curves["cp1"], color=LIGHT, linewidth=5, label="1 process (cp 1)")
     losses.plot(curves["steps"], curves["cp2"], color=DARK, linewidth=1.2, label="2 processes (cp 2)")
-    losses.set_ylabel("loss, nats a token")
+    losses.set_ylabel("loss (nats per token)")
     losses.legend(frameon=False)
     differences.semilogy(curves["steps"], curves["relative_difference"], "o", color=DARK, markersize=3.5)
-    differences.axhline(2**-23, color=OTHER, linestyle="--", linewidth=1.2, label="spacing of fp32 numbers, at most")
+    differences.axhline(2**-23, color=OTHER, linestyle="--", linewidth=1.2, label="largest spacing of fp32 numbers")
     differences.set_ylim(1e-8, max(1e-5, 2 * max(curves["relative_difference"])))
     differences.legend(frameon=False)
-    differences.set_ylabel("|difference| / loss\n(0 not drawn)")
+    differences.set_ylabel("|difference| / loss\n(equal: not drawn)")
     differences.set_xlabel("optimizer step")
     finish(figure, path)
 
@@ -105,17 +105,17 @@ def draw_retrieval(whole, cut, window, path):
     for run, name, colour in ((whole, "whole documents", DARK), (cut, f"windows of {window} tokens", OTHER)):
         values = [100 * run["accuracy"][octave][-1] for octave in octaves]
         by_distance.plot(range(len(octaves)), values, "o-", color=colour, label=f"trained on {name}")
-        for group, style, where in ((near, ":", "below"), (far, "-", "from")):
+        for group, style, where in ((near, ":", "less than"), (far, "-", "at least")):
             values = [100 * value for value in mean_over(run, group)]
-            by_step.plot(run["steps"], values, style, color=colour, label=f"{name}, {where} {window} tokens")
+            by_step.plot(run["steps"], values, style, color=colour, label=f"{name}, {where} {window} tokens apart")
     by_distance.axvline(len(near) - 0.5, color="#bbbbbb", linewidth=1)
     for axes in (by_distance, by_step):
         axes.axhline(100 * GUESSING, color=COLOURS[8], linestyle="--", linewidth=1, label="guessing")
         axes.legend(frameon=False, fontsize=8)
         axes.set_ylim(0, 105)
     by_distance.set_xticks(range(len(octaves)), labels, fontsize=8)
-    by_distance.set_xlabel("distance from the entry to its question, tokens")
-    by_distance.set_ylabel("right answers in whole documents, %")
+    by_distance.set_xlabel("tokens between the entry and its question")
+    by_distance.set_ylabel("right answers (%)")
     by_step.set_xlabel("optimizer step")
     finish(figure, path)
 

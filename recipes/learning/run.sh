@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the runs of docs/learning.md on CPU, one after the other, then prints and draws what they show.
+# Trains the runs of docs/benchmarks.md on CPU, one after the other, then prints and draws what they show.
 # Needs pip install -e '.[recipes,plot]'.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
