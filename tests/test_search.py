@@ -45,9 +45,9 @@ def assert_sound(lengths, cp_size, max_imbalance=1.05, max_token_imbalance=1.0, 
 
     Worse means more KV in total or, except for `minimize_total`, a larger bottleneck. Returns the counts.
     """
-    caps, again = (Caps(tuple(lengths), cp_size, max_imbalance, max_token_imbalance) for _ in range(2))
+    caps = Caps(tuple(lengths), cp_size, max_imbalance, max_token_imbalance)
     slices = search(caps, minimize_total=minimize_total)
-    assert slices == search(caps, minimize_total=minimize_total) == search(again, minimize_total=minimize_total)
+    assert slices == search(caps, minimize_total=minimize_total)  # whatever the caps or the search remember
     ShardPlan(lengths, cp_size, slices).validate()
     counts = check_plan(lengths, cp_size, slices)
     assert_caps(counts, max_token_imbalance)
@@ -111,6 +111,8 @@ def test_adversarial_packs(name, cp_size, minimize_total):
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 5, 7])
 def test_known_packs(name, cp_size):
     assert_sound(KNOWN_PACKS[name], cp_size)
+    first, second = (search(Caps(tuple(KNOWN_PACKS[name]), cp_size)) for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
