@@ -107,7 +107,7 @@ def test_figures_of_small_runs(tmp_path, capsys):
     figures.main([str(tmp_path), "--figures", str(tmp_path / "images"), "--json", str(tmp_path / "all.json")])
     printed = capsys.readouterr().out
     assert "largest relative difference: 1.0e-03, at step 2 of 2" in printed
-    assert "none at all: 1 of 2 steps" in printed
+    assert "steps with exactly equal losses: 1 of 2" in printed
     assert "0 to 127               50.0%            50.0%" in printed
     assert "256 to 511              100.0%            12.5%" in printed
     assert json.loads((tmp_path / "all.json").read_text())["curves"]["relative_difference"] == [0, pytest.approx(1e-3)]

@@ -1,4 +1,4 @@
-"""Tables and figures of the runs that run.sh starts.
+"""Print tables and draw figures of the runs that run.sh starts.
 
 python recipes/learning/figures.py outputs/learning [--figures docs/images] [--json FILE]
 """
@@ -18,7 +18,7 @@ LIGHT, DARK, OTHER = COLOURS[0], INK, COLOURS[1]
 
 
 def log_history(run):
-    """What a Trainer logged, from its output directory or the last checkpoint in it."""
+    """Reads a Trainer's logs from its output directory or the last checkpoint in it."""
     state = run / "trainer_state.json"
     return TrainerState.load_from_json(
         state if state.exists() else Path(get_last_checkpoint(run), state.name)
@@ -26,7 +26,7 @@ def log_history(run):
 
 
 def loss_curves(runs):
-    """Losses by step of one process and of two, and how far they are apart."""
+    """Returns the losses of one process and of two by step, and their relative differences."""
     moved = [entry["flashcp_kv_fraction"] for entry in log_history(runs / "cp2") if "loss" in entry]
     one, two = (
         {entry["step"]: entry["loss"] for entry in log_history(runs / name) if "loss" in entry}
@@ -45,7 +45,7 @@ def loss_curves(runs):
 
 
 def accuracies(run):
-    """Steps of the evaluations and, by the lower end of each octave of distance, the accuracy at each of them."""
+    """Returns the steps of the evaluations and their accuracies, by the lower end of each octave of distance."""
     evaluations = [entry for entry in log_history(run) if "eval_accuracy" in entry]
     octaves = sorted(int(key.rpartition("_")[2]) for key in evaluations[-1] if key.startswith("eval_accuracy_"))
     return {
@@ -55,7 +55,7 @@ def accuracies(run):
 
 
 def ranges(octaves):
-    """Shortest and longest distance of each; the first takes in all that are nearer than the second."""
+    """Returns the shortest and longest distance of each octave. The first range begins at 0."""
     return [(octave, 2 * octave - 1 if octave else octaves[1] - 1) for octave in octaves]
 
 
@@ -72,8 +72,8 @@ def print_tables(curves, whole, cut, window):
     largest = max(curves["relative_difference"])
     step = curves["steps"][curves["relative_difference"].index(largest)]
     print(f"largest relative difference: {largest:.1e}, at step {step} of {curves['steps'][-1]}")
-    print(f"none at all: {curves['relative_difference'].count(0)} of {last + 1} steps")
-    print(f"KV that two processes moved: {curves['cp2_kv_fraction']:.0%} of an all-gather\n")
+    print(f"steps with exactly equal losses: {curves['relative_difference'].count(0)} of {last + 1}")
+    print(f"KV moved by the two processes: {curves['cp2_kv_fraction']:.0%} of an all-gather\n")
     print(f"distance, tokens   whole documents   windows of {window}")
     for low, high in ranges(list(whole["accuracy"])):
         print(f"{low:>7,} to {high:<5,}{whole['accuracy'][low][-1]:>18.1%}{cut['accuracy'][low][-1]:>17.1%}")
@@ -84,10 +84,10 @@ def draw_curves(curves, path):
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     losses.plot(curves["steps"], curves["cp1"], color=LIGHT, linewidth=5, label="1 process (cp 1)")
     losses.plot(curves["steps"], curves["cp2"], color=DARK, linewidth=1.2, label="2 processes (cp 2)")
-    losses.set_ylabel("loss, nats a token")
+    losses.set_ylabel("loss, nats per token")
     losses.legend(frameon=False)
     differences.semilogy(curves["steps"], curves["relative_difference"], "o", color=DARK, markersize=3.5)
-    differences.axhline(2**-23, color=OTHER, linestyle="--", linewidth=1.2, label="spacing of fp32 numbers, at most")
+    differences.axhline(2**-23, color=OTHER, linestyle="--", linewidth=1.2, label="largest spacing of fp32 numbers")
     differences.set_ylim(1e-8, max(1e-5, 2 * max(curves["relative_difference"])))
     differences.legend(frameon=False)
     differences.set_ylabel("|difference| / loss\n(0 not drawn)")
@@ -130,9 +130,9 @@ def finish(figure, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="directory with the runs cp1, cp2, whole and windows")
-    parser.add_argument("--window", type=int, default=256, help="of the run on windows (default 256)")
+    parser.add_argument("--window", type=int, default=256, help="window of the run on windows (default 256)")
     parser.add_argument("--figures", type=Path, help="write learning_curves.png and learning_retrieval.png there")
-    parser.add_argument("--json", type=Path, help="write everything that is shown there")
+    parser.add_argument("--json", type=Path, help="write the plotted values there")
     options = parser.parse_args(argv)
     curves = loss_curves(options.runs)
     whole, cut = accuracies(options.runs / "whole"), accuracies(options.runs / "windows")
