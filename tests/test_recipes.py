@@ -188,8 +188,8 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
         tmp_path,
         *("recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
         *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache"),
-        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 3),
-        *("--dtype", "float64", "--warmup_steps", 0),
+        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 6),
+        *("--dtype", "float64", "--warmup_steps", 0, "--learning_rate", 3e-3),
     )
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
@@ -200,7 +200,7 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
     answers = [message["content"] for chat in kept for message in chat if message["role"] == "assistant"]
     assert metrics["data_targets"] == sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
     assert metrics["flashcp_gradient_error"] < 1e-6
-    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
+    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"] - 0.1
 
 
 def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
