@@ -15,6 +15,7 @@ done
 echo "This trains a small Qwen3 from scratch on the source files of Python's standard library, with two CPU processes"
 echo "that share every packed row of documents. It downloads Python packages, but no model and no data."
 echo "Installing into .venv (about a minute), then training (two to three minutes) ..."
+echo
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipes,plot]'
 

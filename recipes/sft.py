@@ -23,6 +23,7 @@ from rope import set_window
 from text_rows import DataArguments, load_tokenizer, make_packed_rows, print_data_table, use_default_data
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
@@ -180,10 +181,10 @@ def describe(trainer, window, table_steps):
     groups = trainer.args.world_size // cp_size
     who = f"{cp_size} processes share each row" if cp_size > 1 else "each row is on one process"
     return (
-        f"Training a {model.config.model_type} model of {parameters:,.1f} million parameters on packed rows of up to "
-        f"{window:,} tokens: {who}{f', {groups} groups in parallel' if groups > 1 else ''}.\n"
-        f"Each line averages {table_steps} steps. Imbalance: attention of the busiest process / mean. KV share: keys "
-        "and values moved / all-gather."
+        f"\nTraining a {model.config.model_type} model of {parameters:,.1f} million parameters on packed rows of up "
+        f"to {window:,} tokens: {who}{f', {groups} groups in parallel' if groups > 1 else ''}.\n"
+        f"Each line averages {table_steps} steps. Imbalance: attention work of the busiest process / mean. KV share: "
+        "of an all-gather.\n"
     )
 
 
@@ -195,6 +196,7 @@ def summarize(trainer, train_metrics, data_counts):
         "train_tokens_per_second": trainer.state.num_input_tokens_seen / train_metrics["train_runtime"],
         "flashcp_first_loss": losses[0],
         "flashcp_last_loss": losses[-1],
+        "flashcp_mean_of_last_losses": sum(losses[-10:]) / len(losses[-10:]),
         **trainer.plan_metrics.means(),
     }
     if trainer.gradient_error is not None:
@@ -219,6 +221,7 @@ def summary_table(metrics, cp_size):
     rows = [
         ("loss of the first step", f"{metrics['flashcp_first_loss']:.3f}"),
         ("loss of the last step", f"{metrics['flashcp_last_loss']:.3f}"),
+        ("loss, mean of the last ten logged", f"{metrics['flashcp_mean_of_last_losses']:.3f}"),
         ("tokens per second", f"{metrics['train_tokens_per_second']:,.0f}"),
         ("token imbalance (max / mean)", f"{metrics['flashcp_token_imbalance']:.4f}"),
         ("attention imbalance (max / mean)", f"{metrics['flashcp_pair_imbalance']:.4f}"),
@@ -278,12 +281,14 @@ def main():
         print_data_table(data_counts)
         print(describe(trainer, data_args.window, cp_args.table_steps), flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    disable_progress_bar()  # of saving
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         metrics = summarize(trainer, result.metrics, data_counts)
         trainer.save_metrics("train", metrics)
         console = Console()
+        console.print()
         if trainer.flashcp.plan is not None:  # None: resumed from the last step
             console.print(plan_table(trainer.flashcp.plan.plan))
             console.print(summary_table(metrics, trainer.get_cp_size()))
