@@ -1,4 +1,4 @@
-"""A training loop with accelerate: accumulation weighted by targets, evaluation, checkpoints (docs/recipes.md)."""
+"""A training loop with accelerate: gradient accumulation, evaluation and checkpoints (see docs/recipes.md)."""
 
 import contextlib
 import itertools
@@ -28,14 +28,14 @@ class LoopArguments:
 
 
 def targets_of(batches, accelerator, cp_size):
-    """Of all processes; cp_size of them count the same batch."""
+    """Returns the number of targets on all processes. Each batch is counted by cp_size of them."""
     count = sum((batch["shift_labels"] != -100).sum() for batch in batches)
     return accelerator.reduce(count, "sum") / cp_size
 
 
 @torch.no_grad()
 def evaluate(model, loader, accelerator, cp_size):
-    """Mean loss over all targets."""
+    """Returns the mean loss over all targets."""
     model.eval()
     batches = list(loader)
     targets = targets_of(batches, accelerator, cp_size)
@@ -58,7 +58,7 @@ def main():
     options = {"attn_implementation": "flashcp", "dtype": args.dtype}
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
     collator = FlashCPCollator()  # plans with the plugin's settings
-    same_order = torch.Generator().manual_seed(0)  # on every process: those of a group read the same batches
+    same_order = torch.Generator().manual_seed(0)  # the same order on every process: a group shares its batches
     loader = DataLoader(rows["train"], shuffle=True, generator=same_order, collate_fn=collator)
     eval_loader = DataLoader(rows["test"], collate_fn=collator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)

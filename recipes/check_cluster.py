@@ -1,10 +1,10 @@
-"""Check a cluster in a minute, before training on it: run this with the launch command of the training.
+"""Check a cluster in about a minute. Start this script with the launch command of the training.
 
     accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/check_cluster.py
     torchrun --nproc_per_node 2 recipes/check_cluster.py --cp_size 2
 
-Every process reports in, collectives and links are tried, and one attention layer is compared with its documents
-alone. Exits with 1 and a message on every rank if something is wrong.
+It checks that every process is there, runs collectives, measures links, and compares one attention layer with a
+single-process run of its documents. If a check fails, every rank prints a message and exits with status 1.
 """
 
 import json
@@ -28,11 +28,11 @@ from hf_flashcp.errors import ConfigurationError, FlashCPError
 @dataclass
 class Arguments:
     cp_size: int | None = field(
-        default=None, metadata={"help": "Processes that share a batch; defaults to accelerate's configuration."}
+        default=None, metadata={"help": "Processes that share each batch. Defaults to accelerate's config file."}
     )
     megabytes: int = field(default=64, metadata={"help": "Size of the transfers that measure the links."})
-    timeout: int = field(default=60, metadata={"help": "Seconds to wait for a process that does not come."})
-    json_file: str | None = field(default=None, metadata={"help": "Where to write what was found, as JSON."})
+    timeout: int = field(default=60, metadata={"help": "Seconds to wait for a missing process."})
+    json_file: str | None = field(default=None, metadata={"help": "Where to write the results as JSON."})
 
 
 def tables(found):
@@ -46,14 +46,14 @@ def tables(found):
         table.add_row(host, device, ", ".join(map(str, ranks)))
     yield table
     table = Table(title="Links of a context-parallel group, all ranks sending and receiving at once")
-    for column in ("", "GB/s a rank", "slowest GB/s", "between ranks", "latency, us"):
+    for column in ("", "GB/s per rank", "slowest GB/s", "between ranks", "latency, us"):
         table.add_column(column, justify="right")
     for kind, link in found["links"].items():
         speeds = (link["bytes_per_second"], link["slowest_bytes_per_second"])
         pair = " -> ".join(map(str, link["slowest_pair"]))
         table.add_row(kind, *(f"{speed / 1e9:.2f}" for speed in speeds), pair, f"{1e6 * link['latency_seconds']:.0f}")
     yield table
-    table = Table(title="One attention layer against its documents alone: largest relative error")
+    table = Table(title="Largest relative error of one attention layer against a single-process run")
     for column in ("dtype", "kernel", "error", "allowed"):
         table.add_column(column, justify="right")
     for dtype, layer in found["layer"].items():
@@ -83,7 +83,8 @@ def main():
         if arguments.json_file:
             Path(arguments.json_file).write_text(json.dumps(found, indent=2))
     accelerator.wait_for_everyone()
-    # All is written and every process is here: leave at once. Taking process groups apart can abort in gloo's threads.
+    # Everything is written and every process has arrived. Exit at once, because destroying process groups can abort in
+    # gloo's threads.
     sys.stdout.flush()
     os._exit(0)
 

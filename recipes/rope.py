@@ -1,15 +1,15 @@
-"""A longer window for a model: its rotary embeddings' parameters, as transformers 5 keeps them."""
+"""Extends a model's window by changing the parameters of its rotary embeddings."""
 
 KEPT_ACROSS_TYPES = ("rope_theta", "partial_rotary_factor")
 SCALED_FROM_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
 def set_window(config, rope_parameters, max_position_embeddings):
-    """Merges `rope_parameters` into the config's own, and sets the positions that it is for.
+    """Merges `rope_parameters` into the config's own and sets its `max_position_embeddings`.
 
-    What is not given stays the model's, its rope_theta above all. With yarn, longrope and llama3
+    Parameters that are not given keep the model's values, in particular rope_theta. With yarn, longrope and llama3
     `original_max_position_embeddings` defaults to the positions that the model had, and `max_position_embeddings` to
-    that times the factor.
+    that number times the factor.
     """
     config = config.get_text_config()
     if rope_parameters:
@@ -17,7 +17,9 @@ def set_window(config, rope_parameters, max_position_embeddings):
         positions = getattr(config, "max_position_embeddings", None)
         layer_types = [key for key, value in own.items() if isinstance(value, dict)]
         if layer_types and not rope_parameters.keys() <= set(layer_types):
-            raise SystemExit(f"This model's rope_parameters are by layer type: give {' or '.join(layer_types)}.")
+            raise SystemExit(
+                f"This model has rope_parameters per layer type. Pass a dict for each: {' or '.join(layer_types)}."
+            )
         if layer_types:
             merged = {key: _merged(own[key], rope_parameters.get(key, {}), positions) for key in layer_types}
         else:

@@ -2,9 +2,9 @@
 
     accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/sft.py config.yaml [--argument value ...]
 
-The YAML file and the command line take the arguments below, TRL's ModelConfig and every one of transformers'
-TrainingArguments; the command line wins. Without a dataset and a model it trains a small one on Python's own source
-files. docs/recipes.md shows what the YAML files beside this one do.
+The YAML file and the command line take the arguments below, those of TRL's ModelConfig and those of transformers'
+TrainingArguments; the command line wins. Without a model and a dataset it trains a small model from scratch on the
+source files of Python's standard library. docs/recipes.md describes the YAML files beside this script.
 """
 
 import json
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import yaml
 from peft import get_peft_model
+from progress_table import ProgressTable, quiet_without_terminal
 from rich.console import Console
 from rich.table import Table
 from rope import set_window
 from text_rows import DataArguments, load_tokenizer, make_packed_rows, print_data_table, use_default_data
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainer
@@ -33,19 +35,21 @@ class ModelArguments(ModelConfig):
     attn_implementation: str = field(default="flashcp", metadata={"help": "Which attention implementation to use."})
     dtype: str = field(default="float32", metadata={"help": "Parameter dtype, e.g. bfloat16."})
     model_type: str = field(
-        default="qwen3", metadata={"help": "Without model_name_or_path: architecture to build from scratch."}
+        default="qwen3",
+        metadata={"help": "Architecture to build from scratch without model_name_or_path."},
     )
     config_overrides: dict | str | None = field(
-        default=None, metadata={"help": "Config attributes for a model built from scratch, a dict or JSON."}
+        default=None, metadata={"help": "Config attributes of a model built from scratch: a dict or JSON."}
     )
     rope_parameters: dict | str | None = field(
         default=None,
-        metadata={"help": "Merged into the rope_parameters of any model's config, a dict or JSON."},
+        metadata={"help": "Merged into the rope_parameters of the model's config: a dict or JSON."},
     )
     max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "Positions of any model's config; defaults to what rope_parameters scale to."}
+        default=None,
+        metadata={"help": "The model's longest sequence. Defaults to what rope_parameters scale to."},
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Defaults to the model's."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Defaults to the model's tokenizer."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,35 +59,36 @@ class ModelArguments(ModelConfig):
                     setattr(self, name, json.loads(getattr(self, name)))
                 except ValueError as error:
                     raise SystemExit(
-                        f"{name} is no JSON: {error}. Give a dict such as '{{\"factor\": 2.0}}'."
+                        f"{name} is not valid JSON: {error}. Pass a dict, for example '{{\"factor\": 2.0}}'."
                     ) from None
         name = self.model_name_or_path
         if name is not None and name.startswith((".", "/")) and not Path(name).is_dir():
             raise SystemExit(
-                f"There is no model in {name}. If it is the quickstart's, run recipes/quickstart.sh first; or give "
-                "--model_name_or_path a name on the hub or another directory."
+                f"There is no model in {name}. For the quickstart's model run recipes/quickstart.sh first. Otherwise "
+                "set --model_name_or_path to another directory or to a name on the hub."
             )
 
 
 @dataclass
 class ContextParallelArguments:
     cp_size: int | None = field(
-        default=None, metadata={"help": "Processes that share a batch; defaults to accelerate's configuration."}
+        default=None, metadata={"help": "Processes that share each batch. Defaults to accelerate's config file."}
     )
-    strategy: str | None = field(default=None, metadata={"help": "How documents are sharded, see plan_documents."})
+    strategy: str | None = field(default=None, metadata={"help": "How documents are sharded (see plan_documents)."})
     hardware: str | None = field(
         default=None,
-        metadata={"help": "Plan for the least predicted step time on it: a profile's name (h100) or JSON file."},
+        metadata={"help": "Hardware to minimise the predicted step time for: a profile (h100) or a JSON file."},
     )
     check_gradient: bool = field(
         default=False,
         metadata={"help": "Compare the first step's gradient with a single-process run of the same documents."},
     )
+    table_steps: int = field(default=10, metadata={"help": "Steps per row of the table that training prints."})
 
 
 def parse_arguments(argv):
     parser = HfArgumentParser((ModelArguments, DataArguments, ContextParallelArguments, TrainingArguments))
-    parser.set_defaults(per_device_train_batch_size=1)  # a packed row is a batch
+    parser.set_defaults(per_device_train_batch_size=1)  # one packed row per batch
     if argv and argv[0].endswith((".yaml", ".yml")):
         settings = {current_name(str(name)): value for name, value in read_settings(argv[0]).items()}
         unknown = settings.keys() - {action.dest for action in parser._actions}
@@ -95,7 +100,7 @@ def parse_arguments(argv):
 
 
 def current_name(argument):
-    """transformers 5.24 calls gradient_checkpointing activation_checkpointing: with any version both names serve."""
+    """Translates gradient_checkpointing or activation_checkpointing (transformers 5.24) to this version's name."""
     name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return re.sub(r"^(--)?(activation|gradient)([_-]checkpointing)", rf"\1{name}\3", argument)
 
@@ -106,7 +111,7 @@ def read_settings(file):
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise SystemExit(f"{file} cannot be read: {error}") from None
     if settings is not None and not isinstance(settings, dict):
-        raise SystemExit(f"{file} has no settings: write lines such as `window: 4096`.")
+        raise SystemExit(f"{file} has no settings. Write one `name: value` per line, for example `window: 4096`.")
     return settings or {}
 
 
@@ -126,7 +131,7 @@ def make_model(model_args, data_args, tokenizer):
     if positions is not None and data_args.window > positions:
         raise SystemExit(
             f"The window of {data_args.window} tokens is longer than the model's max_position_embeddings {positions}. "
-            "Lower --window, or make the model's longer, as recipes/long_window.yaml does."
+            "Lower --window, or extend the model's positions as recipes/long_window.yaml does."
         )
     options = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     if name is None:
@@ -139,7 +144,7 @@ def make_model(model_args, data_args, tokenizer):
 
 
 class CheckedTrainer(FlashCPTrainer):
-    """Keeps the first step's batches and gradient, and has the main process repeat it alone, document by document."""
+    """Checks the first step's gradient: the main process repeats the step alone, one document at a time."""
 
     gradient_error = None
 
@@ -158,13 +163,29 @@ class CheckedTrainer(FlashCPTrainer):
     def _check(self):
         batches, self._to_check = self._to_check, None
         if self.is_fsdp_enabled or self.args.world_size != self.get_cp_size():
-            self.accelerator.print("check_gradient is for replicated parameters and one shared batch: skipped.")
+            self.accelerator.print(
+                "check_gradient skipped: it needs replicated parameters and one batch for all processes."
+            )
             return
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
             ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
             self.gradient_error = gradient_error(ours, per_document_gradients(model, batches))
         self.accelerator.wait_for_everyone()
+
+
+def describe(trainer, window, table_steps):
+    """Returns two lines on what is about to run."""
+    model, cp_size = trainer.accelerator.unwrap_model(trainer.model), trainer.get_cp_size()
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    groups = trainer.args.world_size // cp_size
+    who = f"{cp_size} processes share each row" if cp_size > 1 else "each row is on one process"
+    return (
+        f"\nTraining a {model.config.model_type} model of {parameters:,.1f} million parameters on packed rows of up "
+        f"to {window:,} tokens: {who}{f', {groups} groups in parallel' if groups > 1 else ''}.\n"
+        f"Each line averages {table_steps} steps. Imbalance: attention work of the busiest process / mean. KV share: "
+        "of an all-gather.\n"
+    )
 
 
 def summarize(trainer, train_metrics, data_counts):
@@ -175,6 +196,7 @@ def summarize(trainer, train_metrics, data_counts):
         "train_tokens_per_second": trainer.state.num_input_tokens_seen / train_metrics["train_runtime"],
         "flashcp_first_loss": losses[0],
         "flashcp_last_loss": losses[-1],
+        "flashcp_mean_of_last_losses": sum(losses[-10:]) / len(losses[-10:]),
         **trainer.plan_metrics.means(),
     }
     if trainer.gradient_error is not None:
@@ -183,8 +205,9 @@ def summarize(trainer, train_metrics, data_counts):
 
 
 def plan_table(plan):
-    report = plan.report()
-    table = Table(title=f"Plan of the last pack: {len(plan.lengths)} documents, {plan.num_tokens:,} tokens")
+    report, documents = plan.report(), len(plan.lengths)
+    contents = f"{documents} document{'s' if documents > 1 else ''}, {plan.num_tokens:,} tokens"
+    table = Table(title=f"Plan of the last packed row: {contents}")
     for column in ("rank", "slices", "tokens", "attention pairs", "KV received", "KV sent"):
         table.add_column(column, justify="right")
     for rank, slices in enumerate(plan.slices):
@@ -196,23 +219,24 @@ def plan_table(plan):
 def summary_table(metrics, cp_size):
     table = Table(title=f"Context parallelism over {cp_size} processes", show_header=False)
     rows = [
-        ("loss, first step", f"{metrics['flashcp_first_loss']:.3f}"),
-        ("loss, last step", f"{metrics['flashcp_last_loss']:.3f}"),
+        ("loss of the first step", f"{metrics['flashcp_first_loss']:.3f}"),
+        ("loss of the last step", f"{metrics['flashcp_last_loss']:.3f}"),
+        ("loss, mean of the last ten logged", f"{metrics['flashcp_mean_of_last_losses']:.3f}"),
         ("tokens per second", f"{metrics['train_tokens_per_second']:,.0f}"),
         ("token imbalance (max / mean)", f"{metrics['flashcp_token_imbalance']:.4f}"),
         ("attention imbalance (max / mean)", f"{metrics['flashcp_pair_imbalance']:.4f}"),
-        ("KV moved against all-gather", f"{metrics['flashcp_kv_fraction']:.1%}"),
+        ("KV moved, as a share of an all-gather", f"{metrics['flashcp_kv_fraction']:.1%}"),
     ]
     if "flashcp_gradient_error" in metrics:
-        rows.append(("first gradient against a single process", f"{metrics['flashcp_gradient_error']:.1e}"))
+        rows.append(("gradient error against a single process", f"{metrics['flashcp_gradient_error']:.1e}"))
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def checkpoint_to_resume(training_args):
-    """What --resume_from_checkpoint names. With "true", or started again by torchrun --max-restarts, the last of
-    output_dir, if there is one."""
+    """Returns the checkpoint that --resume_from_checkpoint names. With "true", and after a restart by
+    torchrun --max-restarts, that is the last one in output_dir, or None if there is none."""
     wanted, last = training_args.resume_from_checkpoint, None
     if os.path.isdir(training_args.output_dir):
         last = get_last_checkpoint(training_args.output_dir)
@@ -225,6 +249,7 @@ def checkpoint_to_resume(training_args):
 def main():
     model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
+    quiet_without_terminal()
     plugin = training_args.parallelism_config = FlashCPPlugin(
         cp_size=cp_args.cp_size, strategy=cp_args.strategy, hardware=cp_args.hardware
     )
@@ -251,18 +276,23 @@ def main():
         processing_class=tokenizer,
         check_gradient=cp_args.check_gradient,
     )
+    ProgressTable.install(trainer, cp_args.table_steps)
     if trainer.is_world_process_zero():
         print_data_table(data_counts)
+        print(describe(trainer, data_args.window, cp_args.table_steps), flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    disable_progress_bar()  # of saving
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         metrics = summarize(trainer, result.metrics, data_counts)
         trainer.save_metrics("train", metrics)
         console = Console()
+        console.print()
         if trainer.flashcp.plan is not None:  # None: resumed from the last step
             console.print(plan_table(trainer.flashcp.plan.plan))
             console.print(summary_table(metrics, trainer.get_cp_size()))
+        console.print(f"Model, logs and metrics are in {training_args.output_dir}.", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Long conversations that every machine has: a user pastes a source file of Python's standard library and asks what
-its functions and classes are for; the assistant answers with their docstrings."""
+"""Long conversations made from files found on every machine: a user pastes a source file of Python's standard library
+and asks what its functions and classes are for; the assistant answers with their docstrings."""
 
 import ast
 import json
@@ -9,21 +9,21 @@ from stdlib_corpus import source_files
 from tqdm.auto import tqdm
 
 
-QUESTIONS = 3  # of a conversation
+QUESTIONS = 3  # per conversation
 
 
 def write_chats(path: Path) -> None:
-    """One JSON line {"messages": [...]} for each source file with docstrings."""
+    """Writes one JSON line {"messages": [...]} per source file with docstrings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lines:
-        for name, source in tqdm(source_files(), desc="Reading docstrings", unit="file"):
+        for name, source in tqdm(source_files(), desc="Reading docstrings", unit="file", leave=False, disable=None):
             answers = list(docstrings(source).items())[:QUESTIONS]
             if answers:
                 lines.write(json.dumps({"messages": conversation(name, source, answers)}) + "\n")
 
 
 def docstrings(source: str) -> dict[str, str]:
-    """Of the module's own functions and classes."""
+    """Returns the docstrings of the functions and classes at the top level of a module, by name."""
     module = ast.parse(source)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return {node.name: text for node in module.body if isinstance(node, kinds) and (text := ast.get_docstring(node))}

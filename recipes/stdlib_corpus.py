@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the source files of Python's standard library, and a tokenizer trained on them."""
+"""A corpus found on every machine, the source files of Python's standard library, and a tokenizer trained on it."""
 
 import json
 import sysconfig
@@ -18,7 +18,7 @@ SMALLEST_FILE = 2_000  # bytes; shorter ones are mostly empty __init__ files
 
 
 def source_files() -> Iterator[tuple[str, str]]:
-    """Name and text of each source file of the standard library, its tests apart."""
+    """Yields the name and text of each source file of the standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(file.relative_to(root).parts) and file.stat().st_size >= SMALLEST_FILE:
@@ -26,15 +26,17 @@ def source_files() -> Iterator[tuple[str, str]]:
 
 
 def write_corpus(path: Path) -> None:
-    """One JSON line {"text": ...} for each source file of the standard library."""
+    """Writes one JSON line {"text": ...} per source file of the standard library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lines:
-        for _, text in tqdm(source_files(), desc="Reading the standard library", unit="file"):
+        for _, text in tqdm(
+            source_files(), desc="Reading the standard library", unit="file", leave=False, disable=None
+        ):
             lines.write(json.dumps({"text": text}) + "\n")
 
 
 def train_tokenizer(corpus: Path, directory: Path, vocab_size: int = 4096) -> None:
-    """A byte-level BPE tokenizer with an end-of-text token and a chat template, saved as transformers loads it."""
+    """Trains a byte-level BPE tokenizer with an end-of-text token and a chat template, and saves it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,6 +44,7 @@ def train_tokenizer(corpus: Path, directory: Path, vocab_size: int = 4096) -> No
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, *ROLES],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     with corpus.open() as lines:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)

@@ -1,4 +1,4 @@
-"""Rows for training, of texts or chats from the hub or from files: loaded, tokenized, packed, and counted."""
+"""Loads texts or chats from the hub or from files, tokenizes and packs them, and counts what became of each row."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,10 @@ from hf_flashcp.data.tokenization import ASSISTANT_FIRST, KEPT, LEFT_OUT, OVERLO
 @dataclass
 class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the hub, or a local directory."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Local files instead: .jsonl, .txt or .parquet, one document a row."}
+        default=None, metadata={"help": "Local files instead: .jsonl, .txt or .parquet, one document per row."}
     )
     skip_corrupt_lines: bool = field(
         default=False,
@@ -33,20 +33,20 @@ class DataArguments:
     messages_column: str | None = field(
         default=None,
         metadata={
-            "help": "Train on conversations in this column, on the assistant's tokens alone. The chat template also "
-            "gets the columns tools, documents and chat_template_kwargs."
+            "help": "Train on the conversations in this column; only the assistant's tokens are targets. The chat "
+            "template also gets the columns tools, documents and chat_template_kwargs."
         },
     )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja file to use instead of the tokenizer's chat template."}
     )
-    window: int = field(default=8192, metadata={"help": "Tokens of a packed row."})
+    window: int = field(default=8192, metadata={"help": "Tokens per packed row."})
     overlong: str = field(
         default="truncate",
-        metadata={"help": "What becomes of documents longer than the window.", "choices": OVERLONG},
+        metadata={"help": "What to do with documents longer than the window.", "choices": OVERLONG},
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default data is kept."})
+    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where the default data is cached."})
 
     def __post_init__(self):
         if isinstance(self.data_files, str):  # from YAML
@@ -54,8 +54,8 @@ class DataArguments:
 
 
 def use_default_data(data_args, needs_tokenizer):
-    """Fills in the standard library's files, or conversations about them, where no data is given. Returns a directory
-    with a tokenizer trained on the files if one is needed."""
+    """Uses the standard library's source files, or conversations about them, where no data is given. Returns the
+    directory of the default tokenizer, which is trained on the files if it is needed."""
     directory = Path(data_args.cache_dir)
     corpus, chats, tokenizer = (directory / f"python_stdlib{end}" for end in (".jsonl", "_chats.jsonl", "_tokenizer"))
     if data_args.dataset_name is None and data_args.data_files is None:
@@ -71,7 +71,7 @@ def use_default_data(data_args, needs_tokenizer):
 
 
 def load_tokenizer(name, data_args):
-    """With chats: the template of `chat_template_path`, or the tokenizer's own with TRL's marks if it knows it."""
+    """Loads a tokenizer. Its chat template is that of `chat_template_path`, or its own with TRL's generation marks."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     if data_args.chat_template_path:
         tokenizer.chat_template = Path(data_args.chat_template_path).read_text()
@@ -85,7 +85,7 @@ def load_tokenizer(name, data_args):
 
 
 def load_documents(data_args):
-    """The rows, and how many lines could not be read."""
+    """Returns the rows and the number of lines that could not be read."""
     if data_args.data_files is None:
         rows = load_dataset(data_args.dataset_name, data_args.dataset_config_name, split=data_args.dataset_split)
         return rows, 0
@@ -98,8 +98,11 @@ def load_documents(data_args):
 
 
 def make_packed_rows(tokenizer, data_args, dp_size=1, **sizes):
-    """Documents packed into windows, and the counts of what became of the data's rows. Best-fit, or, with several
-    data-parallel groups, which wait for each other, such that the packs of a step take about as long."""
+    """Returns documents packed into windows, and counts of what became of the data's rows.
+
+    One data-parallel group gets best-fit packing. Several groups wait for each other at every step, so their packs are
+    chosen to take about equally long.
+    """
     rows, corrupt_lines = load_documents(data_args)
     options = {
         "max_length": data_args.window,
@@ -121,7 +124,7 @@ def make_packed_rows(tokenizer, data_args, dp_size=1, **sizes):
 def print_data_table(counts):
     table = Table(title="What became of the data", show_header=False)
     names = {
-        "corrupt_lines": "lines that do not parse, left out",
+        "corrupt_lines": "lines left out, not valid JSON",
         "rows": "rows read",
         **KEPT,
         **LEFT_OUT,
@@ -129,7 +132,7 @@ def print_data_table(counts):
         "assistant_first": ASSISTANT_FIRST,
         "packed_rows": "packed into rows",
         "tokens": "tokens",
-        "targets": "of them targets",
+        "targets": "tokens that are targets",
         "tokens_left_out": "tokens truncated or left out",
     }
     for name, text in names.items():

@@ -1,13 +1,14 @@
-"""Chat fine-tuning with TRL's SFTTrainer and its own packing, under context parallelism.
+"""Fine-tune on chats with TRL's SFTTrainer and TRL's packing, under context parallelism.
 
     accelerate launch --config_file recipes/accelerate/fsdp2_cp8.yaml recipes/trl_sft.py --config recipes/trl_sft.yaml
 
-The YAML file and the command line take what TRL's own scripts take; the command line wins.
+The YAML file and the command line take the arguments of TRL's own scripts; the command line wins.
 """
 
 from pathlib import Path
 
 from datasets import load_dataset
+from progress_table import ProgressTable, quiet_without_terminal
 from stdlib_chats import write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
@@ -26,6 +27,7 @@ def main():
     script_args, training_args, model_args = TrlParser(
         (ScriptArguments, SFTConfig, ModelConfig)
     ).parse_args_and_config()
+    quiet_without_terminal()
     training_args.parallelism_config = FlashCPPlugin()  # cp_size from the config file of accelerate launch
     if script_args.dataset_name is None:
         with training_args.main_process_first(desc="conversations"):
@@ -46,6 +48,7 @@ def main():
         processing_class=AutoTokenizer.from_pretrained(model_args.model_name_or_path),
         peft_config=get_peft_config(model_args),
     )
+    ProgressTable.install(trainer)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics | trainer.plan_metrics.means())

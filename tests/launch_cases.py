@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
@@ -54,6 +55,7 @@ def _forking_launch(config, entrypoint):
 def _python(_, *arguments):
     """Run a script, or a module with -m, as the interpreter does; the first argument is -u."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     is_module = arguments[0] == "-m"
     sys.argv = list(arguments[is_module:])
     if is_module:

@@ -1,6 +1,6 @@
 """The recipes as a user runs them: shortened, with `accelerate launch` and their configurations, on two processes.
 
-Each script is started once as a user does it; runs of the same script with other arguments are forked.
+The quickstart starts interpreters as a user does. Other runs are forked from a process that has imported everything.
 """
 
 import importlib
@@ -8,17 +8,17 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
+from nbclient import NotebookClient
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 
 from .accelerate_state import fresh_accelerate
 from .launch_cases import ROOT, accelerate, run_forked
@@ -37,17 +37,6 @@ KEYS = {
 OUTCOMES = ("whole", "truncated", "split", "missing", "empty", "too_long", "no_assistant", "assistant_cut_off")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_configs_are_read_and_fit(path):
-    config = load_config_from_file(str(path))
-    parallelism = config.parallelism_config
-    assert parallelism["parallelism_config_cp_backend"] == "flashcp"
-    assert config.num_processes % parallelism["parallelism_config_cp_size"] == 0
-    assert config.distributed_type in ("FSDP", "MULTI_GPU")
-    if config.distributed_type == "FSDP":
-        assert config.fsdp_config["fsdp_version"] == 2
-
-
 CPU = ["--config_file", "recipes/accelerate/cpu_cp2.yaml"]
 
 
@@ -59,11 +48,15 @@ def launch(*arguments):
     return result
 
 
-def launch_sft(directory, *arguments, num_processes=2):
-    """Forked; `directory` is the output's. What was printed."""
-    launcher = [*CPU, "--num_processes", str(num_processes), "recipes/sft.py"]
+def launch_forked(script, directory, *arguments, num_processes=2):
+    """Returns what a recipe prints that writes to this directory."""
+    launcher = [*CPU, "--num_processes", str(num_processes), f"recipes/{script}.py"]
     arguments = [*launcher, *map(str, arguments), "--output_dir", str(directory)]
     return run_forked(accelerate, arguments, directory / "log")
+
+
+def launch_sft(directory, *arguments, num_processes=2):
+    return launch_forked("sft", directory, *arguments, num_processes=num_processes)
 
 
 def metrics_of(directory):
@@ -108,31 +101,47 @@ def recipes(monkeypatch):
     return importlib.import_module
 
 
-@pytest.fixture
-def chats(recipes, tmp_path):
+@pytest.fixture(scope="module")
+def all_chats(tmp_path_factory):
     """Conversations about the standard library's smaller files."""
-    stdlib, path = recipes("stdlib_chats"), tmp_path / "chats.jsonl"
-    with path.open("w") as lines:
-        for name, source in recipes("stdlib_corpus").source_files():
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    with pytest.MonkeyPatch.context() as patch, path.open("w") as lines:
+        patch.syspath_prepend(str(ROOT / "recipes"))
+        stdlib, corpus = importlib.import_module("stdlib_chats"), importlib.import_module("stdlib_corpus")
+        for name, source in corpus.source_files():
             if len(source) < 4_000 and (answers := list(stdlib.docstrings(source).items())[:2]):
                 lines.write(json.dumps({"messages": stdlib.conversation(name, source, answers)}) + "\n")
     return path
+
+
+@pytest.fixture
+def chats(all_chats, tmp_path):
+    return shutil.copy(all_chats, tmp_path / "chats.jsonl")
 
 
 def test_quickstart_trains_and_reports(quickstart):
     directory, result = quickstart
     metrics = metrics_of(directory)
     assert KEYS <= metrics.keys()
-    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
+    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"] - 0.1
     assert metrics["flashcp_gradient_error"] < 1e-5
     assert 0 < metrics["flashcp_kv_fraction"] < 1
     assert metrics["flashcp_token_imbalance"] < 1.01 and metrics["flashcp_pair_imbalance"] <= 1.05
     assert metrics["data_whole"] > 0 and metrics["data_truncated"] > 0 and metrics["data_tokens_left_out"] > 0
     require_sums(metrics)
-    assert "6/6" in result.stderr  # the progress bar
-    for line in ("loss, first step", "KV moved against all-gather", "first gradient against a single process"):
+    for line in ("loss of the first step", "KV moved, as a share", "gradient error against a single process"):
         assert line in result.stdout
     assert "rows read" in result.stdout and "kept, truncated to the window" in result.stdout
+
+
+def test_a_log_file_gets_a_table_and_no_bars(quickstart):
+    """Once, from the main process, without raw dictionaries."""
+    result = quickstart[1]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    (head,) = [number for number, line in enumerate(lines) if line[:3] == ["step", "loss", "tokens/s"]]
+    assert [line[0] for line in lines[head + 1 : head + 3]] == ["1", "6"]
+    assert all(len(line) == 5 and line[-1].endswith("%") for line in lines[head + 1 : head + 3])
+    assert "{'" not in result.stdout + result.stderr and "it/s" not in result.stderr
 
 
 def test_the_quickstart_calls_nothing_that_is_deprecated_and_warns_of_nothing_here(quickstart):
@@ -140,20 +149,6 @@ def test_the_quickstart_calls_nothing_that_is_deprecated_and_warns_of_nothing_he
     lines = (result.stdout + result.stderr).splitlines()
     assert not [line for line in lines if "FutureWarning" in line or "DeprecationWarning" in line]
     assert not [line for line in lines if "Warning: " in line and ("/hf_flashcp/" in line or "/recipes/" in line)]
-
-
-@pytest.mark.filterwarnings("error::FutureWarning")
-@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
-def test_checkpointing_by_either_name(recipes, tmp_path, name):
-    """In the file and on the command line, which wins, also where one has the old name and the other the new one."""
-    parse, path, fixed = recipes("sft").parse_arguments, tmp_path / "config.yaml", ["--output_dir", str(tmp_path)]
-    path.write_text(f"{name}: true\n{name}_kwargs: {{every_n_layers: 2}}\nuse_cpu: true\n")
-    found = parse([str(path), *fixed])[-1]
-    assert getattr(found, CHECKPOINTING_ARGUMENT) is True
-    assert getattr(found, f"{CHECKPOINTING_ARGUMENT}_kwargs") == {"every_n_layers": 2}
-    for other in ("--activation_checkpointing", "--gradient_checkpointing"):
-        assert not getattr(parse([str(path), *fixed, other, "false"])[-1], CHECKPOINTING_ARGUMENT)
-        assert not getattr(parse([str(path), *fixed, f"{other}=false"])[-1], CHECKPOINTING_ARGUMENT)
 
 
 def test_the_result_is_a_plain_transformers_model(quickstart):
@@ -171,17 +166,16 @@ assert model(**inputs).logits.isfinite().all()
 
 def test_groups_get_packs_that_take_equally_long(quickstart, texts, tmp_path):
     directory, _ = quickstart
-    printed = launch_sft(
+    launch_sft(
         tmp_path,
         *("recipes/quickstart.yaml", "--model_name_or_path", directory, "--data_files", texts),
-        *("--window", 4096, "--max_steps", 2, "--check_gradient", "false"),
+        *("--window", 1024, "--max_steps", 2, "--check_gradient", "false"),
         num_processes=4,
     )
-    assert "flashcp_micro_step_imbalance" in printed
+    assert "flashcp_micro_step_imbalance" in (tmp_path / "trainer_state.json").read_text()
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
     assert metrics["data_packed_rows"] > 2 and metrics["flashcp_last_loss"] > 0
-    assert (tmp_path / "trainer_state.json").exists()
 
 
 def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
@@ -197,8 +191,8 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
         tmp_path,
         *("recipes/chat_sft.yaml", "--model_name_or_path", quickstart[0], "--data_files", chats),
         *("--skip_corrupt_lines", "true", "--cache_dir", tmp_path / "cache"),
-        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 3),
-        *("--dtype", "float64", "--warmup_steps", 0),
+        *("--window", 1024, "--strategy", "per_seq", "--gradient_accumulation_steps", 2, "--max_steps", 6),
+        *("--dtype", "float64", "--warmup_steps", 0, "--learning_rate", 3e-3),
     )
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
@@ -209,14 +203,14 @@ def test_chats_train_on_the_assistants_tokens(quickstart, chats, tmp_path):
     answers = [message["content"] for chat in kept for message in chat if message["role"] == "assistant"]
     assert metrics["data_targets"] == sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
     assert metrics["flashcp_gradient_error"] < 1e-6
-    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"]
+    assert metrics["flashcp_last_loss"] < metrics["flashcp_first_loss"] - 0.1
 
 
 def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
     launch_sft(
         tmp_path,
         *("recipes/long_window.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
-        *("--window", 2048, "--max_steps", 2, "--dtype", "float64"),
+        *("--window", 1024, "--max_steps", 2, "--dtype", "float64"),
     )
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
@@ -240,7 +234,7 @@ def test_an_adapter_is_saved_for_plain_peft(quickstart, texts, tmp_path):
     launch_sft(
         tmp_path,
         *("recipes/lora.yaml", "--model_name_or_path", quickstart[0], "--data_files", texts),
-        *("--window", 1024, "--max_steps", 2, "--lora_r", 4, "--dtype", "float64"),
+        *("--window", 512, "--max_steps", 2, "--lora_r", 4, "--dtype", "float64"),
     )
     metrics = metrics_of(tmp_path)
     require_sums(metrics)
@@ -259,21 +253,22 @@ def test_an_adapter_is_saved_for_plain_peft(quickstart, texts, tmp_path):
 
 
 def test_trl_trains_on_its_own_packing(quickstart, chats, tmp_path):
-    launch(
-        *("recipes/trl_sft.py", "--config", "recipes/trl_sft.yaml", "--model_name_or_path", quickstart[0]),
-        *("--dataset_name", chats, "--max_length", 1024, "--max_steps", 3, "--output_dir", tmp_path / "trl"),
+    printed = launch_forked(
+        *("trl_sft", tmp_path, "--config", "recipes/trl_sft.yaml", "--model_name_or_path", quickstart[0]),
+        *("--dataset_name", chats, "--max_length", 1024, "--max_steps", 3),
     )
-    metrics = metrics_of(tmp_path / "trl")
+    metrics = metrics_of(tmp_path)
     assert math.isfinite(metrics["train_loss"]) and 0 < metrics["flashcp_kv_fraction"] < 1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "trl")
+    assert re.search(r"step +loss +tokens/s", printed) and "{'" not in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_loop_trains(quickstart, texts, tmp_path):
-    result = launch(
-        *("recipes/accelerator_loop.py", "--model_name_or_path", quickstart[0], "--data_files", texts),
-        *("--window", 1024, "--output_dir", tmp_path, "--max_steps", 3, "--eval_steps", 3, "--learning_rate", 1e-3),
+    printed = launch_forked(
+        *("accelerator_loop", tmp_path, "--model_name_or_path", quickstart[0], "--data_files", texts),
+        *("--window", 512, "--max_steps", 3, "--eval_steps", 3, "--learning_rate", 1e-3),
     )
-    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", result.stdout)]
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", printed)]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -304,55 +299,6 @@ def test_the_loop_resumes(quickstart, texts, tmp_path, recipes, monkeypatch, cap
     halves = run(tmp_path / "halves", "--max_steps", 2)
     halves += run(tmp_path / "halves", "--max_steps", 4, "--resume_from_checkpoint", "true")
     assert whole == halves and len(whole) == 6
-
-
-@pytest.mark.parametrize(
-    "own, given, expected, positions",
-    [
-        (
-            {"rope_type": "default", "rope_theta": 5e5},
-            {"rope_type": "yarn", "factor": 4.0},
-            {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 1024},
-            4096,
-        ),
-        (
-            {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 512},
-            {"factor": 8.0},
-            {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 512},
-            4096,
-        ),
-        (
-            {"rope_type": "default", "rope_theta": 5e5},
-            {"rope_theta": 5e6},
-            {"rope_type": "default", "rope_theta": 5e6},
-            1024,
-        ),
-        (
-            {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
-            {"rope_type": "default"},
-            {"rope_type": "default", "rope_theta": 5e5},
-            1024,
-        ),
-    ],
-)
-def test_rope_parameters_are_merged(recipes, own, given, expected, positions):
-    config = AutoConfig.for_model("qwen3", rope_parameters=own, max_position_embeddings=1024)
-    recipes("rope").set_window(config, given, None)
-    assert config.rope_parameters == expected and config.max_position_embeddings == positions
-    recipes("rope").set_window(config, None, 2048)
-    assert config.rope_parameters == expected and config.max_position_embeddings == 2048
-
-
-def test_rope_parameters_by_layer_type(recipes):
-    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=1024)
-    local = dict(config.rope_parameters["sliding_attention"])
-    theta = config.rope_parameters["full_attention"]["rope_theta"]
-    with pytest.raises(SystemExit, match="by layer type: give .*full_attention"):
-        recipes("rope").set_window(config, {"rope_type": "yarn", "factor": 4.0}, None)
-    recipes("rope").set_window(config, {"full_attention": {"rope_type": "yarn", "factor": 4.0}}, None)
-    assert config.rope_parameters["sliding_attention"] == local
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": theta}
-    assert config.rope_parameters["full_attention"] == yarn and config.max_position_embeddings == 4096
 
 
 def test_templates_that_trl_knows_get_their_marks(quickstart, recipes, tmp_path):
@@ -390,38 +336,24 @@ def test_the_data_table_names_what_was_not_used(quickstart, recipes, tmp_path, c
         assert json.loads(json.dumps(counts)) == counts
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (b"learning_rat: 1.0e-3\n", "unknown arguments learning_rat"),
-        (b"1: 2\n", "unknown arguments 1"),
-        (b"- window\n", "has no settings"),
-        (b"window: [\n", "cannot be read: while parsing"),
-        (b"\xff", "cannot be read"),
-        (b"rope_parameters: '{'\n", "rope_parameters is no JSON"),
-    ],
-)
-def test_what_is_wrong_with_a_yaml_file_is_named(recipes, tmp_path, text, message):
-    (tmp_path / "config.yaml").write_bytes(text)
-    with pytest.raises(SystemExit, match=message):
-        recipes("sft").parse_arguments([str(tmp_path / "config.yaml")])
-
-
-def test_a_yaml_file_may_be_empty(recipes, tmp_path):
-    (tmp_path / "config.yaml").write_text("# nothing yet\n")
-    assert recipes("sft").read_settings(tmp_path / "config.yaml") == {}
-
-
-@pytest.mark.parametrize("name", ["chat_sft", "long_window", "lora"])
-def test_the_quickstarts_model_is_asked_for(recipes, name, tmp_path):
-    arguments = [str(ROOT / "recipes" / f"{name}.yaml"), "--model_name_or_path", str(tmp_path / "nothing")]
-    with pytest.raises(SystemExit, match="run recipes/quickstart.sh first"):
-        recipes("sft").parse_arguments(arguments)
-
-
 def test_a_window_beyond_the_models_positions(recipes, quickstart):
     sft = recipes("sft")
     arguments = ["--model_name_or_path", str(quickstart[0]), "--window", "16384", "--output_dir", "unused"]
     model_args, data_args, *_ = sft.parse_arguments(arguments)
     with pytest.raises(SystemExit, match="16384 tokens is longer than the model's max_position_embeddings 8192"):
         sft.make_model(model_args, data_args, None)
+
+
+NOTEBOOK = ROOT / "recipes" / "tour.ipynb"
+
+
+def test_the_notebook_runs(quickstart, texts, tmp_path, monkeypatch):
+    """With a few short steps, on some of the corpus."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TOUR_OUTPUT", str(tmp_path))
+    shorter = ["--window", 512, "--max_steps", 2, "--data_files", texts, "--cache_dir", texts.parent]
+    monkeypatch.setenv("TOUR_ARGUMENTS", " ".join(map(str, shorter)))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    assert any("the gradients are the same up to rounding" in str(cell.get("outputs")) for cell in notebook.cells)
+    assert (tmp_path / "run" / "report.html").exists()

@@ -42,16 +42,34 @@ def test_a_page_of_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "checkpoint-10" / "report.html").read_text()
     headings = re.findall('<img src="data:image/svg\\+xml;base64,[A-Za-z0-9+/=]+" alt="(.*) over the steps">', page)
-    assert headings == [
-        "Loss (nats per target)",
-        "Imbalance (max / mean over ranks)",
-        "KV moved, as a share of an all-gather",
-        "Gradient norm",
-        "flashcp_of_my_own",
+    assert headings == ["Loss", "Imbalance", "KV share", "Gradient norm", "flashcp_of_my_own"]
+    cards = re.findall("<div><b>(.*?)</b><span>(.*?)</span>", page)
+    assert cards == [
+        ("3.000", "loss"),
+        ("3.500", "evaluation loss"),
+        ("1.030", "attention imbalance"),
+        ("60%", "KV share"),
     ]
+    assert "<p>2 steps</p>" in page and "prefers-color-scheme: dark" in page
     assert "http" not in re.sub('base64,[^"]*', "", page), "the page loads nothing"
-    assert "<td>flashcp_pair_imbalance</td><td>1.04</td><td>1.02</td><td>1.02</td><td>1.04</td><td>1.03</td>" in page
-    assert re.search("\nloss +3 +3.5 +2\n", capsys.readouterr().out)
+    assert (
+        "<td>flashcp_pair_imbalance</td><td>1.04</td><td>1.02</td><td>1.02</td><td>1.04</td><td>1.03</td><td>2</td>"
+        in page
+    )
+    printed = capsys.readouterr().out
+    assert re.search("\nloss +3 +3.5 +2\n", printed)
+    assert (tmp_path / "run" / "checkpoint-10" / "report.html").as_uri() in printed
+
+
+def test_a_long_run_has_running_means(tmp_path):
+    """Hundreds of steps, with values that cannot be drawn among them, and how long the run took."""
+    history = [{"step": step, "loss": 9 - step / 100, "flashcp_tokens_per_second": 1000.0} for step in range(1, 201)]
+    history[7] |= {"loss": float("nan"), "flashcp_tokens_per_second": 0.0}
+    write_state(tmp_path, [*history, {"step": 200, "train_runtime": 600.0, "num_input_tokens_seen": 1_638_400}])
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<p>200 steps, 1,638,400 tokens, 10.0 minutes</p>" in page
+    assert "<b>1,000</b><span>tokens per second</span>" in page and "<b>7.000</b><span>loss</span>" in page
 
 
 def test_the_summary_as_json(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Tables and figures of the runs that run.sh starts.
+"""Print tables and draw figures of the runs that run.sh starts.
 
 python recipes/learning/figures.py outputs/learning [--figures docs/images] [--json FILE]
 """
@@ -18,7 +18,7 @@ LIGHT, DARK, OTHER = COLOURS[0], INK, COLOURS[1]
 
 
 def log_history(run):
-    """What a Trainer logged, from its output directory or the last checkpoint in it."""
+    """Reads a Trainer's logs from its output directory or the last checkpoint in it."""
     state = run / "trainer_state.json"
     return TrainerState.load_from_json(
         state if state.exists() else Path(get_last_checkpoint(run), state.name)
@@ -26,7 +26,7 @@ def log_history(run):
 
 
 def loss_curves(runs):
-    """Losses by step of one process and of two, and how far they are apart."""
+    """Returns the losses of one process and of two by step, and their relative differences."""
     moved = [entry["flashcp_kv_fraction"] for entry in log_history(runs / "cp2") if "loss" in entry]
     one, two = (
         {entry["step"]: entry["loss"] for entry in log_history(runs / name) if "loss" in entry}
@@ -45,7 +45,7 @@ def loss_curves(runs):
 
 
 def accuracies(run):
-    """Steps of the evaluations and, by the lower end of each octave of distance, the accuracy at each of them."""
+    """Returns the steps of the evaluations and their accuracies, by the lower end of each octave of distance."""
     evaluations = [entry for entry in log_history(run) if "eval_accuracy" in entry]
     octaves = sorted(int(key.rpartition("_")[2]) for key in evaluations[-1] if key.startswith("eval_accuracy_"))
     return {
@@ -55,7 +55,7 @@ def accuracies(run):
 
 
 def ranges(octaves):
-    """Shortest and longest distance of each; the first takes in all that are nearer than the second."""
+    """Returns the shortest and longest distance of each octave. The first range begins at 0."""
     return [(octave, 2 * octave - 1 if octave else octaves[1] - 1) for octave in octaves]
 
 
@@ -130,9 +130,9 @@ def finish(figure, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="directory with the runs cp1, cp2, whole and windows")
-    parser.add_argument("--window", type=int, default=256, help="of the run on windows (default 256)")
+    parser.add_argument("--window", type=int, default=256, help="window of the run on windows (default 256)")
     parser.add_argument("--figures", type=Path, help="write learning_curves.png and learning_retrieval.png there")
-    parser.add_argument("--json", type=Path, help="write everything that is shown there")
+    parser.add_argument("--json", type=Path, help="write the plotted values there")
     options = parser.parse_args(argv)
     curves = loss_curves(options.runs)
     whole, cut = accuracies(options.runs / "whole"), accuracies(options.runs / "windows")

@@ -1,11 +1,12 @@
-"""Learn to look up values that stand far back in long documents, with context parallelism.
+"""Train a model to look up values far back in long documents, with context parallelism.
 
     accelerate launch --config_file recipes/accelerate/cpu_cp2.yaml recipes/learning/retrieval.py \
         --config recipes/learning/retrieval.yaml --output_dir DIR [--window 256] [--argument value ...]
 
-A document is filler with one entry "key = value" for each key in it, a token each. Behind it each key is asked for,
-and the value is the only target. Entries of one half of the keys always stand near the questions, those of the other
-half always far. With --window the same documents are cut into pieces of that many tokens before they are packed.
+A document is filler that contains one entry per key, a single token that stands for the key and its value. At the end
+of the document each key is asked for, and the value is the only target. Half of the keys always have their entries
+near the questions, the other half always far away. With --window the documents are cut into pieces of that many tokens
+before packing.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +20,13 @@ from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer
 
 
 KEYS, VALUES, FILLERS = 16, 8, 32
-FAR_KEYS = KEYS // 2  # those from there on
-FIRST_QUESTION = KEYS * VALUES  # entries are the tokens before
+FAR_KEYS = KEYS // 2  # keys from this one on have their entries far away
+FIRST_QUESTION = KEYS * VALUES  # tokens below are entries
 FIRST_VALUE = FIRST_QUESTION + KEYS
 FIRST_FILLER = FIRST_VALUE + VALUES
 VOCABULARY = FIRST_FILLER + FILLERS
 NEAR, FAR = 128, 256  # tokens from an entry to its question: less than NEAR, or at least FAR
-NEAREST = 32  # accuracy is shown for all questions nearer than that, then by octave
+NEAREST = 32  # accuracy is shown for all shorter distances together, then by octave
 IGNORE_INDEX = -100
 
 
@@ -40,8 +41,8 @@ class TaskArguments:
 
 
 def make_document(generator, num_tokens):
-    """A document, its labels (-100 but at the answers), and for each question how many tokens its entry is back,
-    spread evenly on a logarithmic scale."""
+    """Returns a document, its labels (-100 except at the answers), and the tokens between each question and its entry,
+    which are spread evenly on a logarithmic scale."""
     body = num_tokens - 2 * KEYS
     asked = np.arange(body, num_tokens, 2)
     keys, values = generator.permutation(KEYS), generator.integers(VALUES, size=KEYS)
@@ -57,8 +58,8 @@ def make_document(generator, num_tokens):
 
 
 def make_documents(seed, count, min_tokens, max_tokens):
-    """A dataset of documents whose lengths are spread evenly on a logarithmic scale, and their (count, KEYS)
-    distances."""
+    """Returns a dataset of documents whose lengths are spread evenly on a logarithmic scale, and their distances as an
+    array of shape (count, KEYS)."""
     generator = np.random.default_rng(seed)
     lengths = np.exp(generator.uniform(np.log(min_tokens), np.log(max_tokens), count)).round().astype(int)
     tokens, labels, distances = zip(*(make_document(generator, length) for length in lengths))
@@ -66,7 +67,7 @@ def make_documents(seed, count, min_tokens, max_tokens):
 
 
 def cut(documents, window):
-    """The documents in pieces of `window` tokens, counted from their ends: questions keep all the context there is."""
+    """Cuts documents into pieces of `window` tokens, counted from the end, so that questions keep a full window."""
 
     def pieces(batch):
         return {
@@ -78,8 +79,8 @@ def cut(documents, window):
 
 
 def accuracy_by_distance(distances):
-    """`compute_metrics` for documents with these distances: the share of right answers, by octave of distance from
-    NEAREST on (0: all that are nearer)."""
+    """Returns a `compute_metrics` for documents with these distances: the share of right answers, overall and by
+    octave of distance from NEAREST on; octave 0 holds all shorter distances."""
     distances = distances.ravel()
     octaves = np.where(distances < NEAREST, 0, 2 ** np.floor(np.log2(distances)).astype(int))
 

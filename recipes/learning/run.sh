@@ -7,8 +7,10 @@ export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 
 runs=outputs/learning
 two_processes=(accelerate launch --config_file recipes/accelerate/cpu_cp2.yaml)
+model='{"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": true, "max_position_embeddings": 8192}'
 text=(recipes/sft.py recipes/quickstart.yaml --window 2048 --per_device_train_batch_size 2 --check_gradient false
-    --save_strategy steps)
+    --save_strategy steps --config_overrides "$model")
 retrieval=(recipes/learning/retrieval.py --config recipes/learning/retrieval.yaml)
 
 python "${text[@]}" --cp_size 1 --output_dir $runs/cp1
