@@ -23,10 +23,10 @@ def accelerate(arguments):
     launch_command(launch_command_parser().parse_args(arguments))
 
 
-def run_forked(main, arguments, output, **environment):
+def run_forked(main, arguments, output, cwd=ROOT, **environment):
     """Run `main`, and write its output and that of the processes it launches to a file. Fail if one of them fails."""
     process = multiprocessing.get_context("forkserver").Process(
-        target=_run, args=(main, arguments, output, environment)
+        target=_run, args=(main, arguments, output, cwd, environment)
     )
     process.start()
     process.join(300)
@@ -37,11 +37,11 @@ def run_forked(main, arguments, output, **environment):
     return text
 
 
-def _run(main, arguments, output, environment):
+def _run(main, arguments, output, cwd, environment):
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.update(environment, ACCELERATE_USE_CPU="true")
     torchrun.elastic_launch = _forking_launch
     main(arguments)

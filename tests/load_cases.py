@@ -209,7 +209,7 @@ def random_training(seed, number):
 
 def training_errors(family, lengths, strategy, options):
     with float64_throughout():
-        return model_errors(family, lengths, [strategy], reference="eager", **options)[strategy]
+        return model_errors(family, lengths, [strategy], reference="eager", **options)
 
 
 def check_layouts(plan, ranks):

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from hf_flashcp.planning import ShardPlan
+from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 
 
 def from_cu_seqlens(bounds):
@@ -39,6 +39,12 @@ KNOWN_PACKS = {
     "single_tokens": [1] * 7,
     "giant_and_tiny": [400, 1, 2, 1, 3],
 }
+
+
+def plans_of(name, cp_size):
+    """The plans of a known pack under every strategy, each plan once: on one rank they are all the same."""
+    plans = [plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy) for strategy in STRATEGIES]
+    return list({tuple(map(tuple, plan.slices)): plan for plan in plans}.values())
 
 
 @st.composite

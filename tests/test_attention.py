@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
 from tests import attention_cases as cases
 from tests.device import ExactKernel, fused_kernels, kernels
-from tests.packs import KNOWN_PACKS, arbitrary_plans
+from tests.packs import KNOWN_PACKS, arbitrary_plans, plans_of
 
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -37,11 +37,7 @@ ODD_PLAN = ShardPlan(
     [(cp_size, kernel) for cp_size in (1, 2, 3, 4) for kernel in EXACT if kernel != "eager" or cp_size in (1, 3)],
 )
 def test_known_packs_are_exact(pool, cp_size, kernel):
-    todo = [
-        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8), kernel=kernel)
-        for name in SHORT_PACKS
-        for strategy in STRATEGIES
-    ]
+    todo = [cases.Case(plan, (4, 2, 8, 8), kernel=kernel) for name in SHORT_PACKS for plan in plans_of(name, cp_size)]
     for errors in pool.run(cp_size, cases.attention_errors, todo):
         for case, error in zip(todo, errors):
             assert max(error) < FP64, (case, error)
@@ -104,9 +100,9 @@ def test_stages_of_any_ring_offsets_are_exact(pool, offset_groups, data):
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_fp32(pool, cp_size, kernel):
     todo = [
-        cases.Case(plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), (4, 2, 8, 8), "float32", kernel)
+        cases.Case(plan, (4, 2, 8, 8), "float32", kernel)
         for name in ("mixed", "odd", "giant_and_tiny", "seven")
-        for strategy in STRATEGIES
+        for plan in plans_of(name, cp_size)
     ]
     for errors in pool.run(cp_size, cases.attention_errors, todo):
         for case, error in zip(todo, errors):
@@ -153,11 +149,9 @@ def test_variants_are_exact(pool, cp_size, variant):
     models."""
     options = VARIANTS[variant]
     todo = [
-        cases.Case(
-            plan_documents(KNOWN_PACKS[name], cp_size, strategy=strategy), shape, kernel=kernel, options=options
-        )
+        cases.Case(plan, shape, kernel=kernel, options=options)
         for name in ("ids", "odd", "uneven", "three", "small_3", "giant_and_tiny")
-        for strategy in STRATEGIES
+        for plan in plans_of(name, cp_size)
         for kernel in exact_kernels(options)
         for shape in ((4, 2, 8, 8), (4, 4, 12, 8))
     ]

@@ -87,7 +87,7 @@ def check_training(pool, seed, number):
     except AssertionError:
         print(f"\nrandom_training({seed}, {number}): {world_size} ranks, {args}\n{results}")
         raise
-    return max(max(errors[:2]) for errors in results)
+    return max(max(errors[:2]) for by_strategy in results for errors in by_strategy.values())
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -1,13 +1,13 @@
 """The README: its script runs as it stands, and its predictions are what the command below them prints."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+from torch.distributed import run as torchrun
+
 from hf_flashcp.cli import main
+from tests.launch_cases import run_forked
 
 
 ROOT = Path(__file__).parent.parent
@@ -28,13 +28,10 @@ def script_of(page):
     return re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
 
 
-def test_the_script_trains_on_two_processes(tmp_path):
+def test_the_script_trains_on_two_processes(forked, tmp_path):
     (tmp_path / "train.py").write_text(script_of(README))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    log = result.stdout
+    arguments = ["--standalone", "--nproc-per-node", "2", "train.py"]
+    log = run_forked(torchrun.main, arguments, tmp_path / "log", cwd=tmp_path, OMP_NUM_THREADS="1")
     losses = [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", log)]
     moved = [float(share) for share in re.findall(r"'flashcp_kv_fraction': '([0-9.]+)'", log)]
     assert len(losses) == len(moved) == 9
