@@ -91,8 +91,8 @@ def test_persistent_workers_follow_the_epoch():
     st.sampled_from([{}, {"dp_size": 2, "gradient_accumulation_steps": 2}, {"dp_size": 3, "cp_size": 3}]),
     st.sampled_from(["balanced", "best_fit"]),
 )
-def test_a_stream_loses_nothing(lengths, overlong, sizes, strategy):
-    options = {"overlong": overlong, "strategy": strategy, "look_ahead": 2, **sizes}
+def test_a_stream_loses_nothing(lengths, overlong, sizes, method):
+    options = {"overlong": overlong, "method": method, "look_ahead": 2, **sizes}
     rows = documents(lengths)
     stream = PackedDocumentStream(iterable(rows), 40, bad_rows="skip", **options)
     packs = list(stream)

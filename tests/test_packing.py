@@ -20,7 +20,7 @@ def packing_problems(draw):
     cp_size = draw(st.sampled_from([1, 2, 5]))
     window = draw(st.integers(2 * cp_size, 60))
     options = {
-        "strategy": draw(st.sampled_from(["balanced", "best_fit"])),
+        "method": draw(st.sampled_from(["balanced", "best_fit"])),
         "overlong": draw(st.sampled_from(["truncate", "split", "drop"])),
         "max_length": draw(st.none() | st.integers(1, window)),
         "dp_size": draw(st.integers(1, 3)),
@@ -145,7 +145,7 @@ def test_balanced_packs_are_balanced_and_full(corpus):
     lengths = sample_lengths(corpus, 6000)
     options = {"overlong": "truncate", "dp_size": 4, "gradient_accumulation_steps": 2, "cp_size": 8}
     reports = {
-        name: pack_lengths(lengths, 32768, strategy=name, **options).report() for name in ("balanced", "best_fit")
+        name: pack_lengths(lengths, 32768, method=name, **options).report() for name in ("balanced", "best_fit")
     }
     balanced, best = reports["balanced"], reports["best_fit"]
     assert balanced["micro_step_imbalance"] < 1.08 < best["micro_step_imbalance"]
@@ -197,7 +197,7 @@ def test_the_cost_model_decides_which_packs_take_equally_long():
         ([5], {"cp_size": 16}, "A window of 20 tokens is too small for cp_size 16"),
         ([5], {"cp_size": 8}, "too short for a pack of their own"),
         ([20, 20, 5], {"cp_size": 8}, "too short for a pack of their own"),
-        ([5], {"strategy": "worst_fit"}, "There is no packing strategy 'worst_fit'"),
+        ([5], {"method": "worst_fit"}, "There is no packing method 'worst_fit'"),
         ([5], {"overlong": "cut"}, "overlong is 'cut'"),
         ([5], {"dp_size": 0}, "dp_size must be a whole number from 1"),
         ([5], {"look_ahead": -1}, "look_ahead must be a whole number from 0"),

@@ -1,7 +1,7 @@
 """`pack_lengths`: decides from lengths which documents share a packed row, and which rows share an optimizer step.
 
 An optimizer step has `dp_size * gradient_accumulation_steps` packs. Documents arrive in random order and fill one step
-after another. Documents that a step has no room for come first in the next step. The strategy "balanced" is the
+after another. Documents that a step has no room for come first in the next step. The method "balanced" is the
 variable-length packing of WLB-LLM (arXiv 2503.17924, section 4): documents are placed from long to short, each in the
 pack that takes the least time. A document with so much attention that other documents cannot balance it waits until
 there is one of similar length for every data-parallel group. Nothing here imports torch.
@@ -112,7 +112,7 @@ def pack_lengths(
     lengths: Sequence[int] | np.ndarray,
     window: int,
     *,
-    strategy: str = "balanced",
+    method: str = "balanced",
     overlong: str = "error",
     max_length: int | None = None,
     cp_size: int = 1,
@@ -128,8 +128,8 @@ def pack_lengths(
     Args:
         lengths (`Sequence[int]`): number of tokens of each document.
         window (`int`): number of tokens that a pack has room for.
-        strategy (`str`, *optional*, defaults to `"balanced"`): packing method. `"balanced"` gives the packs of a
-            micro-step about the same time, and `"best_fit"` leaves as little unused room as possible.
+        method (`str`, *optional*, defaults to `"balanced"`): `"balanced"` gives the packs of a micro-step about the
+            same time, and `"best_fit"` leaves as little unused room as possible.
         overlong (`str`, *optional*, defaults to `"error"`): what to do with documents of more than `max_length`
             tokens: `"error"`, `"truncate"` (leave out the tokens beyond it), `"split"` (make each piece a document) or
             `"drop"`.
@@ -161,7 +161,7 @@ def pack_lengths(
         )
     options = PackingOptions(
         window,
-        strategy=strategy,
+        method=method,
         overlong=overlong,
         max_length=max_length,
         cp_size=cp_size,

@@ -37,7 +37,7 @@ class PackingOptions:
     """The checked options of [`pack_lengths`], and quantities derived from them."""
 
     window: int
-    strategy: str = "balanced"
+    method: str = "balanced"
     overlong: str = "error"
     max_length: int | None = None
     cp_size: int = 1
@@ -52,9 +52,9 @@ class PackingOptions:
             value, least = getattr(self, name), 0 if name == "look_ahead" else 1
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise PlanError(f"{name} must be a whole number from {least}, got {value!r}.")
-        if self.strategy not in SPARE_PACKS:
+        if self.method not in SPARE_PACKS:
             choices = ", ".join(map(repr, SPARE_PACKS))
-            raise PlanError(f"There is no packing strategy {self.strategy!r}: choose one of {choices}.")
+            raise PlanError(f"There is no packing method {self.method!r}: choose one of {choices}.")
         if self.overlong not in OVERLONG:
             choices = ", ".join(map(repr, OVERLONG))
             raise PlanError(f"overlong is {self.overlong!r}: choose what happens to long documents, one of {choices}.")
@@ -82,7 +82,7 @@ class PackingOptions:
     @property
     def spare(self) -> float:
         """Share of additional packs, see `SPARE_PACKS`."""
-        return SPARE_PACKS[self.strategy]
+        return SPARE_PACKS[self.method]
 
     def packs_for(self, documents: Sequence[Waiting], spare: float | None = None) -> int:
         """Return how many packs have room for the documents in any order, if a share of `spare` packs is added.
@@ -96,7 +96,7 @@ class PackingOptions:
     def place(self, documents: Sequence[Waiting], packs: int) -> list[list[Waiting]] | None:
         """Place all documents in this number of packs, or return `None` if they do not fit."""
         documents = sorted(documents, reverse=True)
-        for fill in (least_time, best_fit) if self.strategy == "balanced" else (best_fit,):
+        for fill in (least_time, best_fit) if self.method == "balanced" else (best_fit,):
             found, left = fill(documents, self.window, packs)
             if not left and len(found) == packs:
                 return found
@@ -104,7 +104,7 @@ class PackingOptions:
 
     def step_packer(self) -> StepPacker:
         """Return a new packer with these options."""
-        return StepPacker(self.window, self.strategy == "balanced", self.dp_size, self.look_ahead)
+        return StepPacker(self.window, self.method == "balanced", self.dp_size, self.look_ahead)
 
     def times(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the predicted seconds (n,) of documents on one device, and whether each waits for similar ones."""

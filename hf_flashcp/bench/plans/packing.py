@@ -113,9 +113,9 @@ def _trl(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, A
     return {**_quality(packs, options), "documents_cut": cut, "mean_delay": None, "seconds": seconds}
 
 
-def _ours(strategy: str) -> Callable[..., dict[str, Any]]:
-    def method(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
-        given = {**dataclasses.asdict(options), "strategy": strategy, "seed": seed}
+def _ours(method: str) -> Callable[..., dict[str, Any]]:
+    def measure(lengths: np.ndarray, options: PackingOptions, seed: int) -> dict[str, Any]:
+        given = {**dataclasses.asdict(options), "method": method, "seed": seed}
         packing, seconds = _timed(lambda: pack_lengths(lengths, **given))
         report = packing.report()
         packs = [np.array([piece.stop - piece.start for piece in pack]) for pack in packing]
@@ -126,7 +126,7 @@ def _ours(strategy: str) -> Callable[..., dict[str, Any]]:
             "seconds": seconds,
         }
 
-    return method
+    return measure
 
 
 METHODS = {"concatenate": _concatenated, "TRL bfd": _trl, "best_fit": _ours("best_fit"), "balanced": _ours("balanced")}
