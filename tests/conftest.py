@@ -1,5 +1,6 @@
 import importlib.util
 import os
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def pytest_configure(config):
         from hf_flashcp.attention.kernels import load_kernel_library
 
         os.environ["FLASHCP_TEST_KERNEL_LIBRARY"] = str(load_kernel_library(library))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Send a file with a fixture of module scope to one worker, so that the fixture is made once.
+
+    pytest-xdist's own `--dist loadgroup` ignores its marks under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if shares_a_fixture(file) else nodeid
+
+    @cache
+    def shares_a_fixture(file):
+        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+
+    return Scheduling(config, log)
 
 
 _FILES_LEFT_OUT = pytest.StashKey[list]()

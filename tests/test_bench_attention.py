@@ -12,9 +12,6 @@ LENGTHS = [96, 40, 17, 9]
 LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "fp32"}
 
 
-pytestmark = pytest.mark.xdist_group("bench_attention")  # measured once
-
-
 @pytest.fixture(scope="module")
 def found():
     return attention.measure(LENGTHS, 2, **LAYER, strategies=["whole_doc", "per_doc"], rounds=2)

@@ -7,9 +7,6 @@ from hf_flashcp.bench.plans.packing import METHODS, measure, text
 from hf_flashcp.data.lengths import sample_lengths
 
 
-pytestmark = pytest.mark.xdist_group("bench_packing")  # measured once
-
-
 @pytest.fixture(scope="module")
 def found():
     return measure(["pile"], 8192, 3, cp_size=2, dp_size=2, gradient_accumulation_steps=2)

@@ -13,9 +13,6 @@ from hf_flashcp.planning.lower_bound import kv_lower_bound
 from tests.packs import arbitrary_plans
 
 
-pytestmark = pytest.mark.xdist_group("bench_plan")  # measured once
-
-
 @pytest.fixture(scope="module")
 def found():
     return measure(["pile", "wlb_llm"], [4096, 8192], [2, 4], packs=2, seed=3)

@@ -38,7 +38,7 @@ def test_ci_runs_what_a_contributor_runs():
     commands = [
         line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith(("#", "set", "cd"))
     ]
-    assert commands == ["bash tests/run.sh"] and "-m pytest -n 2 --dist loadgroup" in RUN and " -m '" not in RUN
+    assert commands == ["bash tests/run.sh"] and "-m pytest -n 2" in RUN and " -m '" not in RUN
 
 
 def test_options_of_the_command_are_documented():

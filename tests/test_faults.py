@@ -16,7 +16,7 @@ from tests.fault_cases import STEPS, outcomes, train
 from tests.launch_cases import ROOT, run_forked
 
 
-pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.usefixtures("forked")
 resumes = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="transformers 5.17 loads optimizer state to the device 'cpu:0', which torch.load does not know",

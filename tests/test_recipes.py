@@ -24,7 +24,7 @@ from .accelerate_state import fresh_accelerate
 from .launch_cases import ROOT, accelerate, run_forked
 
 
-pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.xdist_group("recipes")]
+pytestmark = pytest.mark.usefixtures("forked")
 KEYS = {
     "train_loss",
     "flashcp_first_loss",
