@@ -24,6 +24,9 @@ from tests.models import (
 )
 
 
+pytestmark = pytest.mark.smoke
+
+
 def padded_batch():
     ids = torch.randint(1, 67, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -71,6 +71,7 @@ def test_many_and_odd_ranks_are_exact(pool, cp_size):
 
 @pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.smoke
 def test_head_shapes_are_exact(pool, shape, kernel):
     """Grouped queries, one KV head, values narrower and wider than keys."""
     for errors in pool.run(4, cases.attention_error, ODD_PLAN, shape, "float64", kernel):
@@ -80,6 +81,7 @@ def test_head_shapes_are_exact(pool, shape, kernel):
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
 @settings(max_examples=80)
 @given(data=st.data())
+@pytest.mark.smoke
 def test_arbitrary_plans_are_exact(pool, cp_size, data):
     case = cases.Case(data.draw(arbitrary_plans(cp_size)), (4, 2, 8, 8), kernel=data.draw(st.sampled_from(EXACT)))
     for errors in pool.run(cp_size, cases.attention_errors, [case]):
@@ -209,6 +211,7 @@ def test_variants_in_fp32_and_bf16(pool, cp_size, variant):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("document", [0, 1, 3])
+@pytest.mark.smoke
 def test_changing_a_document_changes_no_other(pool, strategy, document):
     plan = plan_documents([30, 25, 7, 40], 3, strategy=strategy)
     for changed in pool.run(3, cases.leak_probe, plan, document):
@@ -226,6 +229,7 @@ NAMED_TRAFFIC = [
 
 
 @pytest.mark.parametrize("plan, received, sent", NAMED_TRAFFIC)
+@pytest.mark.smoke
 def test_the_report_counts_the_sent_tokens(pool, plan, received, sent):
     report = plan.report()
     assert report["kv_received"] == received

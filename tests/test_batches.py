@@ -16,6 +16,9 @@ from hf_flashcp.planning import PlanSettings
 from tests.packs import arbitrary_plans
 
 
+pytestmark = pytest.mark.smoke
+
+
 DOCUMENTS = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}]
 
 

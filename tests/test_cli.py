@@ -14,6 +14,9 @@ from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_do
 from tests.packs import arbitrary_plans
 
 
+pytestmark = pytest.mark.smoke
+
+
 THREE_DOCUMENTS = """\
 3 documents, 5,632 tokens, 4 ranks, strategy per_doc
 

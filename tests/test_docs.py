@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
 from markdown.extensions.toc import slugify
 
 import hf_flashcp
+
+
+pytestmark = pytest.mark.smoke
 
 
 ROOT = Path(__file__).parent.parent

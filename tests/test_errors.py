@@ -16,6 +16,9 @@ from hf_flashcp.planning import STRATEGIES
 from tests import error_cases
 
 
+pytestmark = pytest.mark.smoke
+
+
 def check(results, error, message):
     for raised in results:
         assert type(raised) is error, raised

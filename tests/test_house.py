@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.smoke
+
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "hf_flashcp"
 

@@ -20,7 +20,7 @@ from tests.kernel_cases import CAUSAL, FP64, FULL, SCALE, SHAPES, EmulatedVarlen
 from tests.rounded_formulas import rounded_formulas
 
 
-pytestmark = pytest.mark.devices("cpu", "cuda")
+pytestmark = [pytest.mark.devices("cpu", "cuda"), pytest.mark.smoke]
 of_the_cpu_kernel = pytest.mark.skipif(not ON_CPU, reason="measures the kernel for CPU")
 
 

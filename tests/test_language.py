@@ -9,6 +9,9 @@ import pytest
 import hf_flashcp
 
 
+pytestmark = pytest.mark.smoke
+
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_flashcp"
 

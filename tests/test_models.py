@@ -26,6 +26,7 @@ def check(results, gradient, own_loss=OWN_LOSS):
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+@pytest.mark.smoke
 def test_gradients_equal_those_of_each_document_alone(pool, cp_size, family):
     results = pool.run(cp_size, model_cases.model_errors, family, LENGTHS, STRATEGIES)
     assert all(errors.keys() == set(STRATEGIES) for errors in results)
@@ -110,6 +111,7 @@ def test_checkpointed_hybrids(pool, family, checkpointing):
 
 
 @pytest.mark.parametrize("name", ["ids", "odd", "three", "aligned", "small_3", "giant_and_tiny"])
+@pytest.mark.smoke
 def test_known_packs(pool, name):
     check(pool.run(3, model_cases.model_errors, "llama", KNOWN_PACKS[name], ["per_doc"]), FP64)
 
@@ -135,6 +137,7 @@ def test_fp32(pool, cp_size):
     ],
     ids=str,
 )
+@pytest.mark.smoke
 def test_variations(pool, options):
     """Prompt-masked labels, frozen projections, both kinds of gradient checkpointing, tied embeddings, LoRA."""
     check(pool.run(2, model_cases.model_errors_with, "llama", LENGTHS, ["per_doc"], options), FP64)
@@ -152,6 +155,7 @@ def test_the_comparison_can_fail(pool):
 
 
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (3, 3), (4, 2), (4, 4)])
+@pytest.mark.smoke
 def test_fsdp2(pool, world_size, cp_size):
     results = pool.run(world_size, model_cases.fully_sharded_errors, "llama", LENGTHS, cp_size)
     for gradient_error, loss_error, _ in results:

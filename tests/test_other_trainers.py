@@ -17,6 +17,7 @@ def check(results):
 
 @pytest.mark.parametrize("way", ["bfd", "wrapped", "collator"])
 @pytest.mark.parametrize("world_size, cp_size", [(2, 2), (4, 2)])
+@pytest.mark.smoke
 def test_sft_trainer_behind_the_mixin(pool, way, world_size, cp_size):
     """TRL's packing with and without document boundaries, and our collator. Counters count a shared batch once."""
     results = pool.run(world_size, trl_cases.sft_step, {"way": way, "cp_size": cp_size})

@@ -15,6 +15,9 @@ from hf_flashcp.errors import PlanError
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
 
 
+pytestmark = pytest.mark.smoke
+
+
 @st.composite
 def packing_problems(draw):
     cp_size = draw(st.sampled_from([1, 2, 5]))

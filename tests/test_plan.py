@@ -15,6 +15,9 @@ from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
 from tests.packs import KNOWN_PACKS, arbitrary_plans
 
 
+pytestmark = pytest.mark.smoke
+
+
 def owners(plan):
     """Return {(document, token): rank}, without code of the library."""
     found = {}

@@ -31,6 +31,7 @@ LENGTHS = [40, 3, 17, 9, 25, 1, 30, 7, 12, 5, 5, 5]
     ids=str,
 )
 @pytest.mark.parametrize("cp_size", [2, 3])
+@pytest.mark.smoke
 def test_trainer(pool, cp_size, options):
     """All cases have masked prompts and unequal tokens per rank."""
     for result in pool.run(cp_size, trainer_cases.trainer_step_with, LENGTHS, options):
