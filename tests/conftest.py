@@ -70,14 +70,20 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return file if shares_a_fixture(file) else nodeid
-
-    @cache
-    def shares_a_fixture(file):
-        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+            return scope_of(nodeid)
 
     return Scheduling(config, log)
+
+
+def scope_of(nodeid):
+    """Return the file of a test that shares a fixture with its file, otherwise the test's own id."""
+    file = nodeid.split("::")[0]
+    return file if shares_a_fixture(file) else nodeid
+
+
+@cache
+def shares_a_fixture(file):
+    return 'scope="module"' in (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
 
 
 _FILES_LEFT_OUT = pytest.StashKey[list]()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import scope_of
+
 
 pytestmark = pytest.mark.smoke
 
@@ -42,6 +44,14 @@ def test_ci_runs_what_a_contributor_runs():
         line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith(("#", "set", "cd"))
     ]
     assert commands == ["bash tests/run.sh"] and "-m pytest -n 2" in RUN and " -m '" not in RUN
+
+
+def test_a_module_fixture_is_made_on_one_worker():
+    """Marks of groups would be ignored, silently: `pytest_xdist_make_scheduler` decides."""
+    assert scope_of("tests/test_faults.py::test_killed[a]") == "tests/test_faults.py"
+    assert scope_of("tests/test_plan.py::test_a[b]") == "tests/test_plan.py::test_a[b]"
+    marked = [path.name for path in (ROOT / "tests").glob("test_*.py") if "xdist_" + "group" in path.read_text()]
+    assert not marked
 
 
 def test_options_of_the_command_are_documented():

@@ -1,4 +1,4 @@
-"""recipes/learning: documents are what docs/benchmarks.md says, one process and two learn alike, figures are drawn."""
+"""recipes/learning: documents follow docs/benchmarks.md, losses of one process and two agree, figures are drawn."""
 
 import json
 

@@ -17,7 +17,7 @@ KV arrives rank by rank, and the rows of each rank arrive in document order. Wit
 matter, so a slice can use keys where they arrived if all keys that it needs are in one range. This is always so when a
 stage brings tokens of a document from a single rank, and often when one long document is spread over all ranks:
 
-    Of a document of 12 tokens this rank holds 2 3, a = 6 and b = 10 11. A second rank holds 0 1 7 8 9, a third 4 5.
+    A document has 12 tokens: this rank holds 2 3, a = 6 and b = 10 11, a second rank 0 1 7 8 9, and a third 4 5.
     Slice b needs all received tokens, slice a needs 0 1 4 5.
 
     one stage       0 1 7 8 9 | 4 5        the keys of b are in one range, those of a are not: gather the stage's keys

@@ -55,7 +55,7 @@ def config_value(config: Any, name: str) -> Any:
 
 
 class ModelConfig:
-    """A model's config, with values checked and defaults filled in. Of a multimodal model it is the text model's.
+    """A model's config, with values checked and defaults filled in. For a multimodal model, the text model's.
 
     It covers dense and mixture-of-experts decoders with grouped-query or multi-head latent attention.
 
