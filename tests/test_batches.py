@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from hf_flashcp import FlashCPCollator, RankPlan, ShardPlan, plan_documents, shard_inputs
 from hf_flashcp.errors import BatchError, ConfigurationError, PlanError
-from hf_flashcp.layout import RankLayout, WindowLayout
+from hf_flashcp.layout import RankLayout
 from hf_flashcp.planning import PlanSettings
 from tests.packs import arbitrary_plans
 
@@ -393,7 +393,7 @@ def test_layout_reorders_keys_only_if_a_slice_needs_several_ranges():
 
 def test_window_layout_of_a_named_plan():
     """The example in window_layout.py: this rank holds [6,13) of thirteen tokens, and the sliding window is 4."""
-    layout = WindowLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
+    layout = RankLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
     (stage,) = layout.stages(CPU)
     assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(CPU).ranges == ((3, 7),)
     assert stage.recv_splits == [0, 3] and stage.send_splits == [0, 0]
@@ -403,7 +403,7 @@ def test_window_layout_of_a_named_plan():
 
 def test_overlapping_bands_share_received_keys():
     """With slices [4,5) and [7,8) and window 5, keys 3 and 4 of [0,8) lie in both bands, and 3 is sent once."""
-    layout = WindowLayout(ShardPlan([8], 2, [[(0, 4, 5), (0, 7, 8)], [(0, 0, 4), (0, 5, 7)]]), 0, 5)
+    layout = RankLayout(ShardPlan([8], 2, [[(0, 4, 5), (0, 7, 8)], [(0, 0, 4), (0, 5, 7)]]), 0, 5)
     (stage,) = layout.stages(CPU)
     assert stage.recv_splits == [0, 6] and stage.local_rows.ranges == ((0, 2),)
     assert stage.key_order.index.tolist() == [0, 1, 2, 3, 6, 3, 6, 4, 5, 7]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_flashcp.attention import save_attention_context_fn
 from hf_flashcp.errors import BatchError, PlanError
-from hf_flashcp.layout import RankLayout, RankPlan, Rows, WindowLayout
+from hf_flashcp.layout import RankLayout, RankPlan, Rows
 from hf_flashcp.layout.rows import distinct_groups
 from hf_flashcp.planning import STRATEGIES, ShardPlan, plan_documents
 from tests import attention_cases as cases
@@ -179,7 +179,7 @@ def test_the_report_agrees_with_the_layouts(plan, stages, window):
     report = plan.report(window=window)
     full = window is None or window >= max(plan.lengths)
     for rank in range(plan.cp_size):
-        layout = RankLayout(plan, rank) if full else WindowLayout(plan, rank, window)
+        layout = RankLayout(plan, rank, None if full else window)
         stages = layout.stages(engine_cases.CPU)
         sends = 2 if layout.send_rows(engine_cases.CPU).count else 0
         brings = [stage for stage in stages if stage.rectangles]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.errors import PlanError
-from hf_flashcp.layout import RankLayout, WindowLayout
+from hf_flashcp.layout import RankLayout
 from hf_flashcp.layout.rank_layout import token_index
 from hf_flashcp.plan.hierarchical_traffic import hierarchical_traffic
 from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, plan_documents
@@ -69,7 +69,7 @@ def test_routes_deliver_the_same_as_a_direct_exchange(data):
 
 
 def layout_of(plan, rank, window):
-    return RankLayout(plan, rank) if window is None else WindowLayout(plan, rank, window)
+    return RankLayout(plan, rank, window)
 
 
 def all_to_all(sent, splits):

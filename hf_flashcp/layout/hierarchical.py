@@ -19,7 +19,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from .routes import Routes, StageTraffic, rows_of_slices
+from ..plan.stage_traffic import StageTraffic
+from .routes import Routes, rows_of_slices
 from .rows import Group, Rows, concatenated, row_numbers
 from .stage import SecondStep
 

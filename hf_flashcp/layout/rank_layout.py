@@ -1,33 +1,6 @@
 """`RankLayout`: everything that a rank needs to know about a plan, as index maps that are built once per batch.
 
-A rank's slices of a document, in order, form one causal sequence: every local query attends to every local key at or
-before it, even if tokens between the slices are on other ranks. The keys that are missing lie strictly before a local
-slice, so that attention to them needs no mask:
-
-    document of 12 tokens, this rank holds a = [2,4) and b = [7,10):
-
-              keys  0 1 2 3 4 5 6 7 8 9 . .
-    a   2           R R L . . . . . . .            L  local causal sequence (a, b): one kernel call
-        3           R R L L . . . . . .            R  received: rows of a x prefix [0,2),
-    b   7           R R L L R R R L . .               rows of b x prefix [0,2)+[4,7): two full rectangles
-        8           R R L L R R R L L .
-        9           R R L L R R R L L L
-
-KV arrives rank by rank, and the rows of each rank arrive in document order. Without a mask the order of keys does not
-matter, so a slice can use keys where they arrived if all keys that it needs are in one range. This is always so when a
-stage brings tokens of a document from a single rank, and often when one long document is spread over all ranks:
-
-    A document has 12 tokens: this rank holds 2 3, a = 6 and b = 10 11, a second rank 0 1 7 8 9, and a third 4 5.
-    Slice b needs all received tokens, slice a needs 0 1 4 5.
-
-    one stage       0 1 7 8 9 | 4 5        the keys of b are in one range, those of a are not: gather the stage's keys
-    two stages      0 1 7 8 9              both find their keys in one range in each stage, and merge once per stage
-                    4 5
-
-If the keys of any slice of a stage are not in one range, all keys of the stage are gathered into document order. The
-gather moves each received row of K and V once in forward and once in backward. The alternative, one rectangle per
-source, would merge every query row once more per source. With four query heads per KV head and fp32 accumulators that
-moves several times as many bytes.
+[`~plan.rectangles`] draws which rows attend to which keys, and in which order they are kept.
 """
 
 from __future__ import annotations
@@ -41,32 +14,31 @@ import numpy as np
 import torch
 
 from ..plan import ShardPlan
-from ..plan.calls import KeyPiece, key_ranges
-from ..plan.traffic import needed_keys
+from ..plan.rectangles import Rectangle, local_rectangles, stage_keys, stage_traffic
+from ..plan.stage_traffic import local_slices
 from .hierarchical import hierarchical_routes
-from .routes import Needed, Routes, StageTraffic, direct_routes, local_slices
+from .routes import Routes, direct_routes, rows_of_slices
 from .rows import Group, Rows, concatenated, distinct_groups, row_numbers
-from .stage import Rectangle, Stage
-
-
-class StageKeys(NamedTuple):
-    """Where a rank's queries find their keys in a stage; `order`, (n,) int64, is the `key_order` of [`Stage`]."""
-
-    rectangles: tuple[Rectangle, ...]
-    order: np.ndarray | None
-    local_rows: Rows | None = None
+from .stage import Stage
 
 
 class RankLayout:
-    """The index maps of one rank under a valid plan, for full-attention layers.
+    """The index maps of one rank under a valid plan, for layers with full attention or with a sliding window.
 
-    Each of the plan's `offset_groups` is a stage, except those in which no rank needs any rows.
+    In full attention each of the plan's `offset_groups` is a stage, except those in which no rank needs any rows. With
+    a window there is at most one stage.
+
+    Args:
+        plan (`ShardPlan`): a valid plan.
+        rank (`int`): rank within the plan.
+        window (`int`, *optional*): number of keys that a query sees, its own included: the `sliding_window` of
+            transformers, at least 1. Full attention if `None`.
 
     Attributes:
         local (`tuple[Rectangle, ...]`): attention among the rank's own rows, which needs no exchange. The rectangles
             are causal and aligned bottom-right.
         merges_again (`bool`): whether some row is covered by several stages.
-        window (`int`, *optional*): sliding window in tokens; `None` except in [`WindowLayout`].
+        window (`int`, *optional*): the sliding window.
     """
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):
@@ -75,8 +47,9 @@ class RankLayout:
         self.slices = local_slices(plan.slices[rank])
         self.num_tokens = sum(piece.tokens for piece in self.slices)
         self._plan, self._rank = plan, rank
-        self.local = self._local_rectangles()
-        routes = self._routes()
+        self.local = local_rectangles(self.slices, window)
+        routes_of = direct_routes if plan.ranks_per_node is None else hierarchical_routes
+        routes = [routes_of(traffic, rank) for traffic in stage_traffic(plan, window)]
         self._sent = concatenated([of_stage.sent for of_stage in routes])
         begins = accumulate((len(of_stage.sent) for of_stage in routes), initial=0)
         self._stages = tuple(self._stage(of_stage, begin) for of_stage, begin in zip(routes, begins))
@@ -120,58 +93,22 @@ class RankLayout:
             )
         return self._maps_on[device]
 
-    def _local_rectangles(self) -> tuple[Rectangle, ...]:
-        """Return one causal square per local document."""
-        squares: dict[int, Rectangle] = {}
-        for piece in self.slices:
-            first = squares[piece.document].q_start if piece.document in squares else piece.row
-            stop = piece.row + piece.tokens
-            squares[piece.document] = Rectangle(first, stop, first, stop)
-        return tuple(squares.values())
-
-    def _needed_keys(self) -> Needed:
-        return needed_keys(self._plan.slices, self.window)
-
-    def _routes(self) -> list[Routes]:
-        """Return the routes of each stage in which some rank needs rows."""
-        plan, needed = self._plan, self._needed_keys()
-        groups = plan.stage_offsets if self.window is None else [range(1, plan.cp_size)]
-        stages = [StageTraffic(plan, offsets, needed) for offsets in groups]
-        routes = direct_routes if plan.ranks_per_node is None else hierarchical_routes
-        return [routes(traffic, self._rank) for traffic in stages if not traffic.is_empty()]
-
     def _stage(self, routes: Routes, begin: int) -> Stage:
         """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
-        keys = self._stage_keys(routes.received)
+        keys = stage_keys(self.slices, routes.received, self.window)
+        order = None if keys.order is None else row_numbers(keys.order)
         return Stage(
             sent=slice(begin, begin + len(routes.sent)),
             send_splits=routes.send_splits,
             recv_splits=routes.recv_splits,
             second_step=routes.second_step,
-            local_rows=keys.local_rows,
-            key_order=None if keys.order is None else Rows(keys.order),
-            order_groups=() if keys.order is None else distinct_groups(keys.order),
+            local_rows=None if keys.own is None else Rows(rows_of_slices(keys.own)),
+            key_order=None if order is None else Rows(order),
+            order_groups=() if order is None else distinct_groups(order),
             rectangles=keys.rectangles,
             causal=self.window is not None,
             rows=Rows(rows_of(keys.rectangles)),
         )
-
-    def _stage_keys(self, received: Sequence[KeyPiece]) -> StageKeys:
-        own = self._plan.slices[self._rank]
-        order, ranges = None, key_ranges(received, own)
-        if ranges is None:
-            in_order = sorted(received)
-            order = row_numbers((offset, offset + tokens) for _, _, tokens, offset in in_order)
-            ranges = key_ranges(in_order, own)
-        rectangles: list[Rectangle] = []
-        for piece, keys in zip(self.slices, ranges):
-            if keys[0] == keys[1]:
-                continue
-            first = piece.row
-            if rectangles and rectangles[-1].q_stop == first and rectangles[-1][2:] == keys:
-                first = rectangles.pop().q_start
-            rectangles.append(Rectangle(first, piece.row + piece.tokens, *keys))
-        return StageKeys(tuple(rectangles), order)
 
 
 class _Maps(NamedTuple):

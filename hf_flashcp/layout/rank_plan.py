@@ -10,7 +10,6 @@ from ..plan import ShardPlan
 from ..plan.slices import rank_tokens
 from ..plan.traffic import MOST_KEPT
 from .rank_layout import RankLayout
-from .window_layout import WindowLayout
 
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class RankPlan:
         self.layers_run_again = layers_run_again
         self.checked_layer = checked_layer
         self.layout = RankLayout(plan, rank)
-        self._window_layouts: dict[int, WindowLayout] = {}
+        self._window_layouts: dict[int, RankLayout] = {}
 
     def with_layers(
         self, keep_received_kv: bool | None, layers_run_again: frozenset[int], checked_layer: int | None
@@ -97,7 +96,7 @@ class RankPlan:
         if window is None or window >= self.layout.longest_document:
             return self.layout
         if window not in self._window_layouts:
-            self._window_layouts[window] = WindowLayout(self.plan, self.rank, window)
+            self._window_layouts[window] = RankLayout(self.plan, self.rank, window)
         return self._window_layouts[window]
 
     def __repr__(self) -> str:

@@ -6,24 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..plan.rectangles import Rectangle
 from .rows import Group, Rows
-
-
-class Rectangle(NamedTuple):
-    """Attention of queries [q_start, q_stop) to keys [k_start, k_stop): rows of two buffers, never empty."""
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-
-    @property
-    def queries(self) -> int:
-        return self.q_stop - self.q_start
-
-    @property
-    def keys(self) -> int:
-        return self.k_stop - self.k_start
 
 
 class SecondStep(NamedTuple):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from .rectangles import key_ranges
 from .slices import HeldSlice, Slice, slices_by_document
+from .stage_traffic import KeyPiece
 
 
 if TYPE_CHECKING:
@@ -16,40 +17,6 @@ if TYPE_CHECKING:
 Calls = dict[str, list[int]]
 """Number of calls per rank, forward and backward together: `collectives` (the same on every rank), `kernel_calls` (of
 a kernel that takes any number of sequences) and `copies` (passes over rows; K and V count as one)."""
-
-
-class KeyPiece(NamedTuple):
-    """The keys of `tokens` tokens of a document, beginning at token `start`, at row `offset` of a key buffer."""
-
-    document: int
-    start: int
-    tokens: int
-    offset: int = 0
-
-
-def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tuple[int, int]] | None:
-    """Return, for each slice, the range of buffer rows that holds the keys before it.
-
-    The range is `(0, 0)` for a slice that needs no keys. The result is `None` if the keys of any slice are not in one
-    contiguous range. The arrived pieces lie in the buffer in the given order (their `offset` is ignored), and no piece
-    extends across the start of a slice.
-    """
-    pieces: dict[int, list[KeyPiece]] = defaultdict(list)
-    offset = 0
-    for document, start, tokens, _ in arrived:
-        pieces[document].append(KeyPiece(document, start, tokens, offset))
-        offset += tokens
-    found = []
-    for document, start, _ in slices:
-        before = [piece for piece in pieces.get(document, ()) if piece.start < start]
-        if not before:
-            found.append((0, 0))
-            continue
-        first, last = min(piece.offset for piece in before), before[-1].offset + before[-1].tokens
-        if last - first != sum(piece.tokens for piece in before):
-            return None
-        found.append((first, last))
-    return found
 
 
 def full_attention_calls(plan: ShardPlan) -> Calls:
