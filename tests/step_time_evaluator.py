@@ -2,6 +2,7 @@
 planner."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -38,22 +39,21 @@ def layer_seconds(owner, rank, layers, model, backward, groups, ranks_per_node):
             continue
         runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
         if layers.window is None:
-            local.append(tiles_of(len(mine), model))
+            local.append((len(mine), 0))
             for run in runs:
                 for stage, group in enumerate(groups):
                     sources = [(rank - offset) % cp_size for offset in group]
                     missing = int(np.isin(ranks[: run[0]], sources).sum())
                     if missing:
-                        remote[stage].append([missing for _ in tiles_of(len(run), model)])
+                        remote[stage].append((len(run), missing))
                         rows[stage] += len(run)
             continue
-        most = layers.window + model.hardware.kernel.tile
         for run in runs:
             waiting = min(len(run), layers.window - 1) if run[0] else 0
             before = min(run[0], layers.window - 1)
             for count, keys, where in ((waiting, before, remote[0]), (len(run) - waiting, waiting, local)):
                 if count:
-                    where.append([min(keys + size, most) for size in tiles_of(count, model)])
+                    where.append((count, keys))
     memory = model.hardware.memory_bytes_per_second
     elements = layers.kv_heads * (layers.key_dim + layers.value_dim)
     steps = [traffic_of(owner, layers.window, group, ranks_per_node) for group in groups]
@@ -78,12 +78,8 @@ def layer_seconds(owner, rank, layers, model, backward, groups, ranks_per_node):
     return clock + edge
 
 
-def tiles_of(rows, model):
-    tile = model.hardware.kernel.tile
-    return [(index + 1) * tile for index in range(-(-rows // tile))]
-
-
 def call_seconds(rectangles, layers, model, causal, backward):
+    """Return the seconds of a pass over rectangles, given as queries and the number of keys before them."""
     if not rectangles:
         return 0.0
     kernel = model.hardware.kernel
@@ -94,10 +90,52 @@ def call_seconds(rectangles, layers, model, causal, backward):
     overhead = speed.tile_overhead_keys
     if causal and speed.causal_tile_overhead_keys is not None:
         overhead = speed.causal_tile_overhead_keys
-    work = [(keys + overhead) * flops_a_key for tiles in rectangles for keys in tiles]
+    keys_seen = [keys for queries, before in rectangles for keys in tiles_of(queries, before, layers, kernel, causal)]
+    work = [(keys + overhead) * flops_a_key for keys in keys_seen]
     together = sum(work) * layers.query_heads / speed_now
     alone = max(work) * kernel.units / speed_now
-    return kernel.call_seconds + max(together, alone)
+    calls, empty = 1, 0
+    if kernel.block_seconds:
+        sizes = [before + causal * queries if backward else queries for queries, before in rectangles]
+        joined = causal and layers.window is None  # the documents of the local pass are adjacent
+        sequences = [
+            (math.ceil(size / kernel.tile), queries * joined) for size, (queries, _) in zip(sizes, rectangles)
+        ]
+        calls, empty = cheapest_division(sequences, layers.query_heads)
+    return kernel.call_seconds * calls + max(together, alone) + kernel.block_seconds * layers.query_heads * empty
+
+
+def tiles_of(queries, before, layers, kernel, causal):
+    """Return the keys that each tile of queries sees."""
+    for first in range(0, queries, kernel.tile):
+        keys = before + first + kernel.tile if causal else before
+        yield min(keys, layers.window + kernel.tile) if causal and layers.window is not None else keys
+
+
+def cheapest_division(sequences, heads):
+    """Return the number of calls and of empty blocks per head, copies included, if sequences are divided by length.
+
+    A sequence is `(blocks, rows to copy)`. All ways to divide the powers of two into runs are tried. Sequences of one
+    run share a call. An empty block of one head costs 1, and a call costs 4096. Unless a call has one sequence or all
+    of them, twelve copied rows of one head cost 1, too. Of equally good divisions, a single call counts, then the one
+    with the longest last run, then the one with the longest run before it, and so on.
+    """
+    powers = sorted({math.ceil(math.log2(blocks)) for blocks, _ in sequences})
+    tried = []
+    for cuts in range(2 ** (len(powers) - 1)):
+        runs = [[]]
+        for index, power in enumerate(powers):
+            runs[-1].append([each for each in sequences if 2**power / 2 < each[0] <= 2**power])
+            if cuts >> index & 1:
+                runs.append([])
+        calls = [sum(run, []) for run in runs]
+        empty = sum(max(call)[0] - blocks for call in calls for blocks, _ in call)
+        copied = [sum(rows for _, rows in call) for call in calls if 1 < len(call) < len(sequences)]
+        cost = empty * heads + 4096 * len(runs) + sum(rows * heads // 12 for rows in copied)
+        order = [-len(run) for run in reversed(runs)] if len(runs) > 1 else []
+        tried.append((cost, order, empty + sum(copied) / 12))
+    _, runs, empty = min(tried)
+    return max(len(runs), 1), empty
 
 
 def wire_seconds(first, second, rank, layers, model, backward):

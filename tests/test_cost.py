@@ -15,11 +15,13 @@ from hf_flashcp import CostModel, FlashCPCollator, plan_documents
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
+from hf_flashcp.plan.kernel_calls import count_blocks
 from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings
 from hf_flashcp.predict import hardware_profile
 from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
 from tests.packs import packs
+from tests.step_time_evaluator import call_seconds as counted_call
 from tests.step_time_evaluator import step_times
 
 
@@ -185,6 +187,49 @@ def test_predictions_match_published_kernel_speeds():
             seconds = call_seconds(kernel, rows, **options)[0]
             flops = 4 * 128 * 16 * 16384 * length * (2.5 if backward else 1) / (2 if causal else 1)
             assert flops / seconds / 1e12 == pytest.approx(teraflops, rel=0.14 if length == 512 else 0.08)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 2**17), st.integers(1, 2**17)), min_size=1, max_size=12),
+    st.sampled_from([1, 4, 32, 128]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_calls_are_divided_where_that_is_cheapest(sizes, heads, causal, backward):
+    """The evaluator tries all divisions. Lengths go up to a whole pack, so that many divisions pay."""
+    model, layers = model_of(), AttentionLayers(1, heads, heads, 128, 128)
+    rows = Rectangles.of([(0, queries, before) for queries, before in sizes])
+    options = {"cp_size": 1, "layers": layers, "window": None, "causal": causal, "backward": backward}
+    found = call_seconds(H100.kernel, rows, **options)[0]
+    assert found == pytest.approx(counted_call(sizes, layers, model, causal, backward), rel=1e-12)
+
+
+def test_empty_blocks_and_further_calls_are_priced():
+    """Documents of 256, 24, 32 and 1 blocks take three calls per direction. 24 and 32 share one, with empty blocks.
+
+    All rows but those of the longest document are copied for their calls.
+    """
+    plan = plan_documents([32768, *[3000] * 40, *[4000] * 40, *[100] * 300], 1)
+    (calls,), (started,), (useful,) = count_blocks(plan, None, "torch_flash", 32).values()
+    assert (calls, started, useful) == (6, 2 * (256 + 80 * 32 + 300), 2 * (256 + 40 * 24 + 40 * 32 + 300))
+    unpriced = dataclasses.replace(H100, kernel=dataclasses.replace(H100.kernel, block_seconds=0.0))
+    seconds, without = (model_of(profile).step_time(plan).attention[0] for profile in (H100, unpriced))
+    kernel, layers, heads = H100.kernel, 32, 32
+    copied = 2 * (40 * 3000 + 40 * 4000 + 300 * 100)
+    expected = (started - useful + copied / 12) * heads * kernel.block_seconds + (calls - 2) * kernel.call_seconds
+    assert seconds - without == pytest.approx(layers * expected, rel=1e-9)
+
+
+def test_without_empty_blocks_a_pass_is_one_call():
+    """With `block_seconds` 0 the time is that of the tiles and of one call per direction."""
+    kernel = dataclasses.replace(H100.kernel, block_seconds=0.0)
+    plan = plan_documents([32768, *[100] * 300], 1)
+    seconds = model_of(dataclasses.replace(H100, kernel=kernel)).step_time(plan).attention[0]
+    tiles = kernel.tile * (256 * 257 / 2 + 300) + (256 + 300) * 80, kernel.tile * (256 * 257 / 2 + 300) + 556 * 250
+    flops = [2 * 128 * 128 * 2 * 32 * tiles[0], 2 * 128 * 128 * 5 * 32 * tiles[1]]
+    once = flops[0] / (371e12 * 0.91) + flops[1] / (325e12 * 0.91) + 2e-5
+    assert seconds == pytest.approx(32 * once, rel=1e-9)
 
 
 def test_a_model_travels_to_workers_and_is_equal_there():

@@ -8,17 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_flashcp.attention.kernels import BackwardInputs, Gradients, ScoreOptions
 from hf_flashcp.bench.memory import CASES, LLAMA, RANK_CASES, compare, compare_on_ranks
-from hf_flashcp.errors import ConfigurationError
-from hf_flashcp.layout import RankPlan
+from hf_flashcp.errors import ConfigurationError, PlanError
+from hf_flashcp.layout import RankPlan, Rectangle
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
 from hf_flashcp.predict.attention_memory import attention_backward, backward_buffers, backward_workspace
 from hf_flashcp.predict.layer_work import largest_calls
 from hf_flashcp.predict.memory import PARTS, MemoryEstimate, estimate_memory, largest_window
 from hf_flashcp.predict.memory_shape import MemoryShape
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
-from hf_flashcp.predict.training_setup import RankLoad, TrainingSetup
+from hf_flashcp.predict.training_setup import KERNELS, RankLoad, TrainingSetup
 from hf_flashcp.simulation.sizing import Choice, best, choices, cp_sizes, usable_bytes
+from tests.kernel_cases import EmulatedVarlen
 from tests.models import FAMILIES
 from tests.test_cli import png_size, run
 
@@ -140,24 +142,91 @@ def test_largest_window_is_the_largest(mode):
     assert largest_window(SHAPE, setup, 8, 1e9, RankLoad(1)) == 0
 
 
+def test_the_load_of_another_row_is_proportional():
+    load = RankLoad(100, 60, 40, 30, 5, 800, stage_masked=True)
+    assert load.scaled(200, 1600) == RankLoad(200, 120, 80, 60, 10, 1600, stage_masked=True)
+
+
 def test_workspace_of_flash_attention_2():
     # 32 query heads and 8 KV heads of 128, 16,384 queries against 114,688 keys.
+    for kernel in ("torch_flash", "flash_attn_2"):
+        buffers = backward_buffers(SHAPE, 16384, 114688, kernel=kernel, masked=True)
+        assert buffers["expanded dk, dv"] == 2 * 2 * 114688 * 32 * 128 == pytest.approx(1.88e9, rel=1e-3)
+        assert buffers["dq_accum"] == 4 * (16384 + 128) * 32 * 128 == pytest.approx(0.27e9, rel=3e-3)
+        assert buffers["softmax_d"] == 4 * (16384 + 128) * 32
+        assert buffers["dk, dv"] == 2 * 2 * 114688 * 8 * 128 == pytest.approx(0.47e9, rel=1e-3)
+        assert buffers["dq"] == 2 * 16384 * 32 * 128
+        assert buffers["padded inputs"] == buffers["folded inputs"] == 0
+        workspace = backward_workspace(SHAPE, 16384, 114688, kernel=kernel, masked=True)
+        assert workspace == sum(buffers.values())
+
+
+def test_workspace_if_query_heads_are_folded():
+    """Without a mask nothing is expanded: four query heads of 16,384 queries become one of 65,536."""
     buffers = backward_buffers(SHAPE, 16384, 114688)
-    assert buffers["expanded dk, dv"] == 2 * 2 * 114688 * 32 * 128 == pytest.approx(1.88e9, rel=1e-3)
-    assert buffers["dq_accum"] == 4 * (16384 + 128) * 32 * 128 == pytest.approx(0.27e9, rel=3e-3)
-    assert buffers["softmax_d"] == 4 * (16384 + 128) * 32
-    assert buffers["dk, dv"] == 2 * 2 * 114688 * 8 * 128 == pytest.approx(0.47e9, rel=1e-3)
-    assert buffers["dq"] == 2 * 16384 * 32 * 128
-    assert buffers["padded inputs"] == 0
-    assert backward_workspace(SHAPE, 16384, 114688) == sum(buffers.values())
+    assert buffers["expanded dk, dv"] == 0
+    assert buffers["dq_accum"] == 4 * (65536 + 128) * 8 * 128
+    assert buffers["softmax_d"] == 4 * (65536 + 128) * 8
+    assert buffers["folded inputs"] == 3 * 2 * 16384 * 32 * 128 + 4 * 16384 * 32
+    assert buffers["dq"] == 2 * 16384 * 32 * 128 and buffers["dk, dv"] == 2 * 2 * 114688 * 8 * 128
+    # Up to two keys per query, copies of queries cost more than they save.
+    assert backward_buffers(SHAPE, 1000, 2000)["folded inputs"] == 0
+    assert backward_buffers(SHAPE, 1000, 2000) == backward_buffers(SHAPE, 1000, 2000, masked=True)
+    # Rows of a single KV head are in the folded order already.
+    assert backward_buffers(replace(SHAPE, kv_heads=1), 1000, 2001)["folded inputs"] == 4 * 1000 * 32
 
 
-def test_workspace_expands_keys_only_for_grouped_queries():
-    grouped = backward_buffers(SHAPE, 1000, 4000)
-    equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 4000)
-    assert equal["expanded dk, dv"] == 0
-    assert equal["dk, dv"] == grouped["expanded dk, dv"] == 4 * grouped["dk, dv"]
+@pytest.mark.parametrize("kernel", ["torch_flash", "flash_attn_2", "cudnn"])
+def test_workspace_expands_keys_only_for_grouped_queries(kernel):
+    grouped = backward_buffers(SHAPE, 1000, 4000, kernel=kernel, masked=True)
+    equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 4000, kernel=kernel)
+    assert equal["expanded dk, dv"] == equal["folded inputs"] == 0
+    assert equal["dk, dv"] == 4 * grouped["dk, dv"]
+    assert grouped["expanded dk, dv"] == (2 * 4 * 16384 * 32 * 128 if kernel == "cudnn" else equal["dk, dv"])
     assert equal["dq_accum"] == grouped["dq_accum"]
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn_3", "flash_attn_4"])
+def test_workspace_of_flash_attention_3_and_4(kernel):
+    """Rows are rounded up to whole blocks of 128; gradients of keys are summed per KV head, and nothing is folded."""
+    buffers = backward_buffers(SHAPE, 1000, 5000, sequences=3, kernel=kernel)
+    query_rows, key_rows = 1408, 5504  # 1,000 + 3 x 128 and 5,000 + 3 x 128, rounded up
+    assert buffers == {
+        "dq_accum": 4 * query_rows * 32 * 128,
+        "softmax_d": 4 * query_rows * 32,
+        "lse_log2": 4 * query_rows * 32,
+        "dk_accum, dv_accum": 2 * 4 * key_rows * 8 * 128,
+        "dq": 2 * 1000 * 32 * 128,
+        "dk, dv": 2 * 2 * 5000 * 8 * 128,
+        "padded inputs": 0,
+        "folded inputs": 0,
+    }
+    equal = backward_buffers(replace(SHAPE, kv_heads=32), 1000, 5000, sequences=3, kernel=kernel)
+    assert equal["dk_accum, dv_accum"] == 0
+    width = {"flash_attn_3": 64, "flash_attn_4": 32}[kernel]
+    narrow = backward_buffers(replace(SHAPE, key_dim=24, value_dim=24), 1000, 5000, sequences=3, kernel=kernel)
+    assert narrow["dq_accum"] == 4 * query_rows * 32 * width
+
+
+@pytest.mark.parametrize("kv_heads, measured", [(8, 2.418e9), (32, 0.271e9)])
+def test_workspace_of_cudnn_s_plans(kv_heads, measured):
+    """The workspace that cuDNN 9.20 asks for, for 8 sequences of 16,384 queries and 65,536 keys in total."""
+    buffers = backward_buffers(replace(SHAPE, kv_heads=kv_heads), 16384, 65536, 8, kernel="cudnn", masked=True)
+    workspace = buffers["dq_accum"] + buffers["softmax_d"] + buffers["expanded dk, dv"]
+    assert workspace == pytest.approx(measured, rel=0.01)
+    assert buffers["statistics"] == 4 * 16384 * 32
+
+
+def test_cudnn_rounds_rows_and_heads_up():
+    wide = replace(SHAPE, key_dim=72, value_dim=40)
+    buffers = backward_buffers(wide, 16385, 65537, kernel="cudnn", masked=True)
+    assert buffers["dq_accum"] == 4 * 32768 * 32 * 80
+    assert buffers["expanded dk, dv"] == 4 * 131072 * 32 * (80 + 48)
+    assert buffers["dq"] == 2 * 16385 * 32 * 80 and buffers["dk, dv"] == 2 * 65537 * 8 * (80 + 48)
+    assert buffers["padded inputs"] == 2 * (16385 * 32 * (80 + 2 * 48) + 65537 * 8 * (80 + 48))
+    assert backward_buffers(SHAPE, 5, 7, kernel="cudnn")["dq_accum"] == 4 * 16384 * 32 * 128
+    folded = backward_buffers(SHAPE, 16384, 65536, kernel="cudnn")
+    assert folded["dq_accum"] == 4 * 65536 * 8 * 128 and folded["expanded dk, dv"] == 0
 
 
 @pytest.mark.parametrize(
@@ -172,36 +241,72 @@ def test_workspace_expands_keys_only_for_grouped_queries():
     ],
 )
 def test_workspace_pads_heads(key_dim, value_dim, width, rounded, padded):
-    buffers = backward_buffers(replace(SHAPE, key_dim=key_dim, value_dim=value_dim), 100, 700, sequences=3)
+    shape = replace(SHAPE, key_dim=key_dim, value_dim=value_dim)
+    buffers = backward_buffers(shape, 100, 700, sequences=3, masked=True)
     assert buffers["dq_accum"] == 4 * (100 + 3 * 128) * 32 * rounded
     assert buffers["dq"] == 2 * 100 * 32 * width
     assert buffers["padded inputs"] == 2 * padded * width
 
 
+class _Copying(EmulatedVarlen):
+    """Records the bytes of the inputs of backward that are not parts of the caller's tensors."""
+
+    expands_kv_gradients = True
+
+    def _backward_call(self, inputs, sequences, options):
+        given = {tensor.untyped_storage().data_ptr() for tensor in self.given}
+        copies = [tensor for tensor in inputs if tensor.untyped_storage().data_ptr() not in given]
+        self.copied = sum(tensor.numel() * tensor.element_size() for tensor in copies)
+        self.queries = inputs.query.shape[:2]
+        return super()._backward_call(inputs, sequences, options)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("keys", [80, 81])
+def test_folding_copies_what_the_estimate_says(kv_heads, keys):
+    rectangle = Rectangle(0, 40, 0, keys)
+    shape = replace(SHAPE, query_heads=4, kv_heads=kv_heads, key_dim=16, value_dim=16)
+    tensors = torch.randn(2, 40, 4, 16), torch.randn(2, keys, kv_heads, 16), torch.randn(40, 4, 16)
+    query, grad_out, key, value, out = (x.bfloat16().transpose(0, 1) for x in (*tensors[0], *tensors[1], tensors[2]))
+    lse = torch.full((4, 40), 9.0)
+    kernel = _Copying()
+    kernel.given = query, key, value, grad_out, out, lse
+    grads = Gradients(*(torch.zeros(x.shape) for x in (query, key, value)))
+    kernel.backward(BackwardInputs(grad_out, query, key, value, out, lse), (rectangle,), ScoreOptions(False, 1), grads)
+    folded = keys == 81 and kv_heads < 4
+    assert kernel.queries == ((160 // kv_heads, kv_heads) if folded else (40, 4))
+    assert kernel.copied == backward_buffers(shape, 40, keys)["folded inputs"]
+    assert (kernel.copied > 0) == folded
+
+
 def test_only_gpus_have_a_workspace():
-    def most(shape=SHAPE, **options):
-        estimate = estimate_memory(shape, TrainingSetup(gpus=8, **options), RankLoad(16384, 114688, 16384))
+    def most(shape=SHAPE, masked=True, **options):
+        load = RankLoad(16384, 114688, 16384, stage_masked=masked)
+        estimate = estimate_memory(shape, TrainingSetup(gpus=8, **options), load)
         return max(parts["attention workspace"] for parts in estimate.moments.values())
 
-    assert most() == sum(backward_buffers(SHAPE, 16384, 114688).values())
+    assert most() == backward_workspace(SHAPE, 16384, 114688, masked=True)
+    for kernel in ("flash_attn_3", "flash_attn_4"):
+        assert most(masked=False, kernel=kernel) == backward_workspace(SHAPE, 16384, 114688, kernel=kernel)
     assert most(device="cpu") == 0
-    # FlashAttention-2 takes neither fp32 nor wider heads.
+    # No fused kernel takes fp32 or wider heads.
     assert most(dtype="float32", mixed_precision="no") == 0
     assert most(replace(SHAPE, key_dim=512, value_dim=512)) == 0
 
 
 def test_estimate_of_one_long_document_has_the_workspace():
-    setup = TrainingSetup(gpus=8, gradient_checkpointing="full")
+    setup = TrainingSetup(gpus=8, gradient_checkpointing="full", kernel="flash_attn_3")
     (choice,) = choices(LLAMA_3_8B, H100, setup, [131072], [8])
     (on_cpu,) = choices(LLAMA_3_8B, H100, replace(setup, device="cpu"), [131072], [8])
     parts = choice.memory.moments["last layer's backward"]
-    assert parts["attention workspace"] == pytest.approx(backward_workspace(SHAPE, 16384, 114688, 2), rel=0.01)
-    assert sum(parts.values()) - sum(on_cpu.memory.moments["last layer's backward"].values()) > 1e9
+    expected = backward_workspace(SHAPE, 16384, 114688, 2, kernel="flash_attn_3")
+    assert parts["attention workspace"] == pytest.approx(expected, rel=0.01)
+    assert sum(parts.values()) - sum(on_cpu.memory.moments["last layer's backward"].values()) > 3e8
     # With few logits, the workspace decides how much fits.
     small = {**LLAMA_3_8B, "vocab_size": 1024}
     (choice,) = choices(small, H100, setup, [131072], [8])
     (on_cpu,) = choices(small, H100, replace(setup, device="cpu"), [131072], [8])
-    assert choice.memory.peak == "last layer's backward" and choice.memory.parts["attention workspace"] > 2.5e9
+    assert choice.memory.peak == "last layer's backward" and choice.memory.parts["attention workspace"] > 1.8e9
     assert choice.largest_window < on_cpu.largest_window
 
 
@@ -217,7 +322,12 @@ def test_points_of_attention_s_backward():
     assert stage.temporary == always + c * kv * 5000 + 4 * kv * 40000
     assert cast.temporary - stage.temporary == c * kv * 40000 and cast.workspace == 0
     assert local.temporary == always + c * kv * 45000
-    assert local.workspace == backward_workspace(SHAPE, 1000, 1000)
+    assert local.workspace == backward_workspace(SHAPE, 1000, 1000, masked=True)
+    assert stage.workspace == backward_workspace(SHAPE, 1000, 40000)
+    windowed = RankLoad(1000, 40000, 5000, 40000, stage_masked=True)
+    for kernel in KERNELS:
+        masked, *_ = attention_backward(SHAPE, replace(setup, kernel=kernel), windowed, kept=True, freed=0)
+        assert masked.workspace == backward_workspace(SHAPE, 1000, 40000, kernel=kernel, masked=True)
     assert end.temporary == always + c * (queries + 1000 * kv) and end.workspace == 0
     # KV that is fetched again is held until its stage is computed.
     assert points(40000, kept=False)[0].temporary - stage.temporary == c * kv * 40000
@@ -236,9 +346,9 @@ def test_largest_calls_are_those_of_the_layouts(window, groups):
     stages = [stage for layout in layouts for stage in layout.stages(torch.device("cpu"))]
     keys = [stage.received if stage.key_order is None else stage.key_order.count for stage in stages]
     calls = [layout.local for layout in layouts] + [stage.rectangles for stage in stages]
-    found_keys, found_sequences = largest_calls(plan, layers)
-    assert found_keys == max(keys)
-    assert max(map(len, calls)) <= found_sequences <= max(map(len, plan.slices))
+    found = largest_calls(plan, layers)
+    assert found.keys == max(keys) and found.masked == (window is not None)
+    assert max(map(len, calls)) <= found.sequences <= max(map(len, plan.slices))
 
 
 class FourRanks:
@@ -289,13 +399,14 @@ def config(tmp_path):
 
 def test_command_prints_a_table(capsys, config):
     line = f"estimate --model {config.parent} --window 262144 --gpus 16 --gradient-checkpointing full"
-    code, out, err = run(capsys, line)
+    code, out, err = run(capsys, f"{line} --kernel flash_attn_3")
     assert (code, err) == (0, "")
     assert out.startswith("8.03 billion parameters, loaded in bfloat16, bf16 mixed precision, fsdp2")
+    assert out.splitlines()[0].endswith(", kernel flash_attn_3")
     assert "\ncp_size 8: the smallest that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
         assert f"\n  {part}" in out or f"\n{part}" in out
-    assert "\nin the last layer's backward: 27.1 GiB, of which 5.1 GiB is attention workspace\n" in out
+    assert "\nin the last layer's backward: 25.4 GiB, of which 3.4 GiB is attention workspace\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1
     assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
@@ -310,6 +421,7 @@ def test_command_as_json(capsys, config):
     (choice,) = found["choices"]
     assert choice["memory"]["total"] == pytest.approx(sum(choice["memory"]["parts"].values()), abs=8)
     assert all(list(parts) == list(PARTS) for parts in choice["memory"]["moments"].values())
+    assert found["setup"]["kernel"] == "torch_flash"
     assert set(found["gradient_checkpointing"]) == {"none", "full", "attention-saving"}
 
 
@@ -359,6 +471,10 @@ def test_unknown_setup():
         TrainingSetup(sharding="zero3")
     with pytest.raises(ConfigurationError, match="device is 'tpu': choose one of cuda, cpu"):
         TrainingSetup(device="tpu")
+    with pytest.raises(ConfigurationError, match="kernel is 'eager': choose one of torch_flash, "):
+        TrainingSetup(kernel="eager")
+    with pytest.raises(PlanError, match="There is no varlen kernel 'eager'. Choose one of torch_flash, "):
+        backward_buffers(SHAPE, 1, 1, kernel="eager")
 
 
 def test_estimating_imports_no_torch(config):

@@ -3,15 +3,22 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import cache
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import FlashCPError, PlanError
 from hf_flashcp.layout import RankPlan
 from hf_flashcp.plan import shard_plan
+from hf_flashcp.plan.kernel_calls import GRIDS
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
+from tests.kernel_cases import EmulatedVarlen
+from tests.kernel_cases import make as kernel_inputs
+from tests.kernel_cases import run as run_kernel
 from tests.packs import KNOWN_PACKS, arbitrary_plans
 
 
@@ -308,3 +315,144 @@ def test_traffic_is_counted_once_per_plan_and_window(monkeypatch):
     assert sorted(map(str, counted)) == ["()", "(4,)", "(None,)"]
     again = pickle.loads(pickle.dumps(plan))
     assert again == plan and not (again._moved or again._traffic)
+
+
+PLANS = {
+    "zigzag": cache(lambda: plan_documents([4096], 2, strategy="per_doc")),
+    "one long, many short": cache(lambda: plan_documents([32768, *[64] * 512], 2, strategy="per_doc")),
+    "pile, search": cache(lambda: plan_documents(sample_pack("pile", 131072), 8)),
+    "pile, per_doc": cache(lambda: plan_documents(sample_pack("pile", 131072), 8, strategy="per_doc")),
+}
+# By plan and kernel: calls, blocks started and blocks useful of each rank, for 32 query heads.
+BLOCKS = {
+    # 16 and 16 blocks for the local pass; 8 queries' and 16 keys' blocks for the stage of rank 0, 16 and 8 on rank 1.
+    ("zigzag", "torch_flash"): ([4, 4], [56, 56], [56, 56]),
+    ("zigzag", "flash_attn_4"): ([4, 4], [56, 56], [56, 56]),
+    # Each rank: 128 + 512 blocks for the local pass in each direction; for the stage 64 + 512 and 128 + 512.
+    ("one long, many short", "torch_flash"): ([8, 8], [2496, 2496], [2496, 2496]),
+    ("one long, many short", "flash_attn_3"): ([6, 6], [2496, 2496], [2496, 2496]),
+    ("one long, many short", "flash_attn_4"): ([4, 4], [2496, 2496], [2496, 2496]),
+    # To divide more passes, FlashAttention-2 would have to copy the rows of adjacent documents.
+    ("pile, search", "torch_flash"): (
+        [6, 6, 4, 4, 4, 4, 4, 2],
+        [595, 1922, 1425, 982, 644, 681, 649, 480],
+        [437, 412, 353, 362, 278, 319, 347, 260],
+    ),
+    ("pile, search", "flash_attn_3"): (
+        [5, 6, 4, 4, 4, 4, 4, 2],
+        [516, 1167, 889, 682, 461, 500, 509, 370],
+        [437, 412, 353, 362, 278, 319, 347, 260],
+    ),
+    ("pile, search", "cudnn"): (
+        [6, 8, 6, 6, 6, 4, 4, 2],
+        [595, 464, 435, 482, 324, 681, 649, 480],
+        [437, 412, 353, 362, 278, 319, 347, 260],
+    ),
+    ("pile, search", "flash_attn_4"): ([4, 6, 4, 4, 4, 4, 4, 2], *[[437, 412, 353, 362, 278, 319, 347, 260]] * 2),
+    ("pile, per_doc", "cudnn"): (
+        [14, 17, 17, 19, 19, 18, 18, 13],
+        [2162, 2664, 2775, 2617, 2556, 2688, 2717, 1738],
+        [1562, 1828, 1824, 1817, 1809, 1812, 1813, 1175],
+    ),
+}
+
+
+@pytest.mark.parametrize("plan, kernel", BLOCKS, ids=map(", ".join, BLOCKS))
+def test_calls_and_blocks_of_named_plans(plan, kernel):
+    report = PLANS[plan]().report(kernel=kernel)
+    assert (report["varlen_calls"], report["blocks_started"], report["blocks_useful"]) == BLOCKS[plan, kernel]
+
+
+def test_calls_of_few_heads_are_divided_less():
+    """199 documents of one block start 15 empty ones each: that is worth a call for 32 heads, but not for one."""
+    plan = plan_documents([2048, *[128] * 199], 1)
+    for query_heads, calls, started in ((1, 2, 2 * 16 * 200), (32, 4, 2 * (16 + 199))):
+        report = plan.report(kernel="torch_flash", query_heads=query_heads)
+        assert (report["varlen_calls"], report["blocks_started"]) == ([calls], [started])
+        assert report["blocks_useful"] == [2 * (16 + 199)]
+
+
+class Counting(EmulatedVarlen):
+    """A varlen kernel that checks and counts its calls, and returns zeros."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.grids, self.counts = GRIDS[kernel], [0, 0, 0]
+
+    def _count(self, sequences, backward):
+        grid = self.grids[backward]
+        cumulative = sequences.cu_seqlens_q if grid.axis == "queries" else sequences.cu_seqlens_k
+        longest = sequences.max_seqlen_q if grid.axis == "queries" else sequences.max_seqlen_k
+        useful = sum(-(-length // grid.tile) for length in cumulative.diff().tolist())
+        started = (len(cumulative) - 1) * -(-longest // grid.tile) if grid.padded else useful
+        self.counts = [total + more for total, more in zip(self.counts, (1, started, useful))]
+
+    def _forward_call(self, query, key, value, sequences, options):
+        self._check(query, key, value, sequences)
+        self._count(sequences, backward=False)
+        return torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0])
+
+    def _backward_call(self, inputs, sequences, options):
+        self._check(*inputs[1:4], sequences)
+        self._count(sequences, backward=True)
+        return tuple(torch.zeros_like(tensor) for tensor in inputs[1:4])
+
+
+class Ranks:
+    """A group of so many ranks."""
+
+    def __init__(self, ranks):
+        self._ranks = ranks
+
+    def size(self):
+        return self._ranks
+
+
+@pytest.mark.parametrize("kernel", ["torch_flash", "flash_attn_3", "flash_attn_4"])
+@pytest.mark.parametrize(
+    "plan, groups, window",
+    [
+        ("zigzag", None, None),
+        ("one long, many short", None, None),
+        ("one long, many short", None, 300),
+        ("pile, search", [[1], [2, 3], [4, 5, 6, 7]], None),
+        ("pile, per_doc", None, None),
+    ],
+)
+def test_calls_and_blocks_are_those_of_a_varlen_kernel(plan, groups, window, kernel):
+    plan = PLANS[plan]().with_offset_groups(groups)
+    report = plan.report(window, kernel=kernel, query_heads=4)
+    for rank in range(plan.cp_size):
+        layout = RankPlan(plan, rank, Ranks(plan.cp_size)).layout_for(window)
+        stages = [stage.rectangles for stage in layout.stages(torch.device("cpu"))]
+        counting = Counting(kernel)
+        for rectangles, causal in ((layout.local, True), *((each, window is not None) for each in stages)):
+            if rectangles:
+                queries, keys = rectangles[-1].q_stop, max(each.k_stop for each in rectangles)
+                inputs = [torch.zeros(h, rows, 8) for h, rows in ((4, queries), (1, keys), (1, keys), (4, queries))]
+                run_kernel(counting, inputs, rectangles, causal=causal, window=window if causal else None)
+        counts = [report[name][rank] for name in ("varlen_calls", "blocks_started", "blocks_useful")]
+        assert counting.counts == counts
+        assert report["kernel_calls"][rank] <= counts[0]
+
+
+def test_an_emulated_kernel_makes_the_calls_that_are_counted():
+    """The same with real attention on a small plan."""
+    plan = plan_documents([2048, *[16] * 64], 2, strategy="per_doc")
+    report = plan.report(kernel="torch_flash", query_heads=2)
+    for rank in range(2):
+        layout = RankPlan(plan, rank, Ranks(2)).layout_for(None)
+        kernel = EmulatedVarlen()
+        (stage,) = layout.stages(torch.device("cpu"))
+        for rectangles, causal in ((layout.local, True), (stage.rectangles, False)):
+            run_kernel(kernel, kernel_inputs((2, 1, 8, 8), rectangles), rectangles, causal=causal)
+        assert len(kernel.calls) == report["varlen_calls"][rank]
+
+
+def test_unknown_kernels_and_no_heads_are_named():
+    plan = plan_documents([64], 2)
+    with pytest.raises(PlanError, match="There is no varlen kernel 'eager'. Choose one of torch_flash, "):
+        plan.report(kernel="eager")
+    with pytest.raises(PlanError, match="at least 1 query head, got query_heads=0"):
+        plan.report(kernel="cudnn", query_heads=0)
+    assert "varlen_calls" not in plan.report()

@@ -183,28 +183,23 @@ def test_ring_steps_compute_each_pair_once(case, name):
 def test_kernel_times_equal_those_from_counted_tiles(pack, name):
     lengths, cp_size, model = KNOWN_PACKS[pack], 4, model_of()
     plan = plan_of(name, lengths, cp_size)
-    tile = model.hardware.kernel.tile
-
-    def causal(rows, before=0):
-        return [before + (index + 1) * tile for index in range(-(-rows // tile))]
-
     for backward, (attention, *_) in zip((False, True), passes(name, model, plan, MHA)):
         for rank in range(cp_size):
             heads = MHA
             if name == "ulysses":
                 heads = dataclasses.replace(MHA, query_heads=MHA.query_heads // cp_size)
-                calls = [(True, [causal(length) for length in lengths])]
+                calls = [(True, [(length, 0) for length in lengths])]
             elif name == "zigzag_ring":
                 mine = [np.flatnonzero(ranks == rank) for ranks in owners(plan)]
-                calls = [(True, [causal(len(own)) for own in mine if len(own)])]
+                calls = [(True, [(len(own), 0) for own in mine if len(own)])]
                 for other in set(range(cp_size)) - {rank}:
                     full = []
                     for own, ranks in zip(mine, owners(plan)):
                         seen = [keys for query in own if (keys := (np.flatnonzero(ranks == other) < query).sum())]
-                        full += [[seen[0]] * -(-len(seen) // tile)] if seen else []
+                        full += [(len(seen), seen[0])] if seen else []
                     calls.append((False, full))
             else:
-                calls = [(True, [causal(stop - start, start) for _, start, stop in plan.slices[rank]])]
+                calls = [(True, [(stop - start, start) for _, start, stop in plan.slices[rank]])]
             counted = sum(counted_call(rows, heads, model, masked, backward) for masked, rows in calls)
             assert attention[rank] == pytest.approx(counted, rel=1e-12)
 

@@ -12,7 +12,14 @@ from ..errors import ConfigurationError
 from ..predict import HardwareProfile
 from ..predict.memory import WORKSPACE, MemoryEstimate
 from ..predict.memory_shape import MemoryShape
-from ..predict.training_setup import DTYPES, GRADIENT_CHECKPOINTING, MIXED_PRECISIONS, SHARDINGS, TrainingSetup
+from ..predict.training_setup import (
+    DTYPES,
+    GRADIENT_CHECKPOINTING,
+    KERNELS,
+    MIXED_PRECISIONS,
+    SHARDINGS,
+    TrainingSetup,
+)
 from ..simulation.sizing import Choice, best, choices, usable_bytes
 from ..tables import GIB, counted, table
 from . import options
@@ -36,6 +43,7 @@ def add_parser(commands) -> None:
         ("--sharding", SHARDINGS, "fsdp2", "how weights and optimizer state are distributed"),
         ("--dtype", DTYPES, "bfloat16", "dtype in which the model is loaded"),
         ("--mixed-precision", MIXED_PRECISIONS, "bf16", "accelerate's mixed precision"),
+        ("--kernel", KERNELS, "torch_flash", "attention kernel, whose backward needs a workspace"),
     ):
         parser.add_argument(option, choices=values, default=default, help=f"{text} (default {default})")
     options.add_checkpointing(parser)
@@ -50,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Estimate, draw if asked to, and print. Then raise an error if the window does not fit with any cp_size."""
     hardware = HardwareProfile.load(arguments.hardware)
     config = options.read_config(arguments.model)
-    given = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing")
+    given = ("gpus", "sharding", "dtype", "mixed_precision", "gradient_checkpointing", "kernel")
     setup = TrainingSetup(**{name: getattr(arguments, name) for name in given})
     lengths = [arguments.window]
     if arguments.lengths_from:
@@ -164,7 +172,7 @@ def _text(estimate: _Estimate) -> str:
     return "\n".join(
         [
             f"{estimate.parameters / 1e9:,.2f} billion parameters, loaded in {setup.dtype}, {precision}, "
-            f"{setup.sharding}, gradient checkpointing {setup.gradient_checkpointing}",
+            f"{setup.sharding}, gradient checkpointing {setup.gradient_checkpointing}, kernel {setup.kernel}",
             f"{counted(sum(lengths), 'token')} in {counted(len(lengths), 'document')}, {counted(setup.gpus, 'GPU')} "
             f"with {estimate.hardware_bytes / GIB:,.1f} GiB, {estimate.usable / GIB:,.1f} of them usable",
             "",

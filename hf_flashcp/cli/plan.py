@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from ..errors import PlanError
 from ..plan import ShardPlan, Topology
+from ..plan.kernel_calls import GRIDS
+from ..plan.slices import rank_pairs
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
 from ..predict import CostModel, HardwareProfile, StepTime
 from ..tables import counted, table
@@ -56,6 +58,12 @@ def add_parser(commands) -> None:
         text="ranks that share a node: KV is sent to each node once, traffic between nodes is reported separately, "
         "and the strategy search reduces it (default: the hardware profile's)",
     )
+    parser.add_argument(
+        "--kernel",
+        choices=GRIDS,
+        default="torch_flash",
+        help="attention kernel whose calls and thread blocks are counted (default torch_flash)",
+    )
     options.add_hardware(parser, "predict step times with this profile, and minimize them with the strategy search:")
     options.add_model(parser, "(with --hardware)")
     options.add_json(parser, "plan, report and digest")
@@ -90,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.sliding_window,
         cost_model.step_time(plan) if cost_model else None,
         topology,
+        arguments.kernel,
+        cost_model.layers[0].query_heads if cost_model and cost_model.layers else 32,
     )
     # Reports come first, so that an invalid sliding window is an error before anything is drawn.
     shown = _as_dict(planned) if arguments.json else _text(planned)
@@ -106,6 +116,21 @@ class _Planned(NamedTuple):
     sliding_window: int | None
     step_time: StepTime | None
     topology: Topology | None
+    kernel: str
+    query_heads: int
+
+    def report(self, topology: Topology | None, window: int | None = None) -> dict[str, Any]:
+        """Return the plan's report with the kernel's calls."""
+        return self.plan.report(window, topology, self.kernel, self.query_heads)
+
+    @property
+    def slowest_rank(self) -> int:
+        """The rank with the longest predicted step or, without a prediction, the most attention pairs."""
+        if self.step_time is None:
+            pairs = rank_pairs(self.plan.slices)
+            return pairs.index(max(pairs))
+        time = self.step_time
+        return int((time.linear + time.attention + time.copies + time.exposed).argmax())
 
 
 def _as_dict(planned: _Planned) -> dict[str, Any]:
@@ -114,12 +139,14 @@ def _as_dict(planned: _Planned) -> dict[str, Any]:
         "strategy": planned.strategy,
         "digest": plan.digest,
         "plan": plan.to_dict(),
-        "report": plan.report(topology=planned.topology),
+        "kernel": planned.kernel,
+        "slowest_rank": planned.slowest_rank,
+        "report": planned.report(planned.topology),
     }
     if planned.step_time is not None:
         found["step_time"] = planned.step_time.to_dict()
     if window is not None:
-        found |= {"sliding_window": window, "sliding_window_report": plan.report(window, planned.topology)}
+        found |= {"sliding_window": window, "sliding_window_report": planned.report(planned.topology, window)}
     return found
 
 
@@ -131,7 +158,7 @@ def _text(planned: _Planned) -> str:
     plan, topology = planned.plan, planned.topology
     if topology is not None and plan.cp_size <= topology.ranks_per_node:
         topology = None
-    report = plan.report(topology=topology)
+    report = planned.report(topology)
     shown = {"tokens": "tokens", "pairs": "attention pairs", "kv_received": "KV received", "kv_sent": "KV sent"}
     if topology is not None:
         shown |= {"inter_node_received": "from other nodes", "inter_node_sent": "to other nodes"}
@@ -148,7 +175,8 @@ def _text(planned: _Planned) -> str:
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
         *([] if topology is None else [_node_line(report, topology)]),
-        *([] if planned.sliding_window is None else _window_lines(plan, planned.sliding_window)),
+        *_kernel_lines(report, planned),
+        *([] if planned.sliding_window is None else _window_lines(planned, planned.sliding_window)),
         *([] if planned.step_time is None else _time_lines(planned.step_time)),
         f"digest                  {plan.digest}",
     ]
@@ -165,12 +193,23 @@ def _node_line(report: dict[str, Any], topology: Topology) -> str:
     )
 
 
-def _window_lines(plan: ShardPlan, window: int) -> list[str]:
-    report = plan.report(window=window)
+def _kernel_lines(report: dict[str, Any], planned: _Planned) -> list[str]:
+    rank, which = planned.slowest_rank, "the slowest" if planned.step_time else "which has the most attention pairs"
+    calls, started, useful = (report[name][rank] for name in ("varlen_calls", "blocks_started", "blocks_useful"))
+    return [
+        f"kernel calls            {calls:,} of {planned.kernel} per layer on rank {rank}, {which}",
+        f"  blocks started        {started:,} per query head",
+        f"  blocks useful         {useful:,} ({useful / started:.1%})",
+    ]
+
+
+def _window_lines(planned: _Planned, window: int) -> list[str]:
+    report = planned.report(None, window)
     return [
         f"with a sliding window of {window:,}",
         f"  attention pairs       {sum(report['pairs']):,}, imbalance {report['pair_imbalance']:.3f}",
         f"  KV moved              {report['kv_total']:,} tokens ({report['kv_fraction']:.1%})",
+        *(f"  {line}" for line in _kernel_lines(report, planned)),
     ]
 
 

@@ -40,6 +40,8 @@ class RankPlan:
             they keep received KV regardless of `keep_received_kv`; the same on every rank.
         checked_layer (`int`, *optional*): the `layer_idx` of the layer that debug mode compares with float64; the same
             on every rank.
+        kernel (`str`, *optional*): name of the attention kernel of all layers; by default each layer uses the fastest
+            one that can run it.
 
     Raises:
         ConfigurationError: the group does not have as many ranks as the plan.
@@ -56,6 +58,7 @@ class RankPlan:
         keep_received_kv: bool | None = None,
         layers_run_again: frozenset[int] = frozenset(),
         checked_layer: int | None = None,
+        kernel: str | None = None,
     ):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
@@ -72,19 +75,26 @@ class RankPlan:
         self.keep_received_kv: bool = _keeps_received_kv(plan) if keep_received_kv is None else keep_received_kv
         self.layers_run_again = layers_run_again
         self.checked_layer = checked_layer
+        self.kernel = kernel
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, RankLayout] = {}
 
     def with_layers(
-        self, keep_received_kv: bool | None, layers_run_again: frozenset[int], checked_layer: int | None
+        self,
+        keep_received_kv: bool | None,
+        layers_run_again: frozenset[int],
+        checked_layer: int | None,
+        kernel: str | None = None,
     ) -> RankPlan:
         """Return a copy for the same batch, with the same layouts and other options for its layers.
 
-        `keep_received_kv=None` leaves that option unchanged. [`RankPlan`] describes the options.
+        `None` leaves `keep_received_kv` and `kernel` unchanged. [`RankPlan`] describes the options.
         """
         other = copy.copy(self)
         if keep_received_kv is not None:
             other.keep_received_kv = keep_received_kv
+        if kernel is not None:
+            other.kernel = kernel
         other.layers_run_again, other.checked_layer = layers_run_again, checked_layer
         return other
 

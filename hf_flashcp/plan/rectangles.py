@@ -173,6 +173,7 @@ def _full_stage(slices: Sequence[LocalSlice], received: Sequence[KeyPiece]) -> S
         in_order = sorted(received)
         order = [(offset, offset + tokens) for _, _, tokens, offset in in_order]
         ranges = key_ranges(in_order, own)
+        assert ranges is not None
     rectangles: list[Rectangle] = []
     for piece, keys in zip(slices, ranges):
         if keys[0] == keys[1]:

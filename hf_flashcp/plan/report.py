@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calls import full_attention_calls, window_calls
 from .hierarchical_traffic import traffic_by_link
+from .kernel_calls import count_blocks
 from .slices import rank_pairs, rank_tokens
 
 
@@ -36,8 +37,13 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
     }
 
 
-def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None) -> dict[str, Any]:
-    """Return the report of [`ShardPlan.report`]; with `ranks_per_node`, also the traffic inside and between nodes."""
+def plan_report(
+    plan: ShardPlan, window: int | None, ranks_per_node: int | None, kernel: str | None, query_heads: int
+) -> dict[str, Any]:
+    """Return the report of [`ShardPlan.report`].
+
+    With `ranks_per_node` it has the traffic inside and between nodes, and with `kernel` the calls of that kernel.
+    """
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
     report = {**plan_costs(plan, window), **calls}
@@ -46,4 +52,6 @@ def plan_report(plan: ShardPlan, window: int | None, ranks_per_node: int | None)
     if ranks_per_node is not None:
         for way, parts in zip(("received", "sent"), traffic_by_link(plan, ranks_per_node, window)):
             report[f"intra_node_{way}"], report[f"inter_node_{way}"] = parts.tolist()
+    if kernel is not None:
+        report |= count_blocks(plan, window, kernel, query_heads)
     return report

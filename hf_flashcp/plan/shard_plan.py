@@ -190,7 +190,13 @@ class ShardPlan:
                 position = stop
         return self
 
-    def report(self, window: int | None = None, topology: Topology | None = None) -> dict[str, Any]:
+    def report(
+        self,
+        window: int | None = None,
+        topology: Topology | None = None,
+        kernel: str | None = None,
+        query_heads: int = 32,
+    ) -> dict[str, Any]:
         """Return the costs of the plan in one attention layer, counted exactly from its slices.
 
         The counts follow FlashCP eq. 2 to 5, with a point-to-point exchange.
@@ -199,6 +205,10 @@ class ShardPlan:
             window (`int`, *optional*): sliding window of the layer in tokens, as transformers counts it: the number of
                 keys that a query sees, its own included. Full attention if `None`.
             topology (`Topology`, *optional*): the ranks' nodes, to count traffic inside and between nodes separately.
+            kernel (`str`, *optional*): name of a varlen kernel ([`~kernel_calls.GRIDS`]), to count its calls and
+                thread blocks.
+            query_heads (`int`, *optional*, defaults to 32): number of query heads of the layer. How rectangles are
+                divided into calls depends on it.
 
         Returns:
             `dict`: per rank, `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and `kv_sent`
@@ -219,12 +229,20 @@ class ShardPlan:
             they also count tokens that a rank forwards, `collectives` are four per stage, and forwarding rows takes
             further copies, which `copies` does not count.
 
+            With a kernel, also per rank, for forward and backward together: `varlen_calls` (at least `kernel_calls`,
+            as rectangles whose keys overlap take several calls, and so do very different lengths), `blocks_started`
+            and `blocks_useful` (thread blocks per query head that the calls start, and those that have queries or
+            keys, see [`~kernel_calls`]).
+
         Raises:
-            PlanError: a window below 1.
+            PlanError: a window or a number of heads below 1, or no varlen kernel of that name.
         """
         if window is not None and window < 1:
             raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
-        return plan_report(self, window, self.ranks_per_node if topology is None else topology.ranks_per_node)
+        if query_heads < 1:
+            raise PlanError(f"A layer has at least 1 query head, got query_heads={query_heads}.")
+        ranks_per_node = self.ranks_per_node if topology is None else topology.ranks_per_node
+        return plan_report(self, window, ranks_per_node, kernel, query_heads)
 
     def kv_moved(self, window: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return `(received, sent)`, the tokens whose K and V each rank receives and sends in a layer's forward.

@@ -1,30 +1,77 @@
-"""Estimates the memory for the backward of one attention layer, including the workspace of FlashAttention-2.
+"""Estimates the memory for the backward of one attention layer, including the buffers of the attention kernel.
 
-The workspace follows `mha_varlen_bwd` in csrc/flash_attn/flash_api.cpp of flash-attn 2.8.3. PyTorch's copy of that
-kernel (`aten::_flash_attention_backward`) allocates the same buffers. FlashAttention-3 and 4 allocate others.
+A varlen call of backward allocates buffers for its sums, and copies what it cannot read in place. Which ones depends
+on the kernel. With H query heads and H_kv KV heads, D wide, for Q queries and K keys, the largest are
+
+    FlashAttention-2     sums of dq in fp32 (Q, H, D); dk and dv for every query head, in the compute dtype (K, H, D)
+    cuDNN                the same, with dk and dv in fp32
+    FlashAttention-3, 4  sums of dq in fp32 (Q, H, D); sums of dk and dv in fp32 (K, H_kv, D)
+
+Gradients of keys for every query head are large where a rank has few queries for many keys. There `VarlenKernel`
+folds query heads into queries ([`~plan.kernel_calls.folds_heads`]), for which it copies queries, outputs and the
+gradients of outputs.
+
+Sources: `mha_varlen_bwd` in csrc/flash_attn/flash_api.cpp of flash-attn 2.8.3, of which PyTorch has a copy
+(`aten::_flash_attention_backward`); `mha_bwd` in hopper/flash_api_stable.cpp of FlashAttention-3; `_flash_attn_bwd` in
+flash_attn/cute/interface.py of flash-attn-4 4.0.0b36; for cuDNN, whose source is closed, the workspace sizes of the
+plans that cuDNN 9.20 makes through nvidia-cudnn-frontend 1.18.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from ..plan.kernel_calls import declared_rows, folds_heads, kernel_grids
 from .memory_shape import MemoryShape
 from .training_setup import RankLoad, TrainingSetup
 
 
 WIDEST_HEAD = 256
-"""The widest head that FlashAttention-2's backward supports, in elements."""
+"""The widest head that the fused kernels support in backward, in elements."""
 
 _BLOCK = 128  # rows of padding per sequence in the fp32 buffers
+_EXPANDING = ("torch_flash", "flash_attn_2", "cudnn")  # kernels with gradients of keys for every query head
+
+
+class _Call(NamedTuple):
+    """Sizes of one backward call as the kernel sees it: query heads may be folded into queries."""
+
+    queries: float
+    keys: float
+    sequences: float
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    itemsize: int
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share KV heads."""
+        return self.heads != self.kv_heads
+
+    @property
+    def widest(self) -> int:
+        """The wider of key and value heads."""
+        return max(self.key_width, self.value_width)
 
 
 def backward_buffers(
-    shape: MemoryShape, queries: float, keys: float, sequences: float = 1, itemsize: int = 2
+    shape: MemoryShape,
+    queries: float,
+    keys: float,
+    sequences: float = 1,
+    itemsize: int = 2,
+    *,
+    kernel: str = "torch_flash",
+    masked: bool = False,
 ) -> dict[str, float]:
-    """Return the bytes of each buffer that one backward call of FlashAttention-2 allocates.
+    """Return the bytes of each buffer that one backward call of a kernel allocates.
 
-    The buffers of deterministic mode are not counted. Below, D is the wider of key and value heads, rounded up to a
-    multiple of 8, to which `VarlenKernel` pads both.
+    The buffers of deterministic mode are not counted, nor the semaphores of FlashAttention-3. Below, D is
+    the width to which `VarlenKernel` pads heads: for cuDNN, that of keys and that of values rounded up to multiples of
+    16; for the other kernels, the wider of the two rounded up to a multiple of 8.
 
     Args:
         shape (`MemoryShape`): sizes of the model.
@@ -32,43 +79,130 @@ def backward_buffers(
         keys (`float`): number of key rows.
         sequences (`float`, *optional*, defaults to 1): number of sequences in the call, one per rectangle.
         itemsize (`int`, *optional*, defaults to 2): bytes per element of the compute dtype.
+        kernel (`str`, *optional*, defaults to `"torch_flash"`): name of a varlen kernel, see
+            [`~plan.kernel_calls.GRIDS`].
+        masked (`bool`, *optional*, defaults to `False`): whether the call has a causal mask. If so, query heads are
+            not folded.
 
     Returns:
         `dict[str, float]`: bytes by buffer.
 
-        - `dq_accum`: fp32, for queries + 128 rows per sequence and for all query heads. The width is D rounded up to a
-          multiple of 32, or of 64 above 128.
-        - `softmax_d`: fp32, for the same rows and heads.
-        - `expanded dk, dv`: compute dtype, with one head per query head; 0 if there are as many KV heads.
+        - `dq_accum`: fp32, for all query heads. FlashAttention-2 has one row per query and 128 more per sequence,
+          FlashAttention-3 and 4 round that up to a multiple of 128, and for cuDNN queries are rounded up, see
+          [`~plan.kernel_calls.declared_rows`]. FlashAttention-2 and 4 round D up to a multiple of 32, or of 64 above
+          128, FlashAttention-3 to 64, 96, 128, 192 or 256.
+        - `softmax_d`: fp32, one element for the same rows and heads; with FlashAttention-3 and 4 also `lse_log2`, with
+          cuDNN also `statistics`, the logsumexp in another order.
+        - `expanded dk, dv`: FlashAttention-2 and cuDNN, for all query heads; 0 if there are as many KV heads.
+          FlashAttention-2 has one row per key in the compute dtype, cuDNN rounds the keys up and uses fp32.
+        - `dk_accum, dv_accum`: FlashAttention-3 and 4, fp32, for all KV heads, with rows as for `dq_accum`; 0 if there
+          are as many KV heads as query heads.
         - `dq` and `dk, dv`: the results in the compute dtype, which `VarlenKernel` adds to its fp32 sums.
         - `padded inputs`: copies of the inputs (query, key, value, output, output gradient) that are narrower than D.
+        - `folded inputs`: copies of query, output, output gradient and logsumexp in which query heads are folded. With
+          a single KV head, the first three are not copied. Unfolding copies dq once more, but only when `dq_accum`,
+          which is larger, has been freed.
+
+    Raises:
+        PlanError: there is no varlen kernel of that name.
     """
+    kernel_grids(kernel)
     heads, kv_heads = shape.query_heads, shape.kv_heads
-    width = _round_up(max(shape.key_dim, shape.value_dim), 8)
-    rows = queries + _BLOCK * sequences
-    query_bytes, key_bytes = itemsize * queries * heads * width, itemsize * keys * kv_heads * width
-    padded = (query_bytes + key_bytes) * (shape.key_dim < width)
-    padded += (2 * query_bytes + key_bytes) * (shape.value_dim < width)
+    key_width, value_width = _widths(shape, kernel)
+    of_queries, of_outputs = (itemsize * queries * heads * width for width in (key_width, value_width))
+    of_keys, of_values = (itemsize * keys * kv_heads * width for width in (key_width, value_width))
+    padded = (of_queries + of_keys) * (shape.key_dim < key_width)
+    padded += (2 * of_outputs + of_values) * (shape.value_dim < value_width)
+    copied = 0.0
+    call = _Call(queries, keys, sequences, heads, kv_heads, key_width, value_width, itemsize)
+    if kernel in _EXPANDING and not masked and call.grouped and folds_heads(queries, keys):
+        copied = (of_queries + 2 * of_outputs) * (kv_heads > 1) + 4 * queries * heads
+        call = call._replace(queries=queries * heads / kv_heads, heads=kv_heads)
     return {
-        "dq_accum": 4 * rows * heads * _round_up(width, 32 if width <= 128 else 64),
-        "softmax_d": 4 * rows * heads,
-        "expanded dk, dv": 2 * itemsize * keys * heads * width if heads != kv_heads else 0,
-        "dq": query_bytes,
-        "dk, dv": 2 * key_bytes,
+        **_KERNEL_BUFFERS.get(kernel, _flash_attention_2)(call),
+        "dq": of_queries,
+        "dk, dv": of_keys + of_values,
         "padded inputs": padded,
+        "folded inputs": copied,
     }
 
 
 def backward_workspace(
-    shape: MemoryShape, queries: float, keys: float, sequences: float = 1, itemsize: int = 2
+    shape: MemoryShape,
+    queries: float,
+    keys: float,
+    sequences: float = 1,
+    itemsize: int = 2,
+    *,
+    kernel: str = "torch_flash",
+    masked: bool = False,
 ) -> float:
-    """Return the sum of [`backward_buffers`], or 0 if FlashAttention-2 cannot run.
+    """Return the sum of [`backward_buffers`], or 0 if no fused kernel can run.
 
-    It cannot run in fp32 or with heads wider than [`WIDEST_HEAD`].
+    None can run in fp32 or with heads wider than [`WIDEST_HEAD`].
     """
     if itemsize > 2 or max(shape.key_dim, shape.value_dim) > WIDEST_HEAD:
         return 0
-    return sum(backward_buffers(shape, queries, keys, sequences, itemsize).values())
+    return sum(backward_buffers(shape, queries, keys, sequences, itemsize, kernel=kernel, masked=masked).values())
+
+
+def _widths(shape: MemoryShape, kernel: str) -> tuple[int, int]:
+    if kernel == "cudnn":
+        return _round_up(shape.key_dim, 16), _round_up(shape.value_dim, 16)
+    width = _round_up(max(shape.key_dim, shape.value_dim), 8)
+    return width, width
+
+
+def _flash_attention_2(call: _Call) -> dict[str, float]:
+    rows = call.heads * (call.queries + _BLOCK * call.sequences)
+    expanded = call.itemsize * call.keys * call.heads * (call.key_width + call.value_width)
+    return {
+        "dq_accum": 4 * rows * _width_of_sums(call.widest),
+        "softmax_d": 4 * rows,
+        "expanded dk, dv": expanded * call.grouped,
+    }
+
+
+def _flash_attention_3(call: _Call) -> dict[str, float]:
+    return _with_kv_sums(call, next(width for width in (64, 96, 128, 192, 256) if width >= call.widest))
+
+
+def _flash_attention_4(call: _Call) -> dict[str, float]:
+    return _with_kv_sums(call, _width_of_sums(call.widest))
+
+
+def _with_kv_sums(call: _Call, width: int) -> dict[str, float]:
+    query_rows, key_rows = (
+        _round_up(rows + _BLOCK * call.sequences, _BLOCK) * heads
+        for rows, heads in ((call.queries, call.heads), (call.keys, call.kv_heads))
+    )
+    return {
+        "dq_accum": 4 * query_rows * width,
+        "softmax_d": 4 * query_rows,
+        "lse_log2": 4 * query_rows,
+        "dk_accum, dv_accum": 2 * 4 * key_rows * width * call.grouped,
+    }
+
+
+def _cudnn(call: _Call) -> dict[str, float]:
+    query_rows, key_rows = (call.heads * declared_rows(rows) for rows in (call.queries, call.keys))
+    return {
+        "dq_accum": 4 * query_rows * call.key_width,
+        "softmax_d": 4 * query_rows,
+        "expanded dk, dv": 4 * key_rows * (call.key_width + call.value_width) * call.grouped,
+        "statistics": 4 * call.queries * call.heads,
+    }
+
+
+def _width_of_sums(width: int) -> int:
+    return _round_up(width, 32 if width <= 128 else 64)
+
+
+_KERNEL_BUFFERS = {
+    "flash_attn_3": _flash_attention_3,
+    "flash_attn_4": _flash_attention_4,
+    "cudnn": _cudnn,
+}  # the other kernels are FlashAttention-2
 
 
 class BackwardPoint(NamedTuple):
@@ -111,20 +245,21 @@ def attention_backward(
     around = always + c * kv * (load.sent + max(load.received - stage_keys, 0))
     stage = around + 4 * kv * stage_keys + (0 if kept else c * kv * stage_keys)
 
-    def kernel_call(before: float, keys: float) -> BackwardPoint:
+    def kernel_call(before: float, keys: float, masked: bool) -> BackwardPoint:
         if setup.device == "cuda":
-            return BackwardPoint(before, backward_workspace(shape, tokens, keys, load.sequences, c), freed)
+            sizes = tokens, keys, load.sequences, c
+            return BackwardPoint(before, backward_workspace(shape, *sizes, kernel=setup.kernel, masked=masked), freed)
         # On a CPU the call's results are cast to fp32, one at a time, before they are added. A GPU needs no such copy.
         widest = max(queries, keys * shape.kv_heads * max(shape.key_dim, shape.value_dim))
         return BackwardPoint(before + c * (queries + kv * keys) + 4 * widest, 0, freed)
 
     return [
-        kernel_call(stage, stage_keys),
+        kernel_call(stage, stage_keys, load.stage_masked),
         BackwardPoint(stage + c * kv * stage_keys, 0, freed),  # the stage's gradients are cast
-        kernel_call(always + c * kv * (load.sent + load.received), tokens),  # the local pass
+        kernel_call(always + c * kv * (load.sent + load.received), tokens, masked=True),  # the local pass
         BackwardPoint(always + c * sums, 0, freed),  # all sums are cast, after gradients from other ranks were added
     ]
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _round_up(number: float, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple

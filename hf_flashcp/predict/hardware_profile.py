@@ -19,7 +19,13 @@ HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """The names of the profiles that come with the library."""
 
 _MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "causal_tile_overhead_keys")
-_MAY_BE_ZERO = ("call_seconds", "latency_seconds", "tile_overhead_keys", "causal_tile_overhead_keys")
+_MAY_BE_ZERO = (
+    "call_seconds",
+    "block_seconds",
+    "latency_seconds",
+    "tile_overhead_keys",
+    "causal_tile_overhead_keys",
+)
 _WHOLE = ("tile", "units", "ranks_per_node")
 _LARGEST = 2**31 - 1
 _LEAST, _MOST = 1e-30, 1e30  # products of values outside this range might not be finite
@@ -59,6 +65,9 @@ class Kernel:
         causal_efficiency (`float`): ratio of the speed under a causal mask to that without one, on the same tiles.
         forward (`Pass`): speed in forward.
         backward (`Pass`): speed in backward.
+        block_seconds (`float`, *optional*, defaults to 0): seconds per empty thread block, for a kernel that starts as
+            many blocks for every sequence of a call as its longest one needs (see [`~plan.kernel_calls`]). 0 if it
+            does not.
     """
 
     tile: int
@@ -67,6 +76,7 @@ class Kernel:
     causal_efficiency: float
     forward: Pass
     backward: Pass
+    block_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The time of a kernel call is computed from its tiles. A tile is `tile` queries of one head against the keys that they
 see. A fixed overhead, expressed in keys, is added to each tile; it is what makes short rectangles slow. No call is
-shorter than its longest tile, which one unit of the device computes alone.
+shorter than its longest tile, which one unit of the device computes alone. Kernels that start empty blocks take
+further time for them, and for dividing the rectangles into several calls.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..plan.hierarchical_traffic import hierarchical_traffic
+from ..plan.kernel_calls import ROWS_PER_BLOCK, LengthClasses
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import Slice, slices_by_document
 from ..plan.traffic import by_link
@@ -88,20 +90,29 @@ def _stage(
     return StageWork(rectangles, received, sent, nothing, sent.sum(0))
 
 
-def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> tuple[int, int]:
-    """Return the most keys in a stage and the most rectangles in a kernel call, over all ranks and layers."""
-    keys, sequences = [0], [0]
+class LargestCalls(NamedTuple):
+    """The largest kernel calls of a plan, over all ranks and layers."""
+
+    keys: int  # the most keys in a stage
+    masked: bool  # whether that stage has a causal mask
+    sequences: int  # the most rectangles in a call
+
+
+def largest_calls(plan: ShardPlan, layers: Sequence[AttentionLayers]) -> LargestCalls:
+    """Return the sizes of the largest kernel calls in any of the layers."""
+    stages, sequences = [(0, False)], [0]
     for window in {plan.hiding_window(each.window) for each in layers}:
         if window is None:
             local, remote = _full_rectangles(plan.slices)
             traffic, offset = plan.kv_traffic(), _ring_offsets(plan.cp_size)
-            keys += [int((traffic * np.isin(offset, group)).sum(0).max()) for group in plan.stage_offsets]
+            keys = [int((traffic * np.isin(offset, group)).sum(0).max()) for group in plan.stage_offsets]
         else:
             local, remote = _window_rectangles(plan.slices, window)
             bands = np.bincount(remote.ranks, remote.queries + remote.keys, plan.cp_size)  # one per rectangle
-            keys.append(int(bands.max()))
+            keys = [int(bands.max())]
+        stages += [(count, window is not None) for count in keys]
         sequences += [int(np.bincount(each.ranks, minlength=plan.cp_size).max()) for each in (local, remote)]
-    return max(keys), max(sequences)
+    return LargestCalls(*max(stages), max(sequences))
 
 
 def call_seconds(
@@ -114,7 +125,10 @@ def call_seconds(
     causal: bool,
     backward: bool,
 ) -> np.ndarray:
-    """Return the seconds of each rank's kernel call for its rectangles, (cp_size,); 0 for ranks without rectangles."""
+    """Return the seconds of each rank's kernel calls for its rectangles, (cp_size,); 0 for ranks without rectangles.
+
+    Rectangles whose keys overlap, which take separate calls, are counted as if they shared one.
+    """
     speed = kernel.backward if backward else kernel.forward
     ranks, queries, before = rectangles
     tiles = -(-queries // kernel.tile)
@@ -132,8 +146,14 @@ def call_seconds(
     total = np.bincount(ranks, (keys + tiles * overhead) * layers.query_heads * per_key, cp_size)
     alone = np.zeros(cp_size)
     np.maximum.at(alone, ranks, (longest + overhead) * kernel.units * per_key)
-    calls = np.bincount(ranks, minlength=cp_size) > 0
-    return np.maximum(total, alone) + kernel.call_seconds * calls
+    calls, empty = (np.bincount(ranks, minlength=cp_size) > 0).astype(np.int64), np.zeros(cp_size)
+    if kernel.block_seconds and len(ranks):
+        blocks = -(-((before + queries * causal) if backward else queries) // kernel.tile)
+        joined = causal and window is None  # squares of adjacent documents; other rows have gaps between them
+        divided = LengthClasses(blocks, queries * joined, ranks, cp_size).divided(layers.query_heads)
+        calls, empty = divided.calls, divided.started - np.bincount(ranks, blocks, cp_size)
+        empty = empty + divided.copied / ROWS_PER_BLOCK
+    return np.maximum(total, alone) + kernel.call_seconds * calls + kernel.block_seconds * layers.query_heads * empty
 
 
 def _ring_offsets(cp_size: int) -> np.ndarray:

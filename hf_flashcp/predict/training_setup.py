@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import ConfigurationError
+from ..plan.kernel_calls import GRIDS
 
 
 SHARDINGS = ("fsdp2", "ddp")
@@ -13,6 +14,7 @@ GRADIENT_CHECKPOINTING = ("none", "full", "attention-saving")
 DTYPES = {"bfloat16": 2, "float32": 4}
 MIXED_PRECISIONS = ("bf16", "no")
 DEVICES = ("cuda", "cpu")
+KERNELS = tuple(GRIDS)
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class TrainingSetup:
         mixed_precision (`str`, *optional*, defaults to `"bf16"`): one of [`MIXED_PRECISIONS`], as in accelerate. With
             "bf16", FSDP2 holds fp32 shards of any dtype and gathers them in bf16, and DDP runs under autocast.
         gradient_checkpointing (`str`, *optional*, defaults to `"none"`): one of [`GRADIENT_CHECKPOINTING`].
-        device (`str`, *optional*, defaults to `"cuda"`): one of [`DEVICES`]. On "cuda" the backward of
-            FlashAttention-2 needs a workspace ([`backward_buffers`]).
+        device (`str`, *optional*, defaults to `"cuda"`): one of [`DEVICES`]. On "cuda" the attention kernel's backward
+            needs a workspace ([`backward_buffers`]).
+        kernel (`str`, *optional*, defaults to `"torch_flash"`): the attention kernel on "cuda", one of [`KERNELS`].
 
     Raises:
         ConfigurationError: a value is not one of those listed.
@@ -40,6 +43,7 @@ class TrainingSetup:
     mixed_precision: str = "bf16"
     gradient_checkpointing: str = "none"
     device: str = "cuda"
+    kernel: str = "torch_flash"
 
     def __post_init__(self):
         choices = {
@@ -48,6 +52,7 @@ class TrainingSetup:
             "mixed_precision": MIXED_PRECISIONS,
             "gradient_checkpointing": GRADIENT_CHECKPOINTING,
             "device": DEVICES,
+            "kernel": KERNELS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -84,6 +89,7 @@ class RankLoad(NamedTuple):
     stage_keys: float | None = None  # keys of the largest stage; `None` means one stage with all received keys
     sequences: float = 1  # the most sequences in one kernel call
     batch_tokens: int = 0  # tokens of the whole batch, which every rank reads
+    stage_masked: bool = False  # whether the largest stage has a causal mask, as in layers with a sliding window
 
     @property
     def largest_stage(self) -> float:
@@ -95,4 +101,4 @@ class RankLoad(NamedTuple):
         factor = tokens / self.tokens
         sizes = (self.received, self.sent, self.largest_stage, self.sequences)
         received, sent, stage_keys, sequences = (factor * size for size in sizes)
-        return RankLoad(tokens, received, sent, stage_keys, sequences, batch_tokens)
+        return RankLoad(tokens, received, sent, stage_keys, sequences, batch_tokens, self.stage_masked)

@@ -185,5 +185,6 @@ def _baseline_step(name: str, lengths: Sequence[int], cp_size: int, model: CostM
     every = [Layer(model, layers, plan) for layers in model.layers]
     received = sum(layer.layers.count * baseline.exchange.received(layer) for layer in every)
     held = baseline.exchange.held(every[0])
-    load = RankLoad(max(rank_tokens(plan.slices)), held, batch_tokens=plan.num_tokens)
+    # Published implementations do not fold query heads, see `attention_memory`.
+    load = RankLoad(max(rank_tokens(plan.slices)), held, batch_tokens=plan.num_tokens, stage_masked=True)
     return _Step(time, received, load, baseline.kept)

@@ -156,14 +156,15 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         received += layers.count * np.array(received_in_layer)
         sent += layers.count * np.array(sent_in_layer)
     count = sum(layers.count for layers in cost_model.layers)
-    keys, sequences = largest_calls(plan, cost_model.layers)
+    largest = largest_calls(plan, cost_model.layers)
     return RankLoad(
         tokens=max(rank_tokens(plan.slices)),
         received=float(received.max()) / max(count, 1),
         sent=float(sent.max()) / max(count, 1),
-        stage_keys=keys,
-        sequences=sequences,
+        stage_keys=largest.keys,
+        sequences=largest.sequences,
         batch_tokens=plan.num_tokens,
+        stage_masked=largest.masked,
     )
 
 
