@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from hf_flashcp.attention import kernels
 from hf_flashcp.attention.kernels import (
-    CAPABILITIES,
     CPUFlashKernel,
+    Device,
     EagerKernel,
+    Layer,
     explain_kernels,
     load_kernel_library,
 )
@@ -32,20 +34,18 @@ def on_device(batch):
     return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def kernels(dtype, softcap=None, key_dim=None, value_dim=None, deterministic=False):
-    """Return the names of the kernels that can run a layer on this device, best first.
+def usable_kernels(layer):
+    """Return the names of the kernels that can run a layer on this device, fastest first.
 
     This queries the GPU, so modules that the workers' server imports must not call it.
     """
-    known = {"dtype": dtype, "key_dim": key_dim, "value_dim": value_dim, "deterministic": deterministic}
-    explained = explain_kernels(DEVICE.type, softcap, **known)
-    return [name for name, reason in explained if reason is None]
+    return [name for name, reason in explain_kernels(Device.here(DEVICE), layer).items() if reason is None]
 
 
-def fused_kernels(softcap=None, key_dim=None, value_dim=None, deterministic=False):
+def fused_kernels(key_dim=None, value_dim=None, **needs):
     """Return the names of the kernels that run only bf16 and fp16; there are none on the CPU."""
-    exact = kernels(torch.float64)
-    found = kernels(torch.bfloat16, softcap, key_dim, value_dim, deterministic)
+    exact = usable_kernels(Layer(torch.float64))
+    found = usable_kernels(Layer(torch.bfloat16, key_dim, value_dim, **needs))
     return [name for name in found if name not in exact]
 
 
@@ -57,4 +57,4 @@ def compiles_for_gpus():
 
 
 def make_kernel(name, deterministic=False):
-    return CAPABILITIES[name].make(deterministic)
+    return kernels.make_kernel(name, DEVICE, deterministic)

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
-from hf_flashcp.attention import document_attention, float64_reference, function
+from hf_flashcp.attention import Layer, document_attention, float64_reference, function
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from hf_flashcp.planning import PlanSettings
 from tests import attention_cases as cases
 from tests import debug_cases, trainer_cases
-from tests.device import ON_CPU, ExactKernel, kernels, make_kernel, on_device
+from tests.device import ON_CPU, ExactKernel, make_kernel, on_device, usable_kernels
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
     build_model,
@@ -146,13 +146,13 @@ def ranges(plan):
 
 def errors_in_bf16(plan, shape):
     """Return the errors of out, dq, dk, dv in bf16 with the best kernel, compared with fp64 on the same inputs."""
-    return cases.attention_error(plan, shape, "bfloat16", kernels(torch.bfloat16, None, *shape[2:])[0])
+    return cases.attention_error(plan, shape, "bfloat16", usable_kernels(Layer(torch.bfloat16, *shape[2:]))[0])
 
 
 def differences_between_runs(plan, options):
     """Return how many numbers of out, dq, dk, dv differ in any bit between two runs with the best kernel."""
     inputs = cases.make_inputs(plan.lengths, 4, 2, 16, 16, torch.bfloat16, 0)
-    kernel = make_kernel(kernels(torch.bfloat16, None, 16, 16)[0], deterministic=True)
+    kernel = make_kernel(usable_kernels(Layer(torch.bfloat16, 16, 16))[0], deterministic=True)
     first, second = (
         cases.sharded_attention(plan, [each.clone() for each in inputs], kernel, **options)[0] for _ in range(2)
     )

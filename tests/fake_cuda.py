@@ -19,12 +19,12 @@ FAKE = torch.device("cuda" if torch.version.cuda else "meta")
 @contextlib.contextmanager
 def fake_cuda():
     """Let tensors on `FAKE` have no data, and clear the caches of kernels before and after the context."""
-    varlen.deal_rounds.cache_clear()
+    varlen._calls_on.cache_clear()
     try:
         with FakeTensorMode() if torch.version.cuda else contextlib.nullcontext():
             yield
     finally:
-        varlen.deal_rounds.cache_clear()
+        varlen._calls_on.cache_clear()
 
 
 def forward_and_backward(kernel, shape, rectangles, **options):

@@ -35,12 +35,14 @@ class EmulatedVarlen(VarlenKernel):
 
     name = "emulated"
 
-    def __init__(self, **kwargs):
+    def __init__(self, common_width=True, **kwargs):
         super().__init__(**kwargs)
+        self.common_width = common_width
         self.calls = []
 
     def _check(self, query, key, value, sequences, *more):
-        assert query.shape[2] == key.shape[2] == value.shape[2] and query.shape[2] % 8 == 0
+        assert query.shape[2] == key.shape[2] and query.shape[2] % 8 == value.shape[2] % 8 == 0
+        assert not self.common_width or key.shape[2] == value.shape[2]
         for tensor in (query, key, value, *more):
             assert tensor.stride(-1) == 1
             steps = (tensor.storage_offset(), *tensor.stride()[:-1])
@@ -67,7 +69,7 @@ class EmulatedVarlen(VarlenKernel):
 
     def _forward_call(self, query, key, value, sequences, options):
         self._check(query, key, value, sequences)
-        out = query.new_empty(query.shape)
+        out = query.new_empty(*query.shape[:2], value.shape[2])
         lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
         for q, k, whole in self._each(sequences):
             parts = (tensor.transpose(0, 1) for tensor in (query[q], key[k], value[k]))

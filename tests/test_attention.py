@@ -5,15 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_flashcp.attention import Layer
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
 from tests import attention_cases as cases
-from tests.device import ExactKernel, fused_kernels, kernels
+from tests.device import ExactKernel, fused_kernels, usable_kernels
 from tests.packs import KNOWN_PACKS, arbitrary_plans, plans_of
 
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-EXACT = kernels(torch.float64)
+EXACT = usable_kernels(Layer(torch.float64))
 FP64 = 1e-12  # relative Frobenius norm of out, dq, dk, dv
 FP32 = 1e-5
 SHAPES = [(4, 2, 8, 8), (8, 8, 16, 16), (8, 2, 16, 16), (5, 5, 8, 8), (4, 1, 12, 8), (4, 4, 8, 12)]
@@ -141,7 +142,7 @@ VARIANTS = {
 
 
 def exact_kernels(options):
-    return kernels(torch.float64, options.get("softcap"))
+    return usable_kernels(Layer(torch.float64, softcap="softcap" in options))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -198,7 +199,7 @@ def test_a_window_one_too_long_or_too_short_fails(pool, window):
 def test_variants_in_fp32_and_bf16(pool, cp_size, variant):
     options, shape = VARIANTS[variant], (8, 2, 16, 16)
     plans = [plan_documents(KNOWN_PACKS[name], cp_size, strategy="per_doc") for name in ("mixed", "giant_and_tiny")]
-    exact, fused = exact_kernels(options), fused_kernels(options.get("softcap"), 16, 16)
+    exact, fused = exact_kernels(options), fused_kernels(16, 16, softcap="softcap" in options)
     todo = [cases.Case(plan, shape, "float32", kernel, options=options) for plan in plans for kernel in exact]
     for errors in pool.run(cp_size, cases.attention_errors, todo):
         assert max(map(max, errors)) < FP32

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from hf_flashcp.attention.kernels import (
     CPUFlashKernel,
+    Device,
     EagerKernel,
+    Layer,
     ScoreOptions,
     cpu_flash,
     explain_kernels,
@@ -15,6 +17,7 @@ from hf_flashcp.attention.kernels import (
 )
 from hf_flashcp.integrations.gradient_check import relative_error
 from hf_flashcp.layout import Rectangle
+from hf_flashcp.plan.kernel_calls import Grid
 from tests.device import DEVICE, ON_CPU, fused_kernels, make_kernel
 from tests.kernel_cases import CAUSAL, FP64, FULL, SCALE, SHAPES, EmulatedVarlen, difference, make, run, textbook
 from tests.rounded_formulas import rounded_formulas
@@ -31,6 +34,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+DENSE = Grid(128, "queries", padded=False)
 
 
 class SmallBlocks(CPUFlashKernel):
@@ -130,21 +136,25 @@ def test_arbitrary_rectangles_are_exact(data):
         assert difference(run(kernel, inputs, rectangles, causal=False), reference) < FP64
 
 
+def calls_of(rectangles, grid=DENSE):
+    return varlen.varlen_calls(tuple(rectangles), grid, 8, DEVICE)
+
+
 def test_there_are_no_more_rounds_than_overlapping_keys_need():
-    rounds = varlen.deal_rounds(tuple(FULL["prefixes of two"]), DEVICE)
+    rounds = calls_of(FULL["prefixes of two"])
     assert [(r.sequences.max_seqlen_q, r.sequences.max_seqlen_k) for r in rounds] == [(4, 5), (17, 30), (3, 40)]
     assert [r.sequences.cu_seqlens_k.tolist() for r in rounds] == [[0, 5, 6], [0, 17, 47], [0, 40]]
-    assert len(varlen.deal_rounds(tuple(FULL["disjoint keys"]), DEVICE)) == 1
+    assert len(calls_of(FULL["disjoint keys"])) == 1
 
 
 def test_rows_without_gaps_are_not_copied_and_rounds_are_built_once():
     documents = tuple(CAUSAL["squares"])
-    (only,) = varlen.deal_rounds(documents, DEVICE)
+    (only,) = calls_of(documents)
     assert [rows.ranges for rows in (only.queries, only.keys, only.outputs)] == [((0, 120),)] * 3
     rows = torch.zeros(120, 2)
     assert only.queries.take(rows).data_ptr() == rows.data_ptr()
     equal = tuple(Rectangle(*rectangle) for rectangle in documents)
-    assert varlen.deal_rounds(equal, DEVICE) is varlen.deal_rounds(documents, DEVICE)
+    assert calls_of(equal) is calls_of(documents)
     kernel = EmulatedVarlen()
     run(kernel, make((4, 2, 8, 8), documents), documents, causal=True)
     assert kernel.calls == [3, 3]  # one call with three sequences, in forward and in backward
@@ -241,10 +251,10 @@ def test_errors_of_fused_kernels_are_at_most_twice_the_unavoidable(name, key_dim
     This holds for out, dq, dk and dv. The logsumexp, which is not rounded, is within 1e-3. If the kernel can be
     deterministic, two runs are bitwise equal.
     """
-    if name not in fused_kernels(None, key_dim, value_dim):
-        pytest.skip(f"{name} {dict(explain_kernels(DEVICE.type, key_dim=key_dim, value_dim=value_dim))[name]}")
+    if name not in fused_kernels(key_dim, value_dim):
+        pytest.skip(f"{name} {explain_kernels(Device.here(DEVICE), Layer(torch.bfloat16, key_dim, value_dim))[name]}")
     kernel, deterministic = make_kernel(name), make_kernel(name, deterministic=True)
-    repeats = name in fused_kernels(None, key_dim, value_dim, deterministic=True)
+    repeats = name in fused_kernels(key_dim, value_dim, deterministic=True)
     todo = [(rectangles, {"causal": False}) for rectangles in (FULL | LONG_FULL).values()]
     for window in (None, 6, 70):
         todo += [(rectangles, {"causal": True, "window": window}) for rectangles in (CAUSAL | LONG).values()]

@@ -19,7 +19,7 @@ from tests.independent_plan_checker import assert_caps, check_plan
 from tests.test_models import FP64, check
 
 
-CACHES = ("_causal_mask", "_window_edge_mask", "deal_rounds", "_searched", "_fastest")
+CACHES = ("_causal_mask", "_window_edge_mask", "_dealt", "_calls_on", "_searched", "_fastest")
 IMPORTS = "import tests.load_cases"  # starting workers takes long on a busy machine
 COUNTS = ("process groups", "open files", "threads", "Python threads", "store keys")
 

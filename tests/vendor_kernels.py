@@ -2,8 +2,10 @@
 
 A call that the vendor's interface would reject fails here as well. Signatures and rules were read from these files:
 
+    PyTorch 2.13                 the schemas of its operators
     flash-attn 2.7.3, 2.8.3      flash_attn/flash_attn_interface.py, csrc/flash_attn/flash_api.cpp
     xformers 0.0.34              xformers/flash_attn_3/_C.so (the schemas that it registers)
+    flash-attn3 version 1        hopper/flash_api_stable.cpp in kernels-community, loaded by the package kernels 0.17
     flash-attn-4 4.0.0b10, b18,  flash_attn/cute/interface.py
       b20, b28, b36
 
@@ -11,6 +13,7 @@ Where the vendors require fp16 or bf16, the stand-ins also accept fp64, so that 
 """
 
 import contextlib
+import importlib.machinery
 import inspect
 import sys
 import types
@@ -18,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from hf_flashcp.attention.kernels import BackwardInputs, ScoreOptions
+from hf_flashcp.attention.kernels import BackwardInputs, ScoreOptions, flash_attention_3
 from hf_flashcp.attention.kernels.varlen import Sequences
 from tests.kernel_cases import EmulatedVarlen
 
@@ -38,12 +41,18 @@ def arguments_of(parameters, args, kwargs):
 
 
 class Vendor:
-    """Counts calls and remembers whether backward was asked to be deterministic."""
+    """Counts calls, and remembers what backward was asked for.
 
-    def __init__(self):
+    Attributes:
+        deterministic: whether backward was to be deterministic.
+        backward_shapes: shapes of the queries and keys of each backward.
+    """
+
+    def __init__(self, common_width=True):
         self.forwards = self.backwards = 0
         self.deterministic = set()
-        self._emulated = EmulatedVarlen()
+        self.backward_shapes = []
+        self._emulated = EmulatedVarlen(common_width)
 
     def forward(self, call, causal, window, softcap=None):
         self.forwards += 1
@@ -54,6 +63,7 @@ class Vendor:
     def backward(self, call, lse, causal, window, softcap=None):
         self.backwards += 1
         self.deterministic.add(call.deterministic)
+        self.backward_shapes.append((tuple(call.q.shape), tuple(call.k.shape)))
         self._check(call.q, call.k, call.v, call.out, call.dout)
         assert lse.shape == (call.q.shape[1], call.q.shape[0]) and lse.is_contiguous()
         assert lse.dtype == torch.promote_types(call.q.dtype, torch.float32)
@@ -118,7 +128,7 @@ def modules(contents):
     """Provide modules with these names and attributes inside the context."""
     made = {name: types.ModuleType(name) for name in contents}
     for name, attributes in contents.items():
-        vars(made[name]).update(attributes)
+        vars(made[name]).update(attributes, __spec__=importlib.machinery.ModuleSpec(name, None))
     with mock.patch.dict(sys.modules, made):
         yield
 
@@ -132,7 +142,7 @@ FA3_FORWARD = (
     "Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, Tensor? rotary_cos=None, "
     "Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
     "Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, "
-    "int window_size_right=-1, int attention_chunk=0, float softcap=0., bool is_rotary_interleaved=False, "
+    "int window_size_right=-1, int attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, "
     "Tensor? scheduler_metadata=None, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) "
     "-> (Tensor(out!), Tensor, Tensor, Tensor)"
 )
@@ -141,9 +151,13 @@ FA3_BACKWARD = (
     "Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
     "float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
-    "float softcap=0., bool deterministic=False, int sm_margin=0) "
+    "float softcap=0.0, bool deterministic=False, int sm_margin=0) "
     "-> (Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+FA3_LATER_BACKWARD = FA3_BACKWARD.rpartition("->")[0] + "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+"""The schema after flash-attn 2.8.3: it returns no gradients, which are written to the arguments."""
+FA3_LATER_BACKWARD = FA3_LATER_BACKWARD.replace("(dq!)", "(a!)").replace("(dk!)", "(b!)").replace("(dv!)", "(c!)")
 
 
 def _by_name(schema, args):
@@ -158,29 +172,100 @@ def _by_name(schema, args):
 
 
 @contextlib.contextmanager
-def flash_attn_3():
+def flash_attn_3(namespace="flash_attn_3", schema=FA3_BACKWARD):
     vendor = Vendor()
 
     def forward(*args):
         call = _by_name(FA3_FORWARD, args)
-        assert call.softcap == 0.0 and call.num_splits == 1
-        out, lse = vendor.forward(call, *visible(call.is_causal, call.window_size_left, call.window_size_right, -1))
+        assert call.num_splits == 1
+        seen = visible(call.is_causal, call.window_size_left, call.window_size_right, -1)
+        out, lse = vendor.forward(call, *seen, call.softcap)
         return out, lse, lse.new_empty(0), lse.new_empty(0)
 
     def backward(*args):
-        call = _by_name(FA3_BACKWARD, args)
+        call = _by_name(schema, args)
         # hopper/flash_api_stable.cpp: "Deterministic backward not supported for hdim 256." (from 193 up)
         assert not (call.deterministic and call.q.shape[2] > 192)
         seen = visible(call.is_causal, call.window_size_left, call.window_size_right, -1)
-        for buffer, grad in zip((call.dq, call.dk, call.dv), vendor.backward(call, call.softmax_lse, *seen)):
+        grads = vendor.backward(call, call.softmax_lse, *seen, call.softcap)
+        for buffer, grad in zip((call.dq, call.dk, call.dv), grads):
             buffer.copy_(grad)
-        return (call.dq, call.dk, call.dv, *(call.dq.new_empty(0) for _ in range(5)))
+        unused = [call.dq.new_empty(0) for _ in range(5)]
+        return (call.dq, call.dk, call.dv, *unused) if returns_gradients else tuple(unused)
 
-    with torch.library._scoped_library("flash_attn_3", "FRAGMENT") as library:
+    returns_gradients = "dq!" in schema.rpartition("->")[2]
+    with torch.library._scoped_library(namespace, "FRAGMENT") as library:
         library.define(FA3_FORWARD)
-        library.define(FA3_BACKWARD)
+        library.define(schema)
         library.impl("fwd", forward, "CPU")
         library.impl("bwd", backward, "CPU")
+        yield vendor
+
+
+@contextlib.contextmanager
+def flash_attn_3_from_the_hub(cached=True):
+    """Provide FlashAttention-3 through the package `kernels`, whose builds have a namespace of their own.
+
+    If it is not `cached`, it has to be downloaded.
+    """
+    namespace = "_flash_attn3_stand_in"
+
+    def install_kernel(repo_id, *, revision=None, version=None, local_files_only=False):
+        assert (repo_id, revision, version) == ("kernels-community/flash-attn3", None, 1)
+        if local_files_only and not cached:
+            raise FileNotFoundError("no cached kernel")
+
+    def get_kernel(repo_id, *, revision=None, version=None):
+        install_kernel(repo_id, revision=revision, version=version)
+        vendor.downloads += not cached
+        return types.SimpleNamespace(ops=getattr(torch.ops, namespace))
+
+    flash_attention_3.load.cache_clear()
+    with flash_attn_3(namespace, FA3_LATER_BACKWARD) as vendor:
+        with modules({"kernels": {"install_kernel": install_kernel, "get_kernel": get_kernel}}):
+            vendor.downloads = 0
+            try:
+                assert (flash_attention_3.load() is None) == cached
+                yield vendor
+            finally:
+                flash_attention_3._from_hub.clear()
+                flash_attention_3.load.cache_clear()
+
+
+# PyTorch's own operators
+
+
+def _of_pytorch(operator, args, kwargs):
+    values = {each.name: each.default_value for each in operator._schema.arguments if each.has_default_value()}
+    names = [each.name for each in operator._schema.arguments]
+    return types.SimpleNamespace(**{**values, **dict(zip(names, args)), **kwargs})
+
+
+@contextlib.contextmanager
+def torch_flash():
+    vendor = Vendor()
+
+    def described(call):
+        call.q, call.k, call.v, call.softmax_scale = call.query, call.key, call.value, call.scale
+        call.cu_seqlens_q, call.cu_seqlens_k = call.cum_seq_q, call.cum_seq_k
+        call.max_seqlen_q, call.max_seqlen_k = call.max_q, call.max_k
+        assert call.dropout_p == 0.0
+        return visible(call.is_causal, call.window_size_left, call.window_size_right, None)
+
+    def forward(*args, **kwargs):
+        call = _of_pytorch(torch.ops.aten._flash_attention_forward.default, args, kwargs)
+        out, lse = vendor.forward(call, *described(call))
+        return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
+
+    def backward(*args, **kwargs):
+        call = _of_pytorch(torch.ops.aten._flash_attention_backward.default, args, kwargs)
+        call.dout, call.deterministic = call.grad_out, torch.are_deterministic_algorithms_enabled()
+        assert call.rng_state.dtype == torch.uint64 and call.rng_state.shape == (2,)
+        return tuple(vendor.backward(call, call.logsumexp, *described(call)))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
         yield vendor
 
 
@@ -232,20 +317,25 @@ FA4 = {
 
 
 @contextlib.contextmanager
-def flash_attn_4(version="4.0.0b36"):
+def flash_attn_4(version="4.0.0b36", blackwell=False):
     forward_parameters, backward_parameters, results = FA4[version]
-    vendor = Vendor()
+    vendor = Vendor(common_width=not blackwell)
 
     def forward(*args, **kwargs):
         call = arguments_of(forward_parameters, args, kwargs)
-        assert call.return_lse and not call.softcap
-        out, lse = vendor.forward(call, *visible(call.causal, call.window_size_left, call.window_size_right, None))
+        assert call.return_lse
+        seen = visible(call.causal, call.window_size_left, call.window_size_right, None)
+        if blackwell:  # `_validate_head_dims`, and what its backward for heads of 256 asserts
+            widths = call.q.shape[2], call.v.shape[2]
+            assert max(widths) <= 128 or widths in ((192, 128), (256, 256)), widths
+            assert widths != (256, 256) or not (seen[1] or call.softcap)
+        out, lse = vendor.forward(call, *seen, call.softcap)
         return out, lse, *[None] * (results - 2)
 
     def backward(*args, **kwargs):
         call = arguments_of(backward_parameters, args, kwargs)
         seen = visible(call.causal, call.window_size_left, call.window_size_right, None)
-        return vendor.backward(call, call.lse, *seen)
+        return vendor.backward(call, call.lse, *seen, call.softcap)
 
     functions = {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
     with modules({"flash_attn": {}, "flash_attn.cute": {}, "flash_attn.cute.interface": functions}):

@@ -124,7 +124,7 @@ class Engine(NamedTuple):
         rows, rectangles, options = self.layout.local_rows(query.device), self.layout.local, self._options(True)
         if rows is None:
             return self.kernel.forward(query, key, value, rectangles, options)
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
         lse = query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
         if rectangles:
             part, part_lse = self.kernel.forward(query, key, value, rectangles, options)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..layout import RankPlan
 from .engine import Engine
-from .kernels import AttentionKernel, BackwardInputs, select_kernel
+from .kernels import AttentionKernel, BackwardInputs, Layer, select_kernel
 from .operator import run_forward
 from .reference_check import CheckedEngine
 
@@ -56,11 +56,10 @@ def document_attention(
 
     Returns (H_q, T_r, D_v), the same result as for each document alone on one device.
     """
-    dims = {"key_dim": query.shape[-1], "value_dim": value.shape[-1]}
     engine = Engine(
         plan.group,
         plan.layout_for(window),
-        kernel or select_kernel(query.device, softcap, dtype=query.dtype, **dims),
+        kernel or kernel_for(query, value, window, softcap),
         query.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
         plan.keep_received_kv if keep_received_kv is None else keep_received_kv,
@@ -68,6 +67,14 @@ def document_attention(
     if check_as is not None:
         engine = CheckedEngine(engine, plan, check_as, sinks)
     return _DocumentAttention.apply(query, key, value, sinks, engine)
+
+
+def kernel_for(
+    query: torch.Tensor, value: torch.Tensor, window: int | None, softcap: float | None, name: str | None = None
+) -> AttentionKernel:
+    """Return the kernel for a layer with these tensors, see [`~kernels.select_kernel`]."""
+    layer = Layer(query.dtype, query.shape[-1], value.shape[-1], window is not None, softcap is not None)
+    return select_kernel(query.device, layer, name)
 
 
 class _DocumentAttention(torch.autograd.Function):

@@ -1,19 +1,19 @@
-"""The choice of a layer's kernel, the reasons why other kernels cannot run it, and which kernels are tested."""
+"""The table of kernels: which layers and devices each supports, and why it may be missing on a machine."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
-from typing import Any
 
 import torch
 
-from ...errors import ConfigurationError, UnsupportedModelError
+from . import flash_attention_3
 from .base import AttentionKernel
 from .cpu_flash import CPUFlashKernel
+from .cudnn import CudnnKernel
+from .devices import Device, Layer
 from .eager import EagerKernel
 from .flash_attention import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel, TorchFlashKernel
 
@@ -21,57 +21,46 @@ from .flash_attention import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kerne
 TESTED = "tested"
 EXPERIMENTAL = "experimental, see docs/gpu.md"
 
+AMPERE, HOPPER, BLACKWELL, WORKSTATION = 8, 9, 10, 12  # major compute capabilities
+_GENERATIONS = {AMPERE: "Ampere", HOPPER: "Hopper", BLACKWELL: "Blackwell", WORKSTATION: "Blackwell for workstations"}
 _HALF = (torch.float16, torch.bfloat16)
 _ALL = (*_HALF, torch.float32, torch.float64)
+_LEAST_CUDNN = 91002
 
 
 @dataclass(frozen=True)
 class Capability:
     """The layers and devices that a kernel supports.
 
-    All kernels support sliding windows, and value heads that differ in width from key heads. Kernels do not handle
-    attention sinks, which are added to the logsumexp after merging.
+    All kernels support grouped queries and sliding windows. Kernels do not handle attention sinks, which are added to
+    the logsumexp after merging.
     """
 
-    make: Callable[[bool], AttentionKernel]  # takes whether gradients must be bitwise reproducible
+    make: Callable[[Device, bool], AttentionKernel]  # the bool: whether gradients must be bitwise reproducible
     devices: tuple[str, ...] = ()  # device types; empty for all
+    generations: tuple[int, ...] = ()  # major compute capabilities; empty for all
     dtypes: tuple[torch.dtype, ...] = _ALL
-    max_head_dim: int | None = None  # largest head dimension of keys and values
-    softcap: bool = False
+    softcap: bool = True
+    refuses: Callable[[Device, Layer], str | None] = lambda device, layer: None  # other reasons why it cannot run
+    missing: Callable[[Device], str | None] = lambda device: None  # why it cannot run on this machine
+    install: str = ""  # how to get it
     status: str = TESTED  # whether the test suite has passed on the device
-    missing: Callable[[], str | None] = lambda: None  # returns why it cannot run on this machine, `None` if it can
-    max_deterministic_head_dim: int | None = None  # largest head dimension with bitwise reproducible gradients
-    max_head_dim_by_gpu: Mapping[int, int] = field(default_factory=dict)  # lower limits, by major compute capability
 
-    def reason_against(
-        self,
-        device_type: str,
-        softcap: float | None = None,
-        dtype: torch.dtype | None = None,
-        key_dim: int | None = None,
-        value_dim: int | None = None,
-        deterministic: bool = False,
-    ) -> str | None:
-        """Return why the kernel cannot run a layer, or `None` if it can.
+    def reason_against(self, device: Device, layer: Layer) -> str | None:
+        """Return why the kernel does not support a layer on a device, or `None` if it does.
 
-        The reason completes a sentence that begins with the kernel's name. A dtype or head dimension of `None` is
-        unknown and not checked. A softcap of `None` means that the layer has no softcap.
+        The reason completes a sentence that begins with the kernel's name.
         """
-        if self.devices and device_type not in self.devices:
-            return f"runs on {' and '.join(_DEVICE_NAMES.get(device, device) for device in self.devices)} only"
-        if softcap is not None and not self.softcap:
+        if self.devices and device.type not in self.devices:
+            return f"runs on {' and '.join(_DEVICE_NAMES.get(name, name) for name in self.devices)} only"
+        if self.generations and device.capability and device.major not in self.generations:
+            names = " or ".join(f"{major}.x ({_GENERATIONS[major]})" for major in self.generations)
+            return "needs a GPU of compute capability {}; this one has {}.{}".format(names, *device.capability)
+        if layer.softcap and not self.softcap:
             return "does not support softcap"
-        if dtype is not None and dtype not in self.dtypes:
-            return f"takes {', '.join(_name(x) for x in self.dtypes)}, not {_name(dtype)}"
-        widest, limit = max(key_dim or 0, value_dim or 0), self.max_head_dim
-        if self.max_head_dim_by_gpu and torch.cuda.is_available():
-            limit = self.max_head_dim_by_gpu.get(torch.cuda.get_device_capability()[0], limit)
-        if limit is not None and widest > limit:
-            return f"takes heads up to {limit} wide, not {widest}"
-        most = self.max_deterministic_head_dim
-        if deterministic and most is not None and widest > most:
-            return f"has deterministic gradients for heads up to {most} wide, not {widest}"
-        return self.missing()
+        if layer.dtype is not None and layer.dtype not in self.dtypes:
+            return f"takes {', '.join(_name(each) for each in self.dtypes)}, not {_name(layer.dtype)}"
+        return self.refuses(device, layer)
 
 
 _DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -81,138 +70,145 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _wrong_gpu(*generations: tuple[int, str]) -> str | None:
-    """Return a reason if this machine's GPU is not of one of the `generations`, (major compute capability, name).
-
-    Returns `None` on a machine without a GPU, because training may run on another machine.
-    """
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    if major in (wanted for wanted, _ in generations):
-        return None
-    names = " or ".join(f"{wanted}.x ({name})" for wanted, name in generations)
-    return f"needs a GPU of compute capability {names}; this one has {major}.{minor}"
+def _wider_than(limit: int, layer: Layer) -> str | None:
+    return f"takes heads up to {limit} wide, not {layer.widest}" if layer.widest > limit else None
 
 
-def _old_gpu() -> str | None:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or later"
-    return None
+def _refused_by_flash_attn_3(device: Device, layer: Layer) -> str | None:
+    if layer.deterministic and layer.widest > 192:
+        return f"has deterministic gradients for heads up to 192 wide, not {layer.widest}"
+    if layer.deterministic and flash_attention_3.operators() and flash_attention_3.ignores_deterministic():
+        return "has no deterministic gradients in this version; they need a version after 2.8.3"
+    return _wider_than(256, layer)
 
 
-def _activated() -> str | None:
+def _refused_by_flash_attn_4(device: Device, layer: Layer) -> str | None:
+    wide = device.major == BLACKWELL and layer.widest > 128
+    if wide and not _fits_192_128(layer):
+        for what, asked in (("sliding windows", layer.window), ("softcap", layer.softcap)):
+            if asked:
+                return f"supports {what} on Blackwell for heads up to 128 wide, not {layer.widest}"
+    return _wider_than(256, layer)
+
+
+def _refused_by_cudnn(device: Device, layer: Layer) -> str | None:
+    if layer.deterministic and device.major != BLACKWELL:
+        return "has no deterministic gradients whose memory does not grow with the square of the sequence"
+    if device.major == BLACKWELL and not _fits_192_128(layer):
+        return _wider_than(128, layer)
+    return _wider_than(256, layer)
+
+
+def _fits_192_128(layer: Layer) -> bool:
+    """Return whether keys up to 192 wide and values up to 128 wide suffice, as in DeepSeek's models."""
+    return (layer.key_dim or 0) <= 192 and (layer.value_dim or layer.key_dim or 0) <= 128
+
+
+def activated() -> str | None:
     """Return what the user activated in place of PyTorch's own FlashAttention-2: "FA3", "FA4" or `None`."""
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
 
 
-def _no_flash_in_torch() -> str | None:
-    if _activated() is not None:
-        return f"is replaced by {_activated()}, which was activated in PyTorch"
+def _no_flash_in_torch(device: Device) -> str | None:
+    if activated() is not None:
+        return f"is replaced by {activated()}, which was activated in PyTorch"
     # A machine without a GPU cannot tell, and training may run on another machine.
     if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
         return "is not part of this build of PyTorch"
-    return _old_gpu()
+    return None
 
 
-def _no_flash_attn() -> str | None:
-    installed = _installed_flash_attn()
+def _no_flash_attn(device: Device) -> str | None:
+    installed = installed_version("flash-attn")
     if installed is None:
         return "needs the package flash-attn, which is not installed here"
     major, minor = (int(part) for part in installed.split(".")[:2])
     if major != 2 or minor < 7:
         return f"needs flash-attn 2.7 or a later 2.x, not {installed}"
-    return _old_gpu()
+    return None
 
 
-def _no_flash_attn_3() -> str | None:
-    if not hasattr(torch.ops.flash_attn_3, "bwd"):
-        return 'needs its library: install it and call torch.nn.attention.activate_flash_attention_impl("FA3")'
-    return _wrong_gpu((9, "Hopper"))
+def _no_flash_attn_3(device: Device) -> str | None:
+    if flash_attention_3.operators() is not None:
+        return None
+    if Device.here("cuda").major == HOPPER:
+        reason = flash_attention_3.load()
+        return reason and f"needs its library, which {reason}"
+    # Elsewhere its library cannot be loaded, but training may run on another machine.
+    return None if installed_version("flash-attn-3") else "needs the package flash-attn-3, which is not installed here"
 
 
-def _no_flash_attn_4() -> str | None:
-    if _activated() != "FA4":
-        return 'needs flash-attn-4: install it and call torch.nn.attention.activate_flash_attention_impl("FA4")'
-    return _wrong_gpu((9, "Hopper"), (10, "Blackwell"))
+def _no_flash_attn_4(device: Device) -> str | None:
+    if installed_version("flash-attn-4") is None:
+        return "needs the package flash-attn-4, which is not installed here"
+    return None
+
+
+def _no_cudnn(device: Device) -> str | None:
+    if installed_version("nvidia-cudnn-frontend") is None:
+        return "needs the package nvidia-cudnn-frontend, which is not installed here"
+    if torch.cuda.is_available() and (torch.backends.cudnn.version() or 0) < _LEAST_CUDNN:
+        return f"needs cuDNN 9.10.2 or later, not {torch.backends.cudnn.version()}"
+    return None
 
 
 @cache
-def _installed_flash_attn() -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or `None`."""
     try:
-        return metadata.version("flash-attn")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-_fused = partial(Capability, devices=("cuda",), dtypes=_HALF, max_head_dim=256, status=EXPERIMENTAL)
+_fused = partial(Capability, devices=("cuda",), dtypes=_HALF, status=EXPERIMENTAL)
+_any_from_ampere = (AMPERE, HOPPER, BLACKWELL, WORKSTATION)
 
 CAPABILITIES: dict[str, Capability] = {
-    "cpu_flash": Capability(lambda deterministic: CPUFlashKernel(), devices=("cpu",)),
-    # Keys and values are padded to the same width. On Blackwell, the kernels for 256 do not support windows.
-    "flash_attn_4": _fused(FlashAttn4Kernel, missing=_no_flash_attn_4, max_head_dim_by_gpu={10: 128}),
-    "flash_attn_3": _fused(FlashAttn3Kernel, missing=_no_flash_attn_3, max_deterministic_head_dim=192),
-    "flash_attn_2": _fused(FlashAttn2Kernel, missing=_no_flash_attn, softcap=True),
-    "torch_flash": _fused(TorchFlashKernel, missing=_no_flash_in_torch),
-    "eager": Capability(lambda deterministic: EagerKernel(), softcap=True),
+    "cpu_flash": Capability(lambda device, deterministic: CPUFlashKernel(), devices=("cpu",), softcap=False),
+    "flash_attn_4": _fused(
+        lambda device, deterministic: FlashAttn4Kernel(deterministic, blackwell=device.major == BLACKWELL),
+        generations=(HOPPER, BLACKWELL),
+        refuses=_refused_by_flash_attn_4,
+        missing=_no_flash_attn_4,
+        install="pip install --pre flash-attn-4",
+    ),
+    "flash_attn_3": _fused(
+        lambda device, deterministic: FlashAttn3Kernel(deterministic),
+        generations=(HOPPER,),
+        refuses=_refused_by_flash_attn_3,
+        missing=_no_flash_attn_3,
+        install="see docs/gpu.md",
+    ),
+    "cudnn": _fused(
+        lambda device, deterministic: CudnnKernel(deterministic),
+        generations=(HOPPER, BLACKWELL),
+        softcap=False,
+        refuses=_refused_by_cudnn,
+        missing=_no_cudnn,
+        install="pip install hf_flashcp[cudnn]",
+    ),
+    "flash_attn_2": _fused(
+        lambda device, deterministic: FlashAttn2Kernel(deterministic),
+        generations=_any_from_ampere,
+        refuses=lambda device, layer: _wider_than(256, layer),
+        missing=_no_flash_attn,
+        install="pip install flash-attn --no-build-isolation",
+    ),
+    "torch_flash": _fused(
+        lambda device, deterministic: TorchFlashKernel(deterministic),
+        generations=_any_from_ampere,
+        softcap=False,
+        refuses=lambda device, layer: _wider_than(256, layer),
+        missing=_no_flash_in_torch,
+    ),
+    "eager": Capability(lambda device, deterministic: EagerKernel()),
 }
-"""All kernels by name, best first."""
+"""All kernels by name."""
 
-
-def explain_kernels(device_type: str, *layer: Any, **known: Any) -> list[tuple[str, str | None]]:
-    """Return `(name, reason)` for every kernel, best first. The reason is `None` if the kernel can run the layer.
-
-    Takes the arguments of [`Capability.reason_against`]. The device type is "cpu" or "cuda", and need not be available
-    on this machine.
-    """
-    return [(name, each.reason_against(device_type, *layer, **known)) for name, each in CAPABILITIES.items()]
-
-
-def select_kernel(device: torch.device, *layer: Any, **known: Any) -> AttentionKernel:
-    """Return the best kernel for a layer on `device`, see [`explain_kernels`].
-
-    If `torch.are_deterministic_algorithms_enabled()`, its gradients are deterministic, which makes the fused CUDA
-    kernels slower. If no fused kernel can run the layer on a GPU, a warning gives the reasons once.
-
-    Raises:
-        UnsupportedModelError: no kernel can run the layer.
-        ConfigurationError: the implementation that was activated in PyTorch cannot run on this machine's GPU.
-    """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    explained = explain_kernels(device.type, *layer, deterministic=deterministic, **known)
-    if device.type == "cuda":
-        check_activated_kernel()
-    for name, reason in explained:
-        if reason is None:
-            if name == "eager" and device.type == "cuda":
-                _say_why_slow(tuple(f"{other} {why}" for other, why in explained if why is not None))
-            return _kernel(name, deterministic)
-    reasons = ", ".join(f"{name} {reason}" for name, reason in explained)
-    raise UnsupportedModelError(
-        f"No attention kernel of flashcp runs this layer on {device.type}: {reasons}. Train in bfloat16, float16 or "
-        "float32."
-    )
-
-
-def check_activated_kernel() -> None:
-    """Raise a `ConfigurationError` if the implementation activated in PyTorch cannot run on this machine's GPU."""
-    name = {"FA3": "flash_attn_3", "FA4": "flash_attn_4"}.get(_activated() or "")
-    reason = name and CAPABILITIES[name].missing()
-    if reason:
-        raise ConfigurationError(
-            f"{_activated()} was activated in PyTorch, but it {reason}. Call "
-            "torch.nn.attention.restore_flash_attention_impl() to use PyTorch's own FlashAttention-2."
-        )
-
-
-@cache
-def _say_why_slow(reasons: tuple[str, ...]) -> None:
-    logging.getLogger(__name__).warning(
-        f"Attention runs with the eager kernel, which is exact but slow on a GPU: {'; '.join(reasons)}. docs/gpu.md "
-        "lists what each kernel supports and how to install it."
-    )
-
-
-@cache
-def _kernel(name: str, deterministic: bool) -> AttentionKernel:
-    return CAPABILITIES[name].make(deterministic)
+FASTEST_FIRST: dict[int, tuple[str, ...]] = {
+    HOPPER: ("flash_attn_3", "cudnn", "flash_attn_4", "flash_attn_2", "torch_flash"),
+    BLACKWELL: ("flash_attn_4", "cudnn", "flash_attn_2", "torch_flash"),
+}
+"""The order of GPU kernels by published speed, fastest first, for the generations on which several generations of
+kernels run. docs/gpu.md has the figures."""

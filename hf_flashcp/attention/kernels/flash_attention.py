@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ...plan.kernel_calls import GRIDS
 from ..determinism import deterministic_algorithms
 from .base import BackwardInputs, ScoreOptions
+from .flash_attention_3 import operators
 from .varlen import Sequences, VarlenKernel
 
 
@@ -24,13 +26,15 @@ class TorchFlashKernel(VarlenKernel):
     """
 
     name = "torch_flash"
+    grids = GRIDS[name]
+    expands_kv_gradients = True
 
     def _forward_call(self, query, key, value, sequences, options):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            *sequences,
+            *sequences[:4],
             0.0,  # dropout
             options.only_causal,
             False,  # return_debug_mask
@@ -48,7 +52,7 @@ class TorchFlashKernel(VarlenKernel):
         with deterministic_algorithms(self.deterministic):
             return torch.ops.aten._flash_attention_backward(
                 *inputs,
-                *sequences,
+                *sequences[:4],
                 0.0,
                 options.only_causal,
                 rng_state,
@@ -62,6 +66,8 @@ class FlashAttn2Kernel(VarlenKernel):
     """FlashAttention-2 from the package flash-attn, version 2.7 or later, which also supports softcap."""
 
     name = "flash_attn_2"
+    grids = GRIDS[name]
+    expands_kv_gradients = True
 
     def _forward_call(self, query, key, value, sequences, options):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
@@ -87,29 +93,29 @@ class FlashAttn2Kernel(VarlenKernel):
 
     @staticmethod
     def _arguments(sequences: Sequences, options: ScoreOptions) -> dict[str, Any]:
-        return {**_arguments(sequences, options), "causal": options.causal, "softcap": options.softcap or 0.0}
+        return {**_arguments(sequences, options), "causal": options.causal}
 
 
 class FlashAttn3Kernel(VarlenKernel):
-    """FlashAttention-3, the operators `flash_attn_3::fwd` and `flash_attn_3::bwd`, on Hopper GPUs.
+    """FlashAttention-3, the operators `fwd` and `bwd` that [`~flash_attention_3.operators`] finds, on Hopper GPUs.
 
-    The operators are registered by importing `flash_attn_interface`, by PyTorch's
-    `activate_flash_attention_impl("FA3")`, or by [`load_kernel_library`]. They are called with the argument names of
-    their schema (hopper/flash_api_stable.cpp of flash-attention, as in xformers 0.0.34).
+    They are called with the argument names of their schema (hopper/flash_api_stable.cpp of flash-attention, the same
+    in flash-attn3 of kernels-community and in xformers 0.0.34).
     """
 
     name = "flash_attn_3"
+    grids = GRIDS[name]
 
     def _forward_call(self, query, key, value, sequences, options):
         arguments = _arguments(sequences, options, causal="is_causal")
         # Splitting the keys would need a second pass to combine the parts.
-        out, lse, *_ = torch.ops.flash_attn_3.fwd(query, key, value, num_splits=1, **arguments)
+        out, lse, *_ = operators().fwd(query, key, value, num_splits=1, **arguments)
         return out, lse
 
     def _backward_call(self, inputs, sequences, options):
         # Builds differ in what backward returns, but all of them write to the same output arguments.
         grads, arguments = _empty_gradients(inputs), _arguments(sequences, options, causal="is_causal")
-        torch.ops.flash_attn_3.bwd(*inputs, *grads, deterministic=self.deterministic, **arguments)
+        operators().bwd(*inputs, *grads, deterministic=self.deterministic, **arguments)
         return grads
 
 
@@ -123,6 +129,21 @@ class FlashAttn4Kernel(VarlenKernel):
     """
 
     name = "flash_attn_4"
+    grids = GRIDS[name]
+
+    def __init__(self, deterministic: bool = False, blackwell: bool = False):
+        super().__init__(deterministic)
+        self._blackwell = blackwell
+
+    def widths(self, key_dim, value_dim):
+        """Return the widths for which the package has kernels: on Blackwell up to 128 for both, 192 and 128, or 256.
+
+        On Hopper the kernels for grouped queries need a common width (see its `_validate_head_dims`).
+        """
+        widest = max(key_dim, value_dim)
+        if not self._blackwell or widest <= 128:
+            return super().widths(key_dim, value_dim)
+        return (192, 128) if key_dim <= 192 and value_dim <= 128 else (256, 256)
 
     def _forward_call(self, query, key, value, sequences, options):
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -140,14 +161,18 @@ class FlashAttn4Kernel(VarlenKernel):
         return tuple(grads[:3])
 
 
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
 def _arguments(
     sequences: Sequences, options: ScoreOptions, *, causal: str = "causal", unbounded: int | None = -1
 ) -> dict[str, Any]:
     """Return keyword arguments for the packages' functions; `causal` is the name of the argument for causality."""
     return {
-        **sequences._asdict(),
+        **{name: getattr(sequences, name) for name in _LENGTHS},
         "softmax_scale": options.scale,
         causal: options.only_causal,
+        "softcap": options.softcap or 0.0,
         **_window_sizes(options, unbounded),
     }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from ...layout import Rectangle, Rows
 from ...layout.rows import row_numbers
+from ...plan.kernel_calls import GRIDS, Grid, deal_calls, folds_heads
 from .base import BackwardInputs, ScoreOptions, accumulate_dtype, pad_heads
 
 
@@ -18,17 +20,23 @@ ALIGNMENT = 16  # bytes that FlashAttention's kernels load at a time
 class Sequences(NamedTuple):
     """The sequences of a varlen call, none of which is empty on either side.
 
-    The cumulative lengths are int32 (n + 1,) and run from 0 to the number of rows. `max_seqlen_q` is at least 2.
+    The cumulative lengths are int32 (n + 1,) and run from 0 to the number of rows. `max_seqlen_q` is at least 2. The
+    places where sequences start, int32 (n,), are given to kernels that read rows where they are. Tensors then have
+    other rows, too; otherwise they have those of the sequences, one after the other.
     """
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    num_queries: int = 0
+    num_keys: int = 0
+    starts_q: torch.Tensor | None = None
+    starts_k: torch.Tensor | None = None
 
 
-class Round(NamedTuple):
-    """The rectangles of one varlen call, as rows of the queries, of the keys, and of the output of all rounds."""
+class Call(NamedTuple):
+    """The rectangles of one varlen call, as rows of the queries, of the keys, and of the output of all calls."""
 
     queries: Rows
     keys: Rows
@@ -39,29 +47,31 @@ class Round(NamedTuple):
 class VarlenKernel:
     """Base class of kernels that compute rectangles with varlen calls. Causal rectangles are aligned bottom-right.
 
-    The key ranges of one call must be disjoint, but two slices of a document can attend to overlapping ranges of its
-    keys. Therefore the rectangles are distributed, in order, over as few rounds as possible, and each round is one
-    call. For example, two slices of one document that attend to two prefixes of its received keys need two rounds,
-    which the rectangles of other documents share:
-
-        rectangles     rows 0-2 x keys 0-4     rows 3-5 x keys 0-9     rows 6-9 x keys 10-12
-        round 1        rows 0-2 x keys 0-4                             rows 6-9 x keys 10-12
-        round 2                                rows 3-5 x keys 0-9
-
-    Rounds are cached by their rectangles, together with their index tensors on the device, so that the layers of a
-    batch do not wait for the host. Heads are padded with zeros to a common width that is a multiple of 8.
+    [`~plan.kernel_calls`] describes how rectangles are divided into calls, in forward and in backward each according
+    to the kernel's grid. Calls are cached by their rectangles, together with their index tensors on the device, so
+    that the layers of a batch do not wait for the host.
 
     A subclass makes the calls. Their tensors have shape (rows, heads, D), with the last dimension contiguous and rows
-    and heads aligned to `ALIGNMENT` bytes, and logsumexp (H_q, rows) is contiguous.
+    and heads aligned to `ALIGNMENT` bytes, and logsumexp (H_q, rows) is contiguous. If the kernel's grids are
+    `in_place`, inputs may have other rows, too, see [`Sequences`]; results and logsumexp have those of the call.
 
     Args:
         deterministic: whether backward must be bitwise reproducible.
     """
 
     name: str
+    grids = GRIDS["torch_flash"]
+    expands_kv_gradients = False
+    """Whether backward allocates gradients of keys and values for all query heads."""
 
     def __init__(self, deterministic: bool = False):
         self.deterministic = deterministic
+
+    def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """Return the widths to which heads of keys and of values are padded with zeros: by default a common one that
+        is a multiple of 8."""
+        width = -(-max(key_dim, value_dim) // 8) * 8
+        return width, width
 
     def _forward_call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, options: ScoreOptions
@@ -76,49 +86,93 @@ class VarlenKernel:
         raise NotImplementedError
 
     def forward(self, query, key, value, rectangles, options):
-        rounds = deal_rounds(tuple(rectangles), query.device)
-        heads, value_width = query.shape[0], value.shape[-1]
-        query, key, value = _rows_first(query, key, value)
-        parts = [
-            self._forward_call(r.queries.take(query), r.keys.take(key), r.keys.take(value), r.sequences, options)
-            for r in rounds
-        ]
+        heads, value_dim = query.shape[0], value.shape[-1]
+        calls = varlen_calls(tuple(rectangles), self.grids.forward, heads, query.device)
+        key_width, value_width = self.widths(key.shape[-1], value_dim)
+        query, key, value = _rows_first(key_width, query, key) + _rows_first(value_width, value)
+        parts = [self._forward(c, query, key, value, options) for c in calls]
         if len(parts) == 1:
             out, lse = parts[0]
-            return out[..., :value_width].transpose(0, 1), lse
-        num_rows = sum(r.outputs.count for r in rounds)
-        out = query.new_empty(num_rows, heads, value_width)
+            return out[..., :value_dim].transpose(0, 1), lse
+        num_rows = sum(c.outputs.count for c in calls)
+        out = query.new_empty(num_rows, heads, value_dim)
         lse = query.new_empty(heads, num_rows, dtype=accumulate_dtype(query.dtype))
-        for r, (part, part_lse) in zip(rounds, parts):
-            r.outputs.put(out, part[..., :value_width])
-            r.outputs.put(lse, part_lse, dim=1)
+        for c, (part, part_lse) in zip(calls, parts):
+            c.outputs.put(out, part[..., :value_dim])
+            c.outputs.put(lse, part_lse, dim=1)
         return out.transpose(0, 1), lse
 
+    def _forward(self, c: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: ScoreOptions):
+        if self.grids.forward.in_place:
+            return self._forward_call(query, key, value, c.sequences, options)
+        return self._forward_call(c.queries.take(query), c.keys.take(key), c.keys.take(value), c.sequences, options)
+
     def backward(self, inputs, rectangles, options, grads):
-        grad_out, query, key, value, out = _rows_first(*inputs[:-1])
-        for r in deal_rounds(tuple(rectangles), query.device):
-            # No variable refers to the rows taken here, so that they are freed as soon as the call is over.
-            found = self._backward_call(
-                BackwardInputs(
-                    r.queries.take(grad_out),
-                    r.queries.take(query),
-                    r.keys.take(key),
-                    r.keys.take(value),
-                    r.queries.take(out),
-                    r.queries.take(inputs.lse, dim=1).contiguous(),
-                ),
-                r.sequences,
-                options,
-            )
-            # Each row occurs once per round, and rounds run one after another, so the order of every sum is fixed.
-            for total, rows, grad in zip(grads, (r.queries, r.keys, r.keys), found):
+        grad_out, query, key, value, out, lse = inputs
+        heads, groups = query.shape[0], query.shape[0] // key.shape[0]
+        key_width, value_width = self.widths(key.shape[-1], value.shape[-1])
+        query, key = _rows_first(key_width, query, key)
+        value, grad_out, out = _rows_first(value_width, value, grad_out, out)
+        inputs = BackwardInputs(grad_out, query, key, value, out, lse)
+        for c in varlen_calls(tuple(rectangles), self.grids.backward, heads, query.device):
+            folds = self.expands_kv_gradients and not options.causal and groups > 1
+            fold = groups if folds and folds_heads(c.queries.count, c.keys.count) else 1
+            grad_query, *grads_kv = self._backward(c, fold, inputs, options)
+            # Each row occurs once per call, and calls run one after another, so the order of every sum is fixed.
+            for total, rows, grad in zip(grads, (c.queries, c.keys, c.keys), (_unfolded(grad_query, fold), *grads_kv)):
                 rows.add(total.transpose(0, 1), grad[..., : total.shape[-1]])
 
+    def _backward(self, c: Call, fold: int, inputs: BackwardInputs, options: ScoreOptions):
+        """Call backward on the rows of a call. Rows that are copied for it are freed when it returns."""
+        grad_out, query, key, value, out, lse = inputs
+        lse_rows = _folded_lse(c.queries.take(lse, dim=1), fold)
+        if self.grids.backward.in_place and fold == 1:
+            return self._backward_call(inputs._replace(lse=lse_rows), c.sequences, options)
+        taken = BackwardInputs(
+            _folded(c.queries.take(grad_out), fold),
+            _folded(c.queries.take(query), fold),
+            c.keys.take(key),
+            c.keys.take(value),
+            _folded(c.queries.take(out), fold),
+            lse_rows,
+        )
+        return self._backward_call(taken, _folded_sequences(c.sequences, fold), options)
 
-def _rows_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+
+def _folded(tensor: torch.Tensor, fold: int) -> torch.Tensor:
+    """Return a tensor (rows, H_q, D) as (rows * fold, H_q / fold, D).
+
+    Row i * fold + g has query i of head g of each group of `fold` heads.
+    """
+    return tensor if fold == 1 else tensor.unflatten(1, (-1, fold)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfolded(tensor: torch.Tensor, fold: int) -> torch.Tensor:
+    """Reverse [`_folded`]."""
+    return tensor if fold == 1 else tensor.unflatten(0, (-1, fold)).transpose(1, 2).flatten(1, 2)
+
+
+def _folded_lse(lse: torch.Tensor, fold: int) -> torch.Tensor:
+    """Return logsumexp (H_q, rows) as contiguous (H_q / fold, rows * fold), in the order of [`_folded`]."""
+    return lse.unflatten(0, (-1, fold)).transpose(1, 2).flatten(1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _folded_sequences(sequences: Sequences, fold: int) -> Sequences:
+    if fold == 1:
+        return sequences
+    return sequences._replace(
+        cu_seqlens_q=sequences.cu_seqlens_q * fold,
+        max_seqlen_q=sequences.max_seqlen_q * fold,
+        num_queries=sequences.num_queries * fold,
+        starts_q=None,
+        starts_k=None,
+    )
+
+
+def _rows_first(width: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return tensors (heads, T, D) as (T, heads, width), with the last dimension contiguous and rows aligned."""
-    width = max(tensor.shape[-1] for tensor in tensors)
-    tensors = pad_heads(-(-width // 8) * 8, *(tensor.transpose(0, 1) for tensor in tensors))
+    tensors = pad_heads(width, *(tensor.transpose(0, 1) for tensor in tensors))
     return tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
@@ -132,33 +186,46 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.stride(-1) == 1 and all(step * tensor.element_size() % ALIGNMENT == 0 for step in steps)
 
 
+def varlen_calls(
+    rectangles: tuple[Rectangle, ...], grid: Grid, query_heads: int, device: torch.device
+) -> tuple[Call, ...]:
+    """Divide rectangles into varlen calls, see [`~plan.kernel_calls`]. Results are cached."""
+    return _calls_on(rectangles, _dealt(rectangles, grid, query_heads), grid.in_place, device)
+
+
+@lru_cache(maxsize=128)
+def _dealt(rectangles: tuple[Rectangle, ...], grid: Grid, query_heads: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, deal_calls(rectangles, grid, query_heads)))
+
+
 @lru_cache(maxsize=64)
-def deal_rounds(rectangles: tuple[Rectangle, ...], device: torch.device) -> tuple[Round, ...]:
-    """Distribute rectangles over as few rounds as possible, each with disjoint key ranges, see [`VarlenKernel`]."""
-    dealt: list[list[tuple[Rectangle, int]]] = []  # per round: rectangles, and the row where the output of each begins
-    row = 0
-    for rectangle in rectangles:
-        for entries in dealt:
-            if entries[-1][0].k_stop <= rectangle.k_start:
-                entries.append((rectangle, row))
-                break
-        else:
-            dealt.append([(rectangle, row)])
-        row += rectangle.queries
-    return tuple(_round(entries, device) for entries in dealt)
+def _calls_on(
+    rectangles: tuple[Rectangle, ...], dealt: tuple[tuple[int, ...], ...], in_place: bool, device: torch.device
+) -> tuple[Call, ...]:
+    rows = [0, *accumulate(rectangle.queries for rectangle in rectangles)]
+    return tuple(_call([(rectangles[index], rows[index]) for index in indices], in_place, device) for indices in dealt)
 
 
-def _round(entries: list[tuple[Rectangle, int]], device: torch.device) -> Round:
+def _call(entries: list[tuple[Rectangle, int]], in_place: bool, device: torch.device) -> Call:
+    """Return the call for rectangles, each given with the row at which its output begins."""
     queries, keys = [each.queries for each, _ in entries], [each.keys for each, _ in entries]
     # With a maximum of 1 query, flash-attn takes its decoding path, which swaps rows and heads.
     longest = max(2, *queries), max(keys)
-    return Round(
+    counts = sum(queries), sum(keys)
+    starts = [[each.q_start for each, _ in entries], [each.k_start for each, _ in entries]] if in_place else []
+    return Call(
         Rows(row_numbers((each.q_start, each.q_stop) for each, _ in entries), device),
         Rows(row_numbers((each.k_start, each.k_stop) for each, _ in entries), device),
         Rows(row_numbers((row, row + each.queries) for each, row in entries), device),
-        Sequences(_cumulative(queries, device), _cumulative(keys, device), *longest),
+        Sequences(
+            _whole_numbers([0, *accumulate(queries)], device),
+            _whole_numbers([0, *accumulate(keys)], device),
+            *longest,
+            *counts,
+            *(_whole_numbers(first, device) for first in starts),
+        ),
     )
 
 
-def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+def _whole_numbers(numbers: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
