@@ -216,13 +216,14 @@ def plan_table(plan):
     return table
 
 
-def summary_table(metrics, cp_size):
+def summary_table(metrics, cp_size, kernels):
     table = Table(title=f"Context parallelism over {cp_size} processes", show_header=False)
     rows = [
         ("loss of the first step", f"{metrics['flashcp_first_loss']:.3f}"),
         ("loss of the last step", f"{metrics['flashcp_last_loss']:.3f}"),
         ("loss, mean of the last ten logged", f"{metrics['flashcp_mean_of_last_losses']:.3f}"),
         ("tokens per second", f"{metrics['train_tokens_per_second']:,.0f}"),
+        ("attention kernel", ", ".join(kernels)),
         ("token imbalance (max / mean)", f"{metrics['flashcp_token_imbalance']:.4f}"),
         ("attention imbalance (max / mean)", f"{metrics['flashcp_pair_imbalance']:.4f}"),
         ("KV moved, as a share of an all-gather", f"{metrics['flashcp_kv_fraction']:.1%}"),
@@ -291,7 +292,7 @@ def main():
         console.print()
         if trainer.flashcp.plan is not None:  # None: resumed from the last step
             console.print(plan_table(trainer.flashcp.plan.plan))
-            console.print(summary_table(metrics, trainer.get_cp_size()))
+            console.print(summary_table(metrics, trainer.get_cp_size(), trainer.flashcp.kernels))
         console.print(f"Model, logs and metrics are in {training_args.output_dir}.", highlight=False)
 
 

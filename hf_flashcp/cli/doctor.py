@@ -33,6 +33,13 @@ def add_parser(commands) -> None:
     add_number(parser, "--cp-size", 2, "context-parallel ranks", least=1)
     parser.add_argument("--strategy", choices=STRATEGIES, default="per_doc", help=STRATEGY)
     parser.add_argument(
+        "--gpu",
+        nargs="+",
+        metavar="NAME",
+        help="after the model: GPUs for which to name the kernels, for example h100 b200 (default: this machine's "
+        "GPU, or, if it has none, a CPU and any GPU)",
+    )
+    parser.add_argument(
         "--all-models", action="store_true", help="check every causal language model of the installed transformers"
     )
     add_json(parser, "the findings")
@@ -44,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.all_models == (arguments.model is not None):
         raise ConfigurationError(
             "doctor takes one model (a name, a directory, a config.json or a type), or --all-models."
+            + (" Write the model before --gpu." if arguments.gpu and not arguments.all_models else "")
         )
+    if arguments.all_models and arguments.gpu:
+        raise ConfigurationError("--gpu goes with one model: the list of all models names no kernels. Leave it out.")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -54,14 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _one_model(arguments: argparse.Namespace) -> int:
     from ..distributed.workers import WorkerPool
     from ..doctor.diagnosis import SUPPORTED, WHOLE_DOCUMENTS, diagnose
-    from ..doctor.layer_groups import layer_groups
+    from ..doctor.layer_groups import devices_to_report, layer_groups
 
+    devices = devices_to_report(arguments.gpu or ())
     config = load_config(arguments.model)
     processes = min(arguments.cp_size, MAX_PROCESSES)
     with WorkerPool() as pool:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
     healthy = diagnosis.result in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
-    groups = layer_groups(config, diagnosis.layers)
+    groups = layer_groups(config, diagnosis.layers, devices)
     found = {**asdict(diagnosis), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
     found["layers"] = groups
     show(
@@ -88,21 +99,35 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
 
 
 def _layers(groups: list[dict[str, Any]]) -> list[str]:
-    """Return a table of the layers and their kernels, then notes on rejected and untested kernels."""
+    """Return a table of the layers and their kernels on each device, then notes on these kernels."""
     from ..attention.kernels import TESTED
 
     sizes = {"heads": "heads", "KV": "kv_heads", "key": "key_dim", "value": "value_dim", "window": "window"}
-    columns = {"layers": ",", "attention": "", **dict.fromkeys(sizes, ","), "on CPU": "", "on CUDA": ""}
-    rows, notes = [], set()
+    devices = {name: name.upper() if name.islower() else name for name in groups[0]["kernels"]}
+    columns = {"layers": ",", "attention": "", **dict.fromkeys(sizes, ",")}
+    columns |= {f"on {shown}": "" for shown in devices.values()}
+    rows = []
     for group in groups:
-        kernels = group["kernels"]
-        chosen = [kernels[device]["kernel"] for device in ("cpu", "cuda")]
+        chosen = [group["kernels"][device]["kernel"] for device in devices]
         rows.append((group["layers"], group["kind"], *(group[name] for name in sizes.values()), *chosen))
-        for device, kernel in kernels.items():
-            notes |= {f"{device.upper()}: not {name}, which {reason}" for name, reason in kernel["not"].items()}
-            if kernel["status"] != TESTED:
-                notes.add(f"{device.upper()}: {kernel['kernel']} is {kernel['status']}")
-    return [table(columns, rows), "", *sorted(notes)]
+    notes = []
+    for device, shown in devices.items():
+        kernels = [group["kernels"][device] for group in groups]
+        statuses = dict.fromkeys((each["kernel"], each["status"]) for each in kernels if each["status"] != TESTED)
+        device_notes = [*_rejected(kernels), *(f"{name} is {status}" for name, status in statuses)]
+        notes += [f"{shown}: {note}" for note in device_notes]
+    return [table(columns, rows), "", *notes]
+
+
+def _rejected(groups: list[dict[str, Any]]) -> list[str]:
+    """Return why kernels that come before the chosen one do not run, and how to install them if they could."""
+    notes: dict[str, dict[str, None]] = {}  # for each kernel, each note once
+    for kernels in groups:
+        for name, reason in kernels["not"].items():
+            install = kernels["faster"].get(name)
+            note = f"not {name}, which {reason}" + (f"; it would be faster ({install})" if install else "")
+            notes.setdefault(name, {})[note] = None
+    return [note for each in notes.values() for note in each]
 
 
 def _all_models(arguments: argparse.Namespace) -> int:

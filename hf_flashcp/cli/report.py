@@ -152,11 +152,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the page and prints the summary."""
     path = find_state(Path(arguments.run_dir))
     series = read_series(path)
-    summary = summarize(series)
+    kernels, summary = read_kernels(path), summarize(series)
     page = Path(arguments.html) if arguments.html else None if arguments.json else path.with_name("report.html")
     if page is not None:
-        write_page(page, series, summary, title=path.parent.name)
-    show({"state": str(path), "summary": summary}, _text, arguments.json)
+        write_page(page, series, summary, kernels, title=path.parent.name)
+    show({"state": str(path), "kernels": kernels, "summary": summary}, _text, arguments.json)
     if page is not None and not arguments.json:
         print(f"\nWrote {page}\nOpen it in a browser: {page.resolve().as_uri()}")
 
@@ -208,6 +208,15 @@ def read_series(path: Path) -> Series:
     return series
 
 
+def read_kernels(path: Path) -> list[str]:
+    """Returns the attention kernels that ran, which only FlashCPTrainer and the mixin record."""
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"]["hf_flashcp"]
+        return [str(name) for name in recorded["attributes"]["kernels"]]
+    except (KeyError, TypeError):
+        return []
+
+
 def summarize(series: Series) -> dict[str, dict[str, Any]]:
     """Returns first, last, least, most and mean value of each series, and its number of entries."""
     summary = {}
@@ -218,7 +227,9 @@ def summarize(series: Series) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *, title: str) -> None:
+def write_page(
+    path: Path, series: Series, summary: dict[str, dict[str, Any]], kernels: list[str], *, title: str
+) -> None:
     """Writes the page. Panels without values are left out; every other `flashcp_` metric gets a panel of its own."""
     known = {name for panel in PANELS for name in panel.names}
     more = [Panel(name, "", (name,)) for name in series if name.startswith("flashcp_") and name not in known]
@@ -232,7 +243,7 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
             )
     page = _PAGE.format(
         title=html.escape(title),
-        subtitle=html.escape(_subtitle(series)),
+        subtitle=html.escape(_subtitle(series, kernels)),
         cards="\n".join(_cards(series, summary)),
         figures="\n".join(figures),
         summary=_summary_table(summary),
@@ -243,14 +254,16 @@ def write_page(path: Path, series: Series, summary: dict[str, dict[str, Any]], *
         raise FlashCPError(f"Cannot write the page to {str(path)!r}: {error.strerror}.") from None
 
 
-def _subtitle(series: Series) -> str:
-    """Returns how long the run was, as far as that was logged."""
+def _subtitle(series: Series, kernels: list[str]) -> str:
+    """Returns how long the run was and which kernels ran, as far as that was recorded."""
     parts = [counted(max(step for points in series.values() for step, _ in points), "step")]
     if "num_input_tokens_seen" in series:
         parts.append(f"{series['num_input_tokens_seen'][-1][1]:,.0f} tokens")
     if "train_runtime" in series:
         seconds = series["train_runtime"][-1][1]
         parts.append(f"{seconds:,.0f} seconds" if seconds < 120 else f"{seconds / 60:,.1f} minutes")
+    if kernels:
+        parts.append(f"attention by {' and '.join(kernels)}")
     return ", ".join(parts)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 
 from .. import __version__
-from ..attention import select_kernel
+from ..attention import Layer, select_kernel
 from ..distributed import require_agreement
 from ..errors import ConfigurationError
 from .layer_errors import LayerCase, layer_errors
@@ -158,7 +158,7 @@ def _layer(group: ProcessGroup, device: torch.device) -> dict[str, Any]:
     found = {}
     exact = torch.float64 if device.type == "cpu" else torch.float32
     for dtype in (exact, torch.bfloat16):
-        kernel = select_kernel(device, dtype=dtype, key_dim=CASE.head_dim, value_dim=CASE.head_dim)
+        kernel = select_kernel(device, Layer(dtype, CASE.head_dim, CASE.head_dim))
         errors, alone = layer_errors(CASE, group, device, dtype, kernel)
         limit = LIMITS.get(dtype) or 2 * max(alone)
         worst = max(gathered(max(errors)))

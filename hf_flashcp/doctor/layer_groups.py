@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..attention.kernels import CAPABILITIES, explain_kernels
+from ..attention.kernels import CAPABILITIES, Device, Layer, explain_kernels, faster_kernels
 from ..predict.model_config import config_value
 
 
-def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def devices_to_report(gpus: Sequence[str] = ()) -> dict[str, Device]:
+    """Return the devices whose kernels are reported, by name.
+
+    These are the GPUs that `gpus` names. By default it is this machine's GPU, or, if there is none, a CPU and any GPU.
+
+    Raises a `ConfigurationError` if a GPU's name is unknown.
+    """
+    if gpus:
+        return {name.lower(): Device.named(name) for name in gpus}
+    if torch.cuda.is_available():
+        return {torch.cuda.get_device_name(): Device.here("cuda")}
+    return {"cpu": Device("cpu"), "cuda": Device("cuda")}
+
+
+def layer_groups(
+    config: PreTrainedConfig, layers: list[dict[str, Any]], devices: Mapping[str, Device]
+) -> list[dict[str, Any]]:
     """Group the recorded layers of a tiny copy (see [`Diagnosis`]) by their type and options.
 
     Sizes come from the real config, as far as it names them in the usual way. The number of layers in a group comes
-    from the config's `layer_types`.
+    from the config's `layer_types`. Kernels are those of the given devices, with the packages of this machine.
     """
     config = config.get_text_config()
     types = list(getattr(config, "layer_types", None) or [])
@@ -26,16 +43,7 @@ def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list
         label = ", ".join([kind.removesuffix("_attention"), *extras])
         key_dim = _key_dim(config)
         value_dim = config_value(config, "v_head_dim") or key_dim
-        kernels = {}
-        for device in ("cpu", "cuda"):
-            softcap = 1.0 if layer["softcap"] else None
-            explained = explain_kernels(device, softcap, dtype=torch.bfloat16, key_dim=key_dim, value_dim=value_dim)
-            chosen = next(name for name, reason in explained if reason is None)
-            kernels[device] = {
-                "kernel": chosen,
-                "status": CAPABILITIES[chosen].status,
-                "not": {name: reason for name, reason in explained if reason is not None},
-            }
+        needs = Layer(torch.bfloat16, key_dim, value_dim, window=layer["window"] is not None, softcap=layer["softcap"])
         groups[label] = {
             "kind": label,
             "layers": types.count(kind) if types else config.num_hidden_layers,
@@ -46,9 +54,27 @@ def layer_groups(config: PreTrainedConfig, layers: list[dict[str, Any]]) -> list
             "window": config_value(config, "sliding_window") if layer["window"] is not None else None,
             "softcap": layer["softcap"],
             "sinks": layer["sinks"],
-            "kernels": kernels,
+            "kernels": {name: _kernels(device, needs) for name, device in devices.items()},
         }
     return list(groups.values())
+
+
+def _kernels(device: Device, layer: Layer) -> dict[str, Any]:
+    """Return the kernel of a layer on a device, its status, and why each kernel that comes before it does not run.
+
+    Kernels for other types of devices are left out. `faster` holds the kernels that would run if they were installed,
+    and how to install each.
+    """
+    explained = explain_kernels(device, layer)
+    chosen = next(name for name, reason in explained.items() if reason is None)
+    before = list(explained)[: list(explained).index(chosen)]
+    candidates = [name for name in before if device.type in (CAPABILITIES[name].devices or (device.type,))]
+    return {
+        "kernel": chosen,
+        "status": CAPABILITIES[chosen].status,
+        "not": {name: explained[name] for name in candidates},
+        "faster": {name: CAPABILITIES[name].install for name in faster_kernels(device, layer)},
+    }
 
 
 def _kv_heads(config: PreTrainedConfig) -> int | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from ..plan import ShardPlan
 from ..planning import PlanSettings
 from ..planning.settings import current_owner, current_settings
 from ..predict.model_config import config_value
+from ..tables import counted
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
 from .models.forward_arguments import has_cache, media
@@ -40,6 +43,8 @@ from .models.router_loss import scale_mean_terms, share_router_losses
 from .models.sharded_forward import ShardedForward, current_sharded_forward, set_sharded_forward
 from .plugin import FlashCPPlugin
 
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,7 +62,7 @@ def attach(
     After this call, every forward in training mode, and every forward with labels or a plan, shards its batch (see
     [`shard_inputs`]), so an ordinary training loop needs no other change. All other forwards, such as those of
     `generate()`, run as without this library, and so do padded batches with cp_size 1. The first sharded forward
-    checks that every attention layer used the plan.
+    checks that every attention layer used the plan, and logs the kernels that ran.
 
     Args:
         model (`torch.nn.Module`): a transformers model loaded with `attn_implementation="flashcp"`, which may be
@@ -85,7 +90,8 @@ def attach(
         ConfigurationError: the Accelerator or mesh is not suitable, or the attention kernel that was activated in
             PyTorch does not run on this GPU.
 
-    A forward raises a [`BatchError`] if its batch cannot be sharded or differs between ranks.
+    A forward raises a [`BatchError`] if its batch cannot be sharded or differs between ranks, and a
+    [`ConfigurationError`] if the plugin's kernel cannot run a layer.
     """
     inner = transformers_model(model)
     check_model(inner)
@@ -123,6 +129,8 @@ class ContextParallelHandle:
 
     Attributes:
         plan (`RankPlan`, *optional*): plan of the latest sharded forward.
+        kernels (`dict[str, int]`): number of attention layers by the name of the kernel that ran them in the first
+            sharded forward.
         losses_add_up (`bool`): meaning of the `num_items_in_batch` that a caller passes. If `True` (the default), it
             is the number of targets on all ranks, and the sum of the ranks' losses is the mean over targets. If
             `False`, it is the number of targets of the group divided by cp_size, and the mean of the ranks' losses is
@@ -139,12 +147,14 @@ class ContextParallelHandle:
         outermost: torch.nn.Module,
     ):
         self.plan: RankPlan | None = None
+        self.kernels: dict[str, int] = {}
         self.losses_add_up: bool = True
         self.mesh = mesh
         self._whole_documents = needs_whole_documents(model)
         self._settings = settings.with_whole_documents() if self._whole_documents else settings
         self._on_plan = on_plan
         self._keep_received_kv = getattr(plugin, "keep_received_kv", None)
+        self._kernel = getattr(plugin, "kernel", None)
         self._global_router_loss = getattr(plugin, "global_router_loss", False)
         self._checked = self._loss_checked = self._loss_unknown = False
         self._loss_check: LossCheck | None = None
@@ -239,7 +249,7 @@ class ContextParallelHandle:
         if debug_mode():
             checked = layer_to_check(self._forwards, model.config.get_text_config().num_hidden_layers)
             self._forwards += 1
-        return plan.with_layers(self._keep_received_kv, again, checked)
+        return plan.with_layers(self._keep_received_kv, again, checked, self._kernel)
 
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
         """Enter the sharded forward, and prepare the loss.
@@ -284,16 +294,23 @@ class ContextParallelHandle:
             output["aux_loss"] = forward.router_loss
         if not self._checked:
             check_first_forward(model, forward)
+            self.kernels = dict(Counter(forward.kernels.values()))
+            _log_kernels(model, self.kernels)
             self._checked = True
         if check is not None:
             self._loss_checked = check.finish(output, forward, other_terms=bool(self._stock_coefficients))
             self._loss_unknown = not self._loss_checked
 
 
+def _log_kernels(model: PreTrainedModel, kernels: dict[str, int]) -> None:
+    layers = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
+    logger.info(f"Attention of {type(model).__name__} runs with {layers} on {model.device}.")
+
+
 _SAME_MODEL = "Start every process with the same packages, model and cp_size."
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader, give "
-    "a loader that shuffles a generator with the same seed on every rank, and use the same strategy and the same "
+    "a loader that shuffles a generator with the same seed on every rank, and use the same strategy, kernel and "
     "FLASHCP_DEBUG settings everywhere."
 )
 
@@ -336,6 +353,7 @@ def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
         "content": bound.plan.content_digest,
         "keep_received_kv": bound.keep_received_kv,
         "layers_run_again": sorted(bound.layers_run_again),
+        "kernel": bound.kernel,
         **{name: os.environ.get(name) for name in ("FLASHCP_DEBUG", "FLASHCP_DEBUG_EVERY")},
     }
 

@@ -13,6 +13,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from ..attention.kernels import check_kernel_name
 from ..distributed import group_timeout, require_agreement
 from ..errors import ConfigurationError, PlanError
 from ..plan import Topology
@@ -79,6 +80,9 @@ class FlashCPPlugin(ParallelismConfig):
             backward (`True`, more memory), or fetches it again (`False`, more traffic). By default, layers that run
             again in backward (activation checkpointing without a `context_fn`) keep it, because only one of them holds
             it at a time, and all other layers follow the plan, see [`RankPlan`].
+        kernel (`str`, *optional*): attention kernel of all layers, one of `hf_flashcp.attention.kernels.CAPABILITIES`.
+            By default each layer uses the fastest kernel that computes it exactly on its device, see docs/gpu.md. If
+            the kernel cannot run a layer, the first forward raises an error with the reason.
         global_router_loss (`bool`, *optional*, defaults to `False`): whether the router loss of a mixture-of-experts
             model is computed over the batches of all data-parallel groups in training, and not over each group's own
             batch.
@@ -88,7 +92,8 @@ class FlashCPPlugin(ParallelismConfig):
 
     Raises:
         ConfigurationError: a size does not match the number of processes; tensor parallelism, sequence parallelism,
-            DeepSpeed or FSDP1 is used; or settings of plans contradict each other (see [`PlanSettings`]).
+            DeepSpeed or FSDP1 is used; there is no such kernel; or settings of plans contradict each other (see
+            [`PlanSettings`]).
     """
 
     strategy: str | None = None
@@ -98,6 +103,7 @@ class FlashCPPlugin(ParallelismConfig):
     max_token_imbalance: float = 1.0
     num_stages: int | None = None
     keep_received_kv: bool | None = None
+    kernel: str | None = None
     global_router_loss: bool = False
 
     def __post_init__(self):
@@ -110,6 +116,8 @@ class FlashCPPlugin(ParallelismConfig):
             )
         if self.cp_handler is not None:
             raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism. Leave it out.")
+        if self.kernel is not None:
+            check_kernel_name(self.kernel)
         if self.strategy is None:
             self.strategy = strategy_from_environment()
         try:

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import document_attention
+from ..attention.function import kernel_for
 from ..errors import BatchError, UnsupportedModelError
 from ..layout import RankPlan
 from ..plan import ShardPlan
@@ -94,10 +95,11 @@ def flashcp_attention(
             f"{plan.rank} one row of {num_tokens} tokens. Shard the batch with shard_inputs, and train without "
             "key-value cache and prompt tokens."
         )
-    if forward := current_sharded_forward():
-        forward.attention_modules.add(id(module))
-        forward.attention_windows.add(sliding_window)
     query, key, value = _same_dtype(query, key, value)
+    kernel = kernel_for(query, value, sliding_window, softcap, plan.kernel)
+    if forward := current_sharded_forward():
+        forward.kernels[id(module)] = kernel.name
+        forward.attention_windows.add(sliding_window)
     layer = getattr(module, "layer_idx", None)
     out = document_attention(
         query[0],
@@ -109,6 +111,7 @@ def flashcp_attention(
         softcap=softcap,
         sinks=s_aux if s_aux is None else s_aux.flatten(),
         keep_received_kv=True if layer in plan.layers_run_again else None,
+        kernel=kernel,
         check_as=_name(module) if layer is not None and layer == plan.checked_layer else None,
     )
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None

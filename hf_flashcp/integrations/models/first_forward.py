@@ -14,9 +14,9 @@ def check_first_forward(model: PreTrainedModel, forward: ShardedForward) -> None
     """Raise an `UnsupportedModelError` on every rank if a layer attended without the plan or a mask would be lost."""
     name, config = type(model).__name__, model.config.get_text_config()
     expected = count_attention_modules(model) if needs_whole_documents(model) else config.num_hidden_layers
-    if len(forward.attention_modules) != expected:
+    if len(forward.kernels) != expected:
         raise UnsupportedModelError(
-            f"{len(forward.attention_modules)} attention layers of {name} called flashcp with the batch's plan, but "
+            f"{len(forward.kernels)} attention layers of {name} called flashcp with the batch's plan, but "
             f"the model has {expected}. The others did not attend, or only to this rank's tokens, so gradients would "
             "be wrong. This model cannot be trained with context parallelism."
         )

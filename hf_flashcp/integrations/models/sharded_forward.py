@@ -28,7 +28,7 @@ class ShardedForward:
     is_first: bool  # turns on checks that take time
     router_group: ProcessGroup | None = None  # ranks over whose tokens a router loss is computed
     router_weight: float = 1.0  # factor of the router loss in this rank's loss
-    attention_modules: set[int] = field(default_factory=set)  # ids of the modules that used the plan
+    kernels: dict[int, str] = field(default_factory=dict)  # kernel of each module that used the plan, by its id
     attention_windows: set[int | None] = field(default_factory=set)  # `None` for full attention
     mask_windows: set[int] = field(default_factory=set)
     has_other_mask: bool = False  # whether a mask was neither causal nor a sliding window

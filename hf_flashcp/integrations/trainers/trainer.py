@@ -28,6 +28,10 @@ from .trainer_evaluation import EvaluatingTrainerMixin
 from .trl_guards import refuse_other_trainers
 
 
+STATE_KEY = "hf_flashcp"
+"""Where trainer_state.json has the kernels that ran, among the states of callbacks."""
+
+
 class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     """A mixin that adds context parallelism to a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
@@ -217,7 +221,14 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             logs.update(self.plan_metrics.take_interval_means())
             if isinstance(self.train_dataset, (PackedDocuments, PackedDocumentStream)):
                 logs.update(self.train_dataset.metrics())
+        if self.flashcp.kernels:
+            # Logs hold numbers only. The state of callbacks is saved in trainer_state.json, where the report finds it.
+            self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": {"kernels": self.flashcp.kernels}}
         super().log(logs, *args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        self.state.stateful_callbacks.pop(STATE_KEY, None)  # not a callback: Trainer would warn that it is missing
+        super()._load_callback_state()
 
     def document_losses(self, dataset: Any = None) -> DocumentLosses:
         """Compute the loss and perplexity of each document of a dataset, independent of batches and ranks.
