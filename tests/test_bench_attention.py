@@ -1,10 +1,14 @@
 import json
 
 import pytest
+import torch
 
+from hf_flashcp.attention.kernels.base import hidden
 from hf_flashcp.bench import attention, kernels
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
+from hf_flashcp.errors import ConfigurationError
+from hf_flashcp.layout import Rectangle
 from hf_flashcp.planning import kv_bytes, plan_documents
 
 
@@ -72,16 +76,63 @@ def all_gather_errors(plan):
 def test_kernels_of_every_rank():
     lengths = sample_pack("wlb_llm", 512)
     found = kernels.measure(lengths, 3, **LAYER, strategies=["per_doc", "search"], num_stages=2, rounds=1)
-    assert found["kernel"] == "cpu_flash" and found["device"] == "CPU"
-    for rows in found["strategies"].values():
+    assert found["chosen"] == "cpu_flash" and found["device"] == "CPU"
+    assert list(found["kernels"]) == ["cpu_flash"]  # eager is timed only if it is named
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    for rows in found["kernels"]["cpu_flash"].values():
         assert all(len(rows[name]) == 3 and min(rows[name]) > 0 for name in ("one_call", "kernels", "engine"))
+        # Two matrix products in forward and five in backward, of two operations each.
+        assert sum(rows["flops"]) == 7 * 2 * 4 * 8 * pairs
     assert "per_doc" in kernels.text(found)
+
+
+def test_several_kernels_run_the_same_plans():
+    found = kernels.measure(
+        LENGTHS, 2, **LAYER, kernels=["eager", "cpu_flash"], strategies=["per_doc", "search"], rounds=1
+    )
+    assert found["chosen"] == "cpu_flash" and list(found["kernels"]) == ["eager", "cpu_flash"]
+    eager, fused = found["kernels"].values()
+    assert list(eager) == list(fused) == ["per_doc", "search"]
+    assert all(eager[name]["flops"] == fused[name]["flops"] for name in eager)
+    rows = [line.split()[:2] for line in kernels.text(found).splitlines()[-4:]]
+    assert rows == [[kernel, strategy] for kernel in ("eager", "cpu_flash") for strategy in ("per_doc", "search")]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("cpu_flahs", "There is no kernel 'cpu_flahs'. Choose one of cpu_flash"),
+        (
+            "torch_flash",
+            "The kernel torch_flash cannot run this layer here: it runs on CUDA only. Choose from cpu_flash, eager.",
+        ),
+    ],
+)
+def test_kernels_that_cannot_be_timed(name, said):
+    with pytest.raises(ConfigurationError) as error:
+        kernels.measure(LENGTHS, 2, **LAYER, kernels=["eager", name])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("rectangle", [Rectangle(3, 8, 2, 7), Rectangle(0, 3, 0, 9), Rectangle(5, 6, 0, 1)])
+def test_pairs_of_a_rectangle(rectangle):
+    visible = ~hidden(rectangle.queries, rectangle.keys, None, torch.device("cpu"))
+    assert kernels.count_pairs([rectangle, rectangle], causal=True) == 2 * visible.sum()
+    assert kernels.count_pairs([rectangle], causal=False) == visible.numel()
+
+
+def test_speed_of_the_slowest_rank():
+    times = {"kernels": [1.0, 4.0, 2.0], "flops": [9e12, 2e12, 8e12], "engine": [9.0, 9.0, 9.0]}
+    assert kernels.slowest_speed(times) == 0.5
 
 
 def test_command_lines(capsys):
     layer = "--heads 2 --kv-heads 1 --head-dim 8 --strategies per_doc --rounds 1 --json"
     assert main(f"bench kernels --window 256 --cp-size 2 {layer}".split()) == 0
-    assert json.loads(capsys.readouterr().out)["cp_size"] == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["cp_size"] == 2 and list(found["kernels"]["cpu_flash"]) == ["per_doc"]
+    assert main(f"bench kernels --window 256 --cp-size 2 --kernel eager {layer}".split()) == 0
+    assert list(json.loads(capsys.readouterr().out)["kernels"]) == ["eager"]
     assert main(f"bench attention --lengths 30,20 --exchange needed {layer}".split()) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == [30, 20] and [case["exchange"] for case in found["cases"]] == ["needed"]

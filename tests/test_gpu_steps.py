@@ -93,10 +93,10 @@ def test_without_time_left_everything_is_left_out(step):
 def test_memory_of_a_step_compared_with_the_estimate():
     lengths = sample_pack("pile", 16_384)
     measured = model_step.Measured(0.3, 40 * 2**30, 10.0, 1.0)
-    record = model_step._memory(measured, lengths, model_step.LLAMA_1B)
+    record = model_step._memory(measured, lengths, model_step.LLAMA_1B, "torch_flash")
     assert record["measured GiB"] == 40 and 30 < record["estimated GiB"] < 50
     assert record["estimated / measured"] == pytest.approx(record["estimated GiB"] / 40)
-    assert model_step._memory(None, lengths, model_step.LLAMA_1B)["measured GiB"] == OUT_OF_MEMORY
+    assert model_step._memory(None, lengths, model_step.LLAMA_1B, "torch_flash")["measured GiB"] == OUT_OF_MEMORY
 
 
 def test_utilization_of_a_gpu_with_a_data_sheet(monkeypatch):

@@ -19,12 +19,13 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from ..attention import AttentionKernel, document_attention, select_kernel
+from ..attention import AttentionKernel, Layer, document_attention, select_kernel
 from ..distributed.workers import WorkerPool
 from ..doctor.layer_errors import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
+from ..plan.stage_traffic import StageTraffic
 from ..planning import plan_documents
 from ..tables import counted, records_table
 from .arguments import with_arguments
@@ -39,11 +40,12 @@ SINGLE = "single process"
 class AllGatherLayout(RankLayout):
     """A layout in which every rank receives the KV of all other ranks, as all-gather schemes do (FlashCP eq. 4)."""
 
-    def _needed_keys(self):
-        return {
+    def _stage_traffic(self):
+        everything = {
             document: {rank: [(0, length)] for rank in range(self._plan.cp_size)}
             for document, length in enumerate(self._plan.lengths)
         }
+        return [StageTraffic(self._plan, offsets, everything) for offsets in self._plan.stage_offsets]
 
 
 @with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
@@ -122,7 +124,7 @@ def _time_cases(
 ) -> list[list[Sequence[float]]]:
     """Return the [`Turn`]s of every case on this worker; on rank 0, those of the single process come last."""
     rank = dist.get_rank()
-    kernel = _CountingKernel(select_kernel(torch.device("cpu"), dtype=DTYPES[dtype]))
+    kernel = _CountingKernel(select_kernel(torch.device("cpu"), Layer(DTYPES[dtype])))
     with _counted_transfers() as transfers:
         runs = []
         for plan, exchange in cases:

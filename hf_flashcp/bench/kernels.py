@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..attention import AttentionKernel, select_kernel
+from ..attention import AttentionKernel, Layer
 from ..attention import engine as engine_module
 from ..attention.engine import Engine
-from ..attention.kernels import BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ..attention.kernels import (
+    BackwardInputs,
+    Device,
+    Gradients,
+    ScoreOptions,
+    accumulate_dtype,
+    check_kernel_name,
+    explain_kernels,
+    make_kernel,
+)
+from ..errors import ConfigurationError
 from ..exchange import kv_width, pack_rows, split_rows
 from ..layout import RankLayout, Rectangle
 from ..plan import ShardPlan
@@ -31,6 +41,12 @@ from .turns import median_seconds
 Shape = tuple[int, int, int]
 """Query heads, KV heads, head dim."""
 
+FLOPS_PER_PAIR = 4
+"""Floating-point operations of forward per query head, unit of head dim, and pair of a query and a key."""
+
+BACKWARD = 2.5
+"""Operations of backward relative to those of forward: five matrix products instead of two."""
+
 
 @with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
 def measure(
@@ -42,21 +58,48 @@ def measure(
     head_dim: int = 128,
     dtype: str = "bf16",
     device: str = "cpu",
+    kernels: Sequence[str] | None = None,
     strategies: Sequence[str] = ("per_doc", "flashcp", "search"),
     num_stages: int | None = None,
     rounds: int = 5,
 ) -> dict[str, Any]:
     """Time forward and backward of one causal full-attention layer, rank by rank on one device.
 
-    `strategies` has the result of [`time_plan`] for each strategy.
+    `kernels` has the result of [`time_plan`] for each kernel and strategy, and `chosen` names the kernel that training
+    would use. By default all fused kernels that can run the layer are timed, or eager if there are none.
+
+    Raises:
+        ConfigurationError: one of `kernels` is unknown, or cannot run the layer here.
     """
-    chosen = torch.device(device)
-    kernel = select_kernel(chosen, dtype=DTYPES[dtype], key_dim=head_dim, value_dim=head_dim)
-    found = {}
-    for strategy in strategies:
-        plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=num_stages)
-        found[strategy] = time_plan(plan, kernel, (heads, kv_heads, head_dim), DTYPES[dtype], chosen, rounds)
-    return {"kernel": kernel.name, "device": device_name(chosen), "strategies": found}
+    here, layer = torch.device(device), Layer(DTYPES[dtype], head_dim, head_dim)
+    usable = fused_kernels(here, layer) or ["eager"]
+    names = usable if kernels is None else list(kernels)
+    for name in names:
+        _check_usable(name, here, layer)
+    plans = {each: plan_documents(lengths, cp_size, strategy=each, num_stages=num_stages) for each in strategies}
+    shape = heads, kv_heads, head_dim
+    found = {
+        name: {
+            strategy: time_plan(plan, make_kernel(name, here), shape, DTYPES[dtype], here, rounds)
+            for strategy, plan in plans.items()
+        }
+        for name in names
+    }
+    return {"device": device_name(here), "chosen": usable[0], "kernels": found}
+
+
+def fused_kernels(device: torch.device, layer: Layer) -> list[str]:
+    """Return the kernels, except the formulas, that can run a layer on a device of this machine, fastest first."""
+    explained = explain_kernels(Device.here(device), layer)
+    return [name for name, reason in explained.items() if reason is None and name != "eager"]
+
+
+def _check_usable(name: str, device: torch.device, layer: Layer) -> None:
+    check_kernel_name(name)
+    reason = explain_kernels(Device.here(device), layer)[name]
+    if reason is not None:
+        usable = ", ".join([*fused_kernels(device, layer), "eager"])
+        raise ConfigurationError(f"The kernel {name} cannot run this layer here: it {reason}. Choose from {usable}.")
 
 
 def device_name(device: torch.device) -> str:
@@ -66,16 +109,35 @@ def device_name(device: torch.device) -> str:
 def time_plan(
     plan: ShardPlan, kernel: AttentionKernel, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Time every rank of a plan, and return three lists of median seconds, one value per rank.
+    """Time every rank of a plan, and return lists with one value per rank.
 
-    `one_call` is the one call, `kernels` are the kernel calls under the plan (local pass and stages), and `engine`
-    adds packing, merging and accumulation.
+    Three lists are median seconds: `one_call` is the one call, `kernels` are the kernel calls under the plan (local
+    pass and stages), and `engine` adds packing, merging and accumulation. The fourth, `flops`, counts the operations
+    of the kernel calls.
     """
     ranks = []
     for rank in range(plan.cp_size):
         work = RankWork(plan, rank, kernel, shape, dtype, device)
-        ranks.append(median_seconds(rounds, device, one_call=work.one_call, kernels=work.kernels, engine=work.engine))
-    return {name: [seconds[name] for seconds in ranks] for name in ranks[0]}
+        seconds = median_seconds(rounds, device, one_call=work.one_call, kernels=work.kernels, engine=work.engine)
+        ranks.append({**seconds, "flops": work.flops})
+    return {name: [figures[name] for figures in ranks] for name in ranks[0]}
+
+
+def slowest_speed(times: dict[str, list[float]]) -> float:
+    """Return the TFLOP/s of the kernel calls on the rank whose calls take longest, see [`time_plan`]."""
+    seconds, flops = max(zip(times["kernels"], times["flops"]))
+    return flops / seconds / 1e12
+
+
+def count_pairs(rectangles: Sequence[Rectangle], causal: bool) -> int:
+    """Return the number of pairs of a query and a key that it sees; causal rectangles are aligned bottom-right."""
+    hidden = sum(each.queries * (each.queries - 1) // 2 for each in rectangles) if causal else 0
+    return sum(each.queries * each.keys for each in rectangles) - hidden
+
+
+def forward_flops(shape: Shape, pairs: int) -> int:
+    """Return the operations of forward; those of backward are `BACKWARD` times as many."""
+    return FLOPS_PER_PAIR * shape[0] * shape[2] * pairs
 
 
 def _finished(keys: torch.Tensor | None) -> SimpleNamespace:
@@ -115,7 +177,7 @@ class RankWork:
         device: torch.device,
     ):
         self.layout = RankLayout(plan, rank)
-        self.kernel, self.scale = kernel, shape[2] ** -0.5
+        self.kernel, self.scale, self._shape = kernel, shape[2] ** -0.5, shape
         self._engine = Engine(None, self.layout, kernel, self.scale, softcap=None, keep_received_kv=True)
         tokens = self.layout.num_tokens
         self.query, self.key, self.value, self.grad_out = random_tensors(shape, tokens, tokens, dtype, device)
@@ -125,6 +187,13 @@ class RankWork:
         whole = self._in_order()
         _, key, value, _ = random_tensors(shape, 0, whole[-1].k_stop, dtype, device)
         self._whole = _Pass(key, value, whole, causal=True)
+
+    @property
+    def flops(self) -> float:
+        """Operations of the kernel calls under the plan, forward and backward."""
+        pairs = count_pairs(self.layout.local, causal=True)
+        pairs += sum(count_pairs(stage.rectangles, causal=False) for stage in self.stages)
+        return (1 + BACKWARD) * forward_flops(self._shape, pairs)
 
     def _in_order(self) -> tuple[Rectangle, ...]:
         """Return rectangles of the rank's slices against keys that are ordered by document, without gaps."""
@@ -177,20 +246,24 @@ class RankWork:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return a table with the slowest rank of each strategy, and ratios of sums over ranks."""
+    """Return a table with the slowest rank of each kernel and strategy, and ratios of sums over ranks."""
     rows = []
-    for strategy, ranks in found["strategies"].items():
-        one, kernels, engine = (ranks[name] for name in ("one_call", "kernels", "engine"))
-        slowest = (1000 * max(seconds) for seconds in (one, kernels, engine))
-        rows.append((strategy, *slowest, sum(kernels) / sum(one), (sum(engine) - sum(kernels)) / sum(one)))
+    for kernel, strategies in found["kernels"].items():
+        for strategy, ranks in strategies.items():
+            one, kernels, engine = (ranks[name] for name in ("one_call", "kernels", "engine"))
+            one_ms, kernels_ms, engine_ms = (1000 * max(seconds) for seconds in (one, kernels, engine))
+            ratios = sum(kernels) / sum(one), (sum(engine) - sum(kernels)) / sum(one)
+            rows.append((kernel, strategy, one_ms, kernels_ms, slowest_speed(ranks), engine_ms, *ratios))
     columns = {
-        "strategy": "",
-        **dict.fromkeys(("one call\nms, slowest", "kernels\nms", "engine\nms"), ".2f"),
+        **dict.fromkeys(("kernel", "strategy"), ""),
+        **dict.fromkeys(("one call\nms, slowest", "kernels\nms"), ".2f"),
+        "kernels\nTFLOP/s": ".3g",
+        "engine\nms": ".2f",
         **dict.fromkeys(("kernels\n/ one call", "copies\n/ one call"), ".3f"),
     }
     return (
-        f"{found['device']}, kernel {found['kernel']}, {found['dtype']}, {found['heads']}/{found['kv_heads']} heads "
-        f"of {found['head_dim']}\n"
+        f"{found['device']}, {found['dtype']}, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}; "
+        f"{found['chosen']} is chosen by default\n"
         f"{counted(len(found['lengths']), 'document')} of {sum(found['lengths']):,} tokens on {found['cp_size']} "
         f"ranks; forward and backward, medians of {found['rounds']} rounds\n\n" + table(columns, rows)
     )

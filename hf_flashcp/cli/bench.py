@@ -157,6 +157,8 @@ def _add_layers(benches) -> None:
     options.add_number(kernels, "--seed", 0, "random seed of the pack")
     options.add_number(kernels, "--cp-size", 8, "ranks")
     _add_device(kernels)
+    text = "kernels to time (default: all fused kernels that can run the layer, otherwise eager)"
+    kernels.add_argument("--kernel", dest="kernels", nargs="+", metavar="NAME", help=text)
     _add_layer(kernels)
     options.add_number(kernels, "--rounds", 5, "rounds; each runs every measurement once", least=1)
     kernels.set_defaults(run=_run_kernels)

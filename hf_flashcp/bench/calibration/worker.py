@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ...attention import document_attention, select_kernel
+from ...attention import Layer, document_attention, select_kernel
 from ...attention.kernels import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
 from ...attention.merge import merge as merge_rows
 from ...exchange import AllToAll, Transfer, kv_width, pack_rows
@@ -57,7 +57,7 @@ def time_calls(calls: Sequence[Work], shape: Shape, dtype: str, rounds: int) -> 
 
     Causal calls run as the local pass of a layer, so they include the overhead of autograd and the engine.
     """
-    kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
+    kernel = select_kernel(torch.device("cpu"), Layer(DTYPES[dtype]))
     runs = []
     for causal, rectangles in calls:
         if causal:
@@ -70,7 +70,7 @@ def time_calls(calls: Sequence[Work], shape: Shape, dtype: str, rounds: int) -> 
 
 def time_layers(plans: Sequence[ShardPlan], shape: Shape, dtype: str, rounds: int) -> list[list[float]]:
     """Return the seconds and the CPU seconds of one layer, forward and backward, on this rank under each plan."""
-    kernel = select_kernel(torch.device("cpu"), dtype=DTYPES[dtype])
+    kernel = select_kernel(torch.device("cpu"), Layer(DTYPES[dtype]))
 
     def clocks() -> np.ndarray:
         return np.array([time.perf_counter(), cpu_clock()])

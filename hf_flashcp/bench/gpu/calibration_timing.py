@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...attention import AttentionKernel, select_kernel
+from ...attention import AttentionKernel, Layer, select_kernel
 from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
 from ...layout import Rows
 from ...plan import ShardPlan
@@ -69,7 +69,7 @@ def time_parts(settings: Settings, sizes: Sizes) -> dict[str, Any]:
 
 
 def _kernel(device: torch.device, sizes: Sizes) -> AttentionKernel:
-    return select_kernel(device, dtype=DTYPE, key_dim=sizes.shape[2], value_dim=sizes.shape[2])
+    return select_kernel(device, Layer(DTYPE, sizes.shape[2], sizes.shape[2]))
 
 
 def _time_products(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ...attention import document_attention, select_kernel
+from ...attention import Layer, document_attention, select_kernel
 from ...doctor.cluster import check_cluster, gathered
 from ...exchange import send_grads_home, send_kv
 from ...exchange.kv_exchange import kv_width
@@ -72,7 +72,7 @@ def exchange(ranks: Ranks, settings: Settings) -> Found:
         for stages in dict.fromkeys((1, size - 1)):
             plan = plan_documents([size * tokens], size, strategy="per_doc", num_stages=stages)
             bound = RankPlan(plan, ranks.group.rank(), ranks.group)
-            kernel = select_kernel(ranks.device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
+            kernel = select_kernel(ranks.device, Layer(torch.bfloat16, shape[2], shape[2]))
             work = RankWork(plan, bound.rank, kernel, shape, torch.bfloat16, ranks.device)
             leaves = [tensor.detach().requires_grad_() for tensor in (work.query, work.key, work.value)]
 

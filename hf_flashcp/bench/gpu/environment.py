@@ -8,24 +8,29 @@ from importlib import metadata
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, explain_kernels
+from ...attention.kernels import CAPABILITIES, Device, Layer, explain_kernels
 from ..turns import median_seconds
 from .settings import Found, Record, Settings
 
 
-PACKAGES = ("hf_flashcp", "torch", "transformers", "accelerate", "triton", "flash-attn", "flash-attn-4")
+PACKAGES = (
+    *("hf_flashcp", "torch", "transformers", "accelerate", "triton"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "nvidia-cudnn-frontend"),
+)
 
 
 def device(settings: Settings) -> Found:
     """Report versions, speed limits of the device, and the attention kernels that run on it."""
-    chosen, found = settings.prepare(), Found()
+    here, found = settings.prepare(), Found()
     found.add("Versions", *_versions())
-    found.add("Device", _device(chosen) | _ceilings(chosen, settings))
-    explained = dict(explain_kernels(chosen.type, dtype=torch.bfloat16, key_dim=128, value_dim=128))
+    found.add("Device", _device(here) | _ceilings(here, settings))
+    explained = explain_kernels(Device.here(here), Layer(torch.bfloat16, 128, 128))
+    chosen = next(name for name, reason in explained.items() if reason is None)
     for name, reason in explained.items():
         runs = "yes" if reason is None else f"no, it {reason}"
-        record = {"kernel": name, "runs here": runs, "status": CAPABILITIES[name].status}
-        found.add("Kernels for bf16 heads of 128", record)
+        record = {"kernel": name, "chosen": "yes" if name == chosen else "", "runs here": runs}
+        record["status"] = CAPABILITIES[name].status
+        found.add("Kernels for bf16 heads of 128, in the order in which they are considered", record)
     if settings.kernel_library is not None:
         reason = explained["flash_attn_3"]
         found.require(reason is None, f"the kernel library was loaded, but flash_attn_3 {reason}")

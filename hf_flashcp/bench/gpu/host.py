@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...attention import select_kernel
+from ...attention import Layer, select_kernel
 from ...data.batch import shard_inputs
 from ...integrations.attach import attach
 from ...planning import plan_documents
@@ -65,7 +65,7 @@ def _rank_work(tokens: int, settings: Settings, device: torch.device) -> RankWor
     """Return the work of the first of eight ranks that share one document, `tokens` each, in seven stages."""
     plan = plan_documents([8 * tokens], 8, strategy="per_doc", num_stages=7)
     shape = settings.sized((32, 8, 128), (4, 2, 16))
-    kernel = select_kernel(device, dtype=torch.bfloat16, key_dim=shape[2], value_dim=shape[2])
+    kernel = select_kernel(device, Layer(torch.bfloat16, shape[2], shape[2]))
     return RankWork(plan, 0, kernel, shape, torch.bfloat16, device)
 
 

@@ -13,11 +13,22 @@ from typing import NamedTuple
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, AttentionKernel, BackwardInputs, EagerKernel, Gradients, ScoreOptions
+from ...attention.kernels import (
+    CAPABILITIES,
+    AttentionKernel,
+    BackwardInputs,
+    Device,
+    EagerKernel,
+    Gradients,
+    Layer,
+    ScoreOptions,
+    make_kernel,
+)
 from ...attention.kernels.base import hidden
 from ...integrations.gradient_check import relative_error
 from ...layout import Rectangle
-from .settings import Found, Settings, fused_kernels
+from ..kernels import fused_kernels
+from .settings import Found, Settings, compile_seconds
 
 
 TIMES = 2.0
@@ -29,6 +40,12 @@ EXACT = 1e-12
 HEAD_DIMS = ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128), (12, 16))
 GROUPS = (1, 4, 8)
 KV_HEADS = 2
+FEW_HEADS = (((128, 128), 4), ((192, 128), 1), ((64, 64), 8))
+"""Widths and groups for kernels that compile for each of them."""
+
+SOFTCAP = 3.0
+"""A softcap that changes scores of random inputs, most of which are between -3 and 3."""
+
 FEW = 8
 """Number of problems per kernel that are reported in full."""
 
@@ -40,12 +57,16 @@ Shape = tuple[int, int, int, int]
 
 
 class Case(NamedTuple):
-    """The rectangles and the sliding window of one kernel call."""
+    """The rectangles of one kernel call, its sliding window and its softcap."""
 
     name: str
     rectangles: tuple[Rectangle, ...]
     causal: bool
     window: int | None = None
+    softcap: float | None = None
+
+    def layer(self, shape: Shape, dtype: torch.dtype) -> Layer:
+        return Layer(dtype, *shape[2:], window=self.window is not None, softcap=self.softcap is not None)
 
 
 def cases(unit: int) -> list[Case]:
@@ -57,6 +78,7 @@ def cases(unit: int) -> list[Case]:
         Rectangle(long + 1, long + 1 + middle, long + 1, long + 1 + middle),
     )
     bands = (Rectangle(0, middle, 0, long), Rectangle(middle + 3, middle + 3 + short, long + 5, long + 5 + middle))
+    many_keys = (Rectangle(0, short, 0, middle), Rectangle(short, short + middle, middle, middle + long))
     disjoint = (Rectangle(0, short, 0, middle), Rectangle(short, long, middle, middle + long))
     prefixes = (
         Rectangle(0, short, 0, middle),
@@ -70,55 +92,64 @@ def cases(unit: int) -> list[Case]:
         Case("causal bands, window", bands, True, short),
         Case("full, disjoint keys", disjoint, False),
         Case("full, prefixes", prefixes, False),
+        Case("full, more than twice as many keys", many_keys, False),  # backward may fold query heads into queries
+        Case("causal bands, window and softcap", bands, True, short, SOFTCAP),
+        Case("full, prefixes, softcap", prefixes, False, None, SOFTCAP),
     ]
 
 
 def kernels(settings: Settings) -> Found:
     """Check the formulas against autograd, and every fused kernel against the formulas."""
     device, found = settings.prepare(), Found()
-    error = _formulas_error(device)
-    found.add(TITLE, {"kernel": "eager", "dtype": "float64", "cases": 1, "largest error": error})
+    error = max(_formulas_error(device, softcap) for softcap in (None, SOFTCAP))
+    found.add(TITLE, {"kernel": "eager", "dtype": "float64", "cases": 2, "largest error": error})
     found.require(error <= EXACT, f"the formulas in float64 are off by {error:.1e} on {device.type}")
-    unit = settings.sized(128, 16)
-    shapes = [
-        (heads * KV_HEADS, KV_HEADS, *dims)
-        for dims, heads in itertools.product(HEAD_DIMS, GROUPS)
-        if not settings.rehearses or (dims, heads) in (((64, 64), 4), ((192, 128), 1), ((12, 16), 1))
-    ]
-    names = fused_kernels(device, torch.bfloat16, 64, 64)
+    names = fused_kernels(device, Layer(torch.bfloat16, 64, 64))
     found.require(bool(names), "no fused kernel runs on this device")
-    for name in names:
+    # Kernels that compile come last, so that the others do not run out of time.
+    for name in sorted(names, key=compile_seconds):
         for dtype in (torch.bfloat16, torch.float16):
-            if found.has_time(settings, 2, f"{name} in {dtype}"):
-                _check_kernel(found, name, dtype, shapes, cases(unit), device)
+            _check_kernel(found, settings, name, dtype, device)
     return found
 
 
-def _check_kernel(
-    found: Found, name: str, dtype: torch.dtype, shapes: Sequence[Shape], todo: Sequence[Case], device: torch.device
-) -> None:
-    count, worst, over = 0, 0.0, 0.0
+def _shapes(settings: Settings, name: str) -> list[Shape]:
+    chosen = FEW_HEADS if compile_seconds(name) else itertools.product(HEAD_DIMS, GROUPS)
+    if settings.rehearses:
+        chosen = (((64, 64), 4), ((192, 128), 1), ((12, 16), 1))
+    return [(heads * KV_HEADS, KV_HEADS, *dims) for dims, heads in chosen]
+
+
+def _check_kernel(found: Found, settings: Settings, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Run every case for which the kernel supports the layer."""
+    count, left_out, worst, over = 0, 0, 0.0, 0.0
     wrong: list[str] = []
-    for shape in shapes:
-        if name not in fused_kernels(device, dtype, shape[2], shape[3]):
+    kernel, deterministic = (make_kernel(name, device, flag) for flag in (False, True))
+    for shape, case in itertools.product(_shapes(settings, name), cases(settings.sized(128, 16))):
+        described = case.layer(shape, dtype)
+        if name not in fused_kernels(device, described):
             continue
-        kernel, deterministic = (CAPABILITIES[name].make(flag) for flag in (False, True))
-        widest = CAPABILITIES[name].max_deterministic_head_dim
-        repeats = widest is None or max(shape[2:]) <= widest
-        for case in todo:
-            layer = _Layer(shape, case, dtype, device)
-            errors, limits = layer.errors(kernel), layer.errors(PlainKernel())
-            count += 1
-            for what, error, limit in zip(NAMES, errors, limits):
-                worst, over = max(worst, error), max(over, error / limit)
-                if not error <= TIMES * limit:
-                    where = f"{name}, {case.name}, heads {shape}, {dtype}"
-                    wrong.append(f"{what} of {where} is off by {error:.1e}, the formulas by {limit:.1e}")
-            if repeats and not layer.repeats(deterministic):
-                wrong.append(f"two deterministic runs of {name}, {case.name}, heads {shape}, {dtype} differ")
+        if settings.seconds_left() < 1 + 2 * compile_seconds(name):
+            left_out += 1
+            continue
+        layer = _Layer(shape, case, dtype, device)
+        errors, limits = layer.errors(kernel), layer.errors(PlainKernel())
+        count += 1
+        where = f"{name}, {case.name}, heads {shape}, {dtype}"
+        for what, error, limit in zip(NAMES, errors, limits):
+            worst, over = max(worst, error), max(over, error / limit)
+            if not error <= TIMES * limit:
+                wrong.append(f"{what} of {where} is off by {error:.1e}, the formulas by {limit:.1e}")
+        repeats = (
+            CAPABILITIES[name].reason_against(Device.here(device), described._replace(deterministic=True)) is None
+        )
+        if repeats and not layer.repeats(deterministic):
+            wrong.append(f"two deterministic runs of {where} differ")
     found.problems += wrong[:FEW]
     found.require(len(wrong) <= FEW, f"{name} in {dtype}: {len(wrong) - FEW} more like these")
     label = str(dtype).removeprefix("torch.")
+    if left_out:
+        found.cut.append(f"{left_out} cases of {name} in {label}")
     record = {"kernel": name, "dtype": label, "cases": count, "largest error": worst, "over the formulas": over}
     found.add(TITLE, record)
 
@@ -131,7 +162,7 @@ class _Layer:
     """
 
     def __init__(self, shape: Shape, case: Case, dtype: torch.dtype, device: torch.device):
-        self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
+        self._case, self._options = case, ScoreOptions(case.causal, shape[2] ** -0.5, case.window, case.softcap)
         self._inputs = _inputs(shape, case, dtype, device)
         wide = [tensor.double() for tensor in self._inputs]
         out, lse = self._forward(EagerKernel(), wide)
@@ -169,12 +200,17 @@ class PlainKernel(EagerKernel):
 
     def _backward_block(self, inputs, keys, options):
         do, q, k, v, o, lse = inputs
-        p = (self._rounded(q @ k.mT, keys, options).float() - lse[..., None]).exp().to(q.dtype)
+        scores = self._rounded(q @ k.mT, keys, options)
+        p = (scores.float() - lse[..., None]).exp().to(q.dtype)
         ds = p * (do @ v.mT - (do.float() * o.float()).sum(-1, keepdim=True).to(q.dtype)) * options.scale
+        if options.softcap is not None:
+            ds = ds * (1 - (scores.masked_fill(p == 0, 0) / options.softcap).square())
         return ds @ k, ds.mT @ q, p.mT @ do
 
     def _rounded(self, products, keys, options):
         scores = products * options.scale
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
         return scores if keys.mask is None else scores.masked_fill(keys.mask, -torch.inf)
 
 
@@ -200,16 +236,19 @@ def _merged(
     return torch.zeros_like(grad_out).index_copy_(1, index, out * 0.75), whole
 
 
-def _formulas_error(device: torch.device) -> float:
+def _formulas_error(device: torch.device, softcap: float | None) -> float:
     """Return the error of the formulas in float64, which serve as the reference, compared with autograd."""
-    shape, case = (4, 2, 16, 16), Case("", (Rectangle(0, 37, 0, 37),), True, 9)
+    shape, case = (4, 2, 16, 16), Case("", (Rectangle(0, 37, 0, 37),), True, 9, softcap)
     query, key, value, grad_out = _inputs(shape, case, torch.float64, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     keys, values = (leaf.repeat_interleave(2, 0) for leaf in leaves[1:])
-    scores = (leaves[0] @ keys.mT * shape[2] ** -0.5).masked_fill(hidden(37, 37, 9, device), -torch.inf)
+    scores = leaves[0] @ keys.mT * shape[2] ** -0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(hidden(37, 37, 9, device), -torch.inf)
     out = scores.softmax(-1) @ values
     out.backward(grad_out)
-    options = ScoreOptions(case.causal, shape[2] ** -0.5, case.window)
+    options = ScoreOptions(case.causal, shape[2] ** -0.5, case.window, softcap)
     ours, lse = EagerKernel().forward(query, key, value, case.rectangles, options)
     grads = Gradients.zeros(query, key, value)
     EagerKernel().backward(BackwardInputs(grad_out, query, key, value, ours, lse), case.rectangles, options, grads)

@@ -9,9 +9,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from ...attention.kernels import CAPABILITIES
+from ...attention.kernels import Layer, make_kernel
 from ...doctor.layer_errors import LayerCase, layer_errors
-from .settings import Found, Record, Run, Settings, fused_kernels
+from ..kernels import fused_kernels
+from .settings import Found, Record, Run, Settings
 
 
 SIZES = (2, 4)
@@ -62,10 +63,12 @@ def _errors(settings: Settings) -> list[Record]:
     for name, case in cases(settings.rehearses).items():
         if case.ranks_per_node and dist.get_world_size() <= case.ranks_per_node:
             continue
-        fused = fused_kernels(device, torch.bfloat16, case.head_dim, case.head_dim)
+        fused = fused_kernels(
+            device, Layer(torch.bfloat16, case.head_dim, case.head_dim, window=case.window is not None)
+        )
         for dtype, kernel in [(torch.float64, "eager"), *((torch.bfloat16, kernel) for kernel in fused)]:
             with patch.dict(os.environ, {"FLASHCP_DEBUG": "1"} if case.debug else {}):
-                made: Any = CAPABILITIES[kernel].make(False)
+                made: Any = make_kernel(kernel, device)
                 ours, alone = layer_errors(case, dist.group.WORLD, device, dtype, made)
             exact = dtype == torch.float64
             # Of the four results, report the one that is closest to its bound.

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from ...attention import select_kernel
+from ...attention import Layer, select_kernel
 from ...data.boundaries import IGNORE_INDEX
 from ...data.lengths import sample_pack
 from ...integrations.attach import attach
@@ -104,9 +105,7 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
     packed = _run(settings, trainer, partial(trainer.step, batch, None))
     with _stock_attention(trainer):
         alone = _run(settings, trainer, partial(_step_by_document, trainer, rows, lengths))
-    kernel = select_kernel(
-        trainer.device, dtype=torch.bfloat16, key_dim=config["head_dim"], value_dim=config["head_dim"]
-    )
+    kernel = select_kernel(trainer.device, Layer(torch.bfloat16, config["head_dim"], config["head_dim"]))
     for attention, measured in ((f"flashcp, {kernel.name}", packed), ("sdpa, document by document", alone)):
         record: Record = {"tokens": tokens, "documents": len(lengths), "attention": attention}
         if measured is None:
@@ -117,7 +116,7 @@ def _compare(found: Found, settings: Settings, trainer: Trainer, config: dict[st
                 record["speed over sdpa"] = alone.seconds / measured.seconds
         found.add(STEPS, record)
     if trainer.device.type == "cuda":
-        found.add(MEMORY, _memory(packed, lengths, config))
+        found.add(MEMORY, _memory(packed, lengths, config, kernel.name))
     if packed is None or alone is None:
         return
     for name, ours, stock in (("loss", packed.loss, alone.loss), ("gradient norm", packed.grad_norm, alone.grad_norm)):
@@ -194,10 +193,11 @@ def _figures(measured: Measured, lengths: Sequence[int], config: dict[str, Any],
     return figures
 
 
-def _memory(packed: Measured | None, lengths: Sequence[int], config: dict[str, Any]) -> Record:
+def _memory(packed: Measured | None, lengths: Sequence[int], config: dict[str, Any], kernel: str) -> Record:
     tokens = sum(lengths)
     load = RankLoad(tokens, sequences=len(lengths), batch_tokens=tokens)
-    estimate = estimate_memory(MemoryShape.from_config(config), SETUP, load)
+    setup = replace(SETUP, kernel=kernel)
+    estimate = estimate_memory(MemoryShape.from_config(config), setup, load)
     record: Record = {"tokens": tokens, "estimated GiB": estimate.total / 2**30, "at": estimate.peak}
     if packed is None:
         return {**record, "measured GiB": OUT_OF_MEMORY}

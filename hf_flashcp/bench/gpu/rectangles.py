@@ -7,19 +7,31 @@ time of a layer is that of its slowest rank.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from ...attention.kernels import CAPABILITIES, AttentionKernel, BackwardInputs, Gradients, ScoreOptions
-from ...attention.kernels.varlen import deal_rounds
+from ...attention.kernels import AttentionKernel, Layer, VarlenKernel, make_kernel
 from ...data.lengths import sample_pack
-from ...layout import RankLayout, Rectangle
+from ...layout import Rectangle
 from ...plan import ShardPlan
+from ...plan.kernel_calls import BLOCKS_PER_CALL
 from ...planning import plan_documents
-from ..kernels import Shape, random_tensors, time_plan
+from ..kernels import (
+    BACKWARD,
+    Shape,
+    count_pairs,
+    forward_flops,
+    fused_kernels,
+    slowest_speed,
+    time_plan,
+)
 from ..turns import median_seconds
-from .settings import Found, Record, Settings, fused_kernels
+from . import divided_calls
+from .settings import Found, Record, Settings, compile_seconds
+from .timed_calls import DIRECTIONS, ROUNDS, TimedCalls, side_by_side
 
 
 SHAPE = (32, 8, 128)
@@ -27,14 +39,32 @@ SHAPE = (32, 8, 128)
 
 CP_SIZE = 8
 STRATEGIES = ("search", "per_doc")
-TILE = 128
-"""Queries per block of a kernel, used to count the blocks that it starts."""
+
+PACKED = (*([8192] * 2), *([4096] * 2), *([2048] * 2), *([1024] * 2), *([512] * 2), *([256] * 4))
+PACKED_SHAPE = (64, 8, 128)
+PACKED_SPEEDS = {
+    **dict.fromkeys(("torch_flash", "flash_attn_2"), (344, 263)),
+    "flash_attn_3": (584, 426),
+}
+"""TFLOP/s on an H100 for packs of 32K tokens with causal documents, read off the charts of the MagiAttention project
+to within 5. Their documents have other lengths than `PACKED`."""
+
+FULL_SPEEDS = {
+    **dict.fromkeys(("torch_flash", "flash_attn_2"), (370, None)),
+    "cudnn": (595, None),
+    "flash_attn_3": ("650 to 750", None),
+}
+"""TFLOP/s of long full attention with heads of 128 on an H100, from the FlashAttention-3 paper (arXiv 2407.08608)."""
+
+SPEEDS = "Speed of one call in bf16; published TFLOP/s are those of an H100"
+COSTS = f"Cost of empty blocks and of further calls; {BLOCKS_PER_CALL:,} blocks per call are assumed"
+STAGES = f"A stage of the Pile pack under cp {CP_SIZE}, in one call per round and divided by length"
 
 
 def _packs(settings: Settings) -> dict[str, list[int]]:
     window = settings.sized(131072, 2048)
     packs = {corpus: sample_pack(corpus, window) for corpus in settings.sized(("pile", "wlb_llm"), ("pile",))}
-    return packs if settings.rehearses else {**packs, "one document": [window]}
+    return packs if settings.rehearses else {**packs, "one document": [window // 2]}
 
 
 def _shape(settings: Settings) -> Shape:
@@ -44,131 +74,100 @@ def _shape(settings: Settings) -> Shape:
 def plans(settings: Settings) -> Found:
     """Time the kernels and copies of every rank under several plans, and compare them with one call."""
     device, found, shape = settings.prepare(), Found(), _shape(settings)
-    for name in fused_kernels(device, torch.bfloat16, shape[2], shape[2]):
-        for (pack, lengths), strategy in itertools.product(_packs(settings).items(), STRATEGIES):
-            # Three ways to run the layer, each twice, at 200 TFLOP/s; forward has 2 of the 7 products.
-            flops = 3 * 2 * 3.5 * 4 * shape[0] * shape[2] * sum(n * n / 2 for n in lengths)
-            needed = settings.sized(1 + flops / 200e12, 0)
-            if found.has_time(settings, needed, f"{pack}, {strategy}, {name}"):
-                plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
-                record = _time_plan(plan, CAPABILITIES[name].make(False), shape, device)
+    names = fused_kernels(device, Layer(torch.bfloat16, shape[2], shape[2]))
+    for (pack, lengths), strategy in itertools.product(_packs(settings).items(), STRATEGIES):
+        plan = plan_documents(lengths, CP_SIZE, strategy=strategy)
+        # Three ways to run the layer, each twice, at 200 TFLOP/s.
+        flops = 3 * 2 * (1 + BACKWARD) * forward_flops(shape, sum(n * n // 2 for n in lengths))
+        for name in names:
+            if found.has_time(settings, _seconds(settings, 1 + flops / 200e12, name), f"{pack}, {strategy}, {name}"):
+                record = _time_plan(plan, make_kernel(name, device), shape, device)
                 found.add(
-                    f"One attention layer, forward and backward, cp {CP_SIZE}, {sum(lengths):,} tokens, "
-                    f"{shape[0]}/{shape[1]} heads of {shape[2]}, bf16: the slowest rank",
-                    {"pack": pack, "strategy": strategy, "kernel": name, **record},
+                    f"One attention layer, forward and backward, cp {CP_SIZE}, {shape[0]}/{shape[1]} heads of "
+                    f"{shape[2]}, bf16: the slowest rank",
+                    {"pack": pack, "tokens": sum(lengths), "strategy": strategy, "kernel": name, **record},
                 )
     return found
 
 
 def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
-    one, kernels, engine = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1).values()
+    times = time_plan(plan, kernel, shape, torch.bfloat16, device, rounds=1)
+    one, kernels, engine = (times[name] for name in ("one_call", "kernels", "engine"))
     return {
         "one call ms": 1000 * max(one),
         "kernels ms": 1000 * max(kernels),
+        "kernels TFLOP/s": slowest_speed(times),
         "with copies ms": 1000 * max(engine),
         "kernels / one call": sum(kernels) / sum(one),
         "copies / one call": (sum(engine) - sum(kernels)) / sum(one),
     }
 
 
+class Alone(NamedTuple):
+    """Rectangles that are timed in one call, and the published TFLOP/s, forward and backward, by kernel."""
+
+    name: str
+    rectangles: list[Rectangle]
+    causal: bool
+    shape: Shape
+    published: Mapping[str, tuple[Any, Any]]
+
+
+def alone(settings: Settings) -> list[Alone]:
+    tokens, packed = settings.sized((16384, PACKED), (256, [length // 64 for length in PACKED]))
+    shape, of_packed = _shape(settings), settings.sized(PACKED_SHAPE, (8, 1, 32))
+    return [
+        Alone(f"causal {tokens:,}", side_by_side([(tokens, tokens)]), True, shape, {}),
+        Alone(f"full {tokens:,} x {7 * tokens:,}", side_by_side([(tokens, 7 * tokens)]), False, shape, FULL_SPEEDS),
+        Alone(
+            f"causal pack of {sum(packed):,}, {len(packed)} documents",
+            side_by_side([(length, length) for length in packed]),
+            True,
+            of_packed,
+            PACKED_SPEEDS,
+        ),
+    ]
+
+
 def rectangles(settings: Settings) -> Found:
     """Time each kernel on large rectangles, and on a stage with long and short ones."""
     device, found, shape = settings.prepare(), Found(), _shape(settings)
-    names = fused_kernels(device, torch.bfloat16, shape[2], shape[2])
-    tokens = settings.sized(16384, 256)
-    alone = {
-        f"causal {tokens:,}": ([Rectangle(0, tokens, 0, tokens)], True),
-        f"full {tokens:,} x {7 * tokens:,}": ([Rectangle(0, tokens, 0, 7 * tokens)], False),
-    }
-    for name in names:
-        for what, (one, causal) in alone.items():
-            if found.has_time(settings, settings.sized(2, 0), f"{what}, {name}"):
-                title = f"Speed of one call, {shape[0]}/{shape[1]} heads of {shape[2]}, bf16"
-                record = _speed(CAPABILITIES[name].make(False), one, causal, shape, device)
-                found.add(title, {"rectangle": what, "kernel": name, **record})
+    names = fused_kernels(device, Layer(torch.bfloat16, shape[2], shape[2]))
+    for case, name in itertools.product(alone(settings), names):
+        if found.has_time(settings, _seconds(settings, 2, name), f"{case.name}, {name}"):
+            heads = "{}/{} heads of {}".format(*case.shape)
+            record = {"rectangles": case.name, "layer": heads, "kernel": name}
+            found.add(SPEEDS, {**record, **_speed(make_kernel(name, device), case, device)})
+    varlen = [kernel for name in names if isinstance(kernel := make_kernel(name, device), VarlenKernel)]
+    for kernel, direction in itertools.product(varlen, DIRECTIONS):
+        if found.has_time(settings, _seconds(settings, 1, kernel.name), f"cost of blocks, {direction}, {kernel.name}"):
+            sizes = settings.sized(divided_calls.GPU, divided_calls.REHEARSED)
+            record = divided_calls.costs(kernel, direction, sizes, shape, device)
+            found.add(COSTS, {"kernel": kernel.name, **record})
     for strategy in STRATEGIES:
         plan = plan_documents(_packs(settings)["pile"], CP_SIZE, strategy=strategy)
-        for name in names:
-            if found.has_time(settings, settings.sized(2, 0), f"length classes, {strategy}, {name}"):
-                record = _classes(plan, CAPABILITIES[name].make(False), shape, device)
-                title = f"A stage of the Pile pack under cp {CP_SIZE}, in one call and grouped by length, forward"
-                found.add(title, {"strategy": strategy, "kernel": name, **record})
+        for kernel, direction in itertools.product(varlen, DIRECTIONS):
+            what = f"divided calls, {strategy}, {direction}, {kernel.name}"
+            if found.has_time(settings, _seconds(settings, 1, kernel.name), what):
+                record = divided_calls.divided_stage(plan, kernel, direction, shape, device)
+                if record is not None:
+                    found.add(STAGES, {"strategy": strategy, "kernel": kernel.name, **record})
     return found
 
 
-def _tensors(todo: Sequence[Rectangle], shape: Shape, device: torch.device) -> list[torch.Tensor]:
-    """Return query, key, value and grad_out for these rectangles."""
-    rows, keys = max(r.q_stop for r in todo), max(r.k_stop for r in todo)
-    return random_tensors(shape, rows, keys, torch.bfloat16, device)
+def _seconds(settings: Settings, on_gpu: float, kernel: str) -> float:
+    return settings.sized(on_gpu + 2 * compile_seconds(kernel), 0)
 
 
-def _speed(
-    kernel: AttentionKernel, todo: Sequence[Rectangle], causal: bool, shape: Shape, device: torch.device
-) -> Record:
-    query, key, value, grad_out = _tensors(todo, shape, device)
-    options = ScoreOptions(causal, scale=shape[2] ** -0.5)
-    inputs = BackwardInputs(grad_out, query, key, value, *kernel.forward(query, key, value, todo, options))
-    grads = Gradients.zeros(query, key, value)
+def _speed(kernel: AttentionKernel, case: Alone, device: torch.device) -> Record:
+    calls = TimedCalls(case.rectangles, case.causal, case.shape, device)
     seconds = median_seconds(
-        5,
-        device,
-        forward=lambda: kernel.forward(query, key, value, todo, options),
-        backward=lambda: kernel.backward(inputs, todo, options, grads),
+        ROUNDS, device, **{each: partial(calls.run, each, kernel, case.rectangles) for each in DIRECTIONS}
     )
-    pairs = sum(r.queries * r.keys / (2 if causal else 1) for r in todo)
-    flops = 4 * shape[0] * shape[2] * pairs
-    return {
-        "forward ms": 1000 * seconds["forward"],
-        "TFLOP/s": flops / seconds["forward"] / 1e12,
-        "backward ms": 1000 * seconds["backward"],
-        "backward TFLOP/s": 2.5 * flops / seconds["backward"] / 1e12,
-    }
-
-
-def _classes(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: torch.device) -> Record:
-    """Time the stage with the most blocks without queries, in one call and with rectangles grouped by length."""
-    layouts = [RankLayout(plan, rank) for rank in range(plan.cp_size)]
-    stages = [
-        stage.rectangles for layout in layouts for stage in layout.stages(torch.device("cpu")) if stage.rectangles
-    ]
-    todo = max(stages, key=lambda stage: started_blocks(stage, shape[0]) - useful_blocks(stage, shape[0]))
-    groups = list(length_classes(todo))
-    query, key, value, _ = _tensors(todo, shape, device)
-    options = ScoreOptions(causal=False, scale=shape[2] ** -0.5)
-
-    def call(part: Sequence[Rectangle]) -> None:
-        kernel.forward(query, key, value, part, options)
-
-    seconds = median_seconds(5, device, one=lambda: call(todo), classes=lambda: [call(group) for group in groups])
-    return {
-        "rectangles": len(todo),
-        "blocks": started_blocks(todo, shape[0]),
-        "useful": useful_blocks(todo, shape[0]),
-        "one call ms": 1000 * seconds["one"],
-        "classes": len(groups),
-        "blocks by class": sum(started_blocks(group, shape[0]) for group in groups),
-        "by class ms": 1000 * seconds["classes"],
-    }
-
-
-def length_classes(todo: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
-    """Group rectangles by their number of queries, rounded up to a power of two of `TILE`; groups keep the order."""
-    classes: dict[int, list[Rectangle]] = {}
-    for rectangle in todo:
-        blocks = -(-rectangle.queries // TILE)
-        classes.setdefault((blocks - 1).bit_length(), []).append(rectangle)
-    yield from classes.values()
-
-
-def started_blocks(todo: Sequence[Rectangle], heads: int) -> int:
-    """Return the number of blocks that the kernel's calls start.
-
-    Per head, a call starts as many blocks for every sequence as its longest sequence needs.
-    """
-    calls = [found.sequences for found in deal_rounds(tuple(todo), torch.device("cpu"))]
-    return heads * sum((len(call.cu_seqlens_q) - 1) * -(-call.max_seqlen_q // TILE) for call in calls)
-
-
-def useful_blocks(todo: Sequence[Rectangle], heads: int) -> int:
-    """Return the number of blocks that have queries."""
-    return heads * sum(-(-rectangle.queries // TILE) for rectangle in todo)
+    flops = forward_flops(case.shape, count_pairs(case.rectangles, case.causal))
+    found: Record = {}
+    for direction, factor, published in zip(DIRECTIONS, (1, BACKWARD), case.published.get(kernel.name, (None, None))):
+        found[f"{direction} ms"] = 1000 * seconds[direction]
+        found[f"{direction} TFLOP/s"] = factor * flops / seconds[direction] / 1e12
+        found[f"published {direction}"] = "" if published is None else published
+    return found

@@ -26,8 +26,8 @@ STEPS = (
     Step(
         "kernels",
         CORRECTNESS,
-        40,
-        "every kernel compared with float64: heads, windows, determinism",
+        60,
+        "every kernel compared with float64: heads, windows, softcap, determinism",
         in_worker(kernels),
     ),
     Step("layer", CORRECTNESS, 45, "a layer on 2 and 4 ranks: stages, windows, nodes, debug mode", layer),
@@ -35,7 +35,11 @@ STEPS = (
     Step("streams", CORRECTNESS, 20, "transfers over NCCL, check_cluster", streams),
     Step("plans", TIMING, 100, "kernels and copies of eight ranks, compared with one call", in_worker(plans)),
     Step(
-        "rectangles", TIMING, 30, "speed of each kernel; long and short rectangles in one call", in_worker(rectangles)
+        "rectangles",
+        TIMING,
+        40,
+        "speed of each kernel; long and short rectangles in one call and in several",
+        in_worker(rectangles),
     ),
     Step("host", TIMING, 30, "where the host waits, and how much it launches", in_worker(host)),
     Step("step", TIMING, 70, "a step of a 1B model, compared with single documents; memory", in_worker(model_step)),
