@@ -174,6 +174,7 @@ def test_the_loss_takes_shifted_labels_and_a_count():
     "method, parameters",
     [
         ("_get_num_items_in_batch", ["self", "batch_samples", "device"]),
+        ("_load_callback_state", ["self"]),
         ("_prepare_context_parallel_inputs", ["self", "model", "inputs"]),
         ("_set_signature_columns_if_needed", ["self"]),
         ("create_accelerator_and_postprocess", ["self"]),

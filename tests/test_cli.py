@@ -10,7 +10,9 @@ from hypothesis import given
 from hf_flashcp.bench.plans.table2 import padded_all_gather_fraction
 from hf_flashcp.cli import main
 from hf_flashcp.data import sample_pack
+from hf_flashcp.plan import Topology
 from hf_flashcp.planning import DEFAULT_STRATEGY, STRATEGIES, ShardPlan, plan_documents
+from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.packs import arbitrary_plans
 
 
@@ -29,6 +31,9 @@ rank  slices  tokens  attention pairs  KV received  KV sent
 
 imbalance (max / mean)  tokens 1.000, attention pairs 1.000
 KV moved                12,672 tokens of an all-gather's 16,896 (75.0%)
+kernel calls            4 of torch_flash per layer on rank 0, which has the most attention pairs
+  blocks started        132 per query head
+  blocks useful         61 (46.2%)
 digest                  557e9260622d12a589bc2ce76401b9d5df0cf39ba4da6d5ce51295dfd5b373eb
 
 rank 0  doc 0 [0, 512)      doc 0 [3584, 4096)  doc 1 [0, 128)      doc 1 [896, 1024)
@@ -105,6 +110,7 @@ def test_layers_with_a_window_are_counted_separately(capsys):
     assert "with a sliding window of 4" in capsys.readouterr().out
     assert main([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["report"]["varlen_calls"] == [4, 4] and found["sliding_window_report"]["varlen_calls"] == [4, 4]
     # rank 0 holds [0,5) and [14,16) of the first document and all of the second, rank 1 the rest
     assert [found["report"]["kv_received"], found["sliding_window_report"]["kv_received"]] == [[9, 5], [3, 3]]
     assert sum(found["sliding_window_report"]["pairs"]) == 16 * 4 - 6 + 6
@@ -117,7 +123,9 @@ def test_singular(capsys):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_json_is_the_plan(capsys, strategy):
     code, out, err = run(
-        capsys, f"plan --lengths-from wlb_llm --window 20000 --seed 5 --cp-size 3 --strategy {strategy} --json"
+        capsys,
+        f"plan --lengths-from wlb_llm --window 20000 --seed 5 --cp-size 3 --strategy {strategy} --json "
+        "--kernel flash_attn_3",
     )
     plan = plan_documents(sample_pack("wlb_llm", 20_000, seed=5), 3, strategy=strategy)
     found = json.loads(out)
@@ -126,7 +134,9 @@ def test_json_is_the_plan(capsys, strategy):
         "strategy": strategy,
         "digest": plan.digest,
         "plan": plan.to_dict(),
-        "report": plan.report(),
+        "kernel": "flash_attn_3",
+        "slowest_rank": max(range(3), key=plan.report()["pairs"].__getitem__),
+        "report": plan.report(kernel="flash_attn_3"),
     }
     assert ShardPlan.from_dict(found["plan"]) == plan
 
@@ -307,3 +317,20 @@ def test_bench_plan_prints_every_strategy(capsys):
     found = json.loads(run(capsys, "bench plan --lengths-from pile --window 9000 --cp-size 2 --json")[1])
     assert found["max_imbalance"] == 1.05
     assert run(capsys, "bench plan --packs 0")[0] == 2
+
+
+def test_the_slowest_rank_is_the_predicted_one(capsys, tmp_path):
+    """With a profile, the counts are those of the rank with the longest predicted step and of the model's heads."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA_3_8B, "num_attention_heads": 8, "head_dim": 128}))
+    line = f"plan --lengths-from pile --window 65536 --cp-size 4 --hardware h100 --model {path}"
+    found = json.loads(run(capsys, f"{line} --json")[1])
+    time, rank = found["step_time"], found["slowest_rank"]
+    steps = [sum(parts) for parts in zip(*(time[name] for name in ("linear", "attention", "copies", "exposed")))]
+    assert steps[rank] == max(steps)
+    plan = ShardPlan.from_dict(found["plan"])
+    assert found["report"] == plan.report(topology=Topology(8), kernel="torch_flash", query_heads=8)
+    out = run(capsys, line)[1]
+    counts = found["report"]
+    assert f"{counts['varlen_calls'][rank]} of torch_flash per layer on rank {rank}, the slowest\n" in out
+    assert f"blocks started        {counts['blocks_started'][rank]:,} per query head\n" in out

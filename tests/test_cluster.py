@@ -35,6 +35,7 @@ def test_a_working_cluster(pool, cp_size):
             "bfloat16": True,
         }
         assert rank["layer"]["float64"]["limit"] == 1e-12
+        assert {layer["kernel"] for layer in rank["layer"].values()} == {"cpu_flash"}
     assert json.loads(json.dumps(found[0])) == found[0]
 
 

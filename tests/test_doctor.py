@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_flashcp.attention.kernels import EXPERIMENTAL, TESTED
+from hf_flashcp.attention.kernels import EXPERIMENTAL, TESTED, capabilities, flash_attention_3
 from hf_flashcp.cli import main
 from hf_flashcp.doctor import diagnosis as doctor
 from hf_flashcp.doctor.float64 import float64_throughout
@@ -89,8 +89,10 @@ def test_the_error_of_a_gradient_that_should_be_zero_is_measured_against_the_oth
     assert gradient_error(wrong, reference, floor=GRADIENT_FLOOR) == pytest.approx(0.1)
 
 
-def test_a_supported_model(capsys, tmp_path):
+def test_a_supported_model(capsys, monkeypatch, tmp_path):
     """Check a directory that has a config but no weights, as a report and as JSON."""
+    monkeypatch.setattr(capabilities, "installed_version", lambda package: None)
+    monkeypatch.setattr(flash_attention_3, "operators", lambda: None)
     LlamaConfig(num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(
         tmp_path
     )

@@ -29,9 +29,9 @@ HISTORY = [
 ]
 
 
-def write_state(folder, history=HISTORY):
+def write_state(folder, history=HISTORY, **state):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, **state}))
 
 
 def test_a_page_of_a_run(tmp_path, capsys):
@@ -70,6 +70,25 @@ def test_a_long_run_has_running_means(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<p>200 steps, 1,638,400 tokens, 10.0 minutes</p>" in page
     assert "<b>1,000</b><span>tokens per second</span>" in page and "<b>7.000</b><span>loss</span>" in page
+
+
+def test_the_kernels_that_ran(tmp_path, capsys):
+    kernels = {"flash_attn_3": 22, "<eager>": 4}
+    recorded = {"hf_flashcp": {"args": {}, "attributes": {"kernels": kernels}}}
+    write_state(tmp_path, stateful_callbacks=recorded)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<p>2 steps, attention by flash_attn_3 and &lt;eager&gt;</p>" in page
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == list(kernels)
+
+
+@pytest.mark.parametrize("recorded", [None, [], {"hf_flashcp": None}, {"hf_flashcp": {"attributes": {"kernels": 1}}}])
+def test_a_state_without_kernels(tmp_path, recorded):
+    write_state(tmp_path, stateful_callbacks=recorded)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "<p>2 steps</p>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_summary_as_json(tmp_path, capsys):

@@ -19,7 +19,10 @@ from tests.fuzz.values import H100, changed, json_values, mostly
 FILES = {
     "model.json": LLAMA_3_8B,
     "hardware.json": H100,
-    "trainer_state.json": {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "flashcp_x": 2}]},
+    "trainer_state.json": {
+        "log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "flashcp_x": 2}],
+        "stateful_callbacks": {"hf_flashcp": {"args": {}, "attributes": {"kernels": {"eager": 2}}}},
+    },
     "lengths.jsonl": {"length": 400},
     "lengths.txt": 400,
 }
