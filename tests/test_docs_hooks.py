@@ -16,7 +16,11 @@ def load(name):
     return module
 
 
-benchmarks_page, models_page = load("benchmarks_page"), load("models_page")
+benchmarks_page, models_page, blocks_table = load("benchmarks_page"), load("models_page"), load("blocks_table")
+
+
+def test_the_table_of_blocks_is_that_of_the_script():
+    assert f"\n\n{blocks_table.table()}\n\n" in Path("docs/gpu.md").read_text(encoding="utf-8")
 
 
 PAGE = """# Page
