@@ -414,7 +414,7 @@ def test_speeds_and_costs_of_a_varlen_kernel(emulated, one_thread):
 
 
 def test_published_speeds_stand_beside_measured_ones():
-    causal, full, packed = rectangles.alone(Settings("cuda"))
+    causal, full, packed = rectangles.single_calls(Settings("cuda"))
     assert sum(each.queries for each in packed.rectangles) == 32_768
     assert max(each.queries for each in packed.rectangles) == 8192 and packed.shape == (64, 8, 128)
     assert packed.published["flash_attn_3"] == (584, 426) and full.published["cudnn"] == (595, None)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_workspace_if_query_heads_are_folded():
     assert backward_buffers(SHAPE, 1000, 2000) == backward_buffers(SHAPE, 1000, 2000, masked=True)
     # Rows of a single KV head are in the folded order already.
     assert backward_buffers(replace(SHAPE, kv_heads=1), 1000, 2001)["folded inputs"] == 4 * 1000 * 32
+
+
+def test_the_page_has_the_workspaces_of_a_large_stage():
+    page = Path("docs/sizing.md").read_text(encoding="utf-8")
+    for kernels in (("torch_flash", "flash_attn_2"), ("flash_attn_3", "flash_attn_4"), ("cudnn",)):
+        sizes = {
+            tuple(
+                f"{backward_workspace(SHAPE, 16384, 114688, kernel=kernel, masked=masked) / 2**30:.2f} GiB"
+                for masked in (False, True)
+            )
+            for kernel in kernels
+        }
+        (row,) = sizes
+        assert f"| {', '.join(f'`{name}`' for name in kernels)} | {' | '.join(row)} |" in page
 
 
 @pytest.mark.parametrize("kernel", ["torch_flash", "flash_attn_2", "cudnn"])

@@ -173,7 +173,12 @@ def declared_rows(rows: float) -> int:
 
     Their workspace grows with it. With a common least bound, fewer graphs are built.
     """
-    return max(16384, 1 << (math.ceil(rows) - 1).bit_length())
+    return power_of_two(rows, 16384)
+
+
+def power_of_two(number: float, least: int) -> int:
+    """Return the next power of two that is at least `least`, itself a power of two."""
+    return max(least, 1 << (math.ceil(number) - 1).bit_length())
 
 
 def length_classes(blocks: np.ndarray) -> np.ndarray:

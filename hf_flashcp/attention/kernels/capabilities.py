@@ -42,7 +42,7 @@ class Capability:
     dtypes: tuple[torch.dtype, ...] = _ALL
     softcap: bool = True
     refuses: Callable[[Device, Layer], str | None] = lambda device, layer: None  # other reasons why it cannot run
-    missing: Callable[[Device], str | None] = lambda device: None  # why it cannot run on this machine
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
     install: str = ""  # how to get it
     status: str = TESTED  # whether the test suite has passed on the device
 
@@ -109,7 +109,12 @@ def activated() -> str | None:
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
 
 
-def _no_flash_in_torch(device: Device) -> str | None:
+def _not_installed(package: str) -> str | None:
+    missing = installed_version(package) is None
+    return f"needs the package {package}, which is not installed here" if missing else None
+
+
+def _no_flash_in_torch() -> str | None:
     if activated() is not None:
         return f"is replaced by {activated()}, which was activated in PyTorch"
     # A machine without a GPU cannot tell, and training may run on another machine.
@@ -118,35 +123,33 @@ def _no_flash_in_torch(device: Device) -> str | None:
     return None
 
 
-def _no_flash_attn(device: Device) -> str | None:
+def _no_flash_attn() -> str | None:
     installed = installed_version("flash-attn")
     if installed is None:
-        return "needs the package flash-attn, which is not installed here"
+        return _not_installed("flash-attn")
     major, minor = (int(part) for part in installed.split(".")[:2])
     if major != 2 or minor < 7:
         return f"needs flash-attn 2.7 or a later 2.x, not {installed}"
     return None
 
 
-def _no_flash_attn_3(device: Device) -> str | None:
+def _no_flash_attn_3() -> str | None:
     if flash_attention_3.operators() is not None:
         return None
     if Device.here("cuda").major == HOPPER:
         reason = flash_attention_3.load()
         return reason and f"needs its library, which {reason}"
     # Elsewhere its library cannot be loaded, but training may run on another machine.
-    return None if installed_version("flash-attn-3") else "needs the package flash-attn-3, which is not installed here"
+    return _not_installed("flash-attn-3")
 
 
-def _no_flash_attn_4(device: Device) -> str | None:
-    if installed_version("flash-attn-4") is None:
-        return "needs the package flash-attn-4, which is not installed here"
-    return None
+def _no_flash_attn_4() -> str | None:
+    return _not_installed("flash-attn-4")
 
 
-def _no_cudnn(device: Device) -> str | None:
-    if installed_version("nvidia-cudnn-frontend") is None:
-        return "needs the package nvidia-cudnn-frontend, which is not installed here"
+def _no_cudnn() -> str | None:
+    if reason := _not_installed("nvidia-cudnn-frontend"):
+        return reason
     if torch.cuda.is_available() and (torch.backends.cudnn.version() or 0) < _LEAST_CUDNN:
         return f"needs cuDNN 9.10.2 or later, not {torch.backends.cudnn.version()}"
     return None

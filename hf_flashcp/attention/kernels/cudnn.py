@@ -84,8 +84,13 @@ class CudnnKernel(VarlenKernel):
 
 def _sizes(sequences: Sequences) -> Sizes:
     """Return the sizes of a call."""
-    batch = len(sequences.cu_seqlens_q) - 1
-    return Sizes(batch, *sequences[2:6])
+    return Sizes(
+        batch=len(sequences.cu_seqlens_q) - 1,
+        max_queries=sequences.max_seqlen_q,
+        max_keys=sequences.max_seqlen_k,
+        total_queries=sequences.num_queries,
+        total_keys=sequences.num_keys,
+    )
 
 
 def _rows_together(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -102,21 +107,13 @@ def _steps(tensor: torch.Tensor) -> Steps:
 
 def _run(graph: Graph, inputs: dict[str, torch.Tensor], others: dict[str, torch.Tensor], sequences: Sequences) -> None:
     """Run a graph. Sequences are read from the inputs where they are; other tensors have them one after the other."""
-    batch = graph.sizes.batch
-    numbers = {
-        "queries": _lengths(sequences.cu_seqlens_q, batch),
-        "keys": _lengths(sequences.cu_seqlens_k, batch),
-    }
-    for name, tensor in {**inputs, **others}.items():
-        first, starts = (
-            (sequences.cu_seqlens_k, sequences.starts_k)
-            if name in _OF_KEYS
-            else (sequences.cu_seqlens_q, sequences.starts_q)
-        )
-        if name in inputs and starts is not None:
-            first = starts
-        numbers[f"{name} offsets"] = _offsets(first, tensor.stride(0), batch)
-    graph.run({**inputs, **others, **numbers}, next(iter(inputs.values())).device)
+    batch, cu_seqlens = graph.sizes.batch, (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
+    placed = cu_seqlens if sequences.starts_q is None else (sequences.starts_q, sequences.starts_k)
+    numbers = {name: _lengths(each, batch) for name, each in zip(("queries", "keys"), cu_seqlens)}
+    for tensors, first_rows in ((inputs, placed), (others, cu_seqlens)):
+        for name, tensor in tensors.items():
+            numbers[f"{name} offsets"] = _offsets(first_rows[name in _OF_KEYS], tensor.stride(0), batch)
+    graph.run({**inputs, **others, **numbers}, inputs["query"].device)
 
 
 @lru_cache(maxsize=512)

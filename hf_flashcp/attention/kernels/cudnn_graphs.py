@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import ConfigurationError
-from ...plan.kernel_calls import declared_rows
+from ...plan.kernel_calls import declared_rows, power_of_two
 
 
 SPARE_BLOCKS = 32768
@@ -45,9 +45,9 @@ class Sizes(NamedTuple):
         """
         coarse = tuple(next(bound for bound in _COARSE if bound >= count) for count in self[1:3])
         return Sizes(
-            _power_of_two(self.batch, 8),
-            coarse[0] if backward else _power_of_two(self.max_queries, 512),
-            _power_of_two(self.max_keys, 512) if backward else coarse[1],
+            power_of_two(self.batch, 8),
+            coarse[0] if backward else power_of_two(self.max_queries, 512),
+            power_of_two(self.max_keys, 512) if backward else coarse[1],
             declared_rows(self.total_queries) if backward else 0,
             declared_rows(self.total_keys) if backward else 0,
         )
@@ -62,10 +62,6 @@ class Sizes(NamedTuple):
 
 
 _COARSE = tuple(16**exponent for exponent in range(4, 8))
-
-
-def _power_of_two(count: int, least: int) -> int:
-    return max(least, 1 << (count - 1).bit_length())
 
 
 class GraphKey(NamedTuple):

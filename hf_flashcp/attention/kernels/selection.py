@@ -85,7 +85,7 @@ def make_kernel(name: str, device: torch.device, deterministic: bool = False) ->
 
 def _reason_against(name: str, device: Device, layer: Layer) -> str | None:
     capability = CAPABILITIES[name]
-    return capability.reason_against(device, layer) or capability.missing(device)
+    return capability.reason_against(device, layer) or capability.missing()
 
 
 def require_kernel(name: str, device: Device, layer: Layer = ANY_LAYER) -> None:
@@ -97,7 +97,7 @@ def require_kernel(name: str, device: Device, layer: Layer = ANY_LAYER) -> None:
     if reason is None:
         if name == "flash_attn_3" and Device.here("cuda").major == HOPPER:
             flash_attention_3.load(download=True)
-        reason = capability.missing(device)
+        reason = capability.missing()
         advice = f"Install it ({capability.install}), or leave kernel out" if capability.install else advice
     if reason is not None:
         raise ConfigurationError(f'FlashCPPlugin has kernel="{name}", but {name} {reason}. {advice}.')

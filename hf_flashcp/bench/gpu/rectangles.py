@@ -103,7 +103,7 @@ def _time_plan(plan: ShardPlan, kernel: AttentionKernel, shape: Shape, device: t
     }
 
 
-class Alone(NamedTuple):
+class SingleCall(NamedTuple):
     """Rectangles that are timed in one call, and the published TFLOP/s, forward and backward, by kernel."""
 
     name: str
@@ -113,13 +113,16 @@ class Alone(NamedTuple):
     published: Mapping[str, tuple[Any, Any]]
 
 
-def alone(settings: Settings) -> list[Alone]:
+def single_calls(settings: Settings) -> list[SingleCall]:
+    """Return the calls whose speed is measured: a causal and a full rectangle, and packed documents."""
     tokens, packed = settings.sized((16384, PACKED), (256, [length // 64 for length in PACKED]))
     shape, of_packed = _shape(settings), settings.sized(PACKED_SHAPE, (8, 1, 32))
     return [
-        Alone(f"causal {tokens:,}", side_by_side([(tokens, tokens)]), True, shape, {}),
-        Alone(f"full {tokens:,} x {7 * tokens:,}", side_by_side([(tokens, 7 * tokens)]), False, shape, FULL_SPEEDS),
-        Alone(
+        SingleCall(f"causal {tokens:,}", side_by_side([(tokens, tokens)]), True, shape, {}),
+        SingleCall(
+            f"full {tokens:,} x {7 * tokens:,}", side_by_side([(tokens, 7 * tokens)]), False, shape, FULL_SPEEDS
+        ),
+        SingleCall(
             f"causal pack of {sum(packed):,}, {len(packed)} documents",
             side_by_side([(length, length) for length in packed]),
             True,
@@ -133,7 +136,7 @@ def rectangles(settings: Settings) -> Found:
     """Time each kernel on large rectangles, and on a stage with long and short ones."""
     device, found, shape = settings.prepare(), Found(), _shape(settings)
     names = fused_kernels(device, Layer(torch.bfloat16, shape[2], shape[2]))
-    for case, name in itertools.product(alone(settings), names):
+    for case, name in itertools.product(single_calls(settings), names):
         if found.has_time(settings, _seconds(settings, 2, name), f"{case.name}, {name}"):
             heads = "{}/{} heads of {}".format(*case.shape)
             record = {"rectangles": case.name, "layer": heads, "kernel": name}
@@ -159,7 +162,7 @@ def _seconds(settings: Settings, on_gpu: float, kernel: str) -> float:
     return settings.sized(on_gpu + 2 * compile_seconds(kernel), 0)
 
 
-def _speed(kernel: AttentionKernel, case: Alone, device: torch.device) -> Record:
+def _speed(kernel: AttentionKernel, case: SingleCall, device: torch.device) -> Record:
     calls = TimedCalls(case.rectangles, case.causal, case.shape, device)
     seconds = median_seconds(
         ROUNDS, device, **{each: partial(calls.run, each, kernel, case.rectangles) for each in DIRECTIONS}
