@@ -351,8 +351,12 @@ def test_bad_batches_are_named_on_every_rank(batch, error, message):
             shard_inputs(batch, FakeMesh(rank, 2))
 
 
+def rows_of_parts(layout):
+    return [rows.ranges for rows in layout.outputs(CPU).rows]
+
+
 def test_layout_of_a_named_plan():
-    """The example in rank_layout.py: this rank holds [2,4) and [7,10) of twelve tokens."""
+    """The first example in rectangles.py: this rank holds [2,4) and [7,10) of twelve tokens."""
     layout = RankLayout(ShardPlan([12], 2, [[(0, 2, 4), (0, 7, 10)], [(0, 0, 2), (0, 4, 7), (0, 10, 12)]]), 0)
     (stage,) = layout.stages(CPU)
     assert layout.token_index.tolist() == [2, 3, 7, 8, 9]
@@ -360,7 +364,7 @@ def test_layout_of_a_named_plan():
     assert stage.rectangles == ((0, 2, 0, 2), (2, 5, 0, 5))
     assert layout.send_rows(CPU).ranges == ((0, 5),)
     assert (stage.send_splits, stage.recv_splits) == ([0, 5], [0, 5])
-    assert stage.key_order is None and stage.rows.ranges == ((0, 5),)
+    assert stage.key_order is None and rows_of_parts(layout) == [((0, 5),), ((0, 5),)]
 
 
 def test_layout_joins_slices_that_need_the_same_prefix():
@@ -368,9 +372,10 @@ def test_layout_joins_slices_that_need_the_same_prefix():
     (stage,) = RankLayout(joined, 0).stages(CPU)
     assert stage.rectangles == ((0, 1, 0, 2), (1, 2, 0, 3))
     two_documents = ShardPlan([4, 4], 2, [[(0, 2, 4), (1, 0, 1), (1, 2, 3)], [(0, 0, 2), (1, 1, 2), (1, 3, 4)]])
-    (stage,) = RankLayout(two_documents, 0).stages(CPU)
+    layout = RankLayout(two_documents, 0)
+    (stage,) = layout.stages(CPU)
     assert stage.rectangles == ((0, 2, 0, 2), (3, 4, 2, 3))
-    assert stage.rows.ranges == ((0, 2), (3, 4))
+    assert rows_of_parts(layout) == [((0, 4),), ((0, 2), (3, 4))]
 
 
 def test_layout_reorders_keys_only_if_a_slice_needs_several_ranges():
@@ -392,13 +397,13 @@ def test_layout_reorders_keys_only_if_a_slice_needs_several_ranges():
 
 
 def test_window_layout_of_a_named_plan():
-    """The example in window_layout.py: this rank holds [6,13) of thirteen tokens, and the sliding window is 4."""
+    """The second example in rectangles.py: this rank holds [6,13) of thirteen tokens, and the sliding window is 4."""
     layout = RankLayout(ShardPlan([13], 2, [[(0, 6, 13)], [(0, 0, 6)]]), 0, 4)
     (stage,) = layout.stages(CPU)
-    assert layout.local == ((3, 7, 0, 7),) and layout.local_rows(CPU).ranges == ((3, 7),)
+    assert layout.local == ((3, 7, 0, 7),) and rows_of_parts(layout) == [((3, 7),), ((0, 3),)]
     assert stage.recv_splits == [0, 3] and stage.send_splits == [0, 0]
     assert stage.local_rows.ranges == ((0, 3),) and stage.key_order.ranges == ((0, 6),)
-    assert stage.causal and stage.rectangles == ((0, 3, 0, 6),) and stage.rows.ranges == ((0, 3),)
+    assert stage.causal and stage.rectangles == ((0, 3, 0, 6),)
 
 
 def test_overlapping_bands_share_received_keys():
@@ -407,5 +412,5 @@ def test_overlapping_bands_share_received_keys():
     (stage,) = layout.stages(CPU)
     assert stage.recv_splits == [0, 6] and stage.local_rows.ranges == ((0, 2),)
     assert stage.key_order.index.tolist() == [0, 1, 2, 3, 6, 3, 6, 4, 5, 7]
-    assert [part for part, _ in stage.order_groups] == [slice(0, 5), slice(5, 10)]
+    assert [rows.count for rows in stage.gradients.rows] == [5, 5]
     assert stage.rectangles == ((0, 1, 0, 5), (1, 2, 5, 10)) and layout.local == ()

@@ -14,14 +14,15 @@ cross between nodes once, too.
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import accumulate
 
 import numpy as np
 
-from ..plan.stage_traffic import StageTraffic
-from .routes import Routes, rows_of_slices
-from .rows import Group, Rows, concatenated, row_numbers
+from ..plan.ranges import Ranges, runs
+from ..plan.stage_traffic import Pieces, StageTraffic
+from .parts import Parts
+from .routes import Routes
+from .rows import Rows
 from .stage import SecondStep
 
 
@@ -37,67 +38,98 @@ class _TwoSteps:
     """
 
     def __init__(self, traffic: StageTraffic, rank: int):
-        self._rank, self._traffic = rank, traffic
-        self._ranks, self._size = range(traffic.plan.cp_size), traffic.plan.ranks_per_node
-        self._needed = cache(lambda source, target: rows_of_slices(traffic.slices(source, target)))
+        self._rank, self._traffic, self._size = rank, traffic, traffic.plan.ranks_per_node
+        self._cp_size = traffic.plan.cp_size
+        first = rank - rank % self._size
+        self._node = range(first, first + self._size)
+        self._partners = self._partners_of(rank)
 
     def routes(self) -> Routes:
         """Return the rank's routes."""
-        sent = [self._first_step(self._rank, target) for target in self._ranks]
-        brought = [self._first_step(source, self._rank) for source in self._ranks]
-        received, counts = self._traffic.received(self._rank)
-        second_step = self._second_step(brought, counts)
-        return Routes(concatenated(sent), _counts(sent), _counts(brought), received, second_step)
+        outgoing, received = self._traffic.sent(self._rank), self._traffic.received(self._rank)
+        forwarded = self._traffic.forwarded(self._partners, self._node)
+        inside = outgoing.receivers // self._size == self._rank // self._size
+        partners = outgoing.receivers // self._size * self._size + self._rank % self._size
+        sent = _RowsOfRanks(np.where(inside, outgoing.receivers, partners), outgoing.sender_rows, self._cp_size)
+        of_node = received.select(received.senders // self._size == self._rank // self._size)
+        first_step = Pieces.concatenated([of_node, forwarded])
+        brought = _RowsOfRanks(first_step.senders, first_step.sender_rows, self._cp_size)
+        second_step = self._second_step(brought, received, forwarded)
+        return Routes(sent.rows, sent.counts, brought.counts, second_step)
 
-    def _first_step(self, source: int, target: int) -> np.ndarray:
-        """Return the rows that travel from `source` to `target` in the first step, ascending."""
-        if target in self._node(source):
-            return self._needed(source, target)
-        if source in self._partners(target):
-            return np.unique(concatenated([self._needed(source, other) for other in self._node(target)]))
-        return row_numbers([])
+    def _second_step(self, brought: _RowsOfRanks, received: Pieces, forwarded: Pieces) -> SecondStep:
+        """Return the second step.
 
-    def _second_step(self, brought: list[np.ndarray], wanted: list[int]) -> SecondStep:
-        """Return the second step, given the rows that the first step brings from each rank (`brought`) and the number
-        of tokens of each rank that this rank needs (`wanted`)."""
-        begins = [0, *accumulate(_counts(brought))]
-
-        def places(source: int, target: int) -> np.ndarray:
-            """Return where the first step has put the rows of `source` that `target` needs."""
-            return begins[source] + np.searchsorted(brought[source], self._needed(source, target))
-
-        node, partners = self._node(self._rank), self._partners(self._rank)
-        others = [other for other in node if other != self._rank]
-        handed_on = [concatenated([places(source, other) for source in partners]) for other in others]
-        spans = accumulate(_counts(handed_on), initial=0)
-        ends = [0, *accumulate(wanted)]
-        direct = [source for source in self._ranks if source in node or source in partners]
-        indirect = [source for other in others for source in self._partners(other)]
+        Args:
+            brought: the rows that the first step brings from each rank.
+            received: the tokens that this rank needs.
+            forwarded: the tokens of this rank's partners that its node needs.
+        """
+        others = [other for other in self._node if other != self._rank]
+        passed = forwarded.select(forwarded.receivers != self._rank)
+        handed_on = Rows(brought.places(passed.senders, passed.sender_rows))
+        send_splits = passed.tokens_by(passed.receivers, self._cp_size)
+        ends = [0, *accumulate(send_splits)]
+        wanted = received.tokens_by(received.senders, self._cp_size)
+        recv_splits = [0] * self._cp_size
+        for other in others:
+            recv_splits[other] = sum(wanted[source] for source in self._partners_of(other))
+        direct = sorted([*self._node, *self._partners])
+        of_direct = received.select(np.isin(received.senders, direct))
+        needed = Rows(brought.places(of_direct.senders, of_direct.sender_rows))
+        forwarded_to = handed_on.parts([slice(ends[other], ends[other + 1]) for other in others])
         return SecondStep(
-            handed_on=Rows(concatenated(handed_on)),
-            parts=tuple(Group(slice(start, start + len(rows)), Rows(rows)) for start, rows in zip(spans, handed_on)),
-            send_splits=self._by_rank(others, _counts(handed_on)),
-            recv_splits=self._by_rank(
-                others, [sum(wanted[source] for source in self._partners(other)) for other in others]
-            ),
-            needed=Rows(concatenated([places(source, self._rank) for source in direct])),
-            first=Rows(row_numbers((ends[source], ends[source + 1]) for source in direct)),
-            second=Rows(row_numbers((ends[source], ends[source + 1]) for source in indirect)),
+            handed_on=handed_on,
+            send_splits=send_splits,
+            recv_splits=recv_splits,
+            needed=needed,
+            first=Rows(_of_sources(wanted, direct)),
+            second=Rows(_of_sources(wanted, [source for other in others for source in self._partners_of(other)])),
+            sums=Parts([needed, *forwarded_to], sum(brought.counts)),
         )
 
-    def _node(self, rank: int) -> range:
-        first = rank - rank % self._size
-        return range(first, first + self._size)
-
-    def _partners(self, rank: int) -> list[int]:
+    def _partners_of(self, rank: int) -> tuple[int, ...]:
         """Return the ranks of other nodes that have the same local rank."""
-        return [other for other in self._ranks[rank % self._size :: self._size] if other != rank]
-
-    def _by_rank(self, ranks: list[int], counts: list[int]) -> list[int]:
-        """Return the counts of some ranks as a list over all ranks."""
-        found = dict(zip(ranks, counts))
-        return [found.get(rank, 0) for rank in self._ranks]
+        return tuple(other for other in range(rank % self._size, self._cp_size, self._size) if other != rank)
 
 
-def _counts(arrays: list[np.ndarray]) -> list[int]:
-    return [len(array) for array in arrays]
+def _of_sources(wanted: list[int], sources: list[int]) -> Ranges:
+    """Return where the rows of some sources lie among all rows that a rank needs, of which each source sends
+    `wanted`."""
+    ends = [0, *accumulate(wanted)]
+    return Ranges.of((ends[source], ends[source + 1]) for source in sources)
+
+
+class _RowsOfRanks:
+    """The rows of several ranks, each of them once, by rank and ascending.
+
+    Args:
+        ranks (`np.ndarray`): a rank for each range, (n,) int64.
+        rows (`Ranges`): ranges of its rows. They may overlap.
+        cp_size (`int`): number of ranks.
+
+    Attributes:
+        rows (`Ranges`): the rows.
+        counts (`list[int]`): number of rows of each rank.
+    """
+
+    def __init__(self, ranks: np.ndarray, rows: Ranges, cp_size: int):
+        self._stride = int(rows.stops.max(initial=0)) + 1  # one line holds the rows of all ranks
+        lifted = self._lifted(ranks, rows)
+        lifted = lifted.select(np.argsort(lifted.starts, kind="stable"))
+        reach = np.maximum.accumulate(lifted.stops)
+        firsts, lasts = runs(lifted.starts[1:] > reach[:-1], len(reach))
+        self._spans = Ranges(lifted.starts[firsts], reach[lasts])
+        owners = self._spans.starts // self._stride
+        self.rows = Ranges(self._spans.starts - owners * self._stride, self._spans.stops - owners * self._stride)
+        self.counts: list[int] = np.bincount(owners, self.rows.lengths, cp_size).astype(np.int64).tolist()
+
+    def places(self, ranks: np.ndarray, rows: Ranges) -> Ranges:
+        """Return where ranges of rows of these ranks lie among all rows."""
+        lifted, ends = self._lifted(ranks, rows), self._spans.lengths.cumsum()
+        holders = np.searchsorted(self._spans.starts, lifted.starts, "right") - 1
+        shift = ends[holders] - self._spans.stops[holders]
+        return Ranges(lifted.starts + shift, lifted.stops + shift)
+
+    def _lifted(self, ranks: np.ndarray, rows: Ranges) -> Ranges:
+        return Ranges(rows.starts + ranks * self._stride, rows.stops + ranks * self._stride)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 
 from ..plan import ShardPlan
-from ..plan.rectangles import Rectangle, local_rectangles, stage_keys, stage_traffic
-from ..plan.stage_traffic import StageTraffic, local_slices
+from ..plan.ranges import Ranges
+from ..plan.rectangles import StageKeys, local_rectangles, query_rows, stage_keys
+from ..plan.slices import LocalSlice, local_slices
+from ..plan.stage_traffic import StageTraffic, stage_traffic
 from .hierarchical import hierarchical_routes
-from .routes import Routes, direct_routes, rows_of_slices
-from .rows import Group, Rows, concatenated, distinct_groups, row_numbers
+from .parts import Parts
+from .routes import Routes, direct_routes
+from .rows import Rows
 from .stage import Stage
 
 
@@ -37,29 +40,30 @@ class RankLayout:
     Attributes:
         local (`tuple[Rectangle, ...]`): attention among the rank's own rows, which needs no exchange. The rectangles
             are causal and aligned bottom-right.
-        merges_again (`bool`): whether some row is covered by several stages.
         window (`int`, *optional*): the sliding window.
     """
 
     def __init__(self, plan: ShardPlan, rank: int, window: int | None = None):
         self.window = window
         self.longest_document = plan.longest_document
-        self.slices = local_slices(plan.slices[rank])
-        self.num_tokens = sum(piece.tokens for piece in self.slices)
         self._plan, self._rank = plan, rank
-        self.local = local_rectangles(self.slices, window)
+        self._table = plan.slice_table.of_rank(rank)
+        self.num_tokens = self._table.spans.total
+        self.local = local_rectangles(self._table, window)
         routes_of = direct_routes if plan.ranks_per_node is None else hierarchical_routes
-        routes = [routes_of(traffic, rank) for traffic in self._stage_traffic()]
-        self._sent = concatenated([of_stage.sent for of_stage in routes])
-        begins = accumulate((len(of_stage.sent) for of_stage in routes), initial=0)
-        self._stages = tuple(self._stage(of_stage, begin) for of_stage, begin in zip(routes, begins))
-        covered = row_numbers((r.q_start, r.q_stop) for stage in self._stages for r in stage.rectangles)
-        self.merges_again = bool((np.bincount(covered) > 1).any())
+        stages = self._stage_traffic()
+        self._routes = [routes_of(traffic, rank) for traffic in stages]
+        self._keys = [stage_keys(self._table, traffic.received(rank), window) for traffic in stages]
         self._maps_on: dict[torch.device, _Maps] = {}
 
     def _stage_traffic(self) -> list[StageTraffic]:
         """Return what travels in each stage. `AllGatherLayout` of the benchmarks sends more."""
         return stage_traffic(self._plan, self.window)
+
+    @cached_property
+    def slices(self) -> tuple[LocalSlice, ...]:
+        """The rank's slices with the rows at which they begin."""
+        return local_slices(self._plan.slices[self._rank])
 
     @cached_property
     def token_index(self) -> torch.Tensor:
@@ -74,45 +78,36 @@ class RankLayout:
         """Return the local rows that other ranks need, (n_sent,), stage by stage. A row may occur several times."""
         return self._on(device).send_rows
 
-    def home_groups(self, device: torch.device) -> tuple[Group, ...]:
-        """Return `send_rows` in groups in which no row occurs twice.
+    def outputs(self, device: torch.device) -> Parts:
+        """Return the local rows whose outputs come from the local pass, and from each stage that has rectangles.
 
-        Gradients that are added group by group are summed in the same order on every device.
+        There is no part for a local pass without rectangles.
         """
-        return self._on(device).home_groups
+        return self._on(device).outputs
 
-    def local_rows(self, device: torch.device) -> Rows | None:
-        """Return the rows that `local` covers, or `None` if it covers all local rows."""
-        return self._on(device).local_rows
+    def key_gradients(self, device: torch.device) -> Parts:
+        """Return the local rows whose KV gradients come from the local pass, from stages, and from other ranks.
+
+        There is a part for the local pass if it has rectangles, one for each stage with `local_rows`, and parts for
+        `send_rows`.
+        """
+        return self._on(device).key_gradients
 
     def _on(self, device: torch.device) -> _Maps:
         """Return the maps on `device`, which are copied there once."""
         if device not in self._maps_on:
-            local = rows_of(self.local)
+            sent = Rows(_concatenated([routes.sent for routes in self._routes])).to(device)
+            begins = accumulate((sum(routes.send_splits) for routes in self._routes), initial=0)
+            stages = tuple(map(partial(_stage, self.window, device), self._routes, self._keys, begins))
+            passes = self.local, *(keys.rectangles for keys in self._keys)
+            outputs = [Rows(query_rows(rectangles), device) for rectangles in passes if rectangles]
+            whole = [Rows(Ranges.of([(0, self.num_tokens)]), device)] if self.local else []
+            own = [stage.local_rows for stage in stages if stage.local_rows is not None]
+            keys = [*whole, *own, *sent.parts(sent.distinct_spans())]
             self._maps_on[device] = _Maps(
-                tuple(stage.to(device) for stage in self._stages),
-                Rows(self._sent, device),
-                tuple(group.to(device) for group in distinct_groups(self._sent)),
-                None if len(local) == self.num_tokens else Rows(local, device),
+                stages, sent, Parts(outputs, self.num_tokens, device), Parts(keys, self.num_tokens, device)
             )
         return self._maps_on[device]
-
-    def _stage(self, routes: Routes, begin: int) -> Stage:
-        """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
-        keys = stage_keys(self.slices, routes.received, self.window)
-        order = None if keys.order is None else row_numbers(keys.order)
-        return Stage(
-            sent=slice(begin, begin + len(routes.sent)),
-            send_splits=routes.send_splits,
-            recv_splits=routes.recv_splits,
-            second_step=routes.second_step,
-            local_rows=None if keys.own is None else Rows(rows_of_slices(keys.own)),
-            key_order=None if order is None else Rows(order),
-            order_groups=() if order is None else distinct_groups(order),
-            rectangles=keys.rectangles,
-            causal=self.window is not None,
-            rows=Rows(rows_of(keys.rectangles)),
-        )
 
 
 class _Maps(NamedTuple):
@@ -120,18 +115,38 @@ class _Maps(NamedTuple):
 
     stages: tuple[Stage, ...]
     send_rows: Rows
-    home_groups: tuple[Group, ...]
-    local_rows: Rows | None
+    outputs: Parts
+    key_gradients: Parts
+
+
+def _stage(window: int | None, device: torch.device, routes: Routes, keys: StageKeys, begin: int) -> Stage:
+    """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
+    order = None if keys.order is None else Rows(keys.order).to(device)
+    own = None if keys.own is None or not keys.own.total else Rows(keys.own).to(device)
+    received = sum(routes.recv_splits)
+    if routes.second_step is not None:
+        received = routes.second_step.first.count + routes.second_step.second.count
+    in_order = Rows(Ranges.of([(0, received)]), device) if order is None else order
+    return Stage(
+        sent=slice(begin, begin + sum(routes.send_splits)),
+        send_splits=routes.send_splits,
+        recv_splits=routes.recv_splits,
+        second_step=routes.second_step and routes.second_step.to(device),
+        local_rows=own,
+        key_order=order,
+        gradients=Parts.of(in_order, received + (own.count if own else 0), device),
+        rectangles=keys.rectangles,
+        causal=window is not None,
+    )
 
 
 def token_index(plan: ShardPlan, rank: int) -> np.ndarray:
     """Return the positions of a rank's tokens in the packed row, (T_r,) int64."""
-    starts = [0, *accumulate(plan.lengths)]
-    return row_numbers(
-        (starts[document] + start, starts[document] + stop) for document, start, stop in plan.slices[rank]
-    )
+    held = plan.slice_table.of_rank(rank)
+    shift = (np.cumsum(plan.lengths) - plan.lengths)[held.documents] - held.bases
+    return Ranges(held.spans.starts + shift, held.spans.stops + shift).numbers()
 
 
-def rows_of(rectangles: Sequence[Rectangle]) -> np.ndarray:
-    """Return the local rows that rectangles cover, (n,) int64."""
-    return row_numbers((rectangle.q_start, rectangle.q_stop) for rectangle in rectangles)
+def _concatenated(parts: Sequence[Ranges]) -> Ranges:
+    empty = np.empty(0, dtype=np.int64)
+    return Ranges(*(np.concatenate([empty, *edges]) for edges in zip(*parts))) if parts else Ranges(empty, empty)

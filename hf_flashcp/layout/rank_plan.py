@@ -98,6 +98,12 @@ class RankPlan:
         other.layers_run_again, other.checked_layer = layers_run_again, checked_layer
         return other
 
+    def with_group(self, group: ProcessGroup | None) -> RankPlan:
+        """Return a copy whose exchanges run in another group of the same ranks; `None` if no exchange will follow."""
+        other = copy.copy(self)
+        other.group = group
+        return other
+
     def layout_for(self, window: int | None) -> RankLayout:
         """Return the layout of layers whose queries see `window` keys, built on first use.
 

@@ -2,48 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from ..plan.ranges import Ranges, stable_order
+from .upload import upload
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which partial outputs, logsumexp and gradients are summed: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Rows:
     """A selection of rows of a buffer. Rows that are written to must not occur twice.
 
-    Copying ranges as views runs at memory bandwidth, with one operation per range. Copying by index takes a single
-    operation for any number of ranges, but a lookup per row. So up to `FEW` ranges are copied as views. On a CPU more
-    ranges are, too, if they have at least `LONG` rows on average (measured: 16 ranges of 128 rows merge in 0.6 of the
-    time that an index takes). All other selections use an index. Exactly one of `ranges` and `index` is not `None`.
+    A single range is a view. Several ranges are copied as views on a CPU, if they are up to `FEW`, or have at least
+    `LONG` rows on average (measured: 16 ranges of 128 rows merge in 0.6 of the time that an index takes). All other
+    selections use an index, which takes a single operation for any number of ranges: on a GPU, every operation keeps
+    the host busy. Exactly one of `ranges` and `index` is not `None`.
 
     Args:
-        numbers (`np.ndarray`): the row numbers, (n,) int64. Their order is that of the rows in the other buffer, to or
-            from which rows are copied.
+        rows (`Ranges` or `np.ndarray`): the row numbers, as ranges or as an array (n,) int64. Their order is that of
+            the rows in the other buffer, to or from which rows are copied.
         device (`torch.device`, *optional*): device of the buffer and of `index`; CPU by default.
+        part_of (`tuple[Rows, slice]`, *optional*): the selection of which these rows are a part, and where; for
+            [`~Rows.parts`].
+
+    Attributes:
+        spans (`Ranges`): the row numbers.
+        count (`int`): how many they are.
     """
 
     FEW = 4
     LONG = 64
 
-    def __init__(self, numbers: np.ndarray, device: torch.device | None = None):
-        self.count = len(numbers)
-        self.ranges: tuple[tuple[int, int], ...] | None = None
-        self.index: torch.Tensor | None = None
-        self._numbers, self._device = numbers, device or torch.device("cpu")
-        on_cpu = self._device.type == "cpu"
-        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        num_ranges = len(breaks) + 1
-        if num_ranges <= self.FEW or (on_cpu and self.count >= self.LONG * num_ranges):
-            firsts, lasts = np.append(0, breaks), np.append(breaks, self.count) - 1
-            ranges = zip(numbers[firsts].tolist(), (numbers[lasts] + 1).tolist()) if self.count else ()
-            self.ranges = tuple(ranges)
-        else:
-            self.index = torch.from_numpy(numbers).to(device, non_blocking=True)
+    def __init__(
+        self,
+        rows: Ranges | np.ndarray,
+        device: torch.device | None = None,
+        part_of: tuple[Rows, slice] | None = None,
+    ):
+        ranges = rows if isinstance(rows, Ranges) else Ranges.of_numbers(rows)
+        self.spans = ranges.joined() if part_of is None else ranges
+        self.count = self.spans.total if part_of is None else part_of[1].stop - part_of[1].start
+        self._device, self._part_of = device or torch.device("cpu"), part_of
+        starts, stops = self.spans
+        as_ranges = len(starts) <= 1
+        if self._device.type == "cpu":
+            as_ranges = len(starts) <= self.FEW or self.count >= self.LONG * len(starts)
+        self.ranges = tuple(zip(starts.tolist(), stops.tolist())) if as_ranges else None
+
+    @cached_property
+    def index(self) -> torch.Tensor | None:
+        """The row numbers, (n,) int64, made on first use."""
+        if self.ranges is not None:
+            return None
+        if self._part_of is not None:
+            whole, span = self._part_of
+            if whole.index is not None:
+                return whole.index[span]
+        return upload(torch.from_numpy(self.spans.numbers()), self._device)
 
     def to(self, device: torch.device) -> Rows:
-        return self if device == self._device else Rows(self._numbers, device)
+        """Return these rows with their index on `device`, which is copied there now."""
+        rows = self if device == self._device else Rows(self.spans, device)
+        rows.index  # noqa: B018
+        return rows
+
+    def parts(self, spans: Sequence[slice]) -> list[Rows]:
+        """Return consecutive parts of the n rows. The index of a part is a view of this one if both have an index."""
+        edges = np.array([0, *(span.stop for span in spans)])
+        cut = self.spans.cut(edges)
+        bounds = np.searchsorted(cut.lengths.cumsum(), edges, "right").tolist()
+        return [
+            Rows(Ranges(cut.starts[first:last], cut.stops[first:last]), self._device, (self, span))
+            for first, last, span in zip(bounds, bounds[1:], spans)
+        ]
+
+    def distinct_spans(self) -> list[slice]:
+        """Split the n rows into consecutive parts, each as long as possible, in which no row occurs twice."""
+        starts, stops = self.spans
+        # Cut ranges at each other's ends, so that any two of the resulting atoms are equal or disjoint.
+        is_edge = np.zeros(stops.max(initial=0) + 1, dtype=bool)
+        is_edge[starts] = is_edge[stops] = True
+        number, edges = is_edge.cumsum(dtype=np.int32), np.flatnonzero(is_edge)
+        atoms = Ranges(number[starts] - 1, number[stops] - 1).numbers()
+        if np.bincount(atoms).max(initial=0) <= 1:
+            return [slice(0, self.count)] if self.count else []
+        begins = np.append(0, np.diff(edges)[atoms].cumsum())
+        order = stable_order(atoms)
+        again = np.flatnonzero(np.diff(atoms[order]) == 0)
+        before = np.full(len(atoms), -1)  # index of the previous occurrence of each atom
+        before[order[again + 1]] = order[again]
+        latest, first, spans = np.maximum.accumulate(before), 0, []
+        while first < len(atoms):
+            last = latest.searchsorted(first)
+            spans.append(slice(int(begins[first]), int(begins[last])))
+            first = last
+        return spans
 
     def pieces(self, longest: int | None = None) -> Iterator[tuple[slice, slice]]:
         """Yield where each range lies in the buffer and among the n rows; cut ranges to at most `longest` rows."""
@@ -58,6 +118,8 @@ class Rows:
         """Return these rows of `source` along `dim`: a view if they are a single range, else a copy."""
         if self.index is not None:
             return source.index_select(dim, self.index)
+        if self.ranges == ((0, source.shape[dim]),):
+            return source
         parts = [source.narrow(dim, start, stop - start) for start, stop in self.ranges]
         if len(parts) == 1:
             return parts[0]
@@ -89,44 +151,3 @@ class Rows:
             return
         for there, here in self.pieces():
             target[there].add_(values[here])
-
-
-class Group(NamedTuple):
-    """A part of a list of row numbers in which no row occurs twice; `span` is its position in the list."""
-
-    span: slice
-    rows: Rows
-
-    def to(self, device: torch.device) -> Group:
-        return Group(self.span, self.rows.to(device))
-
-
-def distinct_groups(numbers: np.ndarray) -> tuple[Group, ...]:
-    """Split row numbers (n,) into consecutive groups, each as long as possible, in which no row occurs twice.
-
-    Values that are added to rows group by group are summed in the same order on every device, because no two values of
-    a group are added to the same row.
-    """
-    order = np.argsort(numbers, kind="stable")
-    again = np.flatnonzero(np.diff(numbers[order]) == 0)
-    before = np.full(len(numbers), -1)  # index of the previous occurrence of each number
-    before[order[again + 1]] = order[again]
-    latest = np.maximum.accumulate(before) if len(numbers) else before
-    groups, start = [], 0
-    while start < len(numbers):
-        stop = int(np.searchsorted(latest, start))
-        groups.append(Group(slice(start, stop), Rows(numbers[start:stop])))
-        start = stop
-    return tuple(groups)
-
-
-def row_numbers(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Return the numbers in half-open ranges, (n,) int64, one range after the other."""
-    starts, stops = np.fromiter(chain.from_iterable(ranges), dtype=np.int64).reshape(-1, 2).T
-    lengths = stops - starts
-    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
-
-
-def concatenated(numbers: list[np.ndarray]) -> np.ndarray:
-    """Concatenate int64 arrays (n,); return an empty array if there are none."""
-    return np.concatenate(numbers) if numbers else np.empty(0, dtype=np.int64)

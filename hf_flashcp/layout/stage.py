@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
 from ..plan.rectangles import Rectangle
-from .rows import Group, Rows
+from .parts import Parts
+from .rows import Rows
 
 
 class SecondStep(NamedTuple):
     """What a rank forwards in the second step of a hierarchical exchange, and where it puts the rows of both steps."""
 
     handed_on: Rows  # rows from the first step that the rank forwards, by destination
-    parts: tuple[Group, ...]  # `handed_on`, one group per destination
     send_splits: list[int]  # number of rows of `handed_on` for each rank of the group
     recv_splits: list[int]  # number of rows that the second step brings from each rank
     needed: Rows  # rows from the first step that the rank itself needs
     first: Rows  # places of these rows among all rows that the rank needs, which are ordered by source
     second: Rows  # places there of the rows that the second step brings, in order of arrival
+    sums: Parts  # rows from the first step: the `needed` ones, and those that are forwarded to each destination
 
     def to(self, device: torch.device) -> SecondStep:
+        handed_on, needed = self.handed_on.to(device), self.needed.to(device)
+        ends = [0, *accumulate(rows.count for rows in self.sums.rows[1:])]
+        forwarded = handed_on.parts([slice(*span) for span in pairwise(ends)])
         return self._replace(
-            handed_on=self.handed_on.to(device),
-            parts=tuple(part.to(device) for part in self.parts),
-            needed=self.needed.to(device),
+            handed_on=handed_on,
+            needed=needed,
             first=self.first.to(device),
             second=self.second.to(device),
+            sums=Parts([needed, *forwarded], self.sums.count, device),
         )
 
 
@@ -45,10 +50,9 @@ class Stage(NamedTuple):
     second_step: SecondStep | None  # of a hierarchical exchange, whose first step the fields above describe
     local_rows: Rows | None  # rows of the rank's own KV that are appended to the received rows
     key_order: Rows | None
-    order_groups: tuple[Group, ...]  # `key_order` in groups in which no row occurs twice
+    gradients: Parts  # the rows of `key_order`, or all received rows, as the gradients of the keys come in that order
     rectangles: tuple[Rectangle, ...]  # local rows against rows of the ordered keys; disjoint, ascending queries
     causal: bool  # whether the rectangles have a causal mask, aligned bottom-right; if not, they have no mask
-    rows: Rows  # the local rows that the rectangles cover
 
     @property
     def received(self) -> int:
@@ -56,12 +60,3 @@ class Stage(NamedTuple):
         if self.second_step is None:
             return sum(self.recv_splits)
         return self.second_step.first.count + self.second_step.second.count
-
-    def to(self, device: torch.device) -> Stage:
-        return self._replace(
-            second_step=self.second_step and self.second_step.to(device),
-            local_rows=self.local_rows and self.local_rows.to(device),
-            key_order=self.key_order and self.key_order.to(device),
-            order_groups=tuple(group.to(device) for group in self.order_groups),
-            rows=self.rows.to(device),
-        )

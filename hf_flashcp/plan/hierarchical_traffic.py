@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .slice_table import SliceTable
 from .slices import slices_by_document
-from .traffic import by_link, needed_keys, overlaps
+from .traffic import by_link, needed_keys
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Runs(NamedTuple):
-    """Runs of a document's tokens, cut so that each run is needed as a whole by the same ranks."""
+    """Runs of tokens, cut so that each run is needed as a whole by the same ranks."""
 
     senders: np.ndarray  # (n,) ranks that hold the runs
     counts: np.ndarray  # (n,) tokens of each run
@@ -51,7 +52,7 @@ def hierarchical_traffic(
     offset = (np.arange(cp_size) - np.arange(cp_size)[:, None]) % cp_size
     allowed = offset > 0 if offsets is None else np.isin(offset, offsets)
     first, second = np.zeros((2, cp_size * cp_size))
-    for senders, counts, needs in _runs_by_document(slices, window):
+    for senders, counts, needs in _runs(slices, window):
         needs = needs & allowed[senders]
         inside = needs & (node[senders][:, None] == node)
         crosses = needs & ~inside
@@ -82,30 +83,29 @@ def _sums(rows, columns, counts: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(places.ravel(), counts.ravel(), size * size)
 
 
-def _runs_by_document(slices: Sequence[Sequence[Slice]], window: int | None) -> Iterator[_Runs]:
+def _runs(slices: Sequence[Sequence[Slice]], window: int | None) -> Iterator[_Runs]:
+    """Yield the runs of all documents: with a window together, else those of each document that several ranks hold."""
     cp_size = len(slices)
-    needed = needed_keys(slices, window) if window is not None else {}
-    for document, pieces in slices_by_document(slices).items():
-        if len(pieces) == 1:
-            continue
-        if window is None:
+    if window is not None:
+        yield _window_runs(SliceTable.of(slices), window, cp_size)
+        return
+    for pieces in slices_by_document(slices).values():
+        if len(pieces) > 1:
             # Every rank that holds a later slice needs the whole slice.
             starts, stops, senders = np.array(pieces).T
             last = np.full(cp_size, -1)
             np.maximum.at(last, senders, starts)
             yield _Runs(senders, stops - starts, last >= stops[:, None])
-            continue
-        by_rank = [needed[document].get(rank, ()) for rank in range(cp_size)]
-        runs = [
-            (sender, stop - start, [bool(overlaps(start, stop, intervals)) for intervals in by_rank])
-            for first, last, sender in pieces
-            for start, stop in _cut(first, last, needed[document])
-        ]
-        yield _Runs(*map(np.array, zip(*runs)))
 
 
-def _cut(first: int, last: int, needed: dict[int, list[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """Cut tokens [first, last) wherever the tokens that some rank needs begin or end."""
-    inner = {edge for of_rank in needed.values() for interval in of_rank for edge in interval if first < edge < last}
-    edges = sorted({first, last, *inner})
-    return list(zip(edges, edges[1:]))
+def _window_runs(table: SliceTable, window: int, cp_size: int) -> _Runs:
+    """Cut all slices wherever the tokens that some rank needs begin or end."""
+    held, needed = table.by_position, needed_keys(table, window)
+    edges = np.unique(np.concatenate([*held.spans, *needed.spans]))
+    change = np.zeros((len(edges), cp_size), dtype=np.int8)
+    change[np.searchsorted(edges, needed.spans.starts), needed.ranks] += 1
+    change[np.searchsorted(edges, needed.spans.stops), needed.ranks] -= 1
+    holder = np.searchsorted(held.spans.starts, edges[:-1], "right") - 1
+    inside = edges[:-1] < held.spans.stops[holder]
+    needs = np.cumsum(change, axis=0, dtype=np.int8)[:-1] > 0
+    return _Runs(held.ranks[holder][inside], np.diff(edges)[inside], needs[inside])

@@ -47,13 +47,15 @@ belongs to both kinds, so no results have to be merged.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple
 
-from .slices import Slice
-from .stage_traffic import KeyPiece, LocalSlice, StageTraffic, key_pieces, local_slices, parts
-from .traffic import Interval, needed_keys, overlaps
+import numpy as np
+
+from .ranges import Ranges, overlaps, runs
+from .slice_table import SliceTable
+from .stage_traffic import Pieces, stage_traffic
 
 
 if TYPE_CHECKING:
@@ -83,40 +85,41 @@ class StageKeys(NamedTuple):
     """The rectangles of a rank in one stage, and the keys that they address.
 
     Without an `order`, these are the received keys. Otherwise they are the rows in the ranges of `order`, one range
-    after the other, taken from the received keys followed by the keys of `own`, tokens that the rank holds itself.
+    after the other, taken from the received keys followed by the keys of `own`, rows that the rank holds itself.
     """
 
     rectangles: tuple[Rectangle, ...]
-    order: list[Interval] | None = None
-    own: Sequence[LocalSlice] | None = None
+    order: Ranges | None = None
+    own: Ranges | None = None
 
 
-def local_rectangles(slices: Sequence[LocalSlice], window: int | None = None) -> tuple[Rectangle, ...]:
+def local_rectangles(slices: SliceTable, window: int | None = None) -> tuple[Rectangle, ...]:
     """Return the rectangles of a rank that need no exchange. They are causal and aligned bottom-right.
 
     In full attention there is one square per document, and with a window there is one rectangle per slice.
     """
+    starts, stops = slices.query_rows
     if window is not None:
-        return tuple(
-            Rectangle(piece.row + waiting, piece.row + piece.tokens, piece.row, piece.row + piece.tokens)
-            for piece in slices
-            if (waiting := _waiting_rows(piece, window)) < piece.tokens
-        )
-    squares: dict[int, Rectangle] = {}
-    for piece in slices:
-        first = squares[piece.document].q_start if piece.document in squares else piece.row
-        stop = piece.row + piece.tokens
-        squares[piece.document] = Rectangle(first, stop, first, stop)
-    return tuple(squares.values())
+        first = starts + _waiting_rows(slices, window)
+        inside = first < stops
+        return _rectangles(Ranges(first, stops).select(inside), Ranges(starts, stops).select(inside))
+    firsts, lasts = runs(np.diff(slices.documents), len(starts))
+    squares = Ranges(starts[firsts], stops[lasts])
+    return _rectangles(squares, squares)
 
 
-def stage_keys(slices: Sequence[LocalSlice], received: Sequence[KeyPiece], window: int | None = None) -> StageKeys:
-    """Return a rank's rectangles for the keys that it receives in one stage.
+def stage_keys(slices: SliceTable, received: Pieces, window: int | None = None) -> StageKeys:
+    """Return a rank's rectangles for the keys that it receives in one stage, which arrive in the order of `received`.
 
     In full attention they have no mask. With a window, under which there is one stage, they are causal and aligned
     bottom-right.
     """
-    return _full_stage(slices, received) if window is None else _banded_stage(slices, received, window)
+    return _full_stage(slices, received.spans) if window is None else _banded_stage(slices, received.spans, window)
+
+
+def query_rows(rectangles: Sequence[Rectangle]) -> Ranges:
+    """Return the rows of the queries of rectangles."""
+    return Ranges.of(rectangle[:2] for rectangle in rectangles)
 
 
 def rank_rectangles(
@@ -126,108 +129,97 @@ def rank_rectangles(
     window = plan.hiding_window(window)
     stages = stage_traffic(plan, window)
     found = []
-    for rank, of_rank in enumerate(plan.slices):
-        slices = local_slices(of_rank)
-        waiting = [stage_keys(slices, stage.received(rank)[0], window).rectangles for stage in stages]
+    for rank in range(plan.cp_size):
+        slices = plan.slice_table.of_rank(rank)
+        waiting = [stage_keys(slices, stage.received(rank), window).rectangles for stage in stages]
         found.append((local_rectangles(slices, window), [rectangles for rectangles in waiting if rectangles]))
     return found
 
 
-def stage_traffic(plan: ShardPlan, window: int | None = None) -> list[StageTraffic]:
-    """Return the traffic of each stage in which some rank needs keys."""
-    needed = needed_keys(plan.slices, window)
-    groups = plan.stage_offsets if window is None else [range(1, plan.cp_size)]
-    stages = [StageTraffic(plan, offsets, needed) for offsets in groups]
-    return [stage for stage in stages if not stage.is_empty()]
+def _rectangles(queries: Ranges, keys: Ranges) -> tuple[Rectangle, ...]:
+    return tuple(starmap(Rectangle, zip(*(edge.tolist() for edge in (*queries, *keys)))))
 
 
-def key_ranges(arrived: Sequence[KeyPiece], slices: Sequence[Slice]) -> list[tuple[int, int]] | None:
-    """Return, for each slice, the range of buffer rows that holds the keys before it.
+class KeyRanges(NamedTuple):
+    """Where the slices of a rank find the keys before them in one full-attention stage."""
 
-    The range is `(0, 0)` for a slice that needs no keys. The result is `None` if the keys of any slice are not in one
-    contiguous range. The arrived pieces lie in the buffer in the given order (their `offset` is ignored), and no piece
-    extends across the start of a slice.
+    needs: np.ndarray  # (n,) int64, indices of the slices that need keys
+    keys: Ranges  # (n,) their keys, among the received rows or, with an order, the ordered rows
+    order: Ranges | None  # ranges of received rows in document order, if the keys of some slice are not in one range
+
+
+def key_ranges(slices: SliceTable, received: Ranges) -> KeyRanges:
+    """Return the key rows of each of a rank's slices, for pieces that arrive in the order of `received`.
+
+    No piece extends across the start of a slice.
     """
-    pieces: dict[int, list[KeyPiece]] = defaultdict(list)
-    offset = 0
-    for document, start, tokens, _ in arrived:
-        pieces[document].append(KeyPiece(document, start, tokens, offset))
-        offset += tokens
-    found = []
-    for document, start, _ in slices:
-        before = [piece for piece in pieces.get(document, ()) if piece.start < start]
-        if not before:
-            found.append((0, 0))
-            continue
-        first, last = min(piece.offset for piece in before), before[-1].offset + before[-1].tokens
-        if last - first != sum(piece.tokens for piece in before):
-            return None
-        found.append((first, last))
-    return found
+    in_order = np.argsort(received.starts, kind="stable")
+    arrived = _buffer_rows(received.lengths).select(in_order)
+    ordered = _buffer_rows(arrived.lengths)
+    # Each slice needs the pieces [first, before) of the document order.
+    before, first = (np.searchsorted(received.starts[in_order], edge) for edge in (slices.spans.starts, slices.bases))
+    needs = np.flatnonzero(first < before)
+    first, last = first[needs], before[needs] - 1
+    gathered = Ranges(ordered.starts[first], ordered.stops[last])
+    keys = _first_and_last(arrived, first, last)
+    if (keys.lengths == gathered.lengths).all():
+        return KeyRanges(needs, keys, None)
+    return KeyRanges(needs, gathered, arrived)
 
 
-def _full_stage(slices: Sequence[LocalSlice], received: Sequence[KeyPiece]) -> StageKeys:
-    own = [Slice(document, start, stop) for document, start, stop, _ in slices]
-    order, ranges = None, key_ranges(received, own)
-    if ranges is None:
-        in_order = sorted(received)
-        order = [(offset, offset + tokens) for _, _, tokens, offset in in_order]
-        ranges = key_ranges(in_order, own)
-        assert ranges is not None
-    rectangles: list[Rectangle] = []
-    for piece, keys in zip(slices, ranges):
-        if keys[0] == keys[1]:
-            continue
-        first = piece.row
-        if rectangles and rectangles[-1].q_stop == first and rectangles[-1][2:] == keys:
-            first = rectangles.pop().q_start
-        rectangles.append(Rectangle(first, piece.row + piece.tokens, *keys))
-    return StageKeys(tuple(rectangles), order)
+def _full_stage(slices: SliceTable, received: Ranges) -> StageKeys:
+    needs, keys, order = key_ranges(slices, received)
+    return StageKeys(_joined(slices.query_rows.select(needs), keys), order)
 
 
-class _Band(NamedTuple):
-    """The first rows of a slice, [q_start, q_stop), which wait for keys before the slice. They see tokens [start,
-    stop) of the document."""
-
-    document: int
-    start: int
-    stop: int
-    q_start: int
-    q_stop: int
-
-
-def _waiting_rows(piece: LocalSlice, window: int) -> int:
-    """Return how many of a slice's first rows see keys before the slice."""
-    return 0 if piece.start == 0 else min(piece.tokens, window - 1)
+def _first_and_last(arrived: Ranges, first: np.ndarray, last: np.ndarray) -> Ranges:
+    """Return the least start and the greatest stop of pieces [first, last], for which `first` is the document's first
+    piece."""
+    begins = np.zeros(len(arrived.starts), dtype=np.int64)
+    begins[first] = arrived.stops.max(initial=0)
+    lift = begins.cumsum()  # separates documents, so that one running maximum serves all of them
+    low, high = np.minimum.accumulate(arrived.starts - lift) + lift, np.maximum.accumulate(arrived.stops + lift) - lift
+    return Ranges(low[last], high[last])
 
 
-def _banded_stage(slices: Sequence[LocalSlice], received: Sequence[KeyPiece], window: int) -> StageKeys:
-    bands = [
-        _Band(piece.document, max(0, piece.start - window + 1), piece.start + rows, piece.row, piece.row + rows)
-        for piece in slices
-        if (rows := _waiting_rows(piece, window))
-    ]
-    own = _own_keys(slices, bands)
-    pieces: dict[int, list[KeyPiece]] = defaultdict(list)
-    for piece in sorted([*received, *key_pieces(own, sum(piece.tokens for piece in received))]):
-        pieces[piece.document].append(piece)
-    order, rectangles, key = [], [], 0
-    for document, start, stop, q_start, q_stop in bands:
-        for piece in pieces[document]:
-            shift = piece.offset - piece.start
-            for first, last in overlaps(start, stop, [(piece.start, piece.start + piece.tokens)]):
-                order.append((first + shift, last + shift))
-        rectangles.append(Rectangle(q_start, q_stop, key, key + stop - start))
-        key += stop - start
-    return StageKeys(tuple(rectangles), order, own)
+def _joined(queries: Ranges, keys: Ranges) -> tuple[Rectangle, ...]:
+    """Return the rectangles, after joining slices that attend to the same keys, which are adjacent."""
+    differ = (keys.starts[1:] != keys.starts[:-1]) | (keys.stops[1:] != keys.stops[:-1])
+    firsts, lasts = runs(differ, len(keys.starts))
+    return _rectangles(Ranges(queries.starts[firsts], queries.stops[lasts]), keys.select(firsts))
 
 
-def _own_keys(slices: Sequence[LocalSlice], bands: Sequence[_Band]) -> list[LocalSlice]:
-    """Return the rank's own tokens that lie in bands, each of them once."""
-    covered: dict[int, list[Interval]] = defaultdict(list)
-    for document, start, stop, _, _ in bands:
-        intervals = covered[document]
-        if intervals and start < intervals[-1][1]:
-            start, _ = intervals.pop()
-        intervals.append((start, stop))
-    return list(parts((Slice(document, start, stop) for document, start, stop, _ in slices), covered))
+def _buffer_rows(lengths: np.ndarray) -> Ranges:
+    """Return the rows of pieces of these lengths that lie one after the other in a buffer."""
+    stops = lengths.cumsum()
+    return Ranges(stops - lengths, stops)
+
+
+def _waiting_rows(slices: SliceTable, window: int) -> np.ndarray:
+    """Return how many of each slice's first rows see keys before the slice, (n,) int64."""
+    return np.where(slices.spans.starts > slices.bases, np.minimum(slices.spans.lengths, window - 1), 0)
+
+
+def _banded_stage(slices: SliceTable, received: Ranges, window: int) -> StageKeys:
+    # The first rows of a slice, which wait for keys before it, see the positions of a band.
+    rows = _waiting_rows(slices, window)
+    waits = np.flatnonzero(rows)
+    waiting, rows = slices.select(waits), rows[waits]
+    starts = waiting.spans.starts
+    bands = Ranges(np.maximum(waiting.bases, starts - window + 1), starts + rows)
+    own = overlaps(_united(bands), slices.spans)
+    own_rows = slices.rows[own.second] + own.common.starts - slices.spans.starts[own.second]
+    pieces = Ranges(*(np.concatenate(edges) for edges in zip(received, own.common)))
+    ascending = np.argsort(pieces.starts, kind="stable")
+    buffered, pieces = _buffer_rows(pieces.lengths).select(ascending), pieces.select(ascending)
+    seen = overlaps(bands, pieces)
+    shift = (buffered.starts - pieces.starts)[seen.second]
+    order = Ranges(seen.common.starts + shift, seen.common.stops + shift)
+    rectangles = _rectangles(Ranges(waiting.rows, waiting.rows + rows), _buffer_rows(bands.lengths))
+    return StageKeys(rectangles, order, Ranges(own_rows, own_rows + own.common.lengths))
+
+
+def _united(bands: Ranges) -> Ranges:
+    """Return the positions in any of the bands, whose starts and stops ascend, as disjoint ranges."""
+    firsts, lasts = runs(bands.starts[1:] >= bands.stops[:-1], len(bands.starts))
+    return Ranges(bands.starts[firsts], bands.stops[lasts])

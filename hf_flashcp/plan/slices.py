@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -22,6 +23,26 @@ class Slice(NamedTuple):
     def tokens(self) -> int:
         """Number of tokens."""
         return self.stop - self.start
+
+
+class LocalSlice(NamedTuple):
+    """Tokens [start, stop) of a document, which begin at row `row` of the sequence of the rank that holds them."""
+
+    document: int
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.start
+
+
+def local_slices(slices: Sequence[Slice]) -> tuple[LocalSlice, ...]:
+    """Return a rank's slices with the rows at which they begin in its sequence."""
+    rows = accumulate((stop - start for _, start, stop in slices), initial=0)
+    return tuple(LocalSlice(*piece, row) for piece, row in zip(slices, rows))
 
 
 Slices = list[list[Slice]]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from .ranges import Ranges, overlaps, runs
+from .slice_table import SliceTable
 from .slices import Slice, slices_by_document
 
-
-Interval = tuple[int, int]
-"""Tokens [start, stop) of a document."""
 
 MOST_KEPT = 4
 """The most tokens that a rank may receive per token of its own for received KV to be kept until backward by default.
@@ -31,27 +30,27 @@ def kv_bytes(tokens: int, num_kv_heads: int, key_dim: int, value_dim: int, items
     return tokens * num_kv_heads * (key_dim + value_dim) * itemsize
 
 
-def needed_keys(slices: Sequence[Sequence[Slice]], window: int | None = None) -> dict[int, dict[int, list[Interval]]]:
-    """Return the tokens before its own slices that each rank attends to, as `{document: {rank: intervals}}`.
+class NeededKeys(NamedTuple):
+    """The tokens that each rank needs, as positions of a [`SliceTable`]: disjoint and ascending for each rank. They
+    may include tokens that the rank holds itself."""
 
-    The intervals are disjoint and ascending. They may include tokens that the rank holds itself.
-    """
-    needed: dict[int, dict[int, list[Interval]]] = defaultdict(dict)
-    for rank, rank_slices in enumerate(slices):
-        for document, start, _ in rank_slices:
-            first = 0 if window is None else max(0, start - window + 1)
-            if first == start:
-                continue
-            intervals = needed[document].setdefault(rank, [])
-            if intervals and first <= intervals[-1][1]:
-                first, _ = intervals.pop()
-            intervals.append((first, start))
-    return needed
+    ranks: np.ndarray  # (n,) int64, ascending: the rank that needs each range
+    spans: Ranges
+
+    def of_ranks(self, ranks: range) -> NeededKeys:
+        """Return what consecutive ranks need."""
+        begin, end = np.searchsorted(self.ranks, [ranks.start, ranks.stop])
+        return NeededKeys(self.ranks[begin:end], self.spans.select(slice(begin, end)))
 
 
-def overlaps(start: int, stop: int, intervals: Sequence[Interval]) -> list[Interval]:
-    """Return the parts of [start, stop) that lie in `intervals`."""
-    return [(max(start, first), min(stop, last)) for first, last in intervals if first < stop and start < last]
+def needed_keys(table: SliceTable, window: int | None = None) -> NeededKeys:
+    """Return the tokens before its own slices that each rank attends to."""
+    ranks, starts, bases = table.ranks, table.spans.starts, table.bases
+    first = bases if window is None else np.maximum(bases, starts - window + 1)
+    waiting = np.flatnonzero(first < starts)
+    ranks, first, last = ranks[waiting], first[waiting], starts[waiting]
+    begins, ends = runs((ranks[1:] != ranks[:-1]) | (first[1:] > last[:-1]), len(ranks))
+    return NeededKeys(ranks[begins], Ranges(first[begins], last[ends]))
 
 
 def full_attention_traffic(slices: Sequence[Sequence[Slice]]) -> tuple[list[int], list[int]]:
@@ -88,11 +87,12 @@ def traffic_matrix(slices: Sequence[Sequence[Slice]], window: int | None = None)
                 np.maximum.at(last_start, ranks, starts)
                 np.add.at(traffic, ranks, (stops - starts)[:, None] * (last_start >= stops[:, None]))
     else:
-        needed = needed_keys(slices, window)
-        for sender, rank_slices in enumerate(slices):
-            for document, start, stop in rank_slices:
-                for receiver, intervals in needed.get(document, {}).items():
-                    traffic[sender, receiver] += sum(last - first for first, last in overlaps(start, stop, intervals))
+        table = SliceTable.of(slices)
+        needed = needed_keys(table, window)
+        for receiver in range(cp_size):
+            found = overlaps(needed.of_ranks(range(receiver, receiver + 1)).spans, table.by_position.spans)
+            senders = table.by_position.ranks[found.second]
+            traffic[:, receiver] = np.bincount(senders, found.common.lengths, cp_size)
     np.fill_diagonal(traffic, 0)
     return traffic
 
