@@ -286,9 +286,9 @@ class _TracingKernel(ExactKernel):
         self.trace.append("local forward" if options.causal else "remote forward")
         return super().forward(query, key, value, rectangles, options)
 
-    def backward(self, inputs, rectangles, options, grads):
+    def backward(self, inputs, rectangles, options):
         self.trace.append("local backward" if options.causal else "remote backward")
-        super().backward(inputs, rectangles, options, grads)
+        return super().backward(inputs, rectangles, options)
 
 
 def issue_order(plan, frozen_kv=False, offset_groups=None):

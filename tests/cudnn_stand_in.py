@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from hf_flashcp.attention.kernels import BackwardInputs, EagerKernel, Gradients, ScoreOptions, cudnn_graphs
+from hf_flashcp.attention.kernels import BackwardInputs, EagerKernel, ScoreOptions, cudnn_graphs
 from hf_flashcp.layout import Rectangle
 
 
@@ -245,9 +245,8 @@ class Graph:
             self._part(memory, tensor, sequence, sequence.queries)
             for tensor in (self.call.o, self.call.dO, self.call.stats)
         )
-        grads = Gradients.zeros(query, key, value)
         inputs = BackwardInputs(grad_out, query, key, value, out, stats.squeeze(-1))
-        EagerKernel().backward(inputs, whole, self._options(), grads)
+        grads = EagerKernel().backward(inputs, whole, self._options())
         for tensor, grad in zip(self.outputs, grads):
             self._part(memory, tensor, sequence, grad.shape[1]).copy_(grad)
 

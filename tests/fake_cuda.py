@@ -9,7 +9,7 @@ import contextlib
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_flashcp.attention.kernels import BackwardInputs, Gradients, ScoreOptions, varlen
+from hf_flashcp.attention.kernels import BackwardInputs, ScoreOptions, flash_attention, varlen
 from tests.kernel_cases import SCALE, make
 
 
@@ -19,12 +19,15 @@ FAKE = torch.device("cuda" if torch.version.cuda else "meta")
 @contextlib.contextmanager
 def fake_cuda():
     """Let tensors on `FAKE` have no data, and clear the caches of kernels before and after the context."""
-    varlen._calls_on.cache_clear()
+    caches = varlen._calls_on, flash_attention._dropout_state
+    for cached in caches:
+        cached.cache_clear()
     try:
         with FakeTensorMode() if torch.version.cuda else contextlib.nullcontext():
             yield
     finally:
-        varlen._calls_on.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
 
 
 def forward_and_backward(kernel, shape, rectangles, **options):
@@ -35,6 +38,5 @@ def forward_and_backward(kernel, shape, rectangles, **options):
     options = ScoreOptions(scale=SCALE, **options)
     found = kernel.forward(query, key, value, rectangles, options)
     whole = torch.empty_like(grad_out), torch.empty(query.shape[:2], device=FAKE)
-    grads = Gradients(*(torch.zeros(tensor.shape, device=FAKE) for tensor in (query, key, value)))
-    kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options, grads)
+    kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options)
     return found

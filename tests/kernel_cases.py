@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_flashcp.attention.kernels import BackwardInputs, EagerKernel, Gradients, ScoreOptions, VarlenKernel
+from hf_flashcp.attention.kernels import BackwardInputs, EagerKernel, ScoreOptions, VarlenKernel
 from hf_flashcp.layout import Rectangle
 from tests.device import DEVICE
 
@@ -84,8 +84,9 @@ class EmulatedVarlen(VarlenKernel):
         grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (query, key, value)]
         for q, k, whole in self._each(sequences):
             parts = (x.transpose(0, 1) for x in (grad_out[q], query[q], key[k], value[k], out[q]))
-            of_sequence = Gradients(*(grad[rows].transpose(0, 1) for grad, rows in zip(grads, (q, k, k))))
-            EagerKernel().backward(BackwardInputs(*parts, lse[:, q]), whole, options, of_sequence)
+            of_sequence = EagerKernel().backward(BackwardInputs(*parts, lse[:, q]), whole, options)
+            for grad, rows, part in zip(grads, (q, k, k), of_sequence):
+                grad[rows] = part.transpose(0, 1)
         return [grad.to(query.dtype) for grad in grads]
 
 
@@ -109,10 +110,10 @@ def run(kernel, inputs, rectangles, whole=None, **options):
         index = torch.cat([torch.arange(r.q_start, r.q_stop, device=out.device) for r in rectangles])
         whole = out.new_zeros(grad_out.shape).index_copy_(1, index, out), lse.new_zeros(query.shape[:2])
         whole[1].index_copy_(1, index, lse)
-    # Gradients start at 1, because the kernel must add to them.
-    grads = Gradients(*(torch.ones(x.shape, dtype=lse.dtype, device=lse.device) for x in (query, key, value)))
-    kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options, grads)
-    return out, lse, *(grad - 1 for grad in grads)
+    grads = kernel.backward(BackwardInputs(grad_out, query, key, value, *whole), rectangles, options)
+    index = torch.cat([torch.arange(r.q_start, r.q_stop, device=out.device) for r in rectangles])
+    grad_query = grads.query.new_zeros(query.shape).index_copy_(1, index, grads.query)
+    return out, lse, grad_query, grads.key, grads.value
 
 
 def textbook(inputs, rectangles, causal, window=None, softcap=None):

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from hf_flashcp.attention.kernels import BackwardInputs, CudnnKernel, Gradients, ScoreOptions
+from hf_flashcp.attention.kernels import BackwardInputs, CudnnKernel, ScoreOptions
 from hf_flashcp.attention.kernels.cudnn_graphs import SPARE_BLOCKS, GraphKey, Sizes, graph_for
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.layout import Rectangle
@@ -55,7 +55,7 @@ def run_layer(local, stages, rows):
         options = ScoreOptions(causal, DIM**-0.5)
         kernel.forward(query, key, value, rectangles, options)
         inputs = BackwardInputs(grad_out, query, key, value, query, lse)
-        kernel.backward(inputs, rectangles, options, Gradients.zeros(query, key, value))
+        kernel.backward(inputs, rectangles, options)
 
 
 def test_bounds_are_rounded_up_and_the_axis_without_blocks_coarsely():

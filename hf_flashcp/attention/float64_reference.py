@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 
 from ..distributed import add_over_ranks, gather_rows
-from ..layout import RankPlan, Rectangle
+from ..layout import RankPlan, Rectangle, accumulate_dtype
 from ..layout.rank_layout import token_index
-from .kernels.base import ScoreOptions, accumulate_dtype, cut, hidden
+from .kernels.base import ScoreOptions, cut, hidden
 
 
 MOST_SCORES = 2**24  # largest number of scores that exist at a time

@@ -94,9 +94,9 @@ class _DocumentAttention(torch.autograd.Function):
         # Whether keys need a gradient depends on which parameters are trained, so it is the same on every rank.
         grads = ctx.engine.backward(inputs, received, key_needs or value_needs)
         return (
-            grads.query.to(query.dtype),
-            grads.key.to(query.dtype) if key_needs else None,
-            grads.value.to(query.dtype) if value_needs else None,
+            grads.query,
+            grads.key if key_needs else None,
+            grads.value if value_needs else None,
             _grad_sinks(inputs, sinks) if sinks_need else None,
             None,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layout import RankLayout, Rows, Stage
+from ..layout import RankLayout, Rows, Stage, fused
 from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
 from .transfer import GRADIENTS, AllToAll, Transfer, named_range
 
@@ -63,16 +63,20 @@ def pack_rows(key: torch.Tensor, value: torch.Tensor, rows: Rows, packed: torch.
     Each packed row holds all heads of the key, then all heads of the value. Returns `packed`.
     """
     for source, target in zip((key, value), split_rows(packed, key, value)):
-        rows.copy(source.transpose(0, 1), target.transpose(0, 1))
+        if rows.index is not None and fused.runs_on(source):
+            fused.take_rows(source, rows.index, target)
+        else:
+            rows.copy(source.transpose(0, 1), target.transpose(0, 1))
     return packed
 
 
 def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys (H_kv, n, D_k) and values (H_kv, n, D_v) in `packed` (n, H_kv * (D_k + D_v)), as views."""
-    heads, keys = key.shape[0], key.shape[0] * key.shape[2]
+    (heads, _, key_dim), value_dim = key.shape, value.shape[2]
+    count, step, begin = len(packed), packed.stride(0), packed.storage_offset()
     return (
-        packed[:, :keys].unflatten(1, (heads, key.shape[2])).transpose(0, 1),
-        packed[:, keys:].unflatten(1, (heads, value.shape[2])).transpose(0, 1),
+        packed.as_strided((heads, count, key_dim), (key_dim, step, 1), begin),
+        packed.as_strided((heads, count, value_dim), (value_dim, step, 1), begin + heads * key_dim),
     )
 
 

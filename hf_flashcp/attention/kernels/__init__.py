@@ -1,6 +1,6 @@
 """Attention kernels behind one interface, and the rule by which a layer's kernel is chosen."""
 
-from .base import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from .base import AttentionKernel, BackwardInputs, Gradients, ScoreOptions
 from .capabilities import CAPABILITIES, EXPERIMENTAL, TESTED
 from .cpu_flash import CPUFlashKernel
 from .cudnn import CudnnKernel
@@ -39,7 +39,6 @@ __all__ = [
     "ScoreOptions",
     "TorchFlashKernel",
     "VarlenKernel",
-    "accumulate_dtype",
     "check_activated_kernel",
     "check_kernel_name",
     "explain_kernels",

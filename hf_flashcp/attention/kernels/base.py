@@ -15,11 +15,6 @@ import torch.nn.functional as F
 from ...layout import Rectangle
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which partial outputs, logsumexp and gradients are summed: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class ScoreOptions(NamedTuple):
     """How the scores of one kernel call are computed and masked.
 
@@ -54,17 +49,11 @@ class BackwardInputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of query, key and value, with the same shapes."""
+    """Gradients of query, key and value. A layer whose keys need no gradients has `None` for the last two."""
 
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-    @classmethod
-    def zeros(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
-        """Return zeros in the accumulate dtype, to which kernels add."""
-        dtype = accumulate_dtype(query.dtype)
-        return cls(*(torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value)))
+    key: torch.Tensor | None
+    value: torch.Tensor | None
 
 
 class AttentionKernel(Protocol):
@@ -95,13 +84,14 @@ class AttentionKernel(Protocol):
         """
         ...
 
-    def backward(
-        self, inputs: BackwardInputs, rectangles: Sequence[Rectangle], options: ScoreOptions, grads: Gradients
-    ) -> None:
-        """Add the contribution of the rectangles to `grads`, which are in the accumulate dtype.
+    def backward(self, inputs: BackwardInputs, rectangles: Sequence[Rectangle], options: ScoreOptions) -> Gradients:
+        """Return what the rectangles contribute to the gradients, in the query's dtype or the accumulate dtype.
 
         `inputs.out` and `inputs.lse` are those of the whole attention, merged from the rectangles of all calls. With
         them, each rectangle contributes exactly its share of the gradients.
+
+        The gradient of the query is (H_q, R, D_k), with the rows of all rectangles one after another. Those of key and
+        value have all S rows, which are 0 where no rectangle has them.
         """
         ...
 

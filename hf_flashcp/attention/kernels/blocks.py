@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...layout import Rectangle
-from .base import BackwardInputs, ScoreOptions, accumulate_dtype, merge_logsumexp
+from ...layout import Rectangle, accumulate_dtype
+from .base import BackwardInputs, Gradients, ScoreOptions, merge_logsumexp
 
 
 class KeyBlock(NamedTuple):
@@ -75,19 +75,30 @@ class BlockKernel:
             done = span.stop
         return out, lse
 
-    def backward(self, inputs, rectangles, options, grads):
-        groups = inputs.query.shape[0] // inputs.key.shape[0]
+    def backward(self, inputs, rectangles, options):
+        heads, groups = inputs.query.shape[0], inputs.query.shape[0] // inputs.key.shape[0]
         grad_out, query, key, value, out = (_last_contiguous(tensor) for tensor in inputs[:-1])
+        rows, dtype = sum(rectangle.queries for rectangle in rectangles), accumulate_dtype(query.dtype)
+        grad_query = query.new_empty(rows, heads, query.shape[2]).transpose(0, 1)
+        grad_key, grad_value = (
+            x.new_zeros(x.shape[1], len(x), x.shape[2], dtype=dtype).transpose(0, 1) for x in (key, value)
+        )
+        done = 0
         for block in self._blocks(query, groups, rectangles, options, backward=True):
             split = groups // block.fold, block.fold
             do, q, o, row_lse = (_rows_of(tensor, block, split) for tensor in (grad_out, query, out, inputs.lse))
-            grad_rows = _per_head(grads.query[:, block.start : block.stop], split)
+            of_keys = []
             for keys in block.keys:
                 k, v = _expanded(keys, q.shape[1], key, value)
                 dq, dk, dv = self._backward_block(BackwardInputs(do, q, k, v, o, row_lse), keys, options)
-                grad_rows.add_(dq.unflatten(2, (-1, block.fold)))
-                for total, part in ((grads.key, dk), (grads.value, dv)):
-                    total[:, keys.start : keys.stop] += _sum_heads(part, total.dtype)
+                of_keys.append(dq)
+                for total, part in ((grad_key, dk), (grad_value, dv)):
+                    total[:, keys.start : keys.stop] += _sum_heads(part, dtype)
+            span = slice(done, done + block.stop - block.start)
+            dq = of_keys[0] if len(of_keys) == 1 else torch.stack(of_keys).sum(0, dtype=dtype)
+            _per_head(grad_query[:, span], split).copy_(dq.unflatten(2, (-1, block.fold)))
+            done = span.stop
+        return Gradients(grad_query, grad_key, grad_value)
 
 
 def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:

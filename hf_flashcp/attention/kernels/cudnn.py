@@ -7,8 +7,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from ...layout import accumulate_dtype
 from ...plan.kernel_calls import GRIDS
-from .base import BackwardInputs, ScoreOptions, accumulate_dtype
+from .base import BackwardInputs, ScoreOptions
 from .cudnn_graphs import Graph, GraphKey, Sizes, Steps, graph_for
 from .varlen import Sequences, VarlenKernel
 
@@ -36,9 +37,8 @@ class CudnnKernel(VarlenKernel):
     def forward(self, query, key, value, rectangles, options):
         return super().forward(*_rows_together(query, key, value), rectangles, options)
 
-    def backward(self, inputs, rectangles, options, grads):
-        inputs = BackwardInputs(*_rows_together(*inputs[:-1]), inputs.lse)
-        super().backward(inputs, rectangles, options, grads)
+    def backward(self, inputs, rectangles, options):
+        return super().backward(BackwardInputs(*_rows_together(*inputs[:-1]), inputs.lse), rectangles, options)
 
     def _forward_call(self, query, key, value, sequences, options):
         out = query.new_empty(sequences.num_queries, query.shape[1], value.shape[2])

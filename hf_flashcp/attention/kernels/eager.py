@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import ScoreOptions, accumulate_dtype, cut, hidden
+from ...layout import accumulate_dtype
+from .base import ScoreOptions, cut, hidden
 from .blocks import BlockKernel, KeyBlock, QueryBlock
 
 

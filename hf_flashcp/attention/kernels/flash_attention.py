@@ -5,6 +5,7 @@ All of them run on CUDA, in fp16 and bf16, and support heads up to 256 wide, win
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,9 +45,7 @@ class TorchFlashKernel(VarlenKernel):
         return out, lse
 
     def _backward_call(self, inputs, sequences, options):
-        # These two are only read with dropout.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=inputs.query.device)
-        unused = torch.empty(0, device=inputs.query.device)
+        dropout_state = _dropout_state(inputs.query.device)
         # Backward takes its deterministic path if PyTorch's global switch is on
         # (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
         with deterministic_algorithms(self.deterministic):
@@ -55,8 +54,7 @@ class TorchFlashKernel(VarlenKernel):
                 *sequences[:4],
                 0.0,
                 options.only_causal,
-                rng_state,
-                unused,
+                *dropout_state,
                 scale=options.scale,
                 **_window_sizes(options, unbounded=None),
             )
@@ -159,6 +157,12 @@ class FlashAttn4Kernel(VarlenKernel):
         arguments = _arguments(sequences, options, unbounded=None)
         grads = _flash_attn_bwd(query, key, value, out, grad_out, lse, deterministic=self.deterministic, **arguments)
         return tuple(grads[:3])
+
+
+@cache
+def _dropout_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the state of the random numbers of dropout, which backward reads only if there is dropout."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")

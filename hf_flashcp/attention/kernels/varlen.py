@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from ...layout import Rectangle, Rows
-from ...layout.rows import row_numbers
+from ...layout import Parts, Rectangle, Rows, accumulate_dtype
+from ...layout.sums import sum_parts
+from ...layout.upload import upload
 from ...plan.kernel_calls import GRIDS, Grid, deal_calls, folds_heads
-from .base import BackwardInputs, ScoreOptions, accumulate_dtype, pad_heads
+from ...plan.ranges import Ranges
+from .base import BackwardInputs, Gradients, ScoreOptions, pad_heads
 
 
 ALIGNMENT = 16  # bytes that FlashAttention's kernels load at a time
@@ -36,12 +39,20 @@ class Sequences(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The rectangles of one varlen call, as rows of the queries, of the keys, and of the output of all calls."""
+    """The rectangles of one varlen call, as rows of the queries and of the keys."""
 
     queries: Rows
     keys: Rows
-    outputs: Rows
     sequences: Sequences
+
+
+class Calls(NamedTuple):
+    """The calls for some rectangles, and where their results belong: among the rows of all rectangles, one after
+    another, and among all keys."""
+
+    calls: tuple[Call, ...]
+    queries: Parts
+    keys: Parts
 
 
 class VarlenKernel:
@@ -87,44 +98,45 @@ class VarlenKernel:
 
     def forward(self, query, key, value, rectangles, options):
         heads, value_dim = query.shape[0], value.shape[-1]
-        calls = varlen_calls(tuple(rectangles), self.grids.forward, heads, query.device)
+        calls, where, _ = varlen_calls(tuple(rectangles), self.grids.forward, heads, key.shape[1], query.device)
         key_width, value_width = self.widths(key.shape[-1], value_dim)
         query, key, value = _rows_first(key_width, query, key) + _rows_first(value_width, value)
-        parts = [self._forward(c, query, key, value, options) for c in calls]
-        if len(parts) == 1:
-            out, lse = parts[0]
-            return out[..., :value_dim].transpose(0, 1), lse
-        num_rows = sum(c.outputs.count for c in calls)
-        out = query.new_empty(num_rows, heads, value_dim)
-        lse = query.new_empty(heads, num_rows, dtype=accumulate_dtype(query.dtype))
-        for c, (part, part_lse) in zip(calls, parts):
-            c.outputs.put(out, part[..., :value_dim])
-            c.outputs.put(lse, part_lse, dim=1)
-        return out.transpose(0, 1), lse
+        outs, sums = zip(*(self._forward(c, query, key, value, options) for c in calls))
+        outs = [_narrowed(out, value_dim).transpose(0, 1) for out in outs]
+        if len(calls) == 1:
+            return outs[0], sums[0]
+        lse = query.new_empty(heads, where.count, dtype=accumulate_dtype(query.dtype))
+        for rows, part in zip(where.rows, sums):
+            rows.put(lse, part, dim=1)
+        return sum_parts(outs, where, outs[0]), lse
 
     def _forward(self, c: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: ScoreOptions):
         if self.grids.forward.in_place:
             return self._forward_call(query, key, value, c.sequences, options)
         return self._forward_call(c.queries.take(query), c.keys.take(key), c.keys.take(value), c.sequences, options)
 
-    def backward(self, inputs, rectangles, options, grads):
-        grad_out, query, key, value, out, lse = inputs
+    def backward(self, inputs, rectangles, options):
+        grad_out, query, key, value, out, lse = likes = inputs
         heads, groups = query.shape[0], query.shape[0] // key.shape[0]
         key_width, value_width = self.widths(key.shape[-1], value.shape[-1])
         query, key = _rows_first(key_width, query, key)
         value, grad_out, out = _rows_first(value_width, value, grad_out, out)
         inputs = BackwardInputs(grad_out, query, key, value, out, lse)
-        for c in varlen_calls(tuple(rectangles), self.grids.backward, heads, query.device):
-            folds = self.expands_kv_gradients and not options.causal and groups > 1
-            fold = groups if folds and folds_heads(c.queries.count, c.keys.count) else 1
-            grad_query, *grads_kv = self._backward(c, fold, inputs, options)
-            # Each row occurs once per call, and calls run one after another, so the order of every sum is fixed.
-            for total, rows, grad in zip(grads, (c.queries, c.keys, c.keys), (_unfolded(grad_query, fold), *grads_kv)):
-                rows.add(total.transpose(0, 1), grad[..., : total.shape[-1]])
+        calls, queries, keys = varlen_calls(tuple(rectangles), self.grids.backward, heads, key.shape[0], query.device)
+        parts = zip(*(self._backward(c, groups, inputs, options) for c in calls))
+        # Each row occurs once per call, and the order of calls is fixed, and so is that of every sum.
+        return Gradients(
+            *(
+                sum_parts([_narrowed(grad, like.shape[-1]).transpose(0, 1) for grad in of_calls], where, like)
+                for of_calls, where, like in zip(parts, (queries, keys, keys), likes[1:4])
+            )
+        )
 
-    def _backward(self, c: Call, fold: int, inputs: BackwardInputs, options: ScoreOptions):
+    def _backward(self, c: Call, groups: int, inputs: BackwardInputs, options: ScoreOptions):
         """Call backward on the rows of a call. Rows that are copied for it are freed when it returns."""
         grad_out, query, key, value, out, lse = inputs
+        folds = self.expands_kv_gradients and not options.causal and groups > 1
+        fold = groups if folds and folds_heads(c.queries.count, c.keys.count) else 1
         lse_rows = _folded_lse(c.queries.take(lse, dim=1), fold)
         if self.grids.backward.in_place and fold == 1:
             return self._backward_call(inputs._replace(lse=lse_rows), c.sequences, options)
@@ -136,7 +148,8 @@ class VarlenKernel:
             _folded(c.queries.take(out), fold),
             lse_rows,
         )
-        return self._backward_call(taken, _folded_sequences(c.sequences, fold), options)
+        grad_query, *grads = self._backward_call(taken, _folded_sequences(c.sequences, fold), options)
+        return _unfolded(grad_query, fold), *grads
 
 
 def _folded(tensor: torch.Tensor, fold: int) -> torch.Tensor:
@@ -176,6 +189,10 @@ def _rows_first(width: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
+def _narrowed(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    return tensor if tensor.shape[-1] == width else tensor[..., :width]
+
+
 def _is_aligned(tensor: torch.Tensor) -> bool:
     """Return whether kernels can load `ALIGNMENT` bytes at a time from every row and head.
 
@@ -187,10 +204,10 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def varlen_calls(
-    rectangles: tuple[Rectangle, ...], grid: Grid, query_heads: int, device: torch.device
-) -> tuple[Call, ...]:
+    rectangles: tuple[Rectangle, ...], grid: Grid, query_heads: int, num_keys: int, device: torch.device
+) -> Calls:
     """Divide rectangles into varlen calls, see [`~plan.kernel_calls`]. Results are cached."""
-    return _calls_on(rectangles, _dealt(rectangles, grid, query_heads), grid.in_place, device)
+    return _calls_on(rectangles, _dealt(rectangles, grid, query_heads), num_keys, grid.in_place, device)
 
 
 @lru_cache(maxsize=128)
@@ -200,23 +217,31 @@ def _dealt(rectangles: tuple[Rectangle, ...], grid: Grid, query_heads: int) -> t
 
 @lru_cache(maxsize=64)
 def _calls_on(
-    rectangles: tuple[Rectangle, ...], dealt: tuple[tuple[int, ...], ...], in_place: bool, device: torch.device
-) -> tuple[Call, ...]:
-    rows = [0, *accumulate(rectangle.queries for rectangle in rectangles)]
-    return tuple(_call([(rectangles[index], rows[index]) for index in indices], in_place, device) for indices in dealt)
+    rectangles: tuple[Rectangle, ...],
+    dealt: tuple[tuple[int, ...], ...],
+    num_keys: int,
+    in_place: bool,
+    device: torch.device,
+) -> Calls:
+    first_rows = [0, *accumulate(rectangle.queries for rectangle in rectangles)]
+    calls = [[rectangles[index] for index in indices] for indices in dealt]
+    rows = [_rows(((first_rows[index], first_rows[index + 1]) for index in indices), device) for indices in dealt]
+    return Calls(
+        tuple(_call(each, in_place, device) for each in calls),
+        Parts(rows, first_rows[-1], device),
+        Parts([_rows((r[2:] for r in each), device) for each in calls], num_keys, device),
+    )
 
 
-def _call(entries: list[tuple[Rectangle, int]], in_place: bool, device: torch.device) -> Call:
-    """Return the call for rectangles, each given with the row at which its output begins."""
-    queries, keys = [each.queries for each, _ in entries], [each.keys for each, _ in entries]
+def _call(rectangles: list[Rectangle], in_place: bool, device: torch.device) -> Call:
+    queries, keys = [each.queries for each in rectangles], [each.keys for each in rectangles]
     # With a maximum of 1 query, flash-attn takes its decoding path, which swaps rows and heads.
     longest = max(2, *queries), max(keys)
     counts = sum(queries), sum(keys)
-    starts = [[each.q_start for each, _ in entries], [each.k_start for each, _ in entries]] if in_place else []
+    starts = [[each.q_start for each in rectangles], [each.k_start for each in rectangles]] if in_place else []
     return Call(
-        Rows(row_numbers((each.q_start, each.q_stop) for each, _ in entries), device),
-        Rows(row_numbers((each.k_start, each.k_stop) for each, _ in entries), device),
-        Rows(row_numbers((row, row + each.queries) for each, row in entries), device),
+        _rows((each[:2] for each in rectangles), device),
+        _rows((each[2:] for each in rectangles), device),
         Sequences(
             _whole_numbers([0, *accumulate(queries)], device),
             _whole_numbers([0, *accumulate(keys)], device),
@@ -227,5 +252,9 @@ def _call(entries: list[tuple[Rectangle, int]], in_place: bool, device: torch.de
     )
 
 
+def _rows(ranges: Iterable[tuple[int, ...]], device: torch.device) -> Rows:
+    return Rows(Ranges.of(ranges)).to(device)
+
+
 def _whole_numbers(numbers: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    return upload(torch.tensor(numbers, dtype=torch.int32), device)
