@@ -98,6 +98,15 @@ def test_a_slow_link_leads_to_stages():
     assert model.step_time(chosen.with_offset_groups(None)).seconds >= model.step_time(one).seconds
 
 
+def test_few_tokens_per_rank_travel_in_one_stage_unless_the_user_asks_for_more():
+    slow = model_of(
+        dataclasses.replace(INFINIBAND, inter_node=dataclasses.replace(INFINIBAND.inter_node, bytes_per_second=1e10))
+    )
+    for tokens, several in ((8 * 2048, True), (8 * 2048 - 1, False)):
+        assert (plan_documents([tokens], 8, cost_model=slow).offset_groups is not None) == several
+        assert len(plan_documents([tokens], 8, cost_model=slow, num_stages=3).offset_groups) == 3
+
+
 @given(packs(max_documents=5, max_length=60), st.integers(1, 9))
 def test_any_number_of_stages_can_be_asked_for(case, num_stages):
     lengths, cp_size = case

@@ -314,7 +314,7 @@ def test_traffic_is_counted_once_per_plan_and_window(monkeypatch):
     RankPlan(plan)
     assert sorted(map(str, counted)) == ["()", "(4,)", "(None,)"]
     again = pickle.loads(pickle.dumps(plan))
-    assert again == plan and not (again._moved or again._traffic)
+    assert again == plan and not (again._moved or again._traffic or "slice_table" in vars(again))
 
 
 PLANS = {
@@ -453,6 +453,6 @@ def test_unknown_kernels_and_no_heads_are_named():
     plan = plan_documents([64], 2)
     with pytest.raises(PlanError, match="There is no varlen kernel 'eager'. Choose one of torch_flash, "):
         plan.report(kernel="eager")
-    with pytest.raises(PlanError, match="at least 1 query head, got query_heads=0"):
+    with pytest.raises(PlanError, match="at least 1, got query_heads=0"):
         plan.report(kernel="cudnn", query_heads=0)
     assert "varlen_calls" not in plan.report()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .calls import full_attention_calls, window_calls
+from .copied_bytes import RowBytes, bytes_copied
 from .hierarchical_traffic import traffic_by_link
 from .kernel_calls import count_blocks
 from .slices import rank_pairs, rank_tokens
@@ -38,11 +39,17 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
 
 
 def plan_report(
-    plan: ShardPlan, window: int | None, ranks_per_node: int | None, kernel: str | None, query_heads: int
+    plan: ShardPlan,
+    window: int | None,
+    ranks_per_node: int | None,
+    kernel: str | None,
+    query_heads: int,
+    row: RowBytes,
 ) -> dict[str, Any]:
     """Return the report of [`ShardPlan.report`].
 
-    With `ranks_per_node` it has the traffic inside and between nodes, and with `kernel` the calls of that kernel.
+    With `ranks_per_node` it has the traffic inside and between nodes, and with `kernel` the calls of that kernel and
+    the bytes that are copied around them.
     """
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
@@ -54,4 +61,5 @@ def plan_report(
             report[f"intra_node_{way}"], report[f"inter_node_{way}"] = parts.tolist()
     if kernel is not None:
         report |= count_blocks(plan, window, kernel, query_heads)
+        report["bytes_copied"] = bytes_copied(plan, window, row)
     return report

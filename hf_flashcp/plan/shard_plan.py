@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import PlanError
+from .copied_bytes import RowBytes
 from .lengths import check_lengths
 from .report import plan_report
+from .slice_table import SliceTable
 from .slices import Slice, slices_by_document
 from .topology import Topology
 from .traffic import full_attention_traffic, traffic_matrix
@@ -49,6 +51,8 @@ class ShardPlan:
             sets it, and ranks compare it with each other; ignored when plans are compared.
         row_lengths (`tuple[int, ...]`, *optional*): tokens of each dataset row of that batch; ignored when plans are
             compared.
+        checked_keys (`frozenset[str]`): which of that batch's mask and labels have been checked, so that
+            [`shard_inputs`] need not read them; ignored when plans are compared.
 
     Raises:
         PlanError: lengths, cp_size, offset groups or nodes that no plan can have, or slices that are not triples of
@@ -71,6 +75,7 @@ class ShardPlan:
         self.planning_seconds: float | None = None
         self.content_digest: str | None = None
         self.row_lengths: tuple[int, ...] | None = None
+        self.checked_keys: frozenset[str] = frozenset()
         try:
             self.slices = tuple(_maximal_slices(rank_slices) for rank_slices in slices)
         except (TypeError, ValueError):
@@ -90,8 +95,9 @@ class ShardPlan:
         return hash(self._key())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Cached traffic is left out, so that a data loader worker sends only the plan. It is counted again on demand.
-        return {**vars(self), "_moved": {}, "_traffic": {}}
+        # Cached counts are left out, so that a data loader worker sends only the plan. They are made again on demand.
+        kept = {name: value for name, value in vars(self).items() if name != "slice_table"}
+        return {**kept, "_moved": {}, "_traffic": {}}
 
     def _key(self):
         return self.lengths, self.cp_size, self.slices, self.offset_groups, self.ranks_per_node
@@ -105,6 +111,11 @@ class ShardPlan:
     def longest_document(self) -> int:
         """Length of the longest document, in tokens."""
         return max(self.lengths)
+
+    @cached_property
+    def slice_table(self) -> SliceTable:
+        """The slices as arrays. They are shared between callers: do not write to them."""
+        return SliceTable.of(self.slices)
 
     @property
     def stage_offsets(self) -> Sequence[Sequence[int]]:
@@ -196,6 +207,9 @@ class ShardPlan:
         topology: Topology | None = None,
         kernel: str | None = None,
         query_heads: int = 32,
+        kv_heads: int = 8,
+        head_dim: int = 128,
+        itemsize: int = 2,
     ) -> dict[str, Any]:
         """Return the costs of the plan in one attention layer, counted exactly from its slices.
 
@@ -209,6 +223,9 @@ class ShardPlan:
                 thread blocks.
             query_heads (`int`, *optional*, defaults to 32): number of query heads of the layer. How rectangles are
                 divided into calls depends on it.
+            kv_heads (`int`, *optional*, defaults to 8): number of KV heads, for `bytes_copied`, like the next two.
+            head_dim (`int`, *optional*, defaults to 128): elements of a head.
+            itemsize (`int`, *optional*, defaults to 2): bytes per element.
 
         Returns:
             `dict`: per rank, `tokens`, `pairs` (causal attention pairs inside documents), `kv_received` and `kv_sent`
@@ -232,17 +249,20 @@ class ShardPlan:
             With a kernel, also per rank, for forward and backward together: `varlen_calls` (at least `kernel_calls`,
             as rectangles whose keys overlap take several calls, and so do very different lengths), `blocks_started`
             and `blocks_useful` (thread blocks per query head that the calls start, and those that have queries or
-            keys, see [`~kernel_calls`]).
+            keys, see [`~kernel_calls`]), and `bytes_copied` (bytes read and written to pack, merge and add rows
+            outside of the kernel, see [`~copied_bytes`]; like `copies`, without those of a hierarchical exchange).
 
         Raises:
-            PlanError: a window or a number of heads below 1, or no varlen kernel of that name.
+            PlanError: a window or a size below 1, or no varlen kernel of that name.
         """
         if window is not None and window < 1:
             raise PlanError(f"A sliding window holds at least 1 key, the query's own; got {window}.")
-        if query_heads < 1:
-            raise PlanError(f"A layer has at least 1 query head, got query_heads={query_heads}.")
+        sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": itemsize}
+        for name, size in sizes.items():
+            if size < 1:
+                raise PlanError(f"The sizes of a layer are at least 1, got {name}={size}.")
         ranks_per_node = self.ranks_per_node if topology is None else topology.ranks_per_node
-        return plan_report(self, window, ranks_per_node, kernel, query_heads)
+        return plan_report(self, window, ranks_per_node, kernel, query_heads, RowBytes.of(*sizes.values()))
 
     def kv_moved(self, window: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return `(received, sent)`, the tokens whose K and V each rank receives and sends in a layer's forward.

@@ -35,6 +35,11 @@ STAGED = 3
 """How many plans are tried with several stages: this many of the fastest with one stage, and this many of the fastest
 made for nodes."""
 
+LAUNCH_BOUND = 2048
+"""With fewer tokens per rank than this, KV travels in one stage unless the user gives a number of stages. The host
+then takes longer to start a layer's operators than a GPU takes to run them, which predicted times leave out, and every
+stage needs more of them."""
+
 
 class Timed(NamedTuple):
     """A plan and its predicted step time."""
@@ -48,9 +53,10 @@ class Timed(NamedTuple):
 def fastest(caps: Caps, cost_model: CostModel, num_stages: int | None = None) -> ShardPlan:
     """Return the plan with the least predicted step time (`CostModel.step_time`) among those within the caps.
 
-    Its KV travels in `num_stages` stages, by default in the number that is predicted to be fastest. It is sent to each
-    node once or directly between ranks, whichever is predicted to be faster. If no plan meets the caps, the plans with
-    the fewest pairs on their fullest rank are compared. Ties go to the plan found first, and to fewer stages.
+    Its KV travels in `num_stages` stages, by default in the number that is predicted to be fastest, which is one if
+    there are fewer than `LAUNCH_BOUND` tokens per rank. It is sent to each node once or directly between ranks,
+    whichever is predicted to be faster. If no plan meets the caps, the plans with the fewest pairs on their fullest
+    rank are compared. Ties go to the plan found first, and to fewer stages.
     """
     best = sorted(_timed_candidates(caps, cost_model), key=lambda timed: timed[:2])
     staged = [
@@ -78,10 +84,15 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
 
 
 def _stagings(plan: ShardPlan, num_stages: int | None) -> list[ShardPlan]:
-    """Return the plan in `num_stages` stages or, if that is `None`, in one stage and in several larger numbers."""
+    """Return the plan in `num_stages` stages or, if that is `None`, in one stage and in several larger numbers.
+
+    With fewer than `LAUNCH_BOUND` tokens per rank it is one stage.
+    """
     most = plan.cp_size - 1
     if num_stages is not None:
         return [in_stages(plan, num_stages)]
+    if plan.num_tokens < LAUNCH_BOUND * plan.cp_size:
+        return [plan]
     stages = sorted({min(stages, most) for stages in (2, 3, 4, 8, most)}) if most > 1 else []
     loads = _offset_loads(plan)
     return [plan, *(plan.with_offset_groups(_grouped(loads, count)) for count in stages)]

@@ -223,10 +223,10 @@ def attention_backward(
 ) -> list[BackwardPoint]:
     """Return the points in an attention layer's backward (`Engine.backward`) at which memory can be at its highest.
 
-    The gradients of the rank's queries, keys and values are summed in fp32 from beginning to end. A stage sums the
-    gradients of its keys in fp32, too. It then casts them and sends them to the ranks that hold the keys; the cast
-    rows stay allocated until the local pass is done. KV that was not kept is fetched for all stages at once, and the
-    part of each stage is freed after its kernel call.
+    The gradients that kernels return stay allocated: those of queries until all of them are added, those of a stage's
+    keys until they are packed to be sent. Packed rows stay allocated until the local pass is done. KV that was not
+    kept is fetched for all stages at once, and the local pass runs first; the part of each stage is freed after its
+    kernel call. On a GPU, kernels return gradients of keys in the dtype of the keys, on a CPU in at least fp32.
 
     Args:
         shape (`MemoryShape`): sizes of the model.
@@ -236,28 +236,31 @@ def attention_backward(
         freed (`float`): bytes that the layer's feed-forward block has freed by then.
     """
     c, kv, tokens, stage_keys = setup.compute_bytes, shape.kv_width, load.tokens, load.largest_stage
-    queries = tokens * shape.query_heads * shape.key_dim
-    sums = queries + tokens * kv
+    summed = c if setup.device == "cuda" else max(c, 4)  # bytes of an element in a kernel's gradients of keys
+    queries = c * tokens * shape.query_heads * shape.key_dim
     incoming = c * tokens * shape.query_heads * shape.value_dim + 2 * tokens * setup.stream_bytes * shape.hidden
-    always = 4 * sums + incoming
+    stages = math.ceil(load.received / stage_keys) if stage_keys else 0
     # Rows that were sent need room for packed KV, or for the gradients that come back. Keys of the other stages need
     # room for gradients on their way, or for fetched KV.
-    around = always + c * kv * (load.sent + max(load.received - stage_keys, 0))
-    stage = around + 4 * kv * stage_keys + (0 if kept else c * kv * stage_keys)
+    around = incoming + c * kv * (load.sent + max(load.received - stage_keys, 0)) + queries * max(stages - 1, 0)
+    if not kept:
+        around += queries + summed * kv * tokens + c * kv * stage_keys
 
     def kernel_call(before: float, keys: float, masked: bool) -> BackwardPoint:
         if setup.device == "cuda":
             sizes = tokens, keys, load.sequences, c
             return BackwardPoint(before, backward_workspace(shape, *sizes, kernel=setup.kernel, masked=masked), freed)
-        # On a CPU the call's results are cast to fp32, one at a time, before they are added. A GPU needs no such copy.
-        widest = max(queries, keys * shape.kv_heads * max(shape.key_dim, shape.value_dim))
-        return BackwardPoint(before + c * (queries + kv * keys) + 4 * widest, 0, freed)
+        # A CPU kernel adds the results of blocks, which are as large as all of them if there is a single block. To be
+        # added, gradients of keys are cast to fp32, and then those of values.
+        cast = summed * keys * shape.kv_heads * max(shape.key_dim, shape.value_dim) if summed > c else 0
+        return BackwardPoint(before + 2 * queries + (c + summed) * kv * keys + cast, 0, freed)
 
+    end = incoming + c * kv * load.sent + queries * (stages + 1) + summed * kv * tokens
     return [
-        kernel_call(stage, stage_keys, load.stage_masked),
-        BackwardPoint(stage + c * kv * stage_keys, 0, freed),  # the stage's gradients are cast
-        kernel_call(always + c * kv * (load.sent + load.received), tokens, masked=True),  # the local pass
-        BackwardPoint(always + c * sums, 0, freed),  # all sums are cast, after gradients from other ranks were added
+        kernel_call(around, stage_keys, load.stage_masked),
+        BackwardPoint(around + queries + (summed + c) * kv * stage_keys, 0, freed),  # the gradients of keys are packed
+        kernel_call(incoming + c * kv * (load.sent + load.received) + queries * stages, tokens, masked=True),
+        BackwardPoint(end + (c * kv * tokens if summed > c else 0), 0, freed),  # gradients have been added
     ]
 
 
