@@ -5,6 +5,7 @@ two.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import multiprocessing
@@ -52,6 +53,11 @@ def stop():
 
 def sleep():
     time.sleep(3600)
+
+
+@functools.cache  # so that only the first call sleeps
+def come_late():
+    time.sleep(12)
 
 
 def fail():

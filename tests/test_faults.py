@@ -110,6 +110,17 @@ def test_stalled(point, action, said, tmp_path):
     assert second is None and checkpoints(directory) == ["checkpoint-2"]
 
 
+def test_a_rank_that_comes_late(tmp_path, undisturbed):
+    """The other rank logs where it is before an exchange times out. When it comes, the training goes on."""
+    directory = str(tmp_path)
+    found = outcomes(directory, 2, train, directory, "forward", fault_cases.come_late, 1, timeout=15)
+    assert found == [("returned", undisturbed())] * 2
+    late, other = ((tmp_path / f"outcome-{rank}.log").read_text() for rank in (1, 0))
+    waited = "of 15 seconds for the keys and values of other ranks during training step 3. Missing: rank 1 (host "
+    assert other.count("has waited") == other.count(waited) == 1 and "has waited" not in late
+    assert "fault_cases.py:" in other and "in come_late (training step 3)" in other
+
+
 @pytest.mark.parametrize(
     "point, action, more, said",
     [

@@ -1,6 +1,10 @@
 """KV is sent to each node once and forwarded there; attention is the same as with a direct exchange."""
 
+import contextlib
 import dataclasses
+import gc
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.errors import PlanError
+from hf_flashcp.exchange import AllToAll, hierarchical
 from hf_flashcp.layout import RankLayout
 from hf_flashcp.layout.rank_layout import token_index
 from hf_flashcp.plan.hierarchical_traffic import hierarchical_traffic
@@ -20,7 +25,7 @@ from tests.step_time_evaluator import step_times, traffic_of
 
 
 CPU = torch.device("cpu")
-NODES = [(4, 2), (6, 2), (6, 3), (8, 4)]
+NODES = [(4, 2), (6, 2), (6, 3), (8, 4), (9, 3)]
 
 
 @settings(max_examples=60)
@@ -54,7 +59,8 @@ def test_routes_deliver_the_same_as_a_direct_exchange(data):
             second_step.second.put(received, second[rank])
             assert received.tolist() == wanted[rank].tolist()
             handed_on = second_step.handed_on.take(torch.arange(len(first[rank])))
-            assert all(len(handed_on[part].unique()) == rows.count for part, rows in second_step.parts)
+            _, *forwarded = second_step.sums.split(torch.cat([second_step.needed.take(first[rank]), handed_on])[None])
+            assert [len(part.unique()) for part in forwarded] == [rows.count for rows in second_step.sums.rows[1:]]
             moved[:, rank] += stage.send_splits, second_step.send_splits
         for start in range(0, cp_size, size):
             node = range(start, start + size)
@@ -99,6 +105,82 @@ def test_attention_is_exact(pool, cp_size, size):
     for errors in pool.run(cp_size, cases.attention_errors, todo):
         for case, error in zip(todo, errors):
             assert max(error) < 1e-12, (case, error)
+
+
+class Stream:
+    """Stands for a CUDA stream; all of them write to one log."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for the event of {event}")
+
+    def record_event(self):
+        return self.name
+
+
+def test_streams_of_the_two_steps(monkeypatch):
+    """On a GPU, one stream starts second steps and another one ends them; all tensors live until the result is
+    awaited."""
+    log = []
+    main, forwarding, finishing = (Stream(name, log) for name in ("main", "forwarding", "finishing"))
+    current = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def does(what, result):
+        log.append(f"{current[-1].name}: {what}")
+        return result
+
+    class Second:
+        def __init__(self, rows):
+            does("post", None)
+            self.received = rows.received
+
+        def wait(self):
+            return does("await second", self.received)
+
+    alive = weakref.WeakSet()
+
+    class Tensor:
+        device = torch.device("cuda")
+
+        def __init__(self):
+            alive.add(self)
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(hierarchical, "_streams", lambda _: (forwarding, finishing))
+    monkeypatch.setattr(hierarchical, "Transfer", Second)
+    transfer = hierarchical.HierarchicalTransfer(
+        SimpleNamespace(wait=lambda: does("await first", Tensor())),
+        lambda _: does("forward", AllToAll(Tensor(), Tensor(), [], [], None)),
+        lambda *_: does("finish", Tensor()),
+        (Tensor(),),
+    )
+    gc.collect()
+    assert len(alive) == 5
+    result = transfer.wait()
+    gc.collect()
+    assert list(alive) == [result]
+    assert log == [
+        "forwarding waits for main",
+        "forwarding: await first",
+        "forwarding: forward",
+        "forwarding: post",
+        "finishing waits for forwarding",
+        "finishing: await second",
+        "finishing: finish",
+        "main waits for the event of finishing",
+    ]
 
 
 def test_the_report_counts_the_transfers(pool):

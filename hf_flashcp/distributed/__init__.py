@@ -1,9 +1,9 @@
 """Communication between ranks other than KV: process groups, agreement, liveness, gathering numbers, and workers."""
 
 from .agreement import require_agreement
+from .failures import name_missing_ranks
 from .gather import add_over_ranks, gather_numbers, gather_rows
-from .liveness import group_timeout, name_missing_ranks
-from .process_group import context_parallel_group
+from .process_group import context_parallel_group, group_timeout
 
 
 __all__ = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,7 +18,9 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..errors import ConfigurationError, FlashCPError
-from .liveness import find_missing_ranks, group_timeout, result_of_others, watch_liveness, within
+from .helper_thread import within
+from .liveness import find_missing_ranks, result_of_others, watch_liveness
+from .process_group import group_timeout, mesh_group_of
 
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def require_agreement(
     *,
     advice: str,
     error: type[FlashCPError] = ConfigurationError,
+    meanwhile: Callable[[], None] | None = None,
     timeout: timedelta | None = None,
 ) -> None:
     """Return once all ranks of a group have called this function with equal values; raise an error if they differ.
@@ -46,6 +50,7 @@ def require_agreement(
         group (`ProcessGroup`): the ranks that compare their values.
         advice (`str`): what the user should do, with which the message ends.
         error (`type[FlashCPError]`, *optional*, defaults to `ConfigurationError`): class of the error.
+        meanwhile (`Callable`, *optional*): work to do after the values are written, while other ranks write theirs.
         timeout (`timedelta`, *optional*): how long to wait for the other ranks, by default as long as the group's
             collectives do. The wait ends early if another rank reports a failure.
 
@@ -54,6 +59,7 @@ def require_agreement(
             them, or the ranks that did not make the call.
     """
     watch_liveness()
+    group = mesh_group_of(group)  # which outlives the groups of exchanges, so that rounds never use the same keys
     store = dist.distributed_c10d._get_default_store()
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
     prefix = f"flashcp/{what}/{group.group_name}"
@@ -62,6 +68,8 @@ def require_agreement(
     rounds[what] += 1
     keys = [f"{prefix}/{turn}/{each}" for each in ranks]
     store.set(f"{prefix}/{turn}/{rank}", json.dumps(values))
+    if meanwhile is not None:
+        meanwhile()
     timeout, begin = timeout or group_timeout(group), time.monotonic()
     found = within(timeout.total_seconds() + 5, lambda: _values(store, keys, timeout))
     if found is None:

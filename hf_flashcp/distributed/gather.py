@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .liveness import naming
+from .failures import naming
 
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 """The hierarchical exchange, in two steps: rows cross to each node once and are then forwarded inside it.
 
-[`~layout.hierarchical`] computes the routes. The second step starts when the first is done. On a GPU both run on a
-separate stream, beside the local pass. On a CPU, which has no streams, the second step starts when its result is
-awaited.
+[`~layout.hierarchical`] computes the routes. The second step starts when the first is done. On a GPU this happens on
+two streams beside the local pass: one starts second steps as soon as rows arrive, the other puts their results in
+place. The steps have separate process groups, so a stage never waits for the second step of the stage before. On a
+CPU, which has no streams, the second step starts when its result is awaited.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..distributed.exchange_group import second_step_group
 from ..layout import Stage
+from ..layout.sums import sum_parts
 from .transfer import GRADIENTS, KEYS, AllToAll, Transfer
 
 
@@ -30,40 +33,57 @@ class HierarchicalTransfer:
 
     Args:
         first: transfer of the first step.
-        follow: function that takes the rows received by `first`, posts the second step, waits for it and returns the
-            result.
-        held: tensors that both steps use. They are kept alive until the end, because the allocator must not reuse
-            memory of one stream while another stream reads it.
+        forward: function that takes the rows received by `first`, and returns the rows of the second step.
+        finish: function that takes the rows received in both steps, and returns the result.
+        held: further tensors that the steps use. They are kept alive until the end, as are all rows, because the
+            allocator must not reuse memory of one stream while another stream reads it.
     """
 
     def __init__(
-        self, first: Transfer, follow: Callable[[torch.Tensor], torch.Tensor], held: tuple[torch.Tensor, ...]
+        self,
+        first: Transfer,
+        forward: Callable[[torch.Tensor], AllToAll],
+        finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        held: tuple[torch.Tensor, ...],
     ):
-        self._first, self._follow, self._held = first, follow, held
+        self._first, self._forward, self._finish, self._held = first, forward, finish, held
         self._result: torch.Tensor | None = None
         self._done: torch.cuda.Event | None = None
         device = held[0].device
         if device.type == "cuda":
-            stream = _stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self._result = follow(first.wait())
-                self._done = stream.record_event()
+            forwarding, finishing = _streams(device)
+            forwarding.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(forwarding):
+                started = self._start_second()
+            finishing.wait_stream(forwarding)
+            with torch.cuda.stream(finishing):
+                self._result = self._end_second(*started)
+                self._done = finishing.record_event()
+
+    def _start_second(self) -> tuple[torch.Tensor, Transfer]:
+        arrived = self._first.wait()
+        rows = self._forward(arrived)
+        self._held += (arrived, rows.sent, rows.received)
+        return arrived, Transfer(rows)
+
+    def _end_second(self, arrived: torch.Tensor, second: Transfer) -> torch.Tensor:
+        return self._finish(arrived, second.wait())
 
     def wait(self) -> torch.Tensor:
         if self._done is None:
-            result = self._follow(self._first.wait())
+            result = self._end_second(*self._start_second())
         else:
             assert self._result is not None
             torch.cuda.current_stream(self._result.device).wait_event(self._done)
             result = self._result
-        del self._first, self._follow, self._held, self._result
+        del self._first, self._forward, self._finish, self._held, self._result
         return result
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    # Their copies must not wait until attention kernels of the local pass leave room.
+    return torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
 
 
 def send_kv_over_nodes(
@@ -77,18 +97,20 @@ def send_kv_over_nodes(
     step = stage.second_step
     assert step is not None
     arrived = packed.new_empty(sum(stage.recv_splits), packed.shape[1])
+    inside = second_step_group(group)
 
-    def follow(arrived: torch.Tensor) -> torch.Tensor:
-        arrived_second = arrived.new_empty(step.second.count, arrived.shape[1])
+    def forward(arrived: torch.Tensor) -> AllToAll:
+        buffer = arrived.new_empty(step.second.count, arrived.shape[1])
         forwarded = step.handed_on.take(arrived)
-        splits = step.send_splits, step.recv_splits
-        second = Transfer(AllToAll(forwarded, arrived_second, *splits, group, _FORWARDED_KEYS))
+        return AllToAll(forwarded, buffer, step.send_splits, step.recv_splits, inside, _FORWARDED_KEYS)
+
+    def finish(arrived: torch.Tensor, arrived_second: torch.Tensor) -> torch.Tensor:
         step.first.put(received, step.needed.take(arrived))
-        step.second.put(received, second.wait())
+        step.second.put(received, arrived_second)
         return result
 
     first = Transfer(AllToAll(packed, arrived, stage.send_splits, stage.recv_splits, group))
-    return HierarchicalTransfer(first, follow, (packed, arrived))
+    return HierarchicalTransfer(first, forward, finish, (packed,))
 
 
 def send_grads_over_nodes(
@@ -108,17 +130,13 @@ def send_grads_over_nodes(
     step = stage.second_step
     assert step is not None
     back = grad.new_empty(step.handed_on.count, grad.shape[1])
+    inside = second_step_group(group)
 
-    def follow(back: torch.Tensor) -> torch.Tensor:
-        total = grad.new_zeros(
-            sum(stage.recv_splits), grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32)
-        )
-        step.needed.put(total, step.first.take(grad))
-        for part in step.parts:
-            part.rows.add(total, back[part.span])
-        summed = total.to(grad.dtype)
-        return Transfer(AllToAll(summed, home, stage.recv_splits, stage.send_splits, group, GRADIENTS)).wait()
+    def forward(back: torch.Tensor) -> AllToAll:
+        parts = [step.first.take(grad)[None], *step.sums.split(back[None], first=1)]
+        summed = sum_parts(parts, step.sums, grad[None])[0]
+        return AllToAll(summed, home, stage.recv_splits, stage.send_splits, group, GRADIENTS)
 
     outgoing = step.second.take(grad)
-    first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, group, _FORWARDED_GRADIENTS))
-    return HierarchicalTransfer(first, follow, (grad, outgoing, back, home))
+    first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, inside, _FORWARDED_GRADIENTS))
+    return HierarchicalTransfer(first, forward, lambda _, arrived: arrived, (grad, outgoing))

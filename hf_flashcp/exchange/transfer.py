@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..distributed.liveness import naming
+from ..distributed.failures import naming
+from ..distributed.location import waiting_for
 from .checksums import CheckedExchange, debug_mode
 
 
@@ -72,7 +73,7 @@ class Transfer:
         """Wait for the received rows and return them, ordered by source rank, or `result` if it was given."""
         global _seconds_waited
         begin = time.perf_counter()
-        with naming(self._what), named_range(f"wait for {self._what}"):
+        with naming(self._what), named_range(f"wait for {self._what}"), waiting_for(self._what, self._sent.device):
             self._work.wait()
         if self._sent.device.type == "cpu":
             _seconds_waited = (_seconds_waited or 0.0) + time.perf_counter() - begin

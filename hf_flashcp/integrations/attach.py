@@ -20,9 +20,10 @@ from transformers import __version__ as transformers_version
 from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
 from ..attention.kernels import check_activated_kernel
-from ..data.batch import shard_inputs
+from ..data.batch import shard_inputs, token_tensor
 from ..data.boundaries import IGNORE_INDEX, without_starts
 from ..distributed import require_agreement
+from ..distributed.exchange_group import acquire_exchange_group, exchange_number, release_exchange_group
 from ..distributed.process_group import context_parallel_group
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import debug_mode
@@ -34,7 +35,7 @@ from ..predict.model_config import config_value
 from ..tables import counted
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
-from .models.forward_arguments import has_cache, media
+from .models.forward_arguments import can_shard, has_cache, media
 from .models.loss_check import LossCheck
 from .models.model_support import check_model
 from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
@@ -47,6 +48,7 @@ from .plugin import FlashCPPlugin
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -108,14 +110,16 @@ def attach(
             "mesh."
         )
     if cp_size > 1:
-        require_agreement("the model", _description(inner, cp_size), group, advice=_SAME_MODEL)
-    if (earlier := attached_handle(inner)) is not None:
-        earlier.remove()
+        require_agreement("the model", _description(inner, group), group, advice=_SAME_MODEL)
     share_router_losses(inner)
     plugin = plugin or current_owner(cp_size)
     settings = current_settings(cp_size) if plugin is None else plugin.plan_settings
     settings.for_model(inner.config, _training_itemsize(inner, accelerator_or_mesh))
-    return ContextParallelHandle(inner, mesh, settings, plugin, on_plan, model)
+    earlier = attached_handle(inner)
+    handle = ContextParallelHandle(inner, mesh, settings, plugin, on_plan, model)
+    if earlier is not None:
+        earlier.remove()
+    return handle
 
 
 def attached_handle(model: torch.nn.Module) -> ContextParallelHandle | None:
@@ -129,12 +133,15 @@ class ContextParallelHandle:
 
     Attributes:
         plan (`RankPlan`, *optional*): plan of the latest sharded forward.
+        plan_settings (`PlanSettings`): settings for batches without a plan.
         kernels (`dict[str, int]`): number of attention layers by the name of the kernel that ran them in the first
             sharded forward.
         losses_add_up (`bool`): meaning of the `num_items_in_batch` that a caller passes. If `True` (the default), it
             is the number of targets on all ranks, and the sum of the ranks' losses is the mean over targets. If
             `False`, it is the number of targets of the group divided by cp_size, and the mean of the ranks' losses is
             the mean over targets.
+        group (`ProcessGroup`, *optional*): group in which the ranks of the mesh exchange KV, shared by their attached
+            models; `None` for cp_size 1. Under NCCL, its communicator has buffers of its own on the GPU.
     """
 
     def __init__(
@@ -151,13 +158,14 @@ class ContextParallelHandle:
         self.losses_add_up: bool = True
         self.mesh = mesh
         self._whole_documents = needs_whole_documents(model)
-        self._settings = settings.with_whole_documents() if self._whole_documents else settings
+        self.plan_settings: PlanSettings = settings.with_whole_documents() if self._whole_documents else settings
         self._on_plan = on_plan
         self._keep_received_kv = getattr(plugin, "keep_received_kv", None)
         self._kernel = getattr(plugin, "kernel", None)
         self._global_router_loss = getattr(plugin, "global_router_loss", False)
         self._checked = self._loss_checked = self._loss_unknown = False
         self._loss_check: LossCheck | None = None
+        self._windows: set[int | None] = set()  # that the layers of the latest forward asked for
         self._stock_coefficients: dict[str, float] = {}
         self._forwards = 0
         self._count: Any = None
@@ -169,28 +177,41 @@ class ContextParallelHandle:
             *hook_length_dependent_rope(model),
             *hook_mixers(model),
         ]
+        self._mesh_group, _, cp_size = context_parallel_group(mesh)
+        self.group: ProcessGroup | None = None
+        if self._mesh_group is not None and cp_size > 1:
+            self.group = acquire_exchange_group(self._mesh_group)
 
     def remove(self) -> None:
-        """Remove the hooks, so that the model behaves as before [`attach`]."""
+        """Remove the hooks, so that the model behaves as before [`attach`], and give the process group back.
+
+        Call it on every rank, after the backward of the last forward.
+        """
         for hook in self._hooks:
             hook.remove()
+        if self.group is not None:
+            self.group = None
+            if self.plan is not None:
+                self.plan = self.plan.with_group(None)
+            release_exchange_group(self._mesh_group)
 
     def __deepcopy__(self, memo: dict) -> ContextParallelHandle:
         return self  # process groups cannot be copied, so a copied model shares the handle
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be saved. A whole model saved by `torch.save` is attached for cp_size 1 when loaded.
-        return {**vars(self), "mesh": None, "plan": None, "_on_plan": None}
+        groups = dict.fromkeys(("mesh", "_mesh_group", "group", "plan"))
+        return {**vars(self), **groups, "_on_plan": None}
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Apply [`shard_inputs`] with this handle's mesh and settings, if the hooks would shard the batch."""
-        return shard_inputs(batch, self.mesh, settings=self._settings) if self._can_shard(batch) else batch
-
-    def _can_shard(self, batch: dict[str, Any]) -> bool:
-        if batch.get("flashcp_plan") is not None:
-            return True
-        padded_on_one_rank = self.mesh is None and batch.get("attention_mask") is not None
-        return not (has_cache(batch) or padded_on_one_rank)
+        """Apply [`shard_inputs`] with this handle's mesh, group and settings, if the hooks would shard the batch."""
+        if not can_shard(batch, on_one_rank=self.mesh is None):
+            return batch
+        batch = shard_inputs(batch, self.mesh, settings=self.plan_settings)
+        plan = batch["flashcp_plan"]
+        if self.group is not None and plan.group is self._mesh_group:
+            batch["flashcp_plan"] = plan.with_group(self.group)
+        return batch
 
     @torch.compiler.disable
     def _keep_count(self, model, args, kwargs):
@@ -213,7 +234,7 @@ class ContextParallelHandle:
         batch = {**dict(zip(self._parameters, args)), **kwargs}
         asking = ("flashcp_plan", "labels", "shift_labels")
         wanted = model.training or any(batch.get(key) is not None for key in asking)
-        if not (wanted and self._can_shard(batch)):
+        if not (wanted and can_shard(batch, on_one_rank=self.mesh is None)):
             if self.mesh is not None and batch.get("labels") is not None and has_cache(batch):
                 raise BatchError(
                     "The batch has labels and a key-value cache, which does not hold the tokens of other ranks. Do "
@@ -234,13 +255,30 @@ class ContextParallelHandle:
         # A cache would hold only part of the keys, carry a document's state into the next document, and grow when a
         # layer runs again in backward.
         batch["use_cache"] = False
-        if self.plan.group is not None:
-            description = _description_of_batch(self.plan)
-            require_agreement("the batch", description, self.plan.group, advice=_SAME_BATCH, error=BatchError)
+        self._agree_and_copy_maps(token_tensor(batch).device)
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         self._share_loss(model, batch)
         return (), batch
+
+    def _agree_and_copy_maps(self, device: torch.device) -> None:
+        """Check that all ranks have the same batch, and start copying index maps before waiting for other ranks."""
+
+        def copy_index_maps() -> None:
+            for window in self._windows:
+                self.plan.layout_for(window).stages(device)
+
+        if self.plan.group is None:
+            copy_index_maps()
+            return
+        require_agreement(
+            "the batch",
+            _description_of_batch(self.plan),
+            self.plan.group,
+            advice=_SAME_BATCH,
+            error=BatchError,
+            meanwhile=copy_index_maps,
+        )
 
     def _with_layers(self, plan: RankPlan, model: PreTrainedModel) -> RankPlan:
         again, checked = plan.layers_run_again, None
@@ -290,6 +328,7 @@ class ContextParallelHandle:
             check.restore()
         if output is None:  # the forward raised an error
             return
+        self._windows = forward.attention_windows
         if forward.router_loss is not None and isinstance(output, dict) and output.get("aux_loss") is not None:
             output["aux_loss"] = forward.router_loss
         if not self._checked:
@@ -307,7 +346,9 @@ def _log_kernels(model: PreTrainedModel, kernels: dict[str, int]) -> None:
     logger.info(f"Attention of {type(model).__name__} runs with {layers} on {model.device}.")
 
 
-_SAME_MODEL = "Start every process with the same packages, model and cp_size."
+_SAME_MODEL = (
+    "Start every process with the same packages, model and cp_size, and call attach and remove alike on every rank."
+)
 _SAME_BATCH = (
     "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader, give "
     "a loader that shuffles a generator with the same seed on every rank, and use the same strategy, kernel and "
@@ -328,11 +369,12 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _description(model: PreTrainedModel, cp_size: int) -> dict[str, Any]:
+def _description(model: PreTrainedModel, group: ProcessGroup) -> dict[str, Any]:
     config = model.config.get_text_config()
     shapes = str([(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()])
     return {
-        "cp_size": cp_size,
+        "cp_size": group.size(),
+        "exchange groups made": exchange_number(group),
         "hf_flashcp": hf_flashcp_version,
         "torch": torch.__version__,
         "transformers": transformers_version,
