@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ import torch
 from ..distributed import context_parallel_group
 from ..errors import BatchError
 from ..layout.rank_plan import RankPlan
+from ..layout.upload import upload
+from ..plan import ShardPlan
 from ..planning import PlanSettings, plan_with
 from ..planning.settings import current_settings
-from .boundaries import IGNORE_INDEX, begins_document, shift_inside_documents
+from .boundaries import IGNORE_INDEX, begins_document, require_targets_inside, shift
 
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def shard_inputs(
         settings (`PlanSettings`, *optional*): settings for batches without a plan. Defaults to those of the
             [`FlashCPPlugin`] created before, if its cp_size is the number of ranks in the mesh.
 
+    The host waits for the batch's device unless the batch has a plan from [`FlashCPCollator`] or [`plan_batch`].
+
     Returns:
         `dict`: a new dict with tensors of shape (1, T_r, ...), and a [`RankPlan`] for this rank as `flashcp_plan`.
         `position_ids` are those of the batch, or else count from the start of each document. `shift_labels` are the
@@ -57,30 +61,31 @@ def shard_inputs(
     if isinstance(plan, RankPlan):
         return batch
     shape = _row_shape(batch)
-    _check_mask(batch.get("attention_mask"))
     group, rank, cp_size = context_parallel_group(mesh)
     if plan is None:
-        lengths = _document_lengths(batch, shape)
-        plan = plan_with(settings or current_settings(cp_size), lengths)
-        if group is not None:
-            plan.content_digest = content_digest(batch)
+        plan = plan_batch(batch, settings or current_settings(cp_size))
     elif plan.num_tokens != shape.numel():
         raise BatchError(
             f"flashcp_plan covers {plan.num_tokens} tokens, but the batch has {shape[0]} x {shape[1]}. "
             "Plan and batch must come from the same collator call."
         )
+    else:
+        if "attention_mask" not in plan.checked_keys:
+            _check_mask(batch.get("attention_mask"))
+        if "labels" not in plan.checked_keys:
+            _check_labels(batch, plan.lengths)
 
     batch = {key: value for key, value in batch.items() if key not in _ROW_KEYS}
-    tokens = _token_tensor(batch)
+    tokens = token_tensor(batch)
     if batch.get("position_ids") is None:
         positions = torch.cat([torch.arange(length) for length in plan.lengths])
-        batch["position_ids"] = positions.to(tokens.device).view(shape)
+        batch["position_ids"] = upload(positions, tokens.device).view(shape)
     elif batch["position_ids"].shape == (1, shape[1]):
         batch["position_ids"] = batch["position_ids"].expand(shape)
     target_count = None
     if batch.get("labels") is not None:
         if batch.get("shift_labels") is None:
-            batch["shift_labels"] = shift_inside_documents(batch["labels"], plan.lengths)
+            batch["shift_labels"] = shift(batch["labels"])
         if batch.get("num_items_in_batch") is None:
             target_count = (batch["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1).double() / cp_size
             batch["num_items_in_batch"] = target_count
@@ -88,10 +93,28 @@ def shard_inputs(
     # Positions of any other shape are not sharded.
     full_row = position_ids.flatten(-2) if position_ids.shape[-2:] == shape else None
     bound = RankPlan(plan, rank, group, target_count, full_row)
-    index = bound.layout.token_index.to(tokens.device)
+    index = upload(bound.layout.token_index, tokens.device)
     sharded = {key: _shard(key, value, shape, index) for key, value in batch.items()}
     sharded["flashcp_plan"] = bound
     return sharded
+
+
+def plan_batch(batch: Mapping[str, Any], settings: PlanSettings) -> ShardPlan:
+    """Check a full batch as [`shard_inputs`] does, and return a plan for it.
+
+    [`shard_inputs`] does this to batches without a plan. Before a batch moves to the device, no device has to be
+    waited for: with the result as its `flashcp_plan`, the batch is sharded without reading any values.
+
+    Raises the errors of [`shard_inputs`].
+    """
+    shape = _row_shape(batch)
+    _check_mask(batch.get("attention_mask"))
+    plan = plan_with(settings, _document_lengths(batch, shape))
+    _check_labels(batch, plan.lengths)
+    if plan.cp_size > 1:
+        plan.content_digest = content_digest(batch)
+    plan.checked_keys = frozenset(key for key in ("attention_mask", "labels") if batch.get(key) is not None)
+    return plan
 
 
 def content_digest(batch: Mapping[str, Any]) -> str:
@@ -103,15 +126,16 @@ def content_digest(batch: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _token_tensor(batch: dict[str, Any]) -> torch.Tensor:
+def token_tensor(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the tensor that holds a batch's tokens, `input_ids` or `inputs_embeds`."""
     for key in ("input_ids", "inputs_embeds"):
         if isinstance(batch.get(key), torch.Tensor):
             return batch[key]
     raise BatchError(f"The batch has neither input_ids nor inputs_embeds; its keys are {sorted(batch)}.")
 
 
-def _row_shape(batch: dict[str, Any]) -> torch.Size:
-    tokens = _token_tensor(batch)
+def _row_shape(batch: Mapping[str, Any]) -> torch.Size:
+    tokens = token_tensor(batch)
     shape = tokens.shape[:2]
     if tokens.dim() < 2 or shape.numel() == 0:
         raise BatchError(f"The batch has token shape {tuple(tokens.shape)}; expected (rows, tokens), neither empty.")
@@ -142,7 +166,12 @@ def _check_mask(mask: Any) -> None:
         )
 
 
-def _document_lengths(batch: dict[str, Any], shape: torch.Size) -> list[int]:
+def _check_labels(batch: Mapping[str, Any], lengths: Sequence[int]) -> None:
+    if batch.get("labels") is not None and batch.get("shift_labels") is None:
+        require_targets_inside(batch["labels"], lengths)
+
+
+def _document_lengths(batch: Mapping[str, Any], shape: torch.Size) -> list[int]:
     cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         bounds = cu_seqlens.flatten().tolist()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BatchError
+from ..layout.upload import upload
 
 
 IGNORE_INDEX = -100
@@ -29,10 +30,10 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
-def shift_inside_documents(labels: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Apply [`shift`] to labels (B, T) of rows that hold whole documents one after another.
+def require_targets_inside(labels: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Raise a `BatchError` if [`shift`] would make the first token of a document a target of the one before it.
 
-    Raises a `BatchError` if the first token of a document would become a target of the document before it.
+    The labels (B, T) are those of rows that hold whole documents one after another. Waits for their device.
     """
     starts = _starts(lengths, labels.device)
     starts = starts[starts % labels.shape[1] != 0]
@@ -43,7 +44,6 @@ def shift_inside_documents(labels: torch.Tensor, lengths: Sequence[int]) -> torc
             "previous document would be trained to predict this token. Collate with FlashCPCollator, or set the "
             f"labels of document starts to {IGNORE_INDEX}."
         )
-    return shift(labels)
 
 
 def without_starts(labels: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -52,4 +52,4 @@ def without_starts(labels: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor
 
 
 def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor((0, *lengths[:-1])).cumsum(0).to(device)
+    return upload(torch.tensor((0, *lengths[:-1])).cumsum(0), device)

@@ -29,6 +29,13 @@ def has_cache(batch: Mapping[str, Any]) -> bool:
     )
 
 
+def can_shard(batch: Mapping[str, Any], on_one_rank: bool) -> bool:
+    """Return whether an attached model shards a batch: not with a cache, and not padded batches `on_one_rank`."""
+    if batch.get("flashcp_plan") is not None:
+        return True
+    return not (has_cache(batch) or (on_one_rank and batch.get("attention_mask") is not None))
+
+
 def media(batch: Mapping[str, Any]) -> list[str]:
     """Return the names of a batch's inputs from images, video and audio."""
     return sorted(key for key, value in batch.items() if value is not None and MEDIA.search(key))

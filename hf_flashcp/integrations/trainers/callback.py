@@ -13,6 +13,7 @@ from ...errors import ConfigurationError
 from ..attach import ContextParallelHandle, attach
 from ..plugin import FlashCPPlugin, require_exact_arguments
 from .plan_metrics import PlanMetrics
+from .planned_batches import plan_where_collated
 
 
 class FlashCPCallback(TrainerCallback):
@@ -61,6 +62,8 @@ class FlashCPCallback(TrainerCallback):
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
         self.handle = attach(model, mesh, plugin=config, on_plan=self.plan_metrics.add)
         self.handle.losses_add_up = args.average_tokens_across_devices
+        if (loader := kwargs.get("train_dataloader")) is not None:
+            plan_where_collated(loader, self.handle.plan_settings)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

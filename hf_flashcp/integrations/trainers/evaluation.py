@@ -84,9 +84,10 @@ class EvaluationPass:
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
         mean = loss_sum / targets.clamp(min=1)
-        if self._filter_nan and not mean.isfinite():
-            return mean
-        self._sums = self._sums.to(share.device) + torch.stack((loss_sum, targets.double()))
+        added = torch.stack((loss_sum, targets.double()))
+        if self._filter_nan:
+            added = torch.where(mean.isfinite(), added, 0.0)
+        self._sums = self._sums.to(share.device) + added
         return mean
 
     def recording(self, compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

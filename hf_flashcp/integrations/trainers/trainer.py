@@ -24,6 +24,7 @@ from ..plugin import FlashCPPlugin, require_exact_arguments
 from .evaluation import DocumentLosses, target_labels
 from .fault_tolerance import ReliableTrainerMixin
 from .plan_metrics import PlanMetrics
+from .planned_batches import plan_where_collated
 from .trainer_evaluation import EvaluatingTrainerMixin
 from .trl_guards import refuse_other_trainers
 
@@ -103,6 +104,9 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         if self.args.accelerator_config.dispatch_batches is None:
             # Dispatching reads on rank 0 only, and ignores the mesh dimension "cp" (accelerate/data_loader.py).
             self.args.accelerator_config.dispatch_batches = False
+        # Batches in pinned memory move to the device while the host goes on.
+        if self.args.dataloader_pin_memory:
+            self.args.accelerator_config.non_blocking = True
         super().create_accelerator_and_postprocess()
         if hasattr(self, "flashcp"):  # a trial of a hyperparameter search has set arguments
             self._refuse_options()
@@ -151,14 +155,16 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             wanted += [*LOSS_MASKS, *self.data_collator.per_token_keys]
         self._signature_columns += [column for column in wanted if column not in self._signature_columns]
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)
         if isinstance(seed := inner.worker_init_fn, functools.partial) and "rank" in seed.keywords:
             # Trainer seeds the workers of every process differently, but those of a group must draw the same numbers.
             group = self.args.process_index // self.get_cp_size()
             inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
         inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
+        if is_training or self._own_prediction_step() is None:  # another prediction step may not take plans
+            plan_where_collated(loader, self.flashcp.plan_settings)
         return loader
 
     def get_batch_samples(
@@ -206,8 +212,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         if not self.args.average_tokens_across_devices:
             # The process's own targets divided by cp_size, which transformers 5.17 would round down to an integer.
             # A Python number, because FSDP2 casts floating-point tensors to its param_dtype, and bf16 rounds counts.
-            own = sum(int(target_labels(batch).ne(IGNORE_INDEX).sum()) for batch in batch_samples)
-            return max(own, 1) / self.get_cp_size()
+            own = sum(target_labels(batch).ne(IGNORE_INDEX).sum() for batch in batch_samples)
+            return max(int(own), 1) / self.get_cp_size()
         # An integer, for the same reason. At least 1, because the mean over no targets, 0 / 0, would end the run.
         return torch.as_tensor(targets, device=device).round().long().clamp(min=1)
 
