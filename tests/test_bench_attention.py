@@ -51,9 +51,28 @@ def test_times_are_positive(found):
     assert "single process" in table and table.count("per_doc") == 2
 
 
-def test_an_all_gather_with_a_plan_is_exact_too(pool):
-    """The all-gather must compute the same layer; otherwise its time could not be compared."""
-    plan = plan_documents(LENGTHS, 3, strategy="per_doc")
+def test_drawn_packs(capsys):
+    options = (
+        "--packs 2 --window 96 --seed 3 --heads 4 --kv-heads 2 --head-dim 8 --rounds 1 --strategies per_doc search"
+    )
+    assert main(["bench", "attention", *options.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 packs of 96 tokens drawn from pile, 2 processes, 4/2 heads of 8, bf16")
+    assert [line.split()[0] for line in lines[-4:]] == ["3", "4", "lowest", "median"]
+    assert main(["bench", "attention", *options.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [pack["lengths"] for pack in found["packs"]] == [sample_pack("pile", 96, seed=seed) for seed in (3, 4)]
+    for pack in found["packs"]:
+        assert pack["seconds"] > 0 and all(share > 0 for share in pack["ideal_share"].values())
+
+
+@pytest.mark.parametrize("strategy", ["per_doc", "whole_doc"])
+def test_an_all_gather_with_a_plan_is_exact_too(pool, strategy):
+    """The all-gather must compute the same layer; otherwise its time could not be compared.
+
+    With whole documents, ranks receive keys that none of their queries see.
+    """
+    plan = plan_documents(LENGTHS, 3, strategy=strategy)
     for errors in pool.run(3, all_gather_errors, plan):
         assert max(errors) < 1e-12
 

@@ -311,6 +311,15 @@ def test_bench_agreement_measures(capsys):
     assert json.loads(capsys.readouterr().out)["milliseconds"]["2"] > 0
 
 
+def test_bench_layout_has_a_row_per_size_and_strategy(capsys):
+    line = "bench layout --tokens 500 --cp-size 2 4 --strategies per_doc --ranks-per-node 2 --rounds 1"
+    code, out, _ = run(capsys, line)
+    assert code == 0 and "sliding window of 4,096, 2 ranks per node" in out
+    found = json.loads(run(capsys, f"{line} --json")[1])["cases"]
+    assert [(case["tokens"], case["strategy"]) for case in found] == [(1000, "per_doc"), (2000, "per_doc")]
+    assert all(case["full"] > 0 and case["window"] > 0 and case["slices"] > 4 for case in found)
+
+
 def test_bench_plan_prints_every_strategy(capsys):
     code, out, _ = run(capsys, "bench plan --lengths-from pile --window 9000 --cp-size 2")
     assert code == 0 and all(strategy in out for strategy in STRATEGIES)

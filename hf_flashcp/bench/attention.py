@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,7 +26,9 @@ from ..doctor.layer_errors import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
 from ..plan import ShardPlan, kv_bytes
-from ..plan.stage_traffic import StageTraffic
+from ..plan.ranges import Ranges
+from ..plan.stage_traffic import LayerTraffic, StageTraffic
+from ..plan.traffic import NeededKeys
 from ..planning import plan_documents
 from ..tables import counted, records_table
 from .arguments import with_arguments
@@ -41,11 +44,10 @@ class AllGatherLayout(RankLayout):
     """A layout in which every rank receives the KV of all other ranks, as all-gather schemes do (FlashCP eq. 4)."""
 
     def _stage_traffic(self):
-        everything = {
-            document: {rank: [(0, length)] for rank in range(self._plan.cp_size)}
-            for document, length in enumerate(self._plan.lengths)
-        }
-        return [StageTraffic(self._plan, offsets, everything) for offsets in self._plan.stage_offsets]
+        plan, table = self._plan, self._plan.slice_table
+        ranks = np.arange(plan.cp_size)
+        layer = LayerTraffic(plan, NeededKeys(ranks, Ranges(0 * ranks, 0 * ranks + table.spans.stops.max())))
+        return [StageTraffic(layer, offsets) for offsets in plan.stage_offsets]
 
 
 @with_arguments("lengths", "cp_size", "heads", "kv_heads", "head_dim", "dtype", "rounds")
@@ -180,7 +182,7 @@ class _CountingKernel:
 
     def backward(self, *args):
         self.calls += 1
-        self._kernel.backward(*args)
+        return self._kernel.backward(*args)
 
 
 @contextmanager

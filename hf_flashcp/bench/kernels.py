@@ -20,16 +20,14 @@ from ..attention.engine import Engine
 from ..attention.kernels import (
     BackwardInputs,
     Device,
-    Gradients,
     ScoreOptions,
-    accumulate_dtype,
     check_kernel_name,
     explain_kernels,
     make_kernel,
 )
 from ..errors import ConfigurationError
 from ..exchange import kv_width, pack_rows, split_rows
-from ..layout import RankLayout, Rectangle
+from ..layout import RankLayout, Rectangle, accumulate_dtype
 from ..plan import ShardPlan
 from ..planning import plan_documents
 from ..tables import counted, table
@@ -221,11 +219,9 @@ class RankWork:
         lse = torch.zeros(self.query.shape[:2], dtype=dtype, device=self.query.device)
         for key, value, rectangles, causal in passes:
             self.kernel.forward(self.query, key, value, rectangles, ScoreOptions(causal, self.scale))
-        grad_query = torch.zeros_like(self.query, dtype=dtype)
         for key, value, rectangles, causal in passes:
             inputs = BackwardInputs(self.grad_out, self.query, key, value, out, lse)
-            grads = Gradients(grad_query, *(torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value)))
-            self.kernel.backward(inputs, rectangles, ScoreOptions(causal, self.scale), grads)
+            self.kernel.backward(inputs, rectangles, ScoreOptions(causal, self.scale))
 
     def engine(self) -> None:
         originals = engine_module.send_kv, engine_module.send_grads_home

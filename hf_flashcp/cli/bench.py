@@ -34,6 +34,7 @@ def add_parser(commands) -> None:
     )
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     _add_plans(benches)
+    _add_layout(benches)
     _add_layers(benches)
     _add_step(benches)
     _add_calibrate(benches)
@@ -133,11 +134,27 @@ def _add_plans(benches) -> None:
     )
 
 
+def _add_layout(benches) -> None:
+    layout = _add(benches, "layout", "time to build the index maps of a batch on one rank")
+    _add_corpus(layout)
+    options.add_number(layout, "--tokens", 16384, "tokens per rank", least=1, dest="tokens_per_rank")
+    options.add_number(layout, "--cp-size", [8, 32], "ranks", nargs="+", dest="cp_sizes")
+    _add_strategies(layout, ("search", "per_doc"))
+    options.add_number(layout, "--sliding-window", 4096, "keys that a query of a windowed layer sees", least=1)
+    text = "ranks per node, to which KV is sent once (default: directly between ranks)"
+    options.add_number(layout, "--ranks-per-node", text=text)
+    options.add_number(layout, "--rounds", 5, "rounds; each builds the maps of a rank once", least=1)
+
+
 def _add_layers(benches) -> None:
     """Add the benchmarks of one attention layer."""
     attention = _add(benches, "attention", "time of one attention layer under each strategy, relative to the ideal")
     text = f"tokens of each document (default {','.join(map(str, LENGTHS))})"
     attention.add_argument("--lengths", type=options.comma_separated, default=LENGTHS, metavar="N,N,...", help=text)
+    options.add_number(attention, "--packs", None, "draw this many packs, and print one row for each", least=1)
+    _add_corpus(attention)
+    options.add_number(attention, "--window", 8192, "tokens in a pack, with --packs")
+    options.add_number(attention, "--seed", 0, "random seed of the first pack, with --packs")
     options.add_number(attention, "--cp-size", 2, "processes")
     _add_layer(attention)
     text = "needed: the KV that each rank needs; all: all KV"
@@ -150,6 +167,7 @@ def _add_layers(benches) -> None:
         help="cap on attention pairs per rank, max / mean (default 1.05)",
     )
     options.add_number(attention, "--rounds", 10, "rounds; each runs every case once", least=1)
+    attention.set_defaults(run=_run_attention)
 
     kernels = _add(benches, "kernels", "kernels and copies of each rank under a plan, compared with one call")
     _add_corpus(kernels)
@@ -162,6 +180,14 @@ def _add_layers(benches) -> None:
     _add_layer(kernels)
     options.add_number(kernels, "--rounds", 5, "rounds; each runs every measurement once", least=1)
     kernels.set_defaults(run=_run_kernels)
+
+
+def _run_attention(arguments: argparse.Namespace) -> None:
+    if arguments.packs is None:
+        _measure(arguments, ("packs", "corpus", "window", "seed"))
+    else:
+        arguments.module = "drawn_packs"
+        _measure(arguments, ("lengths", "exchanges"))
 
 
 def _run_kernels(arguments: argparse.Namespace) -> None:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from ...attention import Layer, document_attention, select_kernel
-from ...attention.kernels import AttentionKernel, BackwardInputs, Gradients, ScoreOptions, accumulate_dtype
+from ...attention.kernels import AttentionKernel, BackwardInputs, ScoreOptions
 from ...attention.merge import merge as merge_rows
 from ...exchange import AllToAll, Transfer, kv_width, pack_rows
-from ...layout import RankPlan, Rectangle, Rows
+from ...layout import RankPlan, Rectangle, Rows, accumulate_dtype
 from ...plan import ShardPlan
 from ...planning import plan_documents
 from ..attention import DTYPES, random_inputs
@@ -123,7 +123,7 @@ def passes(
     tensors = inputs.query, inputs.key, inputs.value
     return (
         lambda: kernel.forward(*tensors, rectangles, options),
-        lambda: kernel.backward(inputs, rectangles, options, Gradients.zeros(*tensors)),
+        lambda: kernel.backward(inputs, rectangles, options),
     )
 
 

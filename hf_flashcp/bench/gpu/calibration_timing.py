@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ...attention import AttentionKernel, Layer, select_kernel
-from ...attention.kernels import BackwardInputs, ScoreOptions, accumulate_dtype
-from ...layout import Rows
+from ...attention.kernels import BackwardInputs, ScoreOptions
+from ...layout import Rows, accumulate_dtype
 from ...plan import ShardPlan
 from ..calibration.worker import Work, copies, passes, rectangles_side_by_side
 from ..kernels import RankWork, Shape, device_name, random_tensors

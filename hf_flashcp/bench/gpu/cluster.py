@@ -117,8 +117,8 @@ def groups(ranks: Ranks, settings: Settings) -> Found:
     """Time a training step whose exchange shares DDP's process group, and one whose exchange has its own group."""
     found, size = Found(), dist.get_world_size()
     shared = dist.new_group(list(range(size)), backend=settings.sized("nccl", "gloo"))
-    for what, own in (("shared with DDP", shared), ("its own", ranks.group)):
-        step, model = _model_step(own, shared, ranks.device, settings)
+    for what, exchange in (("shared with DDP", shared), ("its own", None)):
+        step, model = _model_step(exchange, shared, ranks.device, settings)
         seconds = slowest(ranks, median_seconds(ROUNDS, ranks.device, step=step))["step"]
         norm = float(torch.stack([p.grad.float().norm() for p in model.parameters()]).norm())
         found.add("A training step", {"the exchange's group": what, "ms": 1000 * seconds, "gradient norm": norm})
@@ -127,11 +127,17 @@ def groups(ranks: Ranks, settings: Settings) -> Found:
     return found
 
 
-def _model_step(own: dist.ProcessGroup, shared: dist.ProcessGroup, device: torch.device, settings: Settings):
+def _model_step(
+    exchange: dist.ProcessGroup | None, shared: dist.ProcessGroup, device: torch.device, settings: Settings
+):
+    """Return a training step and its model; the model exchanges KV in the group `exchange`, if one is given."""
     size = dist.get_world_size()
     model = small_llama(settings.sized(2048, 128), settings.sized(8, 2)).to(device, torch.bfloat16)
     wrapped = DistributedDataParallel(model, process_group=shared)
-    attach(wrapped, DeviceMesh.from_group(own, device.type, mesh=list(range(size)), mesh_dim_names=("cp",)))
+    handle = attach(
+        wrapped, DeviceMesh.from_group(shared, device.type, mesh=list(range(size)), mesh_dim_names=("cp",))
+    )
+    handle.group = exchange or handle.group
     tokens = settings.sized(8192, 64) * size
     batch = packed_batch((3 * tokens // 4, tokens // 4), device, size)
 

@@ -48,10 +48,12 @@ def host(settings: Settings) -> Found:
             found.add(title, _launches(tokens, settings, device))
     model = small_llama(128).to(device, torch.bfloat16)
     attach(model, None)
-    sharded, whole = (iter([packed_batch(lengths, device) for lengths in LENGTHS]) for _ in range(2))
+    batches = (iter([packed_batch(lengths, device) for lengths in LENGTHS]) for _ in range(3))
+    sharded, forward, whole = batches
     for what, function, must_not_wait in (
         ("a layer", _rank_work(settings.sized(4096, 64), settings, device).engine, True),
-        ("shard_inputs", lambda: shard_inputs(next(sharded), None), False),
+        ("shard_inputs", lambda: shard_inputs(next(sharded), None), True),
+        ("a model's forward", lambda: model(**next(forward)), True),
         ("a model's forward and backward", lambda: model(**next(whole)).loss.backward(), False),
     ):
         first_wait = _first_wait(function, device)

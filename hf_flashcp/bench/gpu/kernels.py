@@ -186,9 +186,10 @@ class _Layer:
     def _backward(
         self, kernel: AttentionKernel, inputs: Sequence[torch.Tensor], merged: tuple[torch.Tensor, torch.Tensor]
     ) -> Gradients:
-        grads = Gradients.zeros(*inputs[:3])
-        kernel.backward(BackwardInputs(inputs[3], *inputs[:3], *merged), self._case.rectangles, self._options, grads)
-        return grads
+        """Return the gradients; those of the query for all rows, which are 0 where no rectangle has them."""
+        case = self._case
+        grads = kernel.backward(BackwardInputs(inputs[3], *inputs[:3], *merged), case.rectangles, self._options)
+        return grads._replace(query=_placed(grads.query, case, inputs[0].shape[1]))
 
 
 class PlainKernel(EagerKernel):
@@ -231,9 +232,14 @@ def _merged(
 
     The further keys have values of 0, and a third of the weight of the case's own keys.
     """
-    index = torch.cat([torch.arange(r.q_start, r.q_stop) for r in case.rectangles]).to(grad_out.device)
-    whole = lse.new_zeros(grad_out.shape[:2]).index_copy_(1, index, lse + math.log(4 / 3))
-    return torch.zeros_like(grad_out).index_copy_(1, index, out * 0.75), whole
+    rows = grad_out.shape[1]
+    return _placed(out * 0.75, case, rows), _placed(lse + math.log(4 / 3), case, rows)
+
+
+def _placed(values: torch.Tensor, case: Case, rows: int) -> torch.Tensor:
+    """Return values (heads, n, ...) of the rectangles' queries among all rows (heads, rows, ...), zeros elsewhere."""
+    index = torch.cat([torch.arange(r.q_start, r.q_stop) for r in case.rectangles]).to(values.device)
+    return values.new_zeros(len(values), rows, *values.shape[2:]).index_copy_(1, index, values)
 
 
 def _formulas_error(device: torch.device, softcap: float | None) -> float:
@@ -250,7 +256,6 @@ def _formulas_error(device: torch.device, softcap: float | None) -> float:
     out.backward(grad_out)
     options = ScoreOptions(case.causal, shape[2] ** -0.5, case.window, softcap)
     ours, lse = EagerKernel().forward(query, key, value, case.rectangles, options)
-    grads = Gradients.zeros(query, key, value)
-    EagerKernel().backward(BackwardInputs(grad_out, query, key, value, ours, lse), case.rectangles, options, grads)
+    grads = EagerKernel().backward(BackwardInputs(grad_out, query, key, value, ours, lse), case.rectangles, options)
     reference = [out.detach(), *(leaf.grad for leaf in leaves)]
     return max(relative_error(a, b) for a, b in zip((ours, *grads), reference))

@@ -52,12 +52,16 @@ def _transfers(settings: Settings) -> list[Record]:
 
 
 def _transfer(sent: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
-    return Transfer(AllToAll(sent, torch.empty_like(sent), [len(sent)], [len(sent)], group))
+    return Transfer(_to_itself(sent, group))
+
+
+def _to_itself(rows: torch.Tensor, group: dist.ProcessGroup) -> AllToAll:
+    return AllToAll(rows, torch.empty_like(rows), [len(rows)], [len(rows)], group)
 
 
 def _hierarchical(sent: torch.Tensor, group: dist.ProcessGroup) -> HierarchicalTransfer:
-    first = _transfer(sent, group)
-    return HierarchicalTransfer(first, lambda arrived: _transfer(arrived, group).wait(), (sent,))
+    first = Transfer(_to_itself(sent, group))
+    return HierarchicalTransfer(first, lambda arrived: _to_itself(arrived, group), lambda _, again: again, (sent,))
 
 
 def _check_cluster(settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ...attention.kernels import AttentionKernel, BackwardInputs, Gradients, ScoreOptions
+from ...attention.kernels import AttentionKernel, BackwardInputs, ScoreOptions
 from ...layout import Rectangle
 from ..kernels import Shape, random_tensors
 
@@ -35,7 +35,6 @@ class TimedCalls:
         query, key, value, grad_out = random_tensors(shape, rows, keys, torch.bfloat16, device)
         lse = torch.zeros(query.shape[:2], device=device)
         self._inputs = BackwardInputs(grad_out, query, key, value, torch.randn_like(query), lse)
-        self._grads = Gradients.zeros(query, key, value)
         self._options = ScoreOptions(causal, shape[2] ** -0.5)
 
     def run(self, direction: Direction, kernel: AttentionKernel, rectangles: Sequence[Rectangle]) -> None:
@@ -43,7 +42,7 @@ class TimedCalls:
         if direction == "forward":
             kernel.forward(*self._inputs[1:4], rectangles, self._options)
         else:
-            kernel.backward(self._inputs, rectangles, self._options, self._grads)
+            kernel.backward(self._inputs, rectangles, self._options)
 
 
 def side_by_side(sizes: Sequence[tuple[int, int]]) -> list[Rectangle]:
