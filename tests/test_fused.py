@@ -21,7 +21,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hf_flashcp.attention.merge import merge_parts  # noqa: E402
 from hf_flashcp.attention.triton_merge import merge_rows  # noqa: E402
-from hf_flashcp.layout import fused  # noqa: E402
+from hf_flashcp.exchange import pack_rows  # noqa: E402
+from hf_flashcp.layout import Rows, fused  # noqa: E402
 from hf_flashcp.layout.sums import sum_parts  # noqa: E402
 from hf_flashcp.layout.triton_sums import sum_rows  # noqa: E402
 from hf_flashcp.plan.copied_bytes import RowBytes, bytes_copied  # noqa: E402
@@ -108,6 +109,19 @@ def test_sums_are_rounded_once(values, total, fuses):
     with fused_cases.on_cpu() if fuses else contextlib.nullcontext():
         found = sum_parts(parts, fused_cases.parts_of([[0]] * len(parts), 1), parts[0])
     assert found.dtype == torch.bfloat16 and found.unique().tolist() == [total]
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_packed_rows_equal_those_of_pytorch(contiguous):
+    rows = Rows(np.arange(0, 40, 3))
+    key, value = rows_of(40, 2, 24, torch.float32, 0), rows_of(40, 2, 16, torch.float32, 2)
+    if not contiguous:  # elements of a head are not next to each other
+        key, value = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (key, value))
+    expected = pack_rows(key, value, rows, torch.empty(rows.count, 80))
+    with fused_cases.on_cpu():
+        assert rows.index is not None and torch.equal(
+            pack_rows(key, value, rows, torch.empty(rows.count, 80)), expected
+        )
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])

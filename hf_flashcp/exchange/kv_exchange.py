@@ -63,7 +63,7 @@ def pack_rows(key: torch.Tensor, value: torch.Tensor, rows: Rows, packed: torch.
     Each packed row holds all heads of the key, then all heads of the value. Returns `packed`.
     """
     for source, target in zip((key, value), split_rows(packed, key, value)):
-        if rows.index is not None and fused.runs_on(source):
+        if rows.index is not None and source.stride(2) == 1 and fused.runs_on(source):
             fused.take_rows(source, rows.index, target)
         else:
             rows.copy(source.transpose(0, 1), target.transpose(0, 1))

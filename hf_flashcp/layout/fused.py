@@ -96,7 +96,8 @@ def places_from(where: Parts, first: int) -> tuple[torch.Tensor, int]:
 
 
 def steps_of(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides of heads and rows of tensors (heads, rows, ...), one after the other."""
+    """Return the strides of heads and rows of tensors (heads, rows) or (heads, rows, D), one after the other."""
+    assert all(each.dim() == 2 or each.stride(2) == 1 or each.shape[2] == 1 for each in tensors)
     return tuple(step for tensor in tensors for step in tensor.stride()[:2])
 
 
@@ -107,4 +108,5 @@ def launch(kernel: Any, target: torch.Tensor, *args: Any, **constants: Any) -> N
         return
     columns = max(16, 1 << (width - 1).bit_length())
     rows = max(1, _ELEMENTS // columns)
-    kernel[(-(-count // rows), heads)](target, *args, count, WIDTH=width, ROWS=rows, COLUMNS=columns, **constants)
+    with torch.cuda.device_of(target):  # Triton starts kernels on the current device
+        kernel[(-(-count // rows), heads)](target, *args, count, WIDTH=width, ROWS=rows, COLUMNS=columns, **constants)
