@@ -49,7 +49,7 @@ def test_routes_deliver_the_same_as_a_direct_exchange(data):
             sent = [packed[stage.sent] for packed, stage in zip(rows, stages)]
             brought.append(all_to_all(sent, [stage.send_splits for stage in stages]))
         wanted, first = brought
-        passed = [stage.second_step.handed_on.take(arrived) for stage, arrived in zip(stages, first)]
+        passed = [stage.second_step.forwarded.take(arrived) for stage, arrived in zip(stages, first)]
         second = all_to_all(passed, [stage.second_step.send_splits for stage in stages])
         for rank, stage in enumerate(stages):
             second_step = stage.second_step
@@ -58,9 +58,13 @@ def test_routes_deliver_the_same_as_a_direct_exchange(data):
             second_step.first.put(received, second_step.needed.take(first[rank]))
             second_step.second.put(received, second[rank])
             assert received.tolist() == wanted[rank].tolist()
-            handed_on = second_step.handed_on.take(torch.arange(len(first[rank])))
-            _, *forwarded = second_step.sums.split(torch.cat([second_step.needed.take(first[rank]), handed_on])[None])
-            assert [len(part.unique()) for part in forwarded] == [rows.count for rows in second_step.sums.rows[1:]]
+            forwarded = second_step.forwarded.take(torch.arange(len(first[rank])))
+            _, *by_destination = second_step.sums.split(
+                torch.cat([second_step.needed.take(first[rank]), forwarded])[None]
+            )
+            assert [len(part.unique()) for part in by_destination] == [
+                rows.count for rows in second_step.sums.rows[1:]
+            ]
             moved[:, rank] += stage.send_splits, second_step.send_splits
         for start in range(0, cp_size, size):
             node = range(start, start + size)

@@ -213,8 +213,8 @@ def test_the_hardware_s_nodes_are_the_plan_command_s(capsys, tmp_path):
 def test_bench_plan_measures_links():
     topology = Topology(2)
     found = measure("pile", [4096], [4], packs=1, ranks_per_node=2)
-    parts, handed_on = hierarchical_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
-    parts[::2] += handed_on
+    parts, forwarded = hierarchical_links(plan_documents(sample_pack("pile", 4096), 4, topology=topology), 2)
+    parts[::2] += forwarded
     row = found["cells"][0]["strategies"]["with topology"]
     assert [row["intra_node"], row["inter_node"]] == [parts[::2].max(), parts[1::2].max()]
     assert row["inter_node_total"] == parts[1].sum()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..exchange import kv_width, named_range, send_grads_home, send_kv, split_rows
+from ..exchange import kv_width, named_range, return_grads, send_kv, split_rows
 from ..layout import RankLayout, Stage
 from ..layout.sums import sum_parts
 from .determinism import deterministic_algorithms
@@ -82,7 +82,7 @@ class Engine(NamedTuple):
         stages = self.layout.stages(query.device)
         fetched = [] if self.keep_received_kv else send_kv(key, value, self.layout, self.group)
         local = self._local_backward(inputs) if fetched else []
-        home = key.new_empty(self.layout.send_rows(key.device).count, kv_width(key, value))
+        returned = key.new_empty(self.layout.send_rows(key.device).count, kv_width(key, value))
         of_stages, own_rows, transfers = [], [], []
         for index, stage in enumerate(stages):
             keys = received[index] if self.keep_received_kv else _ordered(fetched[index].wait(), stage)
@@ -93,7 +93,7 @@ class Engine(NamedTuple):
                 of_stages.append(grads.query)
             if keys_need_grad:
                 rows = _as_received(grads if stage.rectangles else None, stage, key, value)
-                transfers.append(send_grads_home(rows[: stage.received], home[stage.sent], stage, self.group))
+                transfers.append(return_grads(rows[: stage.received], returned[stage.sent], stage, self.group))
                 if stage.local_rows is not None:
                     own_rows.append(rows[stage.received :])
             keys = seen = grads = rows = None  # free them before the next stage allocates its own
@@ -105,7 +105,7 @@ class Engine(NamedTuple):
         for transfer in transfers:
             transfer.wait()
         with named_range("add returned gradients"):
-            return Gradients(grad_query, *self._key_gradients(local, [*own_rows, home], key, value))
+            return Gradients(grad_query, *self._key_gradients(local, [*own_rows, returned], key, value))
 
     def _options(self, causal: bool) -> ScoreOptions:
         return ScoreOptions(causal, self.scale, self.layout.window if causal else None, self.softcap)
@@ -125,9 +125,9 @@ class Engine(NamedTuple):
         where = self.layout.key_gradients(key.device)
         local_keys, local_values = [each.key for each in local], [each.value for each in local]
         other_keys, other_values = zip(*(split_rows(each, key, value) for each in rows))
-        for like, of_local, (*own, home) in (key, local_keys, other_keys), (value, local_values, other_values):
+        for like, of_local, (*own, returned) in (key, local_keys, other_keys), (value, local_values, other_values):
             parts = [*of_local, *own]
-            yield sum_parts([*parts, *where.split(home, len(parts))], where, like)
+            yield sum_parts([*parts, *where.split(returned, len(parts))], where, like)
 
 
 def _ordered(keys: torch.Tensor, stage: Stage) -> torch.Tensor:

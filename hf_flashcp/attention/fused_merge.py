@@ -34,7 +34,7 @@ def merge_parts(
     for first, stop in launches:
         parts, part_lses = zip(*others[first:stop]) if first < stop else ((), ())
         ends = stop == len(others)
-        target = out if len(launches) == 1 else next_total(out, ends)
+        target = out if len(launches) == 1 else next_total(where, out, ends)
         launch(
             merge_rows,
             target,

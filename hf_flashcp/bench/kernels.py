@@ -224,15 +224,15 @@ class RankWork:
             self.kernel.backward(inputs, rectangles, ScoreOptions(causal, self.scale))
 
     def engine(self) -> None:
-        originals = engine_module.send_kv, engine_module.send_grads_home
+        originals = engine_module.send_kv, engine_module.return_grads
         engine_module.send_kv = self._send_kv
-        engine_module.send_grads_home = lambda *arguments: _finished(None)
+        engine_module.return_grads = lambda *arguments: _finished(None)
         try:
             out, lse, received = self._engine.forward(self.query, self.key, self.value, None)
             inputs = BackwardInputs(self.grad_out, self.query, self.key, self.value, out, lse)
             self._engine.backward(inputs, received, keys_need_grad=True)
         finally:
-            engine_module.send_kv, engine_module.send_grads_home = originals
+            engine_module.send_kv, engine_module.return_grads = originals
 
     def _send_kv(self, key, value, layout, group) -> list[SimpleNamespace]:
         if self.received:

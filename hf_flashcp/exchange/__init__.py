@@ -4,7 +4,7 @@ Each all-to-all carries only the rows that its receiver needs.
 """
 
 from .checksums import debug_mode
-from .kv_exchange import kv_width, pack_rows, send_grads_home, send_kv, split_rows
+from .kv_exchange import kv_width, pack_rows, return_grads, send_kv, split_rows
 from .transfer import AllToAll, Transfer, named_range, seconds_waited
 
 
@@ -16,7 +16,7 @@ __all__ = [
     "named_range",
     "pack_rows",
     "seconds_waited",
-    "send_grads_home",
+    "return_grads",
     "send_kv",
     "split_rows",
 ]

@@ -101,7 +101,7 @@ def send_kv_over_nodes(
 
     def forward(arrived: torch.Tensor) -> AllToAll:
         buffer = arrived.new_empty(step.second.count, arrived.shape[1])
-        forwarded = step.handed_on.take(arrived)
+        forwarded = step.forwarded.take(arrived)
         return AllToAll(forwarded, buffer, step.send_splits, step.recv_splits, inside, _FORWARDED_KEYS)
 
     def finish(arrived: torch.Tensor, arrived_second: torch.Tensor) -> torch.Tensor:
@@ -113,8 +113,8 @@ def send_kv_over_nodes(
     return HierarchicalTransfer(first, forward, finish, (packed,))
 
 
-def send_grads_over_nodes(
-    grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
+def return_grads_over_nodes(
+    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> HierarchicalTransfer:
     """Post the gradients of the rows that [`send_kv_over_nodes`] delivered, along the same routes in reverse.
 
@@ -123,19 +123,19 @@ def send_grads_over_nodes(
 
     Args:
         grad: (n_needed, width), contiguous; gradients of the rows that this rank received.
-        home: (n, width); receives the gradients of the rows that this rank sent.
+        returned: (n, width); receives the gradients of the rows that this rank sent.
         stage: stage of the exchange.
         group: process group of the exchange.
     """
     step = stage.second_step
     assert step is not None
-    back = grad.new_empty(step.handed_on.count, grad.shape[1])
+    back = grad.new_empty(step.forwarded.count, grad.shape[1])
     inside = second_step_group(group)
 
     def forward(back: torch.Tensor) -> AllToAll:
         parts = [step.first.take(grad)[None], *step.sums.split(back[None], first=1)]
         summed = sum_parts(parts, step.sums, grad[None])[0]
-        return AllToAll(summed, home, stage.recv_splits, stage.send_splits, group, GRADIENTS)
+        return AllToAll(summed, returned, stage.recv_splits, stage.send_splits, group, GRADIENTS)
 
     outgoing = step.second.take(grad)
     first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, inside, _FORWARDED_GRADIENTS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage, fused
-from .hierarchical import HierarchicalTransfer, send_grads_over_nodes, send_kv_over_nodes
+from .hierarchical import HierarchicalTransfer, return_grads_over_nodes, send_kv_over_nodes
 from .transfer import GRADIENTS, AllToAll, Transfer, named_range
 
 
@@ -80,17 +80,17 @@ def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
-def send_grads_home(
-    grad: torch.Tensor, home: torch.Tensor, stage: Stage, group: ProcessGroup
+def return_grads(
+    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup
 ) -> Transfer | HierarchicalTransfer:
     """Post the gradients of the rows that `send_kv` received in a stage.
 
     Args:
         grad: (n_received, width), contiguous, in the order in which the rows were received.
-        home: (n_sent, width); receives the gradients of the rows that this rank sent.
+        returned: (n_sent, width); receives the gradients of the rows that this rank sent.
         stage: stage of the exchange.
         group: process group of the exchange.
     """
     if stage.second_step is not None:
-        return send_grads_over_nodes(grad, home, stage, group)
-    return Transfer(AllToAll(grad, home, stage.recv_splits, stage.send_splits, group, GRADIENTS))
+        return return_grads_over_nodes(grad, returned, stage, group)
+    return Transfer(AllToAll(grad, returned, stage.recv_splits, stage.send_splits, group, GRADIENTS))

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .parts import Parts
-from .rows import accumulate_dtype
+from .rows import accumulate_dtype, empty_rows
 
 
 MOST_AT_ONCE = 4
@@ -52,9 +52,7 @@ def sum_parts(
         elif base is not None and base.dtype == like.dtype and len(launches) == 1:
             target = base
         else:
-            heads, _, width = like.shape
-            rows_first = like.new_empty(where.count, heads, width).transpose(0, 1)
-            target = next_total(rows_first, stop == len(others))
+            target = next_total(where, like, stop == len(others))
         summed = tuple(others[first:stop])
         launch(
             sum_rows,
@@ -85,9 +83,9 @@ def launches_of(parts: int) -> list[tuple[int, int]]:
     return [(first, min(first + MOST_AT_ONCE, parts)) for first in range(0, max(parts, 1), MOST_AT_ONCE)]
 
 
-def next_total(out: torch.Tensor, ends: bool) -> torch.Tensor:
-    """Return an empty tensor like `out`: in the accumulate dtype, unless it receives the final result."""
-    return torch.empty_like(out, dtype=out.dtype if ends else accumulate_dtype(out.dtype))
+def next_total(where: Parts, like: torch.Tensor, ends: bool) -> torch.Tensor:
+    """Return an empty tensor for a launch's result: in the accumulate dtype, unless it is the final result."""
+    return empty_rows(where.count, like, like.dtype if ends else accumulate_dtype(like.dtype))
 
 
 def places_from(where: Parts, first: int) -> tuple[torch.Tensor, int]:

@@ -67,7 +67,7 @@ class _TwoSteps:
         """
         others = [other for other in self._node if other != self._rank]
         passed = forwarded.select(forwarded.receivers != self._rank)
-        handed_on = Rows(brought.places(passed.senders, passed.sender_rows))
+        forwarded_rows = Rows(brought.places(passed.senders, passed.sender_rows))
         send_splits = passed.tokens_by(passed.receivers, self._cp_size)
         ends = [0, *accumulate(send_splits)]
         wanted = received.tokens_by(received.senders, self._cp_size)
@@ -77,15 +77,15 @@ class _TwoSteps:
         direct = sorted([*self._node, *self._partners])
         of_direct = received.select(np.isin(received.senders, direct))
         needed = Rows(brought.places(of_direct.senders, of_direct.sender_rows))
-        forwarded_to = handed_on.parts([slice(ends[other], ends[other + 1]) for other in others])
+        by_destination = forwarded_rows.parts([slice(ends[other], ends[other + 1]) for other in others])
         return SecondStep(
-            handed_on=handed_on,
+            forwarded=forwarded_rows,
             send_splits=send_splits,
             recv_splits=recv_splits,
             needed=needed,
             first=Rows(_of_sources(wanted, direct)),
             second=Rows(_of_sources(wanted, [source for other in others for source in self._partners_of(other)])),
-            sums=Parts([needed, *forwarded_to], sum(brought.counts)),
+            sums=Parts([needed, *by_destination], sum(brought.counts)),
         )
 
     def _partners_of(self, rank: int) -> tuple[int, ...]:

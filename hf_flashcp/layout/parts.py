@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..plan.ranges import coverage
 from .rows import Rows
 from .upload import upload
 
@@ -38,11 +39,7 @@ class Parts:
 
     def __init__(self, rows: Sequence[Rows], count: int, device: torch.device | None = None):
         self.rows, self.count, self._device = tuple(rows), count, device or torch.device("cpu")
-        changes = np.zeros(count + 1, dtype=np.int64)
-        for each in rows:
-            changes += np.bincount(each.spans.starts, minlength=count + 1)
-            changes -= np.bincount(each.spans.stops, minlength=count + 1)
-        covered = changes.cumsum()[:count]
+        covered = coverage([each.spans for each in rows], count)
         self.most = int(covered.max(initial=0))
         self.disjoint, self.complete = self.most <= 1, bool(covered.all())
         self.begins_whole = len(rows) > 0 and rows[0].ranges == (((0, count),) if count else ())

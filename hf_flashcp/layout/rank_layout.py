@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -96,7 +95,7 @@ class RankLayout:
     def _on(self, device: torch.device) -> _Maps:
         """Return the maps on `device`, which are copied there once."""
         if device not in self._maps_on:
-            sent = Rows(_concatenated([routes.sent for routes in self._routes])).to(device)
+            sent = Rows(Ranges.concatenated([routes.sent for routes in self._routes])).to(device)
             begins = accumulate((sum(routes.send_splits) for routes in self._routes), initial=0)
             stages = tuple(map(partial(_stage, self.window, device), self._routes, self._keys, begins))
             passes = self.local, *(keys.rectangles for keys in self._keys)
@@ -145,8 +144,3 @@ def token_index(plan: ShardPlan, rank: int) -> np.ndarray:
     held = plan.slice_table.of_rank(rank)
     shift = (np.cumsum(plan.lengths) - plan.lengths)[held.documents] - held.bases
     return Ranges(held.spans.starts + shift, held.spans.stops + shift).numbers()
-
-
-def _concatenated(parts: Sequence[Ranges]) -> Ranges:
-    empty = np.empty(0, dtype=np.int64)
-    return Ranges(*(np.concatenate([empty, *edges]) for edges in zip(*parts))) if parts else Ranges(empty, empty)

@@ -17,6 +17,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def empty_rows(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty tensor (heads, count, D) for heads like those of `like` (heads, any, D), which lie together in
+    every row."""
+    heads, _, width = like.shape
+    return like.new_empty(count, heads, width, dtype=dtype).transpose(0, 1)
+
+
 class Rows:
     """A selection of rows of a buffer. Rows that are written to must not occur twice.
 

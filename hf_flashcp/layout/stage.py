@@ -15,8 +15,8 @@ from .rows import Rows
 class SecondStep(NamedTuple):
     """What a rank forwards in the second step of a hierarchical exchange, and where it puts the rows of both steps."""
 
-    handed_on: Rows  # rows from the first step that the rank forwards, by destination
-    send_splits: list[int]  # number of rows of `handed_on` for each rank of the group
+    forwarded: Rows  # rows from the first step that the rank forwards, by destination
+    send_splits: list[int]  # number of rows of `forwarded` for each rank of the group
     recv_splits: list[int]  # number of rows that the second step brings from each rank
     needed: Rows  # rows from the first step that the rank itself needs
     first: Rows  # places of these rows among all rows that the rank needs, which are ordered by source
@@ -24,15 +24,15 @@ class SecondStep(NamedTuple):
     sums: Parts  # rows from the first step: the `needed` ones, and those that are forwarded to each destination
 
     def to(self, device: torch.device) -> SecondStep:
-        handed_on, needed = self.handed_on.to(device), self.needed.to(device)
+        forwarded, needed = self.forwarded.to(device), self.needed.to(device)
         ends = [0, *accumulate(rows.count for rows in self.sums.rows[1:])]
-        forwarded = handed_on.parts([slice(*span) for span in pairwise(ends)])
+        by_destination = forwarded.parts([slice(*span) for span in pairwise(ends)])
         return self._replace(
-            handed_on=handed_on,
+            forwarded=forwarded,
             needed=needed,
             first=self.first.to(device),
             second=self.second.to(device),
-            sums=Parts([needed, *forwarded], self.sums.count, device),
+            sums=Parts([needed, *by_destination], self.sums.count, device),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from . import fused
 from .parts import Parts
-from .rows import accumulate_dtype
+from .rows import accumulate_dtype, empty_rows
 
 
 def sum_parts(
@@ -41,7 +41,7 @@ def sum_parts(
 
 def _total(parts: Sequence[torch.Tensor], where: Parts, like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     if where.disjoint:
-        total = _empty(where, like, like.dtype) if out is None else out
+        total = empty_rows(where.count, like, like.dtype) if out is None else out
         if not where.complete:
             total.zero_()
         for rows, part in zip(where.rows, parts):
@@ -52,13 +52,7 @@ def _total(parts: Sequence[torch.Tensor], where: Parts, like: torch.Tensor, out:
     dtype = like.dtype if narrow else accumulate_dtype(like.dtype)
     total, first = parts[0].to(dtype), 1
     if not where.begins_whole:
-        total, first = _empty(where, like, dtype).zero_(), 0
+        total, first = empty_rows(where.count, like, dtype).zero_(), 0
     for rows, part in zip(where.rows[first:], parts[first:]):
         rows.add(total.transpose(0, 1), part.transpose(0, 1))
     return total
-
-
-def _empty(where: Parts, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return an empty tensor (heads, where.count, D) in which the heads of a row are together."""
-    heads, _, width = like.shape
-    return like.new_empty(where.count, heads, width, dtype=dtype).transpose(0, 1)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from .ranges import Ranges
+from .ranges import Ranges, coverage
 from .rectangles import StageKeys, local_rectangles, query_rows, stage_keys
 from .stage_traffic import stage_traffic
 
@@ -60,10 +58,7 @@ def _rows_added(parts: Sequence[Ranges], count: int) -> int:
 
     If the first part has all rows, the others are added to it, and rows that only it has are left alone.
     """
-    changes = np.zeros(count + 1, dtype=np.int64)
-    for part in parts:
-        changes += np.bincount(part.starts, minlength=count + 1) - np.bincount(part.stops, minlength=count + 1)
-    covered = changes.cumsum()[:count]
+    covered = coverage(parts, count)
     if parts and parts[0].joined().total == count:
         covered = covered[covered > 1]
     return int(covered.sum()) + len(covered)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,6 +25,12 @@ class Ranges(NamedTuple):
         """Return the fewest ranges that hold the numbers, (n,) int64, in their order."""
         firsts, lasts = runs(np.diff(numbers) != 1, len(numbers))
         return cls(numbers[firsts], numbers[lasts] + 1)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Ranges]) -> Ranges:
+        """Return the ranges of several parts, one part after the other."""
+        empty = np.empty(0, dtype=np.int64)
+        return cls(*(np.concatenate([empty, *edges]) for edges in zip(*parts))) if parts else cls(empty, empty)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -69,6 +75,13 @@ class Ranges(NamedTuple):
         lengths = np.diff(stops, prepend=0)
         last = self.stops[holders] - (ends[holders] - stops)
         return Ranges(last - lengths, last)
+
+
+def coverage(parts: Sequence[Ranges], count: int) -> np.ndarray:
+    """Return in how many ranges of all parts each of the numbers below `count` lies, (count,) int64."""
+    starts, stops = Ranges.concatenated(parts)
+    changes = np.bincount(starts, minlength=count + 1) - np.bincount(stops, minlength=count + 1)
+    return changes.cumsum()[:count]
 
 
 def runs(breaks: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -209,7 +209,7 @@ def _banded_stage(slices: SliceTable, received: Ranges, window: int) -> StageKey
     bands = Ranges(np.maximum(waiting.bases, starts - window + 1), starts + rows)
     own = overlaps(_united(bands), slices.spans)
     own_rows = slices.rows[own.second] + own.common.starts - slices.spans.starts[own.second]
-    pieces = Ranges(*(np.concatenate(edges) for edges in zip(received, own.common)))
+    pieces = Ranges.concatenated([received, own.common])
     ascending = np.argsort(pieces.starts, kind="stable")
     buffered, pieces = _buffer_rows(pieces.lengths).select(ascending), pieces.select(ascending)
     seen = overlaps(bands, pieces)

@@ -37,8 +37,7 @@ class Pieces(NamedTuple):
     def concatenated(cls, parts: Sequence[Pieces]) -> Pieces:
         """Return all pieces of several parts, of which there is at least one."""
         senders, receivers, spans, rows = zip(*parts)
-        starts, stops = zip(*spans)
-        joined = Ranges(np.concatenate(starts), np.concatenate(stops))
+        joined = Ranges.concatenated(spans)
         return cls(np.concatenate(senders), np.concatenate(receivers), joined, np.concatenate(rows))
 
     def tokens_by(self, ranks: np.ndarray, cp_size: int) -> list[int]:

@@ -201,7 +201,7 @@ class LayerCosts:
         """
         itemsize = self.model.grad_itemsize if backward else self.model.itemsize
         width = self.layers.kv_elements_per_token * itemsize
-        second = _seconds(self.model.hardware.intra_node, stage.handed_on.max(0) * width)
+        second = _seconds(self.model.hardware.intra_node, stage.forwarded.max(0) * width)
         return self.model.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
 
     def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:

@@ -51,7 +51,7 @@ class StageWork(NamedTuple):
     rectangles: Rectangles
     received: np.ndarray  # (2, cp_size): from ranks of the same node, and from other nodes
     sent: np.ndarray  # (2, cp_size): to ranks of the same node, and to other nodes
-    handed_on: np.ndarray  # (2, cp_size): received and sent in the second step of a hierarchical exchange
+    forwarded: np.ndarray  # (2, cp_size): received and sent in the second step of a hierarchical exchange
     copied: np.ndarray  # (cp_size,): packed to be sent, and in a hierarchical exchange also put in place
 
 
@@ -78,9 +78,9 @@ def _stage(
     if plan.ranks_per_node is not None:
         first, second = hierarchical_traffic(plan.slices, plan.ranks_per_node, window, group)
         received, sent = by_link(first, ranks_per_node)
-        handed_on = np.array([second.sum(0), second.sum(1)])
+        forwarded = np.array([second.sum(0), second.sum(1)])
         # Forwarded rows are packed again. All rows that the rank needs, from either step, are put in place.
-        return StageWork(rectangles, received, sent, handed_on, sent.sum(0) + handed_on.sum(0) + received.sum(0))
+        return StageWork(rectangles, received, sent, forwarded, sent.sum(0) + forwarded.sum(0) + received.sum(0))
     if group is not None:
         received, sent = by_link(plan.kv_traffic() * np.isin(_ring_offsets(cp_size), group), ranks_per_node)
     elif cp_size <= ranks_per_node and window is None:

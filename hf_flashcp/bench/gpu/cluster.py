@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...attention import Layer, document_attention, select_kernel
 from ...doctor.cluster import check_cluster, gathered
-from ...exchange import send_grads_home, send_kv
+from ...exchange import return_grads, send_kv
 from ...exchange.kv_exchange import kv_width
 from ...integrations.attach import attach
 from ...layout import RankPlan
@@ -104,9 +104,9 @@ def _transfers_alone(work: RankWork, bound: RankPlan) -> None:
     transfers = send_kv(work.key, work.value, work.layout, bound.group)
     received = [transfer.wait() for transfer in transfers]
     width = kv_width(work.key, work.value)
-    home = work.key.new_empty(work.layout.send_rows(work.key.device).count, width)
+    returned = work.key.new_empty(work.layout.send_rows(work.key.device).count, width)
     back = [
-        send_grads_home(keys[: stage.received].contiguous(), home[stage.sent], stage, bound.group)
+        return_grads(keys[: stage.received].contiguous(), returned[stage.sent], stage, bound.group)
         for keys, stage in zip(received, work.stages)
     ]
     for transfer in back:

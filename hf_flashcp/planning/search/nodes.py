@@ -56,8 +56,8 @@ def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
     first, second = hierarchical_traffic(slices, min(topology.ranks_per_node, len(slices)))
     received, sent = by_link(first, topology.ranks_per_node)
     cost = np.array([[1.0], [topology.inter_node_cost]])
-    handed_on = max(second.sum(0).max(), second.sum(1).max())
-    return float((cost * np.maximum(received, sent)).max() + handed_on), float((cost * received).sum() + second.sum())
+    forwarded = max(second.sum(0).max(), second.sum(1).max())
+    return float((cost * np.maximum(received, sent)).max() + forwarded), float((cost * received).sum() + second.sum())
 
 
 def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
