@@ -10,6 +10,9 @@ def check_plan(lengths, cp_size, slices):
     """Assert that the slices are a partition and no rank is empty, and return counts per rank.
 
     They are `tokens`, `pairs`, and KV `received` and `sent`, where each token is sent once to each rank that needs it.
+    `states_received` and `states_sent` count runs of tokens on the same rank: the state of each run is sent to every
+    other rank that holds a later token of the document. `state_grads_received` and `state_grads_sent` count the same
+    for ranks that hold an earlier one.
     """
     assert len(slices) == cp_size
     owner = [np.full(length, -1, dtype=np.int64) for length in lengths]
@@ -36,7 +39,22 @@ def check_plan(lengths, cp_size, slices):
             received[holder] += len(foreign)
             sent += np.bincount(foreign, minlength=cp_size)
     assert received.sum() == sent.sum()
-    return {"tokens": tokens, "pairs": pairs, "received": received, "sent": sent}
+    counts = {"tokens": tokens, "pairs": pairs, "received": received, "sent": sent}
+    for name, way in (("states", 1), ("state_grads", -1)):
+        counts[f"{name}_received"], counts[f"{name}_sent"] = _states([ranks[::way] for ranks in owner], cp_size)
+    return counts
+
+
+def _states(owner, cp_size):
+    """Count the runs of tokens that each rank receives from, and sends to, a rank with a later token."""
+    received, sent = np.zeros((2, cp_size), dtype=np.int64)
+    for ranks in owner:
+        starts = [0, *(np.flatnonzero(ranks[1:] != ranks[:-1]) + 1)]
+        for start in starts:
+            later = set(ranks[start:].tolist()) - {ranks[start]}
+            received[list(later)] += 1
+            sent[ranks[start]] += len(later)
+    return received, sent
 
 
 def costs(counts):

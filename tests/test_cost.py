@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -16,10 +17,12 @@ from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
 from hf_flashcp.plan.kernel_calls import count_blocks
-from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings
+from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings, ShardPlan, fastest
+from hf_flashcp.planning.caps import Caps
 from hf_flashcp.predict import hardware_profile
 from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
+from tests.hybrid_sizes import HYBRIDS, QWEN3_NEXT, SIZES
 from tests.packs import packs
 from tests.step_time_evaluator import call_seconds as counted_call
 from tests.step_time_evaluator import step_times
@@ -144,6 +147,10 @@ def test_a_fast_link_favours_balance_and_a_slow_one_little_traffic():
 @pytest.mark.parametrize(
     "model_type, sizes",
     [
+        *HYBRIDS.items(),
+        ("granitemoehybrid", {**HYBRIDS["granitemoehybrid"], "num_local_experts": 0}),
+        ("lfm2", {**HYBRIDS["lfm2"], "block_auto_adjust_ff_dim": False}),
+        ("starcoder2", {"num_key_value_heads": 2}),
         ("llama", {"num_key_value_heads": 2}),
         ("qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
         ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
@@ -155,25 +162,272 @@ def test_a_fast_link_favours_balance_and_a_slow_one_little_traffic():
 )  # fmt: skip
 def test_linear_work_follows_from_the_parameters(model_type, sizes):
     """If every expert is chosen, a token uses each weight matrix once: two operations per parameter."""
-    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
-              "vocab_size": 100}  # fmt: skip
-    config = AutoConfig.for_model(model_type, **{**common, **sizes})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     matrices = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2
-        and not any(part in name for part in ("embed_tokens", "router", "gate.weight", "lm_head"))
+        and not any(part in name for part in ("embed", "router", "gate.weight", "lm_head", "A_log"))
     )
     matrices += config.vocab_size * config.hidden_size
     shape = ModelShape.from_config(config)
     assert shape.linear_flops_per_token == 2 * matrices
     assert ModelShape.from_config(config.to_dict()) == shape
-    assert sum(layers.count for layers in shape.layers) == config.num_hidden_layers
     windows = {layers.window: layers.count for layers in shape.layers}
-    expected = {"mistral": {16: 2}, "gemma2": {16: 2, None: 2}}
-    assert windows == expected.get(model_type, {None: 2})
+    expected = {"mistral": {16: 2}, "gemma2": {16: 2, None: 2}, "falcon_h1": {None: 4}, "lfm3": {16: 1, None: 1}}
+    assert windows == expected.get(model_type, {None: 1 if model_type in HYBRIDS else 2})
+
+
+@pytest.mark.parametrize(
+    "model_type, count, decay, state, halo",
+    [
+        ("qwen3_next", 3, 6 * 10 * 10, 6 * 10 * 14, (4, 2 * 30 + 84)),
+        ("qwen3_5_text", 3, 6 * 10 * 10, 6 * 10 * 14, (4, 2 * 30 + 84)),
+        ("qwen3_5_moe_text", 3, 6 * 10 * 10, 6 * 10 * 14, (4, 2 * 30 + 84)),
+        ("kimi_linear", 2, 6 * 10 * 10, 6 * 10 * 10, (4, 3 * 60)),
+        ("bailing_hybrid", 2, 6 * 10 * 10, 6 * 10 * 10, (4, 3 * 60)),
+        ("olmo_hybrid", 3, 2 * 10 * 10, 2 * 10 * 14, (4, 2 * 20 + 28)),
+        ("bamba", 3, 8, 8 * 6 * 16, (4, 128 + 2 * 2 * 6)),
+        ("granitemoehybrid", 3, 8, 8 * 6 * 16, (4, 128 + 2 * 2 * 6)),
+        ("falcon_h1", 4, 8, 8 * 6 * 7, (4, 56 + 2 * 2 * 6)),
+        ("nemotron_h", 2, 8, 8 * 6 * 7, (4, 56 + 2 * 2 * 6)),
+        ("zamba2", 3, 8, 8 * 6 * 16, (4, 128 + 2 * 2 * 6)),
+        ("lfm2", 3, 0, 0, (4, 64)),
+        ("lfm2_moe", 3, 0, 0, (4, 64)),
+        ("lfm3", 2, 0, 0, (4, 64)),
+    ],
+)
+def test_states_and_halos_of_every_family(model_type, count, decay, state, halo):
+    """Sizes are those of the states and of the convolution's input in the model's own modules."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, **HYBRIDS[model_type]})
+    layers = ModelShape.from_config(config).recurrent
+    assert (layers.count, layers.decay_elements, layers.state_elements) == (count, decay, state)
+    assert (layers.halo_tokens, layers.halo_width) == halo
+    assert layers.summary_bytes == 4 * (decay + state)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv1d)]
+    assert len(convolutions) == count
+    assert (convolutions[0].kernel_size[0] - 1, convolutions[0].in_channels) == halo
+
+
+def test_scans_are_counted_in_chunks():
+    """A delta rule with 6 heads, K 10, V 14, chunks of 64. Mamba-2 with 8 heads, 2 groups, N 6, P 7, chunks of 32."""
+    delta = ModelShape.from_config({"model_type": "qwen3_next", **SIZES, **HYBRIDS["qwen3_next"]}).recurrent
+    with_keys, inverse, applied = 2 * 2 * 64 * 10, 2 * 64 * (10 + 14), 2 * 64 * 14
+    assert delta.flops_per_token == 6 * (with_keys + inverse + applied + 3 * 2 * 10 * 14)
+    wider = 2 * 64 * 10 + 2 * 64 * 10 + 3 * 2 * 10 * 10
+    assert delta.continued_flops_per_token == 6 * (wider + 2 * 10 * 14)
+    mamba = ModelShape.from_config({"model_type": "nemotron_h", **SIZES, **HYBRIDS["nemotron_h"]}).recurrent
+    assert mamba.flops_per_token == 8 * (2 * 2 * 6 * 7 + 2 * 32 * 7) + 2 * 2 * 32 * 6
+    assert mamba.continued_flops_per_token == 8 * 2 * 6 * 7
+    assert ModelShape.from_config({"model_type": "lfm3", **SIZES, **HYBRIDS["lfm3"]}).recurrent.flops_per_token == 0
+
+
+def test_a_received_state_costs_as_much_as_its_bytes_of_kv():
+    shape = ModelShape.from_config(QWEN3_NEXT)
+    assert (shape.recurrent.count, shape.layers[0].count) == (36, 12)
+    assert shape.recurrent.summary_bytes == 4 * 2**20
+    assert shape.state_tokens(2) == 36 * 4 * 2**20 / (12 * 2 * 2 * 256 * 2) == 6144
+    assert shape.state_tokens(4) == 3072
+    for without in (LLAMA_8B, {"model_type": "lfm3", **SIZES, **HYBRIDS["lfm3"]}):
+        assert ModelShape.from_config(without).state_tokens(2) == 0
+    alone = {"model_type": "bamba", **SIZES, **HYBRIDS["bamba"], "attn_layer_indices": None}
+    assert ModelShape.from_config(alone).layers == () and ModelShape.from_config(alone).state_tokens(2) == 0
+
+
+def attention_alone(model):
+    return dataclasses.replace(model, recurrent=None)
+
+
+def recurrent_part(model, plan):
+    """Return the scan, waiting and transfer times that recurrent layers add to the step of a plan."""
+    found, without = model.step_time(plan), attention_alone(model).step_time(plan)
+    assert (found.linear == without.linear).all() and (found.attention == without.attention).all()
+    assert found.of_ranks == pytest.approx(
+        found.linear + found.attention + found.scan + found.copies + found.exposed, rel=1e-12
+    )
+    assert found.seconds == found.of_ranks.max() and not without.scan.any()
+    return found.scan, found.exposed - without.exposed, found.transfer - without.transfer
+
+
+def seconds_of_scans(layers, kernel, slices):
+    """Return the scans of forward and backward in one layer, from `(start, tokens)` of a rank's slices."""
+    flops = 0
+    for start, tokens in slices:
+        per_token = layers.flops_per_token + (layers.continued_flops_per_token if start else 0)
+        flops += math.ceil(tokens / layers.chunk) * layers.chunk * per_token
+    speeds = kernel.forward.flops_per_second, kernel.backward.flops_per_second
+    return flops / speeds[0] + 2 * flops / speeds[1] + 2 * kernel.call_seconds
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "nemotron_h"])
+def test_recurrent_layers_scan_their_slices_and_wait_for_states(model_type):
+    """Rank 0 holds both ends of a document: it receives one state in forward and one gradient in backward."""
+    model = CostModel.from_config({"model_type": model_type, **SIZES, **HYBRIDS[model_type]}, H100, itemsize=4)
+    layers, kernel = model.recurrent, H100.kernel
+    slices = [[(0, 0, 100), (0, 200, 300)], [(0, 100, 200), (1, 0, 30)], [(2, 0, 50)]]
+    plan = ShardPlan([300, 30, 50], 3, slices).validate()
+    scan, exposed, transfer = recurrent_part(model, plan)
+    held = [(0, 100), (200, 100)], [(100, 100), (0, 30)], [(0, 50)]
+    assert scan == pytest.approx([layers.count * seconds_of_scans(layers, kernel, each) for each in held], rel=1e-12)
+    link = H100.intra_node
+    halo = link.latency_seconds + 4 * layers.halo_width * 4 / link.bytes_per_second
+    state = link.latency_seconds + layers.summary_bytes / link.bytes_per_second
+    expected = [layers.count * 2 * (halo + state)] * 2 + [0]
+    assert exposed == pytest.approx(expected, rel=1e-9, abs=1e-15) and transfer == pytest.approx(expected, rel=1e-9)
+
+
+def test_gradients_of_states_go_to_ranks_with_earlier_slices():
+    """In forward rank 2 receives the states of three slices. In backward it sends its gradient to both other ranks."""
+    model = CostModel.from_config({"model_type": "qwen3_next", **SIZES, **HYBRIDS["qwen3_next"]}, H100)
+    layers, link = model.recurrent, H100.intra_node
+    plan = ShardPlan([400], 3, [[(0, 0, 100), (0, 200, 300)], [(0, 100, 200)], [(0, 300, 400)]]).validate()
+    _, _, transfer = recurrent_part(model, plan)
+    halos = [2, 1, 1]  # the most slices to or from which each rank moves a halo
+    rows = [(3, 2), (2, 2), (3, 2)]  # the most states that each rank receives or sends in forward and backward
+    report = plan.report()
+    assert [max(pair) for pair in zip(report["states_received"], report["states_sent"])] == [row[0] for row in rows]
+    grads = [max(pair) for pair in zip(report["state_grads_received"], report["state_grads_sent"])]
+    assert grads == [row[1] for row in rows]
+    for rank, (forward, backward) in enumerate(rows):
+        wire = 4 * link.latency_seconds + (forward + backward) * layers.summary_bytes / link.bytes_per_second
+        wire += 2 * halos[rank] * 4 * layers.halo_width * 2 / link.bytes_per_second
+        assert transfer[rank] == pytest.approx(layers.count * wire, rel=1e-9)
+
+
+def test_states_between_nodes_are_forwarded_inside_them():
+    """Of four ranks in a chain on two nodes, each moves one state inside its node and one between nodes."""
+    profile = dataclasses.replace(H100, ranks_per_node=2)
+    model = CostModel.from_config(QWEN3_NEXT, profile)
+    model = dataclasses.replace(model, recurrent=dataclasses.replace(model.recurrent, halo_width=0))
+    slices = [[(0, 100 * rank, 100 * rank + 100)] for rank in range(4)]
+    plan = ShardPlan([400], 4, slices, None, 2).validate()
+    assert plan.ranks_per_node == 2
+    _, _, transfer = recurrent_part(model, plan)
+    inside, between = (
+        link.latency_seconds + 4 * 2**20 / link.bytes_per_second for link in (profile.intra_node, profile.inter_node)
+    )
+    first = max(inside, between)
+    # In forward the ranks of the second node forward what came from the first, in backward those of the first node.
+    assert transfer == pytest.approx([36 * (2 * first + inside)] * 4, rel=1e-9)
+
+
+def test_recurrent_layers_of_whole_documents_wait_for_nothing():
+    model = CostModel.from_config(QWEN3_NEXT, H100)
+    plan = plan_documents([3000, 2000, 1000, 900], 2, strategy="whole_doc")
+    scan, exposed, transfer = recurrent_part(model, plan)
+    assert not exposed.any() and not transfer.any()
+    linear, attention = model.document_times(plan.lengths)
+    alone, _ = attention_alone(model).document_times(plan.lengths)
+    launches = 36 * 2 * 2 * H100.kernel.call_seconds
+    assert (linear - alone).sum() == pytest.approx(scan.sum() - launches, rel=1e-9)
+    assert attention == pytest.approx(attention_alone(model).document_times(plan.lengths)[1], rel=1e-12)
+
+
+def test_short_convolutions_only_wait_for_their_halo():
+    model = CostModel.from_config({"model_type": "lfm2", **SIZES, **HYBRIDS["lfm2"]}, H100)
+    plan = ShardPlan([300], 2, [[(0, 0, 100)], [(0, 100, 300)]]).validate()
+    scan, exposed, _ = recurrent_part(model, plan)
+    halo = H100.intra_node.latency_seconds + 4 * 64 * 2 / H100.intra_node.bytes_per_second
+    assert not scan.any() and exposed == pytest.approx([3 * 2 * halo] * 2, rel=1e-9)
+
+
+def test_slow_links_favour_plans_with_few_states():
+    """With a hardware profile, too, plans of a hybrid model are chosen by what its states cost."""
+    slow = dataclasses.replace(
+        H100,
+        intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=2e9),
+        inter_node=dataclasses.replace(H100.inter_node, bytes_per_second=2e9),
+    )
+    model = CostModel.from_config(QWEN3_NEXT, slow)
+    lengths = sample_pack("prolong64k", 131072, seed=1)
+    plans = [
+        plan_documents(lengths, 8, cost_model=each, max_imbalance=1.3) for each in (model, attention_alone(model))
+    ]
+    states = [sum(plan.report()["states_received"]) for plan in plans]
+    assert states[0] < states[1] and model.step_time(plans[0]).seconds < model.step_time(plans[1]).seconds
+    assert model.state_tokens == 6144 and attention_alone(model).state_tokens == 0
+
+
+def test_plans_with_few_states_are_among_those_that_are_timed(monkeypatch):
+    slow = dataclasses.replace(H100, intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=2e9))
+    model = CostModel.from_config(QWEN3_NEXT, slow)
+    caps, candidates = Caps(tuple(sample_pack("pile", 65536, seed=1)), 4, 1.1, 1.02), fastest._candidates
+    seconds = model.step_time(fastest.fastest(caps, model)).seconds
+    monkeypatch.setattr(fastest, "_candidates", lambda caps, nodes, price: candidates(caps, nodes, 0.0))
+    assert seconds < 0.9 * model.step_time(fastest.fastest(caps, model)).seconds
+
+
+def test_plan_command_counts_states(capsys, tmp_path):
+    path, lengths = tmp_path / "config.json", [65536, 32768, 16384, 8192, 8192]
+    path.write_text(json.dumps(QWEN3_NEXT))
+    line = f"plan --lengths {','.join(map(str, lengths))} --cp-size 8 --model {path}".split()
+    plan = plan_documents(lengths, 8, state_tokens=6144.0)
+    report = plan.report()
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] == plan.to_dict() and "step_time" not in found
+    assert found["report"]["states_received"] == report["states_received"]
+    assert found["report"]["varlen_calls"] == plan.report(kernel="torch_flash", query_heads=16)["varlen_calls"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    heading, rank = out.splitlines()[2], out.splitlines()[3]
+    assert heading.endswith("states received  states sent")
+    assert rank.split()[-2:] == [str(report["states_received"][0]), str(report["states_sent"][0])]
+    most = max(report["states_received"]) * 36 * 4 / 1024
+    total = sum(report["states_received"])
+    assert f"states moved            {total} in each recurrent layer; at most {most:.2f} GiB to a rank" in out
+    assert main([*line, "--hardware", "h100"]) == 0
+    assert " ms of scans\n" in capsys.readouterr().out
+    path.write_text(json.dumps(LLAMA_8B))
+    assert main(line) == 0
+    assert "states" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model_type, given",
+    [
+        ("qwen3_next", {"num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 24, "num_experts_per_tok": 2,
+                        "moe_intermediate_size": 40, "shared_expert_intermediate_size": 20}),
+        ("qwen3_5_text", {"num_hidden_layers": 9, "full_attention_interval": 3, "num_key_value_heads": 2,
+                          "head_dim": 24}),
+        ("kimi_linear", {"num_hidden_layers": 9, "v_head_dim": 128, "qk_nope_head_dim": 128, "kv_lora_rank": 512,
+                         "qk_rope_head_dim": 64, "num_experts_per_token": 4, "num_experts": 16,
+                         "num_shared_experts": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 40}),
+        ("kimi_linear", {"num_hidden_layers": 4, "v_head_dim": 128, "qk_nope_head_dim": 128, "kv_lora_rank": 512,
+                         "qk_rope_head_dim": 64, "num_experts_per_token": 4, "num_experts": 16,
+                         "num_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 40,
+                         "linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "num_heads": 6,
+                                                "head_dim": 10, "short_conv_kernel_size": 5}}),
+        ("bailing_hybrid", {"num_hidden_layers": 8, "layer_group_size": 3, "head_dim": 10, "kv_lora_rank": 512,
+                            "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
+                            "num_experts_per_tok": 4, "num_experts": 16, "num_shared_experts": 1,
+                            "first_k_dense_replace": 2, "moe_intermediate_size": 40}),
+        ("olmo_hybrid", {"num_hidden_layers": 6}),
+        ("olmo_hybrid", {"num_hidden_layers": 3}),
+        ("bamba", {"num_hidden_layers": 6, "attn_layer_indices": [1, 4], "num_key_value_heads": 2}),
+        ("granitemoehybrid", {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "attention"],
+                              "num_local_experts": 0, "shared_intermediate_size": 20, "num_experts_per_tok": 0}),
+        ("falcon_h1", {"num_hidden_layers": 3, "num_key_value_heads": 2, "mamba_d_ssm": 1536}),
+        ("nemotron_h", {"hybrid_override_pattern": "M-M*ME", "num_key_value_heads": 2, "head_dim": 16,
+                        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+                        "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 50}),
+        ("zamba2", {"num_hidden_layers": 54}),
+        ("zamba2", {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]}),
+        ("lfm2", {"num_hidden_layers": 5, "full_attn_idxs": [2, 4], "num_key_value_heads": 2, "block_ff_dim": 96}),
+        ("lfm3", {"num_hidden_layers": 9, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 256}),
+    ],
+)  # fmt: skip
+def test_config_files_need_not_have_every_entry(model_type, given):
+    """A config.json as models are published says as much as the config that transformers makes of it."""
+    raw = {"model_type": model_type, **{key: value for key, value in SIZES.items() if key not in given}, **given}
+    if model_type == "nemotron_h":
+        del raw["num_hidden_layers"]
+    config = AutoConfig.for_model(**raw)
+    assert ModelShape.from_config(raw) == ModelShape.from_config(config) != ModelShape.from_config(LLAMA_8B)
 
 
 def test_predictions_match_published_kernel_speeds():
@@ -316,7 +570,7 @@ def test_plan_command_predicts_and_plans_for_time(capsys, config_file):
 
 def test_plan_command_names_missing_options(capsys, tmp_path):
     line = "plan --lengths 100,20 --cp-size 2 --hardware h100".split()
-    assert main(line) == 2 and "--hardware and --model go together" in capsys.readouterr().err
+    assert main(line) == 2 and "--hardware needs --model: times depend on both" in capsys.readouterr().err
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     assert main([*line, "--model", str(broken)]) == 2 and "no config could be read" in capsys.readouterr().err

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_flashcp.attention.kernels import BackwardInputs, ScoreOptions
 from hf_flashcp.bench.memory import CASES, LLAMA, RANK_CASES, compare, compare_on_ranks
+from hf_flashcp.doctor.tiny import default_config
 from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.layout import RankPlan, Rectangle
-from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
+from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, plan_documents
 from hf_flashcp.predict.attention_memory import attention_backward, backward_buffers, backward_workspace
 from hf_flashcp.predict.layer_work import largest_calls
 from hf_flashcp.predict.memory import PARTS, MemoryEstimate, estimate_memory, largest_window
 from hf_flashcp.predict.memory_shape import MemoryShape
+from hf_flashcp.predict.mixer_memory import mixer_backward, mixer_bytes
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from hf_flashcp.predict.training_setup import KERNELS, RankLoad, TrainingSetup
-from hf_flashcp.simulation.sizing import Choice, best, choices, cp_sizes, usable_bytes
+from hf_flashcp.simulation.sizing import Choice, best, busiest_load, choices, cp_sizes, usable_bytes
+from tests.hybrid_sizes import HYBRIDS, QWEN3_NEXT, SIZES
 from tests.kernel_cases import EmulatedVarlen
 from tests.models import FAMILIES
 from tests.test_cli import png_size, run
@@ -100,8 +103,120 @@ def test_parameters_are_counted(family):
     assert abs(MemoryShape.from_config(model.config).parameters / counted - 1) < 0.05
 
 
-def test_parameters_of_a_known_model():
+def test_parameters_of_known_models():
     assert MemoryShape.from_config(LLAMA_3_8B).parameters == 8_030_261_248
+    assert MemoryShape.from_config(QWEN3_NEXT).parameters / 1e9 == pytest.approx(79.7, abs=0.05)
+
+
+@pytest.mark.parametrize("model_type, sizes", [*HYBRIDS.items(), ("zamba2", None), ("granitemoehybrid", None)])
+def test_parameters_of_hybrid_models_are_counted(model_type, sizes):
+    """A norm of the output and a few values per head are not counted. Zamba2 repeats its attention block."""
+    config = default_config(model_type) if sizes is None else AutoConfig.for_model(model_type, **{**SIZES, **sizes})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(MemoryShape.from_config(config).parameters / counted - 1) < 0.006
+
+
+def test_states_are_kept_in_recurrent_layers_alone():
+    """Qwen3-Next has 36 recurrent layers, whose states have 4 MiB, and 12 attention layers."""
+    shape = MemoryShape.from_config(QWEN3_NEXT)
+    load = RankLoad(4096, 2000, 1000, batch_tokens=32768)
+    cut = load._replace(states_received=7, states_held=3, continued_tokens=3000)
+    state, response = 3 * 4 * 2**20, 3000 * 2 * 32 * 128
+    for mode, kept, repeated in (("none", 1, 0), ("full", 0, 1), ("attention-saving", 0, 1)):
+        setup = TrainingSetup(gpus=8, gradient_checkpointing=mode)
+        whole, found = (estimate_memory(shape, setup, each) for each in (load, cut))
+        at_loss, last, first = (
+            found.moments[name]["states"] for name in ("loss", "last layer's backward", "first layer's backward")
+        )
+        assert at_loss == 36 * kept * (state + response)
+        assert (last, first) == (at_loss + repeated * (state + response), state + response)
+        assert found.kept - whole.kept == at_loss
+        assert not any(parts["states"] for parts in whole.moments.values())
+        kv = 0 if mode == "full" else 12 * 2000 * 2 * 2 * 256 * 2
+        assert found.moments["loss"]["received KV"] == kv
+    scaled = cut.scaled(8192, 65536)
+    assert scaled == RankLoad(8192, 4000, 2000, 4000, 2, 65536, False, 7, 3, 6000)
+
+
+def test_activations_of_a_hybrid_model_follow_its_kinds_of_layers():
+    """With more recurrent layers and fewer attention layers, or without feed-forward blocks, other widths are kept."""
+    setup, load = TrainingSetup(), RankLoad(1000)
+
+    def kept(kinds, **changes):
+        config = {**QWEN3_NEXT, "num_hidden_layers": len(kinds), "layer_types": kinds, **changes}
+        return estimate_memory(MemoryShape.from_config(config), setup, load).kept
+
+    none, one, two = (kept([*["linear_attention"] * count, "full_attention"]) for count in range(3))
+    assert two - one == pytest.approx(one - none)
+    other = kept(["linear_attention", "full_attention", "full_attention"])
+    shape = MemoryShape.from_config(QWEN3_NEXT)
+    assert two - other == pytest.approx(1000 * (mixer_bytes(shape, shape.recurrent, setup) - _attention_bytes()))
+    wide = kept(["linear_attention", "full_attention"], linear_num_value_heads=64)
+    # Values before and after the convolution, gate, output, its norm, gated product; normed keys and queries; inverse.
+    more = 32 * 128 * (2 * 2 + 2 + 2 + 2 + 8) + 2 * 2 * 32 * 128 + 2 * 32 * 64 + 8 * 32
+    assert wide - one == pytest.approx(1000 * more)
+
+
+def test_layers_without_a_feed_forward_block_keep_none():
+    """A block of Nemotron-H keeps its norm's input and output, and input and output of its activation."""
+    setup, load = TrainingSetup(), RankLoad(1000)
+    with_block, without = (
+        estimate_memory(
+            MemoryShape.from_config(
+                {"model_type": "nemotron_h", **SIZES, **HYBRIDS["nemotron_h"], "layers_block_type": kinds}
+            ),
+            setup,
+            load,
+        ).kept
+        for kinds in (["linear_attention", "full_attention", "mlp"], ["linear_attention", "full_attention"])
+    )
+    assert with_block - without == pytest.approx(1000 * ((4 + 2) * 64 + 2 * 64 + 2 * 2 * 96))
+
+
+def _attention_bytes():
+    """What an attention layer of Qwen3-Next keeps per token in bf16, with the norm before it."""
+    norms = 8 * 2048 + 8 * (16 + 2) * 256
+    queries, kv, output = 2 * 16 * 256, 2 * 2 * 2 * 256, 2 * 16 * 256 + 4 * 16
+    gates = 2 * 2 * 16 * 256
+    return norms + 2 * 2048 + queries + kv + output + gates
+
+
+def test_backward_of_a_mixer_holds_gradients_states_and_what_is_received():
+    shape, setup = MemoryShape.from_config(QWEN3_NEXT), TrainingSetup()
+    load = RankLoad(4096, states_received=5)
+    point = mixer_backward(shape, shape.recurrent, setup, load, freed=7.0)
+    operands = 2 * 8192 + 2 * 4096 + 2 * 4096
+    expected = 2 * 4096 * 2 * 2048 + 2 * 4096 * operands + 2 * 2 * 64 * 32 * 128 * 128 + 5 * 4 * 2**20
+    assert (point.temporary, point.workspace, point.freed) == (expected, 0, 7.0)
+
+
+def test_choices_count_the_states_of_a_hybrid_model():
+    model = CostModel.from_config(QWEN3_NEXT, H100)
+    alone, shared = choices(QWEN3_NEXT, H100, TrainingSetup(gpus=8), [32768], [1, 8])
+    plan = plan_documents([32768], 8, cost_model=model)
+    report, load = plan.report(), busiest_load(plan, model)
+    assert alone.state_bytes == 0
+    assert shared.state_bytes == 36 * 4 * 2**20 * max(report["states_received"])
+    assert shared.kv_bytes == pytest.approx(12 * 2 * 2 * 256 * 2 * max(report["kv_received"]))
+    assert load.states_received == max(report["states_received"] + report["state_grads_received"])
+    assert load.states_held == max(map(len, plan.slices))
+    assert load.continued_tokens == 32768 // 8  # a rank that does not hold the head of the document
+    backwards = ShardPlan([400], 3, [[(0, 100, 200), (0, 300, 400)], [(0, 200, 300)], [(0, 0, 100)]])
+    assert max(backwards.report()["states_received"]) == 2 and busiest_load(backwards, model).states_received == 3
+    whole = busiest_load(plan_documents([64] * 8, 8, cost_model=model), model)
+    assert (whole.states_received, whole.states_held, whole.continued_tokens) == (0, 0, 0)
+    plan = ShardPlan([100, 40], 2, [[(0, 0, 60)], [(0, 60, 100), (1, 0, 40)]])
+    assert busiest_load(plan, model)[-3:] == (1, 1, 40)
+
+
+def test_command_estimates_a_hybrid_model(capsys, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_NEXT))
+    code, out, err = run(capsys, f"estimate --model {path} --window 65536 --gpus 64")
+    assert (code, err) == (0, "") and out.startswith("79.67 billion parameters")
+    assert "states GiB per rank" in out and "\nstates  " in out
 
 
 SHAPE = MemoryShape.from_config(LLAMA_3_8B)
@@ -381,7 +496,7 @@ def test_choices_use_the_cost_model_s_times():
 
 def _choice(cp_size, fits, tokens_per_second):
     memory = MemoryEstimate({"loss": dict.fromkeys(PARTS, 1.0)}, 1.0)
-    return Choice(cp_size, memory, 1024, fits, 1.0, tokens_per_second, 0.0, 0.0)
+    return Choice(cp_size, memory, 1024, fits, 1.0, tokens_per_second, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +529,7 @@ def test_command_prints_a_table(capsys, config):
     assert out.splitlines()[0].endswith(", kernel flash_attn_3")
     assert "\ncp_size 16: the only one that fits" in out
     for part in (*PARTS, "sum", "attention-saving"):
-        assert f"\n  {part}" in out or f"\n{part}" in out
+        assert (f"\n  {part}" in out or f"\n{part}" in out) == (part != "states")
     assert "\nin the last layer's backward: 27.9 GiB, of which 6.4 GiB is attention workspace\n" in out
     table = out.splitlines()[3:9]
     assert len({len(row) for row in table}) == 1

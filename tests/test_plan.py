@@ -16,6 +16,7 @@ from hf_flashcp.layout import RankPlan
 from hf_flashcp.plan import shard_plan
 from hf_flashcp.plan.kernel_calls import GRIDS
 from hf_flashcp.planning import STRATEGIES, ShardPlan, kv_bytes, plan_documents
+from tests.independent_plan_checker import check_plan
 from tests.kernel_cases import EmulatedVarlen
 from tests.kernel_cases import make as kernel_inputs
 from tests.kernel_cases import run as run_kernel
@@ -108,6 +109,21 @@ def test_report_equals_a_query_by_query_count(plan):
     assert report["grad_sent"] == report["kv_received"] and report["grad_received"] == report["kv_sent"]
     assert report["kv_total"] == sum(report["kv_sent"])
     assert report["kv_all_gather"] == (plan.cp_size - 1) * sum(plan.lengths)
+
+
+@given(arbitrary_plans())
+def test_reported_states_equal_a_run_by_run_count(plan):
+    report, counts = plan.report(), check_plan(plan.lengths, plan.cp_size, plan.slices)
+    for name in ("states_received", "states_sent", "state_grads_received", "state_grads_sent"):
+        assert report[name] == counts[name].tolist()
+
+
+def test_states_of_a_known_plan():
+    """Rank 0 needs the states of ranks 1 and 2 for its last slice. Document 2 is whole."""
+    slices = [[(0, 0, 30), (0, 80, 100)], [(0, 30, 60)], [(0, 60, 80), (1, 0, 3)], [(1, 3, 5), (2, 0, 7)]]
+    report = ShardPlan([100, 5, 7], 4, slices).validate().report()
+    assert (report["states_received"], report["states_sent"]) == ([2, 1, 2, 1], [2, 2, 2, 0])
+    assert (report["state_grads_received"], report["state_grads_sent"]) == ([2, 2, 2, 0], [2, 1, 2, 1])
 
 
 @given(arbitrary_plans())

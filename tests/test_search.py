@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hf_flashcp.planning import ShardPlan, plan_documents
 from hf_flashcp.planning.algorithm1 import algorithm1, equalize_tokens, flashcp
 from hf_flashcp.planning.caps import Caps
 from hf_flashcp.planning.lower_bound import kv_lower_bound
+from hf_flashcp.planning.search.candidates import Candidate
 from hf_flashcp.planning.search.repair import Pool, repair, share_out, shared_costs
 from hf_flashcp.planning.search.search import search
 from hf_flashcp.planning.sharding import assign_whole, give_empty_ranks_a_token, per_doc
@@ -194,6 +196,68 @@ def test_large(lengths, cp_size):
     by_document = check_plan(lengths, cp_size, per_doc(tuple(lengths), cp_size))
     assert costs(counts)[0] <= costs(by_document)[0] and costs(counts)[1] <= costs(by_document)[1]
     assert counts["pairs"].max() <= max(1.05 * counts["pairs"].sum() / cp_size, by_document["pairs"].max())
+
+
+def priced(lengths, slices, price):
+    """Return the total and the bottleneck of a plan with the price of states and of short slices."""
+    slices = ShardPlan(lengths, len(slices), slices).slices
+    counts = check_plan(lengths, len(slices), slices)
+    short = np.array([sum(stop - start < min(64, lengths[d]) for d, start, stop in held) for held in slices])
+    received = counts["received"] + price * (counts["states_received"] + short)
+    sent = counts["sent"] + price * (counts["states_sent"] + short)
+    return received.sum(), max(received.max(), sent.max())
+
+
+def test_states_are_part_of_the_traffic_that_plans_are_compared_by():
+    """Rank 0 holds a short slice, and a whole document that is as short. Rank 1 receives one state and sends one."""
+    slices = [[Slice(0, 0, 40), Slice(0, 200, 230), Slice(0, 230, 300), Slice(1, 0, 40)], [Slice(0, 40, 200)]]
+    found = Candidate(slices).priced((300, 40), 1000.0)
+    assert (found.total, found.bottleneck) == (160 + 40 + 2 * 1000 + 1000, 160 + 2 * 1000)
+    assert (found.total, found.bottleneck) == priced((300, 40), slices, 1000)
+    assert (Candidate(slices).total, Candidate(slices).bottleneck) == (200, 160)
+
+
+@settings(max_examples=60)
+@given(
+    packs(max_documents=8, max_length=700),
+    st.sampled_from([(1.05, 1.0), (1.0, 1.0), (1.3, 1.05), (1.1, 1.5)]),
+    st.sampled_from([1.0, 50.0, 6144.0]),
+    st.booleans(),
+)
+def test_plans_with_a_price_of_states(case, caps, price, minimize_total):
+    """They obey the caps, and no plan that the search finds without a price would be chosen over them."""
+    lengths, cp_size = case
+    limits = Caps(tuple(lengths), cp_size, *caps)
+    slices, without = (search(limits, minimize_total=minimize_total, state_tokens=each) for each in (price, 0.0))
+    counts, others = (check_plan(lengths, cp_size, each) for each in (slices, without))
+    assert_caps(counts, caps[1])
+    assert counts["pairs"].max() <= max(limits.most_pairs, others["pairs"].max())
+    total, bottleneck = priced(lengths, slices, price)
+    of_others = priced(lengths, without, price)
+    assert total <= of_others[0] if minimize_total else bottleneck <= of_others[1] or total < of_others[0]
+    theirs = algorithm1(limits)
+    if theirs:
+        most = priced(lengths, theirs, price)
+        assert total <= most[0] and (minimize_total or bottleneck <= most[1])
+
+
+def test_with_a_price_of_states_algorithm_1_may_have_the_best_plan():
+    lengths, caps = (94, 23, 13, 10, 167, 275), (1.3, 1.05)
+    theirs = algorithm1(Caps(lengths, 2, *caps))
+    most = priced(lengths, theirs, 6144.0)
+    assert priced(lengths, search(Caps(lengths, 2, *caps)), 6144.0) > most
+    assert priced(lengths, search(Caps(lengths, 2, *caps), state_tokens=6144.0), 6144.0) == most
+
+
+def test_a_price_of_states_leads_to_fewer_states_and_short_slices():
+    states, short = {0.0: 0, 6144.0: 0}, {0.0: 0, 6144.0: 0}
+    for corpus in LENGTH_DISTRIBUTIONS:
+        lengths = sample_pack(corpus, 131072, seed=1)
+        for caps, price in itertools.product(((1.05, 1.0), (1.05, 1.02), (1.3, 1.05)), states):
+            slices = search(Caps(tuple(lengths), 8, *caps), state_tokens=price)
+            states[price] += check_plan(lengths, 8, slices)["states_received"].sum()
+            short[price] += sum(stop - start < min(64, lengths[d]) for held in slices for d, start, stop in held)
+    assert states[6144.0] < states[0.0] and short[6144.0] <= 0.75 * short[0.0]
 
 
 def geometric_mean(values):

@@ -16,10 +16,13 @@ from hf_flashcp import (
     plan_documents,
     shard_inputs,
 )
+from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
+from hf_flashcp.doctor.tiny import default_config
 from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.integrations.plugin import _PLAN_SETTINGS
 from hf_flashcp.planning import PlanSettings, plan_with
 from hf_flashcp.planning.settings import current_settings
+from hf_flashcp.predict.model_shape import LLAMA_3_8B, ModelShape
 from tests import settings_cases
 from tests.models import build_model, make_documents
 from tests.trainer_cases import training_arguments
@@ -34,7 +37,7 @@ def features():
 
 def test_the_plugin_has_every_setting_of_plans():
     given = {field.name for field in dataclasses.fields(PlanSettings)}
-    assert set(_PLAN_SETTINGS) == given - {"cost_model", "minimize_total", "rotate_ranks"}
+    assert set(_PLAN_SETTINGS) == given - {"cost_model", "minimize_total", "rotate_ranks", "state_tokens"}
     assert given & {field.name for field in dataclasses.fields(FlashCPPlugin)} == set(_PLAN_SETTINGS)
 
 
@@ -114,6 +117,70 @@ def test_hardware_uses_the_attached_model():
     attach(model, None)
     assert collator.settings.cost_model == CostModel.from_config(model.config, "h100", itemsize=4)
     assert collator.settings is plugin.plan_settings and collator(features())["flashcp_plan"].cp_size == 1
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "llama", "lfm2", "nemotron_h", "qwen3_next"])
+def test_an_attached_model_sets_the_price_of_states(family):
+    plugin, collator = FlashCPPlugin(cp_size=1), FlashCPCollator()
+    assert collator.settings.state_tokens == 0
+    model = build_model(family, dtype=torch.float32)
+    attach(model, None)
+    expected = ModelShape.from_config(model.config).state_tokens(4)
+    assert (expected > 0) == (family in ("nemotron_h", "qwen3_next"))
+    assert collator.settings.state_tokens == expected and collator.settings is plugin.plan_settings
+    assert pickle.loads(pickle.dumps(collator)).settings.state_tokens == expected
+    attach(build_model("llama", dtype=torch.float32), None)
+    assert collator.settings.state_tokens == 0
+    FlashCPCollator(settings=PlanSettings(1)).share_settings(PlanSettings(1, state_tokens=5.0))
+
+
+def test_only_search_without_hardware_has_a_price_of_states():
+    config = build_model("qwen3_next").config
+    given = PlanSettings(4), PlanSettings(4, "per_doc"), PlanSettings(4, hardware="h100")
+    for settings in given:
+        settings.for_model(config)
+    assert [settings.state_tokens > 0 for settings in given] == [True, False, False]
+    assert given[2].cost_model.recurrent == ModelShape.from_config(config).recurrent
+    odd = PlanSettings(4)
+    odd.for_model({"model_type": "a family without the usual names"})
+    assert odd == PlanSettings(4)
+
+
+def test_prices_of_states_reach_plans():
+    """The first plan has the least KV, the second one fewer states."""
+    lengths, caps = [131072], {"max_token_imbalance": 1.02}
+    settings = PlanSettings(8, state_tokens=6144.0, **caps)
+    plan = plan_documents(lengths, 8, state_tokens=6144.0, **caps)
+    without = plan_documents(lengths, 8, **caps)
+    assert plan_with(settings, lengths) == plan != without
+    assert sum(plan.report()["states_received"]) < sum(without.report()["states_received"])
+    assert plan_documents(lengths, 8, state_tokens=0.0, **caps) == without
+
+
+@pytest.mark.parametrize("model_type", ["llama", "lfm3"])
+def test_models_without_states_are_planned_as_ever(model_type):
+    settings = PlanSettings(8)
+    settings.for_model(default_config(model_type))
+    assert settings == PlanSettings(8)
+    for corpus in LENGTH_DISTRIBUTIONS:
+        for seed in range(3):
+            lengths = sample_pack(corpus, 65536, seed=seed)
+            assert plan_with(settings, lengths) == plan_documents(lengths, 8)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"state_tokens": -1.0}, "state_tokens is -1.0: it is the price of a state in tokens of KV"),
+        ({"state_tokens": float("inf")}, "state_tokens is inf"),
+        ({"state_tokens": "6144"}, "state_tokens is '6144'"),
+        ({"state_tokens": 1.0, "strategy": "per_doc"}, "state_tokens is an option of the strategy 'search', not of"),
+        ({"state_tokens": 1.0, "cost_model": CostModel.from_config(LLAMA_3_8B, "h100")}, "price states themselves"),
+    ],
+)
+def test_prices_that_are_refused(option, message):
+    with pytest.raises(PlanError, match=message):
+        plan_documents(LENGTHS, 4, **option)
 
 
 def test_a_topology_takes_the_place_of_the_profiles_nodes():

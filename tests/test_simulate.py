@@ -25,6 +25,8 @@ from hf_flashcp.predict.timeline import Timeline
 from hf_flashcp.predict.training_setup import RankLoad, TrainingSetup
 from hf_flashcp.simulation.baselines import BASELINES, Layer, RingPieces, passes, shared_tokens
 from hf_flashcp.simulation.simulate import EXACT, NAMES, TIMED, simulate
+from hf_flashcp.simulation.sizing import step_seconds
+from tests.hybrid_sizes import QWEN3_NEXT
 from tests.packs import KNOWN_PACKS, owners, packs
 from tests.step_time_evaluator import call_seconds as counted_call
 
@@ -242,7 +244,7 @@ def test_exact_schemes_are_the_cost_models():
     assert list(found) == [*NAMES]
     for name, outcome in found.items():
         assert outcome.to_dict() == again[name].to_dict()
-        total = sum(getattr(outcome.time, part) for part in ("linear", "attention", "copies", "exposed"))
+        total = sum(getattr(outcome.time, part) for part in ("linear", "attention", "scan", "copies", "exposed"))
         assert outcome.step_seconds == pytest.approx(total.max()) and (outcome.time.exposed > -1e-12).all()
     for name in EXACT:
         options = {"cost_model": model} if name == TIMED else {"strategy": name, "topology": Topology(4)}
@@ -252,6 +254,46 @@ def test_exact_schemes_are_the_cost_models():
         for link, received in zip(("intra", "inter"), found[name].received):
             assert received / (32 * 8 * 256 * 2) == pytest.approx(report[f"{link}_node_received"])
     assert found[TIMED].step_seconds <= min(found[name].step_seconds for name in ("search", "flashcp"))
+
+
+@pytest.mark.parametrize("lengths", [[131072], [98304] + [1024] * 32])
+def test_a_hybrid_model_of_80_billion_parameters(lengths):
+    """Qwen3-Next-80B-A3B on 128K tokens and 8 ranks: cut documents are several times as fast as whole ones."""
+    model = CostModel.from_config(QWEN3_NEXT, "h100")
+    found = simulate(lengths, 8, QWEN3_NEXT, model, gradient_checkpointing="full")
+    assert list(found) == [*EXACT]  # no baseline has an exchange of states
+    times = {name: outcome.step_seconds for name, outcome in found.items()}
+    assert times[TIMED] == min(times.values()) and times["whole_doc"] > 4 * times[TIMED]
+    plan = plan_documents(lengths, 8, topology=Topology(8), state_tokens=6144.0)
+    report, received = plan.report(), found["search"].received
+    halo = [36 * 3 * 8192 * 2 * sum(piece.start > 0 for piece in held) for held in plan.slices]
+    kv = [12 * 2 * 2 * 256 * 2 * tokens for tokens in report["kv_received"]]
+    states = [36 * 4 * 2**20 * count for count in report["states_received"]]
+    assert received[0].tolist() == [sum(parts) for parts in zip(kv, states, halo)] and not received[1].any()
+    outcome = found["search"]
+    assert outcome.step_seconds == pytest.approx(step_seconds(model.step_time(plan), "full"))
+    again = model.step_time(plan)
+    repeated = again.linear / 3 + again.scan / 3 + again.attention * 2 / 7 + (again.copies + again.exposed) / 2
+    assert outcome.step_seconds == pytest.approx((again.of_ranks + repeated).max())
+    assert outcome.to_dict()["scan_seconds"] > 0
+    flops = 131072 * (model.linear_flops_per_token + 36 * 32 * (6 * 128 * 128 + 64 * 10 * 128))
+    flops += 12 * 16 * 4 * 256 * sum(length * (length + 1) // 2 for length in lengths)
+    assert outcome.mfu == pytest.approx(3 * flops / (outcome.step_seconds * 8 * 989e12))
+
+
+def test_simulation_of_a_hybrid_model_is_printed(capsys, tmp_path):
+    path, picture = tmp_path / "config.json", tmp_path / "simulation.png"
+    path.write_text(json.dumps(QWEN3_NEXT))
+    line = f"simulate --lengths 6000,1000,800 --cp-size 2 --model {path} --plot {picture}"
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert "  scan  " in out and "ours, whole_doc" in out and picture.stat().st_size > 10_000
+    for name in BASELINES:
+        title = BASELINES[name].title
+        assert f"left out: {title}: it has no exchange for recurrent and convolutional layers" in out
+        assert sum(line.startswith(title) for line in out.splitlines()) == 0
+    assert main("simulate --lengths 6000,1000,800 --cp-size 2".split()) == 0
+    assert "  scan  " not in capsys.readouterr().out
 
 
 def test_utilization_counts_only_the_models_work():
@@ -379,7 +421,7 @@ def test_lengths_from_files(tmp_path, lengths_file):
 
 
 SCHEME_KEYS = {
-    *(f"{part}_seconds" for part in ("step", "attention_module", "linear", "attention", "copies", "exposed")),
+    *(f"{part}_seconds" for part in ("step", "attention_module", "linear", "attention", "scan", "copies", "exposed")),
     "repeated_seconds",
     *("transfer_seconds", "busiest_attention_seconds", "mfu", "intra_node_bytes", "inter_node_bytes", "memory_bytes"),
     *("over_reference", "attention_over_reference"),

@@ -12,9 +12,11 @@ from hf_flashcp.bench.plans.plan_quality import measure, text
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
+from hf_flashcp.plan.slices import Slice
 from hf_flashcp.planning import CostModel, HardwareProfile, PlanSettings, ShardPlan, Topology, fastest, plan_documents
 from hf_flashcp.planning.caps import Caps
 from hf_flashcp.planning.fastest import node_plans
+from hf_flashcp.planning.search.nodes import busiest as busiest_links
 from hf_flashcp.planning.search.nodes import grouped
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from tests.independent_plan_checker import assert_caps, check_plan
@@ -101,6 +103,29 @@ def test_plans_for_nodes_are_valid_and_never_busier(case, max_imbalance, max_tok
         assert plan == flat
     else:
         assert plan.ranks_per_node == ranks_per_node
+
+
+def test_states_are_part_of_the_load_of_links():
+    """Of four ranks in a chain on two nodes, each link between nodes carries one slice, which is then forwarded."""
+    slices = [[Slice(0, 10 * rank, 10 * rank + 10)] for rank in range(4)]
+    assert busiest_links(slices, Topology(2, 7.0))[0] == 7 * 10 + 10
+    assert busiest_links(slices, Topology(2, 7.0), 1000.0) == (7 * 1010 + 1010, 2 * 7 * 1010 + (2 + 2) * 1010)
+
+
+def test_on_one_node_states_have_the_same_price_as_without_nodes():
+    options = {"max_token_imbalance": 1.02, "state_tokens": 6144.0}
+    plan = plan_documents([131072], 8, topology=Topology(8), **options)
+    assert plan == plan_documents([131072], 8, **options) != plan_documents([131072], 8, max_token_imbalance=1.02)
+
+
+@pytest.mark.parametrize("corpus", ["prolong64k", "pile", "magi_real"])
+def test_plans_for_nodes_have_a_price_of_states(corpus):
+    lengths, topology = sample_pack(corpus, 65536, seed=2), Topology(4)
+    plan, without = (plan_documents(lengths, 16, topology=topology, state_tokens=price) for price in (6144.0, 0.0))
+    flat = plan_documents(lengths, 16, state_tokens=6144.0)
+    loads = [busiest_links(each.slices, topology, 6144.0) for each in (plan, flat, without)]
+    assert loads[0] <= min(loads)
+    assert plan.ranks_per_node == 4 and plan.report()["pair_imbalance"] <= 1.05
 
 
 @given(arbitrary_plans(), st.integers(1, 4), st.sampled_from([None, 1, 3, 50]))

@@ -15,6 +15,7 @@ from hf_flashcp.planning import CostModel, HardwareProfile
 from hf_flashcp.simulation.simulate import simulate
 from tests.fuzz.command_lines import no_constant, run
 from tests.fuzz.values import CONFIG, H100
+from tests.hybrid_sizes import HYBRIDS, SIZES
 
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,23 @@ def test_profiles_that_are_refused(change, message):
 def test_configs_that_are_refused(change, message):
     with pytest.raises(ConfigurationError, match=message):
         simulate([50, 20], 2, {**CONFIG, **change}, CostModel.from_config({**CONFIG, **change}, "h100"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layer_types": None, "linear_attn_config": {"head_dim": "128"}}, "a dict of sizes and lists of layers"),
+        ({"layer_types": None, "linear_attn_config": {"full_attn_layers": 4}}, "a dict of sizes and lists of layers"),
+        ({"linear_attn_config": [1]}, "linear_attn_config = .1.: it must be a dict"),
+        ({"mlp_layer_types": "dense"}, "mlp_layer_types = 'dense': it must be a list of names"),
+        ({"num_experts_per_token": 0.5, "num_experts_per_tok": None}, "num_experts_per_token = 0.5"),
+        ({"linear_head_dim": -1}, "linear_head_dim = -1: it must be a whole number"),
+    ],
+)
+def test_configs_of_hybrid_models_that_are_refused(change, message):
+    config = {"model_type": "kimi_linear", **SIZES, **HYBRIDS["kimi_linear"], **change}
+    with pytest.raises(ConfigurationError, match=message):
+        CostModel.from_config(config, "h100")
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"1" * 5000, b'{"hidden_size": 1e999}'])

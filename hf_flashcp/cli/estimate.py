@@ -150,6 +150,7 @@ def _text(estimate: _Estimate) -> str:
         "step": ">",
         "tokens / s": ",.0f",
         "KV GiB per rank": "GiB:,.1f",
+        "states GiB per rank": "GiB:,.1f",
     }
     rows = [
         (
@@ -161,14 +162,18 @@ def _text(estimate: _Estimate) -> str:
             _seconds(choice.step_seconds),
             choice.tokens_per_second,
             choice.kv_bytes,
+            choice.state_bytes,
         )
         for choice in estimate.found
     ]
+    if not any(choice.state_bytes for choice in estimate.found):
+        del columns["states GiB per rank"]  # then the table leaves the last value of each row out
     modes = [
         (mode, choice.memory.total, choice.largest_window, _seconds(choice.step_seconds))
         for mode, choice in estimate.modes.items()
     ]
-    parts = {**shown.memory.parts, "sum": shown.memory.total}
+    parts = {part: size for part, size in shown.memory.parts.items() if size or part != "states"}
+    parts["sum"] = shown.memory.total
     return "\n".join(
         [
             f"{estimate.parameters / 1e9:,.2f} billion parameters, loaded in {setup.dtype}, {precision}, "

@@ -12,7 +12,8 @@ from ..plan.kernel_calls import GRIDS
 from ..plan.slices import rank_pairs
 from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
 from ..predict import CostModel, HardwareProfile, StepTime
-from ..tables import counted, table
+from ..predict.model_shape import ModelShape
+from ..tables import GIB, counted, table
 from . import options
 from .plan_plot import plot_plan
 
@@ -21,6 +22,7 @@ MAX_LISTED_SLICES = 12
 """The slices themselves are listed below the table if no rank has more than this many."""
 
 _SLICES_PER_LINE = 4
+_ITEMSIZE = 2  # bytes per element of KV, whose price states are compared with
 
 
 def add_parser(commands) -> None:
@@ -65,7 +67,7 @@ def add_parser(commands) -> None:
         help="attention kernel whose calls and thread blocks are counted (default torch_flash)",
     )
     options.add_hardware(parser, "predict step times with this profile, and minimize them with the strategy search:")
-    options.add_model(parser, "(with --hardware)")
+    options.add_model(parser, "(for --hardware, and to count the states of recurrent layers)")
     options.add_json(parser, "plan, report and digest")
     options.add_plot(parser, "the plan")
     parser.set_defaults(run=run)
@@ -74,15 +76,19 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plan, draw if asked to, and print."""
     (lengths,) = options.documents(arguments)
-    if (arguments.hardware is None) != (arguments.model is None):
-        raise PlanError("--hardware and --model go together: times depend on both.")
+    if arguments.hardware is not None and arguments.model is None:
+        raise PlanError("--hardware needs --model: times depend on both.")
     given = topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
-    searched, cost_model = arguments.strategy == "search", None
+    searched, cost_model, state_tokens = arguments.strategy == "search", None, 0.0
+    config = None if arguments.model is None else options.read_config(arguments.model)
+    shape = None if config is None else ModelShape.from_config(config)
     if arguments.hardware is not None:
         profile = HardwareProfile.load(arguments.hardware)
         topology = given or Topology(profile.ranks_per_node)
         profile = dataclasses.replace(profile, ranks_per_node=topology.ranks_per_node)
-        cost_model = CostModel.from_config(options.read_config(arguments.model), profile)
+        cost_model = CostModel.from_config(config, profile)
+    elif shape is not None and searched:
+        state_tokens = shape.state_tokens(_ITEMSIZE)
     plan = plan_documents(
         lengths,
         arguments.cp_size,
@@ -91,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         topology=None if searched and cost_model is not None else given,
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
+        state_tokens=state_tokens,
     )
     planned = _Planned(
         plan,
@@ -99,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         cost_model.step_time(plan) if cost_model else None,
         topology,
         arguments.kernel,
-        cost_model.layers[0].query_heads if cost_model and cost_model.layers else 32,
+        shape,
     )
     # Reports come first, so that an invalid sliding window is an error before anything is drawn.
     shown = _as_dict(planned) if arguments.json else _text(planned)
@@ -117,11 +124,18 @@ class _Planned(NamedTuple):
     step_time: StepTime | None
     topology: Topology | None
     kernel: str
-    query_heads: int
+    shape: ModelShape | None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a slice's state in all recurrent layers; 0 if the model has none."""
+        recurrent = self.shape.recurrent if self.shape else None
+        return recurrent.count * recurrent.summary_bytes if recurrent else 0
 
     def report(self, topology: Topology | None, window: int | None = None) -> dict[str, Any]:
         """Return the plan's report with the kernel's calls."""
-        return self.plan.report(window, topology, self.kernel, self.query_heads)
+        query_heads = self.shape.layers[0].query_heads if self.shape and self.shape.layers else 32
+        return self.plan.report(window, topology, self.kernel, query_heads)
 
     @property
     def slowest_rank(self) -> int:
@@ -129,8 +143,7 @@ class _Planned(NamedTuple):
         if self.step_time is None:
             pairs = rank_pairs(self.plan.slices)
             return pairs.index(max(pairs))
-        time = self.step_time
-        return int((time.linear + time.attention + time.copies + time.exposed).argmax())
+        return int(self.step_time.of_ranks.argmax())
 
 
 def _as_dict(planned: _Planned) -> dict[str, Any]:
@@ -153,13 +166,16 @@ def _as_dict(planned: _Planned) -> dict[str, Any]:
 def _text(planned: _Planned) -> str:
     """Return the printed report: a table with one line per rank, then imbalances and traffic.
 
-    Columns count tokens, except for slices and pairs. Traffic between nodes is included if there are several nodes.
+    Columns count tokens, except for slices, pairs and states. States are included for models with recurrent layers.
+    Traffic between nodes is included if there are several nodes.
     """
     plan, topology = planned.plan, planned.topology
     if topology is not None and plan.cp_size <= topology.ranks_per_node:
         topology = None
     report = planned.report(topology)
     shown = {"tokens": "tokens", "pairs": "attention pairs", "kv_received": "KV received", "kv_sent": "KV sent"}
+    if planned.state_bytes:
+        shown |= {"states_received": "states received", "states_sent": "states sent"}
     if topology is not None:
         shown |= {"inter_node_received": "from other nodes", "inter_node_sent": "to other nodes"}
     columns = [list(map(len, plan.slices)), *(report[key] for key in shown)]
@@ -174,6 +190,7 @@ def _text(planned: _Planned) -> str:
         f"attention pairs {report['pair_imbalance']:.3f}",
         f"KV moved                {report['kv_total']:,} tokens of an all-gather's {report['kv_all_gather']:,} "
         f"({report['kv_fraction']:.1%})",
+        *([_state_line(report, planned)] if planned.state_bytes else []),
         *([] if topology is None else [_node_line(report, topology)]),
         *_kernel_lines(report, planned),
         *([] if planned.sliding_window is None else _window_lines(planned, planned.sliding_window)),
@@ -183,6 +200,14 @@ def _text(planned: _Planned) -> str:
     if max(columns[0]) <= MAX_LISTED_SLICES:
         lines += ["", *_listed_slices(plan)]
     return "\n".join(lines)
+
+
+def _state_line(report: dict[str, Any], planned: _Planned) -> str:
+    received = max(report["states_received"]) * planned.state_bytes / GIB
+    return (
+        f"states moved            {sum(report['states_received']):,} in each recurrent layer; at most "
+        f"{received:,.2f} GiB to a rank in all of them"
+    )
 
 
 def _node_line(report: dict[str, Any], topology: Topology) -> str:
@@ -214,11 +239,12 @@ def _window_lines(planned: _Planned, window: int) -> list[str]:
 
 
 def _time_lines(time: StepTime) -> list[str]:
-    mean = time.attention.mean()
+    mean, scan = time.attention.mean(), time.scan.max()
     return [
         f"predicted step          {1000 * time.seconds:,.1f} ms on the slowest rank",
         f"  attention             {1000 * time.attention_seconds:,.1f} ms including waiting, "
         f"{time.attention_seconds / mean:.3f} x the mean kernel time",
+        *([f"  recurrent layers      {1000 * scan:,.1f} ms of scans"] if scan else []),
         f"  transfer              {1000 * time.transfer.max():,.1f} ms on the wire, "
         f"of which {1000 * time.exposed.max():,.1f} ms are not hidden by attention",
     ]

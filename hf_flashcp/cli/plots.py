@@ -121,6 +121,7 @@ _PARTS = {
     "copies": "copies",
     "exposed": "waiting for transfers and ranks",
     "repeated": "repeated under gradient checkpointing",
+    "scan": "scans of recurrent layers",
 }
 
 

@@ -23,7 +23,7 @@ from .plots import plot_simulation
 REFERENCE = TIMED
 """The scheme with which all others are compared."""
 
-PARTS = ("linear", "attention", "copies", "exposed", "repeated")
+PARTS = ("linear", "attention", "scan", "copies", "exposed", "repeated")
 
 
 def add_parser(commands) -> None:
@@ -132,7 +132,10 @@ def _text(found: dict[str, Any]) -> str:
         f"{counted(found['window'], 'token')} in {drawn}, {counted(len(numbers), 'pack')}, gradient checkpointing "
         f"{found['gradient_checkpointing']}; medians, ratios are geometric means"
     ]
-    parts = PARTS[:-1] if found["gradient_checkpointing"] == "none" else PARTS
+    rows_of_cells = [row for cell in found["cells"] for row in cell["schemes"].values()]
+    parts = [part for part in PARTS if part != "scan" or any(row["scan_seconds"] for row in rows_of_cells)]
+    if found["gradient_checkpointing"] == "none":
+        parts.remove("repeated")
     columns = {
         "title": ("ms, slowest rank", ""),
         "step_seconds": ("step", "ms:,.1f"),
@@ -153,7 +156,7 @@ def _text(found: dict[str, Any]) -> str:
             cell["description"],
             f"cp_size {cell['cp_size']}, {counted(cell['ranks_per_node'], 'rank')} per node",
             "",
-            records_table(columns, [*ours, {}, *others]),
+            records_table(columns, [*ours, {}, *others] if others else ours),
             "",
             *(f"left out: {title_of(scheme)}: {reason}" for scheme, reason in cell["left_out"].items()),
         ]

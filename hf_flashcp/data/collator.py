@@ -150,7 +150,8 @@ class FlashCPCollator(DataCollatorWithFlattening):
         Raises:
             ConfigurationError: the collator was created with different settings.
         """
-        names = [field.name for field in dataclasses.fields(PlanSettings)] if self._has_own_settings else ["cp_size"]
+        chosen = [field.name for field in dataclasses.fields(PlanSettings) if field.name != "state_tokens"]
+        names = chosen if self._has_own_settings else ["cp_size"]  # the attached model sets `state_tokens`
         own, others = ({name: getattr(each, name) for name in names} for each in (self.settings, settings))
         if differing := [name for name in names if own[name] != others[name]]:
             mine, theirs = (", ".join(f"{name} {each[name]!r}" for name in differing) for each in (own, others))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .calls import full_attention_calls, window_calls
+from .contracted import states_moved
 from .copied_bytes import RowBytes, bytes_copied
 from .hierarchical_traffic import traffic_by_link
 from .kernel_calls import count_blocks
@@ -38,6 +39,18 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
     }
 
 
+def _state_costs(plan: ShardPlan) -> dict[str, list[int]]:
+    """Return the counts of slices whose states travel, which only recurrent layers send."""
+    received, sent = states_moved(plan.slices)
+    grad_received, grad_sent = states_moved(plan.slices, backwards=True)
+    return {
+        "states_received": received,
+        "states_sent": sent,
+        "state_grads_received": grad_received,
+        "state_grads_sent": grad_sent,
+    }
+
+
 def plan_report(
     plan: ShardPlan,
     window: int | None,
@@ -53,7 +66,7 @@ def plan_report(
     """
     window = plan.hiding_window(window)
     calls = full_attention_calls(plan) if window is None else window_calls(plan, window)
-    report = {**plan_costs(plan, window), **calls}
+    report = {**plan_costs(plan, window), **_state_costs(plan), **calls}
     if plan.ranks_per_node is not None:
         report["collectives"] = [2 * count for count in report["collectives"]]
     if ranks_per_node is not None:

@@ -235,6 +235,11 @@ class ShardPlan:
             of the two), `token_imbalance` and `pair_imbalance` (max / mean over ranks). [`kv_bytes`] converts tokens
             to bytes.
 
+            For a recurrent layer, also per rank, `states_received` and `states_sent` (slices of documents that are
+            cut, whose states travel in the layer's forward to all ranks with later slices of the document), and
+            `state_grads_received` and `state_grads_sent` (slices whose gradients travel in its backward, to all ranks
+            with earlier ones). A layer's gradient has as many bytes as its state. Attention layers send none of these.
+
             Also per rank, for forward and backward together: `collectives` (two per stage, the same on every rank, 0
             if no KV travels), `kernel_calls` (of a kernel that takes any number of sequences: in each direction one
             for the local slices and one for each stage that brings keys), and `copies` (passes over rows, see

@@ -3,9 +3,9 @@
 The best compromise between balance and traffic depends on the links. Where transfers are hidden behind the local pass,
 KV costs no time, and the best balanced plan is the fastest. Where they are not, it can be faster to let a rank compute
 5% more than to let it wait. So plans are made under several caps, from nearly equal loads to the user's own caps, and
-for several goals: little KV on the busiest rank, in total, or between nodes. The plans of all other strategies are
-added if they meet the caps. The fastest plans are then tried with several stages, in which the KV of each stage
-travels while the stage before it is computed.
+for several goals: little KV on the busiest rank, in total, or between nodes, and few states in hybrid models. The
+plans of all other strategies are added if they meet the caps. The fastest plans are then tried with several stages, in
+which the KV of each stage travels while the stage before it is computed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _timed_candidates(caps: Caps, cost_model: CostModel) -> list[Timed]:
     ranks_per_node = cost_model.hardware.ranks_per_node
     nodes = None if caps.cp_size % ranks_per_node else ranks_per_node
     found: dict[tuple, Timed] = {}
-    for some, for_nodes in _candidates(caps, ranks_per_node):
+    for some, for_nodes in _candidates(caps, ranks_per_node, cost_model.state_tokens):
         for slices in some:
             plan = ShardPlan(caps.lengths, caps.cp_size, slices, None, nodes)
             if plan.slices not in found and max(rank_tokens(plan.slices)) <= caps.most_tokens:
@@ -130,7 +130,7 @@ def _grouped(loads: list[int], num_stages: int) -> list[list[int]]:
     return groups
 
 
-def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[list[Slices], bool]]:
+def _candidates(caps: Caps, ranks_per_node: int, state_tokens: float) -> Iterator[tuple[list[Slices], bool]]:
     """Yield a few plans at a time, and whether [`node_plans`] made them."""
     lengths, cp_size, slack = caps.lengths, caps.cp_size, min(caps.max_imbalance - 1, MOST_SLACK)
     tightened = sorted({max(slack * part, min(slack, LEAST_SLACK)) for part in TIGHTENED})
@@ -141,6 +141,8 @@ def _candidates(caps: Caps, ranks_per_node: int) -> Iterator[tuple[list[Slices],
             within = caps.with_imbalance(1 + cap, token_cap)
             flat = search(within)
             yield [flat, search(within, minimize_total=True)], False
+            if state_tokens:
+                yield [search(within, minimize_total=each, state_tokens=state_tokens) for each in (False, True)], False
             yield node_plans(flat, within, ranks_per_node), True
         yield [flashcp(caps.with_imbalance(caps.max_imbalance, token_cap))], False
     zigzags = [per_doc(lengths, cp_size, rotate_ranks) for rotate_ranks in (False, True)]

@@ -16,6 +16,8 @@ from ..plan.lengths import MOST_TOKENS, check_size
 from ..plan.topology import Topology, check_topology
 from ..predict.cost_model import CostModel
 from ..predict.hardware_profile import HardwareProfile
+from ..predict.model_config import has_known_mixers
+from ..predict.model_shape import ModelShape
 
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class PlanSettings:
     num_stages: int | None = None
     rotate_ranks: bool = False
     topology: Topology | None = None
+    state_tokens: float = 0.0
 
     def __post_init__(self):
         self.cp_size = check_size("cp_size", self.cp_size)
@@ -70,6 +73,11 @@ class PlanSettings:
                     f"{name} is {reprlib.repr(cap)}: it is max / mean over ranks, so it must be a number of at least "
                     "1. Pass infinity for no cap."
                 )
+        if not isinstance(self.state_tokens, (int, float)) or not 0 <= self.state_tokens < math.inf:
+            raise PlanError(
+                f"state_tokens is {reprlib.repr(self.state_tokens)}: it is the price of a state in tokens of KV, so "
+                "it must be a number of at least 0. Pass 0 for models without recurrent layers."
+            )
         self._check_owners()
         if self.num_stages is not None:
             self.num_stages = check_size("num_stages", self.num_stages)
@@ -85,6 +93,7 @@ class PlanSettings:
             "minimize_total": (self.minimize_total, "search"),
             "cost_model": (self.cost_model is not None, "search"),
             "hardware": (self.hardware is not None, "search"),
+            "state_tokens": (self.state_tokens != 0, "search"),
         }
         for name, (given, owner) in owners.items():
             if given and self.strategy != owner:
@@ -99,6 +108,11 @@ class PlanSettings:
                 "CostModel.from_config(config, hardware)."
             )
         timed = self.hardware is not None or self.cost_model is not None
+        if timed and self.state_tokens:
+            raise PlanError(
+                "state_tokens cannot be combined with cost_model or hardware, which price states themselves. Leave "
+                "state_tokens out."
+            )
         if self.minimize_total and (timed or self.topology is not None):
             raise PlanError(
                 "minimize_total is a goal of its own, which cannot be combined with cost_model, hardware or topology. "
@@ -106,7 +120,10 @@ class PlanSettings:
             )
 
     def for_model(self, config: PreTrainedConfig | Mapping[str, Any], itemsize: int = 2) -> None:
-        """Set the model whose step times are predicted. This has no effect unless `hardware` is set.
+        """Set the model to plan for.
+
+        With `hardware`, its step times are predicted. Otherwise its recurrent layers, if any, set `state_tokens`, the
+        price at which the strategy "search" counts states.
 
         Args:
             config (`PreTrainedConfig` or `Mapping`): config of the model.
@@ -117,6 +134,9 @@ class PlanSettings:
         """
         if self.hardware is not None:
             self.cost_model = CostModel.from_config(config, self.hardware, itemsize=itemsize)
+        elif self.strategy == "search" and self.cost_model is None:
+            recurrent = has_known_mixers(config)
+            self.state_tokens = ModelShape.from_config(config).state_tokens(itemsize) if recurrent else 0.0
 
     def timing(self) -> CostModel | None:
         """Return the cost model that predicts step times, with the nodes of `topology` if that is set.

@@ -34,6 +34,7 @@ def plan_documents(
     num_stages: int | None = None,
     rotate_ranks: bool = False,
     topology: Topology | None = None,
+    state_tokens: float = 0.0,
 ) -> ShardPlan:
     """Make a plan that assigns the tokens of packed documents to context-parallel ranks.
 
@@ -75,6 +76,11 @@ def plan_documents(
             `inter_node_cost` times as long as a row inside a node. Links are never busier than with the plan that is
             made without a topology. With a `cost_model`, the topology replaces the hardware profile's
             `ranks_per_node`.
+        state_tokens (`float`, *optional*, defaults to 0.0): with `"search"`, for models with recurrent layers, the
+            price of a state that a rank receives or sends because a document is cut, in tokens whose KV travels. "KV"
+            above then includes states. Slices under 64 tokens have the same price, unless they are whole documents.
+            [`~hf_flashcp.predict.model_shape.ModelShape.state_tokens`] is the price at which both take as many bytes.
+            A `cost_model` knows it.
 
     Returns:
         `ShardPlan`: a validated plan.
@@ -93,6 +99,7 @@ def plan_documents(
         num_stages=num_stages,
         rotate_ranks=rotate_ranks,
         topology=topology,
+        state_tokens=state_tokens,
     )
     return plan_with(settings, lengths)
 
@@ -117,7 +124,7 @@ def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
         case "search" if cost_model is not None:
             slices, offset_groups, ranks_per_node = _fastest(lengths, cp_size, *caps, cost_model, settings.num_stages)
         case _:
-            slices = _searched(lengths, cp_size, *caps, settings.minimize_total, topology)
+            slices = _searched(lengths, cp_size, *caps, settings.minimize_total, topology, settings.state_tokens)
     plan = ShardPlan(lengths, cp_size, slices, offset_groups, ranks_per_node).validate()
     if settings.num_stages is not None and cost_model is None:
         plan = in_stages(plan, settings.num_stages)
@@ -139,9 +146,13 @@ def _searched(
     max_token_imbalance: float,
     minimize_total: bool,
     topology: Topology | None,
+    state_tokens: float,
 ) -> tuple[tuple[Slice, ...], ...]:
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
-    slices = search(caps, minimize_total=minimize_total) if topology is None else search_in_nodes(caps, topology)
+    if topology is None:
+        slices = search(caps, minimize_total=minimize_total, state_tokens=state_tokens)
+    else:
+        slices = search_in_nodes(caps, topology, state_tokens)
     return tuple(map(tuple, slices))
 
 

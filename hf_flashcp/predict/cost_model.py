@@ -23,9 +23,10 @@ import numpy as np
 
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import rank_tokens
-from .hardware_profile import HardwareProfile, Link
+from .hardware_profile import HardwareProfile
 from .layer_work import Rectangles, StageWork, call_seconds, layer_work
-from .model_shape import AttentionLayers, ModelShape
+from .model_shape import AttentionLayers, ModelShape, RecurrentLayers, state_tokens
+from .recurrent_costs import RecurrentCosts, scan_seconds
 from .timeline import PassTimes, Timeline
 
 
@@ -45,8 +46,9 @@ class StepTime:
         linear (`np.ndarray`): all work that is done token by token, (cp_size,).
         attention (`np.ndarray`): attention kernels, (cp_size,).
         copies (`np.ndarray`): packing, merging and adding rows that travel, (cp_size,).
-        exposed (`np.ndarray`): waiting for KV and for gradients of KV, (cp_size,).
+        exposed (`np.ndarray`): waiting for KV, states, halos and their gradients, (cp_size,).
         transfer (`np.ndarray`): time on the wire, (cp_size,), including transfers that no rank waits for.
+        scan (`np.ndarray`): kernels of recurrent layers, (cp_size,); 0 in models without them.
     """
 
     linear: np.ndarray
@@ -54,15 +56,24 @@ class StepTime:
     copies: np.ndarray
     exposed: np.ndarray
     transfer: np.ndarray
+    scan: np.ndarray
+
+    @property
+    def of_ranks(self) -> np.ndarray:
+        """Step time of each rank, (cp_size,)."""
+        return self.linear + self.attention + self.scan + self.copies + self.exposed
 
     @property
     def seconds(self) -> float:
         """Step time of the slowest rank."""
-        return float((self.linear + self.attention + self.copies + self.exposed).max())
+        return float(self.of_ranks.max())
 
     @property
     def attention_seconds(self) -> float:
-        """Time of attention kernels, copies and waiting, on the rank where they take longest together."""
+        """Time of attention kernels, copies and waiting, on the rank where they take longest together.
+
+        In a hybrid model the waiting includes that for states.
+        """
         return float((self.attention + self.copies + self.exposed).max())
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +95,7 @@ class CostModel:
         layers (`tuple[AttentionLayers, ...]`): the attention layers, in groups of equal layers.
         itemsize (`int`): bytes per element of K and V on the wire.
         grad_itemsize (`int`): bytes per element of their gradients on the wire.
+        recurrent (`RecurrentLayers`, *optional*): the recurrent or convolutional layers of a hybrid model.
     """
 
     hardware: HardwareProfile
@@ -91,6 +103,7 @@ class CostModel:
     layers: tuple[AttentionLayers, ...]
     itemsize: int = 2
     grad_itemsize: int = 2
+    recurrent: RecurrentLayers | None = None
 
     @classmethod
     def from_config(
@@ -113,25 +126,41 @@ class CostModel:
             ConfigurationError: the config lacks the sizes of its attention layers, or the profile is unknown.
         """
         shape = ModelShape.from_config(config)
-        return cls(HardwareProfile.load(hardware), shape.linear_flops_per_token, shape.layers, itemsize, itemsize)
+        linear = shape.linear_flops_per_token
+        return cls(HardwareProfile.load(hardware), linear, shape.layers, itemsize, itemsize, shape.recurrent)
+
+    @property
+    def state_tokens(self) -> float:
+        """Price of a received state in tokens of KV, see [`~model_shape.state_tokens`]."""
+        return state_tokens(self.layers, self.recurrent, self.itemsize)
 
     def step_time(self, plan: ShardPlan) -> StepTime:
         """Predict the times of one training step on the batch of a plan."""
         return self.sum_up(plan, [self.passes(plan, layers) for layers in self.layers])
 
     def sum_up(self, plan: ShardPlan, passes: Sequence[tuple[PassTimes, PassTimes]]) -> StepTime:
-        """Return the times of a step, given the forward and backward times of one layer of each group."""
-        sums = [np.zeros(plan.cp_size) for _ in PassTimes._fields]
+        """Return the times of a step, given the forward and backward times of one attention layer of each group.
+
+        The times of recurrent layers are those with this library's exchange.
+        """
+        attention = [np.zeros(plan.cp_size) for _ in PassTimes._fields]
         for layers, (forward, backward) in zip(self.layers, passes):
-            for total, once, other in zip(sums, forward, backward):
+            for total, once, other in zip(attention, forward, backward):
                 total += layers.count * (once + other)
-        return StepTime(self._linear_seconds(np.array(rank_tokens(plan.slices))), *sums)
+        kernels, copies, exposed, transfer = attention
+        linear = self._linear_seconds(np.array(rank_tokens(plan.slices)))
+        if self.recurrent is None:
+            return StepTime(linear, kernels, copies, exposed, transfer, np.zeros(plan.cp_size))
+        recurrent = RecurrentCosts(self.hardware, self.recurrent, plan, self.itemsize).step()
+        exposed, transfer = exposed + recurrent.exposed, transfer + recurrent.transfer
+        return StepTime(linear, kernels, copies, exposed, transfer, recurrent.attention)
 
     def document_times(self, lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return `(linear, attention)`, the predicted seconds of each document on one device, (n,) each.
 
-        The times include forward and backward, and add up over the documents of a pack. Kernel launches and the moving
-        of KV are left out, because their times depend on the plan.
+        The times include forward and backward, and add up over the documents of a pack. The scans of recurrent layers
+        count as linear. Kernel launches and the moving of KV and states are left out, because their times depend on
+        the plan.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         squares = Rectangles(np.arange(len(lengths)), lengths, np.zeros_like(lengths))
@@ -142,7 +171,7 @@ class CostModel:
             for backward in (False, True):
                 options: dict[str, Any] = {"layers": layers, "window": layers.window, "backward": backward}
                 attention += layers.count * call_seconds(kernel, squares, cp_size=len(lengths), causal=True, **options)
-        return self._linear_seconds(lengths), attention
+        return self._linear_seconds(lengths) + self._scan_seconds(lengths), attention
 
     def passes(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
         """Predict the times of one layer's forward and backward with this library's exchange."""
@@ -150,13 +179,14 @@ class CostModel:
         local, stages = layer_work(plan, layer.window, self.hardware.ranks_per_node)
         return layer.forward(local, stages), layer.backward(local, stages)
 
-    def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
-        """Return the seconds of each rank's transfers, (cp_size,), inside and between nodes at the same time.
-
-        `bytes_moved` is (2, cp_size): bytes inside nodes and between nodes.
-        """
-        inside, between = bytes_moved
-        return np.maximum(_seconds(self.hardware.intra_node, inside), _seconds(self.hardware.inter_node, between))
+    def _scan_seconds(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the seconds of the scans of whole documents, forward and backward, without launches."""
+        seconds, kernel, starts = np.zeros(len(lengths)), self.hardware.kernel, np.zeros_like(lengths)
+        if self.recurrent is not None:
+            for backward in (False, True):
+                once = scan_seconds(kernel, self.recurrent, lengths, starts, backward)
+                seconds += self.recurrent.count * once
+        return seconds
 
     def _linear_seconds(self, tokens: np.ndarray) -> np.ndarray:
         work = tokens * self.linear_flops_per_token * (1 + BACKWARD_OF_LINEAR)
@@ -201,8 +231,9 @@ class LayerCosts:
         """
         itemsize = self.model.grad_itemsize if backward else self.model.itemsize
         width = self.layers.kv_elements_per_token * itemsize
-        second = _seconds(self.model.hardware.intra_node, stage.forwarded.max(0) * width)
-        return self.model.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
+        hardware = self.model.hardware
+        second = hardware.intra_node.seconds(stage.forwarded.max(0) * width)
+        return hardware.wire_seconds(np.maximum(stage.received, stage.sent) * width) + second
 
     def forward(self, local: Rectangles, stages: Sequence[StageWork]) -> PassTimes:
         """Return the times of forward.
@@ -230,7 +261,3 @@ class LayerCosts:
         line.kernel(self.kernel_seconds(local, causal=True, backward=True))
         line.copy(self.pack_seconds(sum(stage.copied for stage in stages), backward=True), returned)
         return line.times()
-
-
-def _seconds(link: Link, bytes_moved: np.ndarray) -> np.ndarray:
-    return np.where(bytes_moved > 0, link.latency_seconds + bytes_moved / link.bytes_per_second, 0.0)

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigurationError
 
 
@@ -91,6 +93,10 @@ class Link:
     bytes_per_second: float
     latency_seconds: float
 
+    def seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
+        """Return the seconds of transfers of some numbers of bytes. Nothing takes no time."""
+        return np.where(bytes_moved > 0, self.latency_seconds + bytes_moved / self.bytes_per_second, 0.0)
+
 
 @dataclass(frozen=True)
 class HardwareProfile:
@@ -118,6 +124,14 @@ class HardwareProfile:
     description: str = ""
     memory_bytes: float | None = None
     peak_flops_per_second: float | None = None
+
+    def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
+        """Return the seconds of each rank's transfers, (cp_size,), inside and between nodes at the same time.
+
+        `bytes_moved` is (2, cp_size): bytes inside nodes and between nodes.
+        """
+        inside, between = bytes_moved
+        return np.maximum(self.intra_node.seconds(inside), self.inter_node.seconds(between))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardwareProfile:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
 from .memory_shape import MemoryShape
+from .mixer_memory import mixer_backward, mixer_bytes, state_bytes
 from .training_setup import RankLoad, TrainingSetup
 
 
@@ -27,6 +28,7 @@ PARTS = (
     "activations",
     "logits",
     "received KV",
+    "states",
     "gathered",
     "temporary",
     WORKSPACE,
@@ -40,7 +42,8 @@ class MemoryEstimate:
 
     Args:
         moments (`dict[str, dict[str, float]]`): bytes of each of [`PARTS`], by moment of the step.
-        kept (`float`): bytes that forward keeps for backward: activations, logits, received KV and gathered weights.
+        kept (`float`): bytes that forward keeps for backward: activations, logits, received KV, states and gathered
+            weights.
     """
 
     moments: dict[str, dict[str, float]]
@@ -94,6 +97,7 @@ def estimate_memory(
             "activations": moment.activations,
             "logits": moment.logits,
             "received KV": moment.received_kv,
+            "states": moment.states,
             "gathered": moment.gathered,
             "temporary": moment.temporary,
             WORKSPACE: moment.workspace,
@@ -109,6 +113,7 @@ class _Moment(NamedTuple):
     activations: float = 0
     logits: float = 0
     received_kv: float = 0
+    states: float = 0
     gathered: float = 0
     temporary: float = 0
     workspace: float = 0
@@ -117,8 +122,9 @@ class _Moment(NamedTuple):
 class _Held(NamedTuple):
     """Memory that a layer holds for its backward."""
 
-    per_token: float  # bytes of activations per token
-    received_kv: float  # bytes of received KV
+    per_token: float  # bytes of activations per token, mean over layers
+    received_kv: float  # bytes of received KV in an attention layer
+    states: float  # bytes in a recurrent layer that are kept because documents are cut
 
 
 class _Step:
@@ -130,45 +136,48 @@ class _Step:
         c, s, layer = setup.compute_bytes, setup.stream_bytes, _layer(shape, setup)
         received_kv = c * load.received * shape.kv_width if keeps_kv else 0
         layer_input, beside_input = s * shape.hidden, layer.kept - layer.shared_input
+        states = state_bytes(shape.recurrent, setup, load)
         match setup.gradient_checkpointing:
             case "none":
-                self.kept, self.repeated = _Held(layer.kept, received_kv), _Held(0, 0)
+                self.kept, self.repeated = _Held(layer.kept, received_kv, states), _Held(0, 0, 0)
             case "full":
-                self.kept, self.repeated = _Held(layer_input, 0), _Held(beside_input, received_kv)
+                self.kept, self.repeated = _Held(layer_input, 0, 0), _Held(beside_input, received_kv, states)
             case "attention-saving":
-                self.kept = _Held(layer_input + layer.attention_result, received_kv)
-                self.repeated = _Held(beside_input - layer.attention_result, 0)
+                self.kept = _Held(layer_input + layer.attention_result, received_kv, 0)
+                self.repeated = _Held(beside_input - layer.attention_result, 0, states)
         self.head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
         self.rope = 2 * s * shape.key_dim
         self.stack = load.tokens * (self.head + self.rope) + shape.layers * load.tokens * self.kept.per_token
-        self.all_kv = shape.layers * self.kept.received_kv
+        self.all_kv = shape.attention_layers * self.kept.received_kv
+        self.all_states = shape.recurrent.count * self.kept.states if shape.recurrent else 0
         self.logits = load.tokens * shape.vocabulary
         self.softcap = c * self.logits * shape.softcapped
         self.gathered = (_by_fsdp2 if setup.sharding == "fsdp2" else _by_ddp)(shape, setup)
         in_block = BackwardPoint(load.tokens * layer.backward)
-        in_attention = attention_backward(shape, setup, load, kept=keeps_kv, freed=load.tokens * layer.block)
-        self.in_layer = max((in_block, *in_attention), key=lambda point: point.total)
+        freed = load.tokens * layer.block
+        in_mixer = attention_backward(shape, setup, load, kept=keeps_kv, freed=freed) if shape.attention_layers else []
+        if shape.recurrent:
+            in_mixer.append(mixer_backward(shape, shape.recurrent, setup, load, freed))
+        self.in_layer = max((in_block, *in_mixer), key=lambda point: point.total)
 
     @property
     def kept_bytes(self) -> float:
         """Bytes that forward keeps for backward."""
-        return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.gathered.kept
+        return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.all_states + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
         """Return the moments at which memory can be at its highest, by name."""
         shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
         everything, embedding = shape.parameters, shape.embedding_parameters
-        row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
+        row_gradient, held = self.tokens * self.setup.stream_bytes * shape.hidden, (self.all_kv, self.all_states)
         loss_logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
         cast_head = c * embedding * (self.setup.weight_bytes != c or self.shards > 1)
         tied_gradient = (self.setup.weight_bytes if self.shards == 1 else c) * embedding * shape.tied
         return {
-            "loss": _Moment(0, self.stack, loss_logits, self.all_kv, gathered.forward),
-            "loss backward": _Moment(
-                0, self.stack, 12 * self.logits + self.softcap, self.all_kv, gathered.loss_backward
-            ),
+            "loss": _Moment(0, self.stack, loss_logits, *held, gathered.forward),
+            "loss backward": _Moment(0, self.stack, 12 * self.logits + self.softcap, *held, gathered.loss_backward),
             "head backward": _Moment(
-                embedding, self.stack, c * self.logits, self.all_kv, gathered.loss_backward, row_gradient + cast_head
+                embedding, self.stack, c * self.logits, *held, gathered.loss_backward, row_gradient + cast_head
             ),
             "last layer's backward": self._last_layer(),
             "first layer's backward": self._first_layer(),
@@ -186,6 +195,7 @@ class _Step:
             parameters=0 if head_is_reduced else shape.embedding_parameters + shape.hidden,
             activations=self.stack - self.tokens * self.head + self.tokens * self.repeated.per_token - in_layer.freed,
             received_kv=self.all_kv + self.repeated.received_kv,
+            states=self.all_states + self.repeated.states,
             gathered=self.gathered.backward,
             temporary=in_layer.temporary + of_layer,
             workspace=in_layer.workspace,
@@ -199,6 +209,7 @@ class _Step:
             parameters=shape.parameters - embedding - shape.layer_parameters * 2 / 3,
             activations=one + self.tokens * self.rope - in_layer.freed,
             received_kv=self.kept.received_kv + self.repeated.received_kv,
+            states=self.kept.states + self.repeated.states,
             gathered=self.gathered.first_layer,
             temporary=in_layer.temporary,
             workspace=in_layer.workspace,
@@ -206,7 +217,7 @@ class _Step:
 
 
 class _Layer(NamedTuple):
-    """Memory of one layer, in bytes per token."""
+    """Memory of one layer, in bytes per token. In a hybrid model the parts are means over layers."""
 
     kept: float  # everything that is kept for backward
     attention_result: float  # the part of `kept` that is attention's output and logsumexp
@@ -222,26 +233,29 @@ def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
     inner = shape.kept_widths * c * shape.intermediate
     # Each expert keeps a copy of its tokens, and its output before it is weighted.
     routed = 2 * c * shape.hidden * shape.experts_per_token
-    return shape.norm_bytes(shape.hidden, s) + read * shape.hidden + inner + routed
+    return shape.block_share * (shape.norm_bytes(shape.hidden, s) + read * shape.hidden) + inner + routed
 
 
 def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
     c, s = setup.compute_bytes, setup.stream_bytes
     block = _block_bytes(shape, setup)
     read = 3 * c if setup.autocasts else s
-    result = c * shape.query_heads * shape.value_dim + 4 * shape.query_heads
-    attention = (
+    result = shape.attention_share * (c * shape.query_heads * shape.value_dim + 4 * shape.query_heads)
+    attention = shape.attention_share * (
         shape.norm_bytes(shape.hidden, s)
         + read * shape.hidden
         + shape.norm_bytes(shape.normed_width + shape.latent_width, c)
         + c * (shape.latent_width + shape.latent_keys)
-        + c * (shape.query_heads * shape.key_dim + shape.kv_width)
-        + result
+        + c * (shape.query_heads * shape.key_dim + shape.kv_width + 2 * shape.output_gates)
     )
+    mixing = 0.0
+    if shape.recurrent:
+        mixing = shape.recurrent.count / shape.layers * mixer_bytes(shape, shape.recurrent, setup)
     more_norms = (shape.norms - 2) * shape.norm_bytes(shape.hidden, s)
     # The gradients of both factors of the gated product are allocated in addition to the factors.
     backward = (2 if shape.gated else 1) * c * shape.intermediate + 2 * s * shape.hidden
-    return _Layer(attention + block + more_norms, result, 4 * shape.hidden if s == 4 else 0, backward, block)
+    kept = attention + result + mixing + block + more_norms
+    return _Layer(kept, result, 4 * shape.hidden if s == 4 else 0, backward, block)
 
 
 class _Gathered(NamedTuple):

@@ -90,6 +90,9 @@ class RankLoad(NamedTuple):
     sequences: float = 1  # the most sequences in one kernel call
     batch_tokens: int = 0  # tokens of the whole batch, which every rank reads
     stage_masked: bool = False  # whether the largest stage has a causal mask, as in layers with a sliding window
+    states_received: float = 0  # slices whose states or gradients it receives in a recurrent layer
+    states_held: float = 0  # its own slices of documents that are cut
+    continued_tokens: float = 0  # its tokens in slices that do not begin a document
 
     @property
     def largest_stage(self) -> float:
@@ -97,8 +100,17 @@ class RankLoad(NamedTuple):
         return self.received if self.stage_keys is None else self.stage_keys
 
     def scaled(self, tokens: float, batch_tokens: int) -> RankLoad:
-        """Return the load of a longer or shorter row, in proportion to the rank's tokens."""
+        """Return the load of a longer or shorter row, in proportion to the rank's tokens.
+
+        The number of states stays the same.
+        """
         factor = tokens / self.tokens
-        sizes = (self.received, self.sent, self.largest_stage, self.sequences)
-        received, sent, stage_keys, sequences = (factor * size for size in sizes)
-        return RankLoad(tokens, received, sent, stage_keys, sequences, batch_tokens, self.stage_masked)
+        return self._replace(
+            tokens=tokens,
+            received=factor * self.received,
+            sent=factor * self.sent,
+            stage_keys=factor * self.largest_stage,
+            sequences=factor * self.sequences,
+            batch_tokens=batch_tokens,
+            continued_tokens=factor * self.continued_tokens,
+        )

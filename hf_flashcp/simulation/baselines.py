@@ -122,7 +122,7 @@ class AllGather:
             return line.times()
         packing = layer.copy_seconds(self.shared_alone * 2 * moved * layer.kv_bytes)
         ordering = layer.copy_seconds(2 * layer.cp_size * moved * layer.kv_bytes)
-        wire = layer.model.wire_seconds(self.received(layer))
+        wire = layer.model.hardware.wire_seconds(self.received(layer))
         if backward:
             line.kernel(kernel)
             line.copy(packing, line.collective(wire, line.copy(ordering)))
@@ -220,7 +220,7 @@ class Ring:
         return line.times()
 
     def _wire_seconds(self, layer: Layer, tokens: np.ndarray, itemsize: int) -> np.ndarray:
-        return layer.model.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
+        return layer.model.hardware.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
 
     def _adding_seconds(self, layer: Layer, block: Rectangles, tokens: np.ndarray) -> np.ndarray:
         """Return the time to add the gradients of a block of `tokens`, (cp_size,), to the sums of earlier steps."""
@@ -261,7 +261,7 @@ class Ulysses:
 
     def _exchange(self, line: Timeline, layer: Layer, bytes_per_token: float) -> None:
         copying = layer.copy_seconds(2 * layer.plan.num_tokens * bytes_per_token)
-        wire = layer.model.wire_seconds(layer.exchanged(layer.most_tokens * bytes_per_token))
+        wire = layer.model.hardware.wire_seconds(layer.exchanged(layer.most_tokens * bytes_per_token))
         line.copy(copying, line.collective(wire, line.copy(copying)))
 
     def _input_bytes(self, layer: Layer) -> float:
@@ -303,6 +303,8 @@ BASELINES = {
 
 def why_not(name: str, model: CostModel, cp_size: int) -> str | None:
     """Return the reason why a baseline cannot run a model, or `None` if it can."""
+    if model.recurrent is not None:
+        return "it has no exchange for recurrent and convolutional layers"
     if name == "ulysses":
         heads = {layers.query_heads for layers in model.layers}
         if any(count % cp_size for count in heads):

@@ -19,6 +19,7 @@ from ..planning.strategies import plan_documents
 from ..predict.cost_model import BACKWARD_OF_LINEAR, CostModel, StepTime
 from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
+from ..predict.recurrent_costs import RecurrentCosts
 from ..predict.training_setup import RankLoad, TrainingSetup
 from .baselines import BASELINES, Layer, passes, why_not
 from .sizing import busiest_load, step_seconds
@@ -47,8 +48,8 @@ class Outcome:
     Args:
         time (`StepTime`): times of each rank, without gradient checkpointing.
         step_seconds (`float`): step time of the slowest rank, including what gradient checkpointing repeats.
-        received (`np.ndarray`): bytes received in the forward of all attention layers, (2, cp_size): inside nodes and
-            between nodes.
+        received (`np.ndarray`): bytes received in the forward of all layers, (2, cp_size): inside nodes and between
+            nodes.
         memory_bytes (`float`): memory of the rank that needs the most.
         mfu (`float`): model FLOPs utilization: the model's FLOPs divided by the peak FLOPs of all devices in the same
             time. Attention's backward counts as twice its forward, and repeated work is not counted (PaLM, arXiv
@@ -69,7 +70,7 @@ class Outcome:
         """
         parts = vars(self.time)
         # Ranks that wait for each other end at the same time, up to rounding.
-        totals = sum(parts[name] for name in ("linear", "attention", "copies", "exposed"))
+        totals = self.time.of_ranks
         slowest = max(
             range(len(totals)), key=lambda rank: (totals[rank] >= totals.max() * 0.999999, parts["attention"][rank])
         )
@@ -152,6 +153,8 @@ def model_flops(lengths: Sequence[int], model: CostModel) -> float:
     for layers in model.layers:
         pairs = sum(attention_pairs(0, length, layers.window) for length in lengths)
         forward += layers.count * layers.query_heads * pairs * layers.forward_flops_per_pair
+    if model.recurrent is not None:
+        forward += sum(lengths) * model.recurrent.count * model.recurrent.flops_per_token
     return forward * (1 + BACKWARD_OF_LINEAR)
 
 
@@ -169,12 +172,16 @@ def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostMode
         plan = plan_documents(lengths, cp_size, cost_model=model)
     else:
         topology = Topology(model.hardware.ranks_per_node)
-        plan = plan_documents(lengths, cp_size, strategy=name, topology=topology)
+        price = model.state_tokens if name == "search" else 0.0
+        plan = plan_documents(lengths, cp_size, strategy=name, topology=topology, state_tokens=price)
     received = np.zeros((2, cp_size))
     for layers in model.layers:
         width = layers.count * layers.kv_elements_per_token * model.itemsize
         window = plan.hiding_window(layers.window)
         received += width * traffic_by_link(plan, model.hardware.ranks_per_node, window)[0]
+    if model.recurrent is not None:
+        costs = RecurrentCosts(model.hardware, model.recurrent, plan, model.itemsize)
+        received += model.recurrent.count * costs.received()
     return _Step(model.step_time(plan), received, busiest_load(plan, model))
 
 

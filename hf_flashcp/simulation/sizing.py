@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError, PlanError
+from ..plan.contracted import states_moved
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import rank_tokens
 from ..planning.strategies import plan_documents
@@ -33,7 +34,7 @@ them is chosen."""
 
 # Forward's share of attention's time: two of seven matrix products; the other five are in backward.
 _RECOMPUTED_ATTENTION = 2 / 7
-_RECOMPUTED_LINEAR = 1 / 3
+_RECOMPUTED_LINEAR = 1 / 3  # also of scans
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Choice:
         step_seconds (`float`): step time of the slowest rank.
         tokens_per_second (`float`): throughput of all devices together.
         kv_bytes (`float`): bytes of KV that the busiest rank receives in the forward of all layers.
+        state_bytes (`float`): bytes of recurrent layers' states that the busiest rank receives in the forward of all
+            layers.
         exposed_seconds (`float`): time for which ranks wait for transfers, on the rank that waits longest.
     """
 
@@ -58,6 +61,7 @@ class Choice:
     step_seconds: float
     tokens_per_second: float
     kv_bytes: float
+    state_bytes: float
     exposed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +137,7 @@ def _choice(
     memory = estimate_memory(shape, setup, load)
     time = cost_model.step_time(plan)
     seconds = step_seconds(time, setup.gradient_checkpointing)
+    states = max(states_moved(plan.slices)[0])
     return Choice(
         cp_size=cp_size,
         memory=memory,
@@ -140,7 +145,8 @@ def _choice(
         fits=memory.total <= usable,
         step_seconds=seconds,
         tokens_per_second=setup.gpus / cp_size * plan.num_tokens / seconds,
-        kv_bytes=float(load.received * shape.kv_width * setup.compute_bytes * shape.layers),
+        kv_bytes=float(load.received * shape.kv_width * setup.compute_bytes * shape.attention_layers),
+        state_bytes=float(states * shape.recurrent.count * shape.recurrent.summary_bytes) if shape.recurrent else 0.0,
         exposed_seconds=float(time.exposed.max()),
     )
 
@@ -149,6 +155,7 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
     """Return the most that any rank of a plan holds and moves in a layer.
 
     Received and sent KV are means over attention layers. The stage and the kernel call are the largest in any layer.
+    States are the most that any rank receives in forward or backward.
     """
     received, sent = np.zeros((2, plan.cp_size))
     for layers in cost_model.layers:
@@ -157,6 +164,8 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         sent += layers.count * np.array(sent_in_layer)
     count = sum(layers.count for layers in cost_model.layers)
     largest = largest_calls(plan, cost_model.layers)
+    cut = [[piece for piece in held if piece.tokens < plan.lengths[piece.document]] for held in plan.slices]
+    states = [max(states_moved(plan.slices, backwards=backwards)[0]) for backwards in (False, True)]
     return RankLoad(
         tokens=max(rank_tokens(plan.slices)),
         received=float(received.max()) / max(count, 1),
@@ -165,15 +174,18 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         sequences=largest.sequences,
         batch_tokens=plan.num_tokens,
         stage_masked=largest.masked,
+        states_received=max(states),
+        states_held=max(map(len, cut)),
+        continued_tokens=max(sum(piece.tokens for piece in held if piece.start) for held in cut),
     )
 
 
 def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
     """Return the step time of the slowest rank, including what gradient checkpointing computes and exchanges again."""
     exchanged = time.copies + time.exposed
-    seconds = time.linear + time.attention + exchanged
+    seconds = time.of_ranks
     if gradient_checkpointing != "none":
-        seconds = seconds + _RECOMPUTED_LINEAR * time.linear
+        seconds = seconds + _RECOMPUTED_LINEAR * (time.linear + time.scan)
     if gradient_checkpointing == "full":
         seconds = seconds + _RECOMPUTED_ATTENTION * time.attention + exchanged / 2
     return float(seconds.max())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from itertools import groupby
 
-from ...plan.slices import Slices
+from ...plan.contracted import states_moved
+from ...plan.slices import Lengths, Slices, slices_by_document
 from ...plan.traffic import full_attention_traffic
 from ..caps import Caps
 from ..lower_bound import least_kv
@@ -19,14 +21,17 @@ from .tail import Tails
 WITHIN = 1.1
 """A plan may move up to this multiple of the least KV found if its busiest rank moves less."""
 
+CHUNK = 64
+"""Kernels of recurrent layers compute this many tokens of a slice together, or a multiple of it."""
+
 
 class Candidate:
     """A plan and its traffic.
 
     Attributes:
         count (`int`): number of slices.
-        total (`int`): tokens whose KV travels, summed over ranks.
-        bottleneck (`int`): tokens whose KV the busiest rank receives or sends.
+        total (`float`): tokens whose KV travels, summed over ranks.
+        bottleneck (`float`): tokens whose KV the busiest rank receives or sends.
         settings (`Settings`, *optional*): settings of the construction, if the plan comes from one.
         tails (`Tails`, *optional*): tails that the construction cut off documents.
     """
@@ -35,7 +40,36 @@ class Candidate:
         self.slices, self.settings, self.tails = slices, settings, tails
         self.count = sum(map(len, slices))
         received, sent = full_attention_traffic(slices)
-        self.total, self.bottleneck = sum(received), max(max(received), max(sent))
+        self.total: float = sum(received)
+        self.bottleneck: float = max(max(received), max(sent))
+
+    def priced(self, lengths: Lengths, state_tokens: float) -> Candidate:
+        """Return this plan with traffic that includes the states of recurrent layers.
+
+        A state that a rank receives or sends counts as `state_tokens` tokens of KV. So does a slice that is shorter
+        than [`CHUNK`], for the rank that holds it, unless it is a whole document.
+        """
+        priced = Candidate(self.slices)
+        short = short_slices(self.slices, lengths)
+        loads = [
+            [tokens + state_tokens * (states + few) for tokens, states, few in zip(*counts, short)]
+            for counts in zip(full_attention_traffic(self.slices), states_moved(self.slices))
+        ]
+        priced.total, priced.bottleneck = sum(loads[0]), max(map(max, loads))
+        return priced
+
+
+def short_slices(slices: Slices, lengths: Lengths) -> list[int]:
+    """Return how many slices of each rank are shorter than [`CHUNK`] and not whole documents.
+
+    Adjacent slices on the same rank count as one.
+    """
+    short = [0] * len(slices)
+    for document, held in slices_by_document(slices).items():
+        for rank, run in groupby(held, key=lambda piece: piece[2]):
+            tokens = sum(stop - start for start, stop, _ in run)
+            short[rank] += tokens < min(CHUNK, lengths[document])
+    return short
 
 
 class Candidates:

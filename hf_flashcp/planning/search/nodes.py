@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...plan.contracted import contracted
 from ...plan.hierarchical_traffic import hierarchical_traffic
 from ...plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
 from ...plan.topology import Topology
@@ -35,25 +36,30 @@ MANY = 1000
 """Number of documents above which only the first base and the first target are tried."""
 
 
-def search_in_nodes(caps: Caps, topology: Topology) -> Slices:
+def search_in_nodes(caps: Caps, topology: Topology, state_tokens: float = 0.0) -> Slices:
     """Return the slices of every rank in the plan whose busiest links need the least time.
 
     Rows are sent to each node once, and a row between nodes counts `inter_node_cost` times. The links are never busier
     than those of the plan of [`search`]. If that plan does not meet the caps, the result is not less balanced. If all
     ranks share one node, or each has its own, the result is the plan of `search`. Pure and deterministic.
     """
-    flat = search(caps)
+    flat = search(caps, state_tokens=state_tokens)
     found = [flat, *node_plans(flat, caps, topology.ranks_per_node)]
-    return min(found, key=lambda slices: busiest(slices, topology))
+    return min(found, key=lambda slices: busiest(slices, topology, state_tokens))
 
 
-def busiest(slices: Slices, topology: Topology) -> tuple[float, float]:
+def busiest(slices: Slices, topology: Topology, state_tokens: float = 0.0) -> tuple[float, float]:
     """Return the load of the busiest links and of all links together, in the hierarchical exchange.
 
-    The load is in tokens whose KV travels, and tokens between nodes count `inter_node_cost` times. The first number is
-    the load of the busiest link of any rank in the first step, in or out, plus that in the second step.
+    The load is in tokens whose KV travels, and tokens between nodes count `inter_node_cost` times. A state counts as
+    `state_tokens` tokens. The first number is the load of the busiest link of any rank in the first step, in or out,
+    plus that in the second step.
     """
-    first, second = hierarchical_traffic(slices, min(topology.ranks_per_node, len(slices)))
+    ranks_per_node = min(topology.ranks_per_node, len(slices))
+    first, second = hierarchical_traffic(slices, ranks_per_node)
+    if state_tokens:
+        states = hierarchical_traffic(contracted(slices).slices, ranks_per_node)
+        first, second = (kv + state_tokens * moved for kv, moved in zip((first, second), states))
     received, sent = by_link(first, topology.ranks_per_node)
     cost = np.array([[1.0], [topology.inter_node_cost]])
     forwarded = max(second.sum(0).max(), second.sum(1).max())

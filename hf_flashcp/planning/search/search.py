@@ -24,7 +24,7 @@ MOST_WORK = 4_000_000
 this limit. Algorithm 1 would take minutes for them."""
 
 
-def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
+def search(caps: Caps, *, minimize_total: bool = False, state_tokens: float = 0.0) -> Slices:
     """Return the slices of every rank in a plan with little KV in total and on the busiest rank.
 
     Of the plans found within 10% of the least total KV, this is the one whose busiest rank receives or sends the least
@@ -34,11 +34,13 @@ def search(caps: Caps, *, minimize_total: bool = False) -> Slices:
     If Algorithm 1 has a plan within the caps, the result never moves more KV than that plan in total, nor (without
     `minimize_total`) on the busiest rank; if no better plan is found, it is that plan. If no plan meets the cap on
     pairs, the result is at least as balanced as Per-Doc with or without rotated ranks, whichever is more balanced.
+
+    With `state_tokens`, the plans that are found are the same, but are compared by [`Candidate.priced`] traffic.
     """
-    return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _best_found(caps, minimize_total).slices
+    return per_doc(caps.lengths, 1) if caps.cp_size == 1 else _best_found(caps, minimize_total, state_tokens).slices
 
 
-def _best_found(caps: Caps, minimize_total: bool) -> Candidate:
+def _best_found(caps: Caps, minimize_total: bool, state_tokens: float) -> Candidate:
     candidates, effort = Candidates(caps), effort_for(caps)
     candidates.build_next(effort.settings, NEAR)
     candidates.build_next(effort.targets - effort.settings, FAR)
@@ -56,6 +58,11 @@ def _best_found(caps: Caps, minimize_total: bool) -> Candidate:
     _spread_traffic(candidates, reference.bottleneck if reference else math.inf, effort.targets)
     if minimize_total:
         _lower_total(candidates, effort)
+    if state_tokens:
+        if reference is None and most_total > 0:
+            reference = _algorithm1_below(caps, math.inf, math.inf)
+        found = [plan.priced(caps.lengths, state_tokens) for plan in candidates.found]
+        return _choose(found, reference and reference.priced(caps.lengths, state_tokens), minimize_total)
     if reference is None:
         best = best_of(candidates.found, minimize_total)
         if best.total > most_total or best.bottleneck > most_bottleneck:

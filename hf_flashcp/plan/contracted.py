@@ -1,0 +1,53 @@
+"""Contracted plans: what recurrent layers exchange where a plan cuts documents.
+
+A recurrent layer needs one state from each earlier slice of a document, however long the slice is. So its exchange is
+that of full attention under a plan in which every slice is one token long:
+
+    document 0 of 100 tokens     rank 0: [0, 30)   rank 1: [30, 60) [80, 100)   rank 2: [60, 80)
+    contracted to 4 tokens       rank 0: [0, 1)    rank 1: [1, 2)   [3, 4)      rank 2: [2, 3)
+
+Gradients of states flow from later slices to earlier ones, as if the contracted documents ran backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from .slices import Slice, slices_by_document
+from .traffic import full_attention_traffic
+
+
+class Contracted(NamedTuple):
+    """The lengths and slices of a contracted plan. It has only the documents that are cut, numbered from 0."""
+
+    lengths: list[int]
+    slices: list[list[Slice]]  # of each rank; empty for ranks that hold whole documents only
+
+
+def contracted(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) -> Contracted:
+    """Return the contracted plan of each rank's slices, or that of the documents read `backwards`.
+
+    Adjacent slices on the same rank count as one.
+    """
+    runs = [
+        [rank for rank, _ in groupby(rank for _, _, rank in held)]
+        for _, held in sorted(slices_by_document(slices).items())
+    ]
+    cut = [ranks for ranks in runs if len(ranks) > 1]
+    of_ranks: list[list[Slice]] = [[] for _ in slices]
+    for document, ranks in enumerate(cut):
+        for place, rank in enumerate(reversed(ranks) if backwards else ranks):
+            of_ranks[rank].append(Slice(document, place, place + 1))
+    return Contracted([len(ranks) for ranks in cut], of_ranks)
+
+
+def states_moved(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) -> tuple[list[int], list[int]]:
+    """Return `(received, sent)`, the slices whose states each rank receives and sends in a recurrent layer's forward.
+
+    Of each document that is cut, a rank receives the states of all slices before its own last one, except its own.
+    With `backwards` the counts are those of backward, where it receives the gradients of all slices after its own
+    first one, except its own.
+    """
+    return full_attention_traffic(contracted(slices, backwards=backwards).slices)
