@@ -67,7 +67,7 @@ def test_agreement_leaves_no_keys_in_the_store(pool):
 
 def test_debug_mode_checks_every_exchange(pool):
     results = pool.run(2, agreement_cases.exchange_that_does_not_fit)
-    check(results, "ConfigurationError", "An exchange of KV differs between ranks", "which expects")
+    check(results, "ConfigurationError", "An exchange differs between ranks", "which expects")
     assert pool.run(2, agreement_cases.exchange_that_fits)[0][0] is None
 
 

@@ -1,10 +1,10 @@
-"""Exchange of keys and values (KV) between ranks, and of their gradients, by uneven all-to-alls.
+"""Exchange of keys and values (KV) between ranks, of other rows, and of their gradients, by uneven all-to-alls.
 
 Each all-to-all carries only the rows that its receiver needs.
 """
 
 from .checksums import debug_mode
-from .kv_exchange import kv_width, pack_rows, return_grads, send_kv, split_rows
+from .kv_exchange import kv_width, pack_rows, return_grads, send_kv, send_rows, split_rows
 from .transfer import AllToAll, Transfer, named_range, seconds_waited
 
 
@@ -18,5 +18,6 @@ __all__ = [
     "seconds_waited",
     "return_grads",
     "send_kv",
+    "send_rows",
     "split_rows",
 ]

@@ -52,7 +52,8 @@ class CheckedExchange:
         )
         ranks = self._ranks
         problems = [
-            f"rank {ranks[a]} sends {self._sends[a][b]} rows to rank {ranks[b]}, which expects {expects[b][a]}"
+            f"rank {ranks[a]} sends {self._sends[a][b]} rows of {rows.what} to rank {ranks[b]}, which expects "
+            f"{expects[b][a]}"
             for a in range(size)
             for b in range(size)
             if self._sends[a][b] != expects[b][a]
@@ -64,7 +65,7 @@ class CheckedExchange:
         ]
         if problems:
             raise ConfigurationError(
-                f"An exchange of KV differs between ranks: {'; '.join(problems)}. All ranks must run the same model "
+                f"An exchange differs between ranks: {'; '.join(problems)}. All ranks must run the same model "
                 "on the same batch."
             )
 
@@ -89,7 +90,7 @@ class CheckedExchange:
         ]
         if problems:
             raise FlashCPError(
-                f"Data changed during an exchange of KV: {'; '.join(problems)}. Either something wrote to the "
+                f"Data changed during an exchange: {'; '.join(problems)}. Either something wrote to the "
                 "exchange's memory while it was running, or a device or the network is faulty."
             )
 

@@ -17,15 +17,14 @@ import torch
 from ..distributed.exchange_group import second_step_group
 from ..layout import Stage
 from ..layout.sums import sum_parts
-from .transfer import GRADIENTS, KEYS, AllToAll, Transfer
+from .transfer import AllToAll, Transfer
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_FORWARDED_KEYS = f"{KEYS} forwarded inside nodes"
-_FORWARDED_GRADIENTS = f"{GRADIENTS} forwarded inside nodes"
+_FORWARDED = "{} forwarded inside nodes"
 
 
 class HierarchicalTransfer:
@@ -86,8 +85,8 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
 
 
-def send_kv_over_nodes(
-    packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor
+def send_rows_over_nodes(
+    packed: torch.Tensor, received: torch.Tensor, stage: Stage, group: ProcessGroup, result: torch.Tensor, what: str
 ) -> HierarchicalTransfer:
     """Post the rows `packed` (n, width) that this rank sends in the first step of a stage.
 
@@ -102,21 +101,21 @@ def send_kv_over_nodes(
     def forward(arrived: torch.Tensor) -> AllToAll:
         buffer = arrived.new_empty(step.second.count, arrived.shape[1])
         forwarded = step.forwarded.take(arrived)
-        return AllToAll(forwarded, buffer, step.send_splits, step.recv_splits, inside, _FORWARDED_KEYS)
+        return AllToAll(forwarded, buffer, step.send_splits, step.recv_splits, inside, _FORWARDED.format(what))
 
     def finish(arrived: torch.Tensor, arrived_second: torch.Tensor) -> torch.Tensor:
         step.first.put(received, step.needed.take(arrived))
         step.second.put(received, arrived_second)
         return result
 
-    first = Transfer(AllToAll(packed, arrived, stage.send_splits, stage.recv_splits, group))
+    first = Transfer(AllToAll(packed, arrived, stage.send_splits, stage.recv_splits, group, what))
     return HierarchicalTransfer(first, forward, finish, (packed,))
 
 
 def return_grads_over_nodes(
-    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup
+    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup, what: str
 ) -> HierarchicalTransfer:
-    """Post the gradients of the rows that [`send_kv_over_nodes`] delivered, along the same routes in reverse.
+    """Post the gradients of the rows that [`send_rows_over_nodes`] delivered, along the same routes in reverse.
 
     A rank that forwarded rows sums the gradients that come back for each of them, in at least fp32 and in the order of
     ranks.
@@ -126,6 +125,7 @@ def return_grads_over_nodes(
         returned: (n, width); receives the gradients of the rows that this rank sent.
         stage: stage of the exchange.
         group: process group of the exchange.
+        what: name of the rows in errors and profiles.
     """
     step = stage.second_step
     assert step is not None
@@ -135,8 +135,8 @@ def return_grads_over_nodes(
     def forward(back: torch.Tensor) -> AllToAll:
         parts = [step.first.take(grad)[None], *step.sums.split(back[None], first=1)]
         summed = sum_parts(parts, step.sums, grad[None])[0]
-        return AllToAll(summed, returned, stage.recv_splits, stage.send_splits, group, GRADIENTS)
+        return AllToAll(summed, returned, stage.recv_splits, stage.send_splits, group, what)
 
     outgoing = step.second.take(grad)
-    first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, inside, _FORWARDED_GRADIENTS))
+    first = Transfer(AllToAll(outgoing, back, step.recv_splits, step.send_splits, inside, _FORWARDED.format(what)))
     return HierarchicalTransfer(first, forward, lambda _, arrived: arrived, (grad, outgoing))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layout import RankLayout, Rows, Stage, fused
-from .hierarchical import HierarchicalTransfer, return_grads_over_nodes, send_kv_over_nodes
-from .transfer import GRADIENTS, AllToAll, Transfer, named_range
+from .hierarchical import HierarchicalTransfer, return_grads_over_nodes, send_rows_over_nodes
+from .transfer import GRADIENTS, KEYS, AllToAll, Transfer, named_range
 
 
 if TYPE_CHECKING:
@@ -34,22 +34,36 @@ def send_kv(
     if not stages:
         return []
     width = kv_width(key, value)
-    send_rows = layout.send_rows(key.device)
+    rows = layout.send_rows(key.device)
     with named_range("pack"):
-        packed = pack_rows(key, value, send_rows, key.new_empty(send_rows.count, width))
+        packed = pack_rows(key, value, rows, key.new_empty(rows.count, width))
     transfers: list[Transfer | HierarchicalTransfer] = []
     for stage in stages:
         local = stage.local_rows.count if stage.local_rows else 0
         keys = key.new_empty(stage.received + local, width)
-        sent, received = packed[stage.sent], keys[: stage.received]
-        if stage.second_step is None:
-            rows = AllToAll(sent, received, stage.send_splits, stage.recv_splits, group)
-            transfers.append(Transfer(rows, result=keys))
-        else:
-            transfers.append(send_kv_over_nodes(sent, received, stage, group, result=keys))
+        transfers.append(send_rows(packed[stage.sent], keys, stage, group))
         if local:
             pack_rows(key, value, stage.local_rows, keys[stage.received :])
     return transfers
+
+
+def send_rows(
+    sent: torch.Tensor, result: torch.Tensor, stage: Stage, group: ProcessGroup, what: str = KEYS
+) -> Transfer | HierarchicalTransfer:
+    """Post the rows of one stage.
+
+    Args:
+        sent: (n_sent, width), contiguous, ordered by destination rank.
+        result: (n, width); its first rows receive those of other ranks, ordered by source rank. Awaiting the transfer
+            returns it.
+        stage: stage of the exchange.
+        group: process group of the exchange.
+        what: name of the rows in errors and profiles.
+    """
+    received = result[: stage.received]
+    if stage.second_step is not None:
+        return send_rows_over_nodes(sent, received, stage, group, result, what)
+    return Transfer(AllToAll(sent, received, stage.send_splits, stage.recv_splits, group, what), result)
 
 
 def kv_width(key: torch.Tensor, value: torch.Tensor) -> int:
@@ -81,16 +95,17 @@ def split_rows(packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 
 
 def return_grads(
-    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup
+    grad: torch.Tensor, returned: torch.Tensor, stage: Stage, group: ProcessGroup, what: str = GRADIENTS
 ) -> Transfer | HierarchicalTransfer:
-    """Post the gradients of the rows that `send_kv` received in a stage.
+    """Post the gradients of the rows that `send_kv` or `send_rows` received in a stage.
 
     Args:
         grad: (n_received, width), contiguous, in the order in which the rows were received.
         returned: (n_sent, width); receives the gradients of the rows that this rank sent.
         stage: stage of the exchange.
         group: process group of the exchange.
+        what: name of the rows in errors and profiles.
     """
     if stage.second_step is not None:
-        return return_grads_over_nodes(grad, returned, stage, group)
-    return Transfer(AllToAll(grad, returned, stage.recv_splits, stage.send_splits, group, GRADIENTS))
+        return return_grads_over_nodes(grad, returned, stage, group, what)
+    return Transfer(AllToAll(grad, returned, stage.recv_splits, stage.send_splits, group, what))

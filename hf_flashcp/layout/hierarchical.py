@@ -23,7 +23,7 @@ from ..plan.stage_traffic import Pieces, StageTraffic
 from .parts import Parts
 from .routes import Routes
 from .rows import Rows
-from .stage import SecondStep
+from .second_step import SecondStep
 
 
 def hierarchical_routes(traffic: StageTraffic, rank: int) -> Routes:

@@ -14,12 +14,12 @@ import torch
 
 from ..plan import ShardPlan
 from ..plan.ranges import Ranges
-from ..plan.rectangles import StageKeys, local_rectangles, query_rows, stage_keys
+from ..plan.rectangles import local_rectangles, query_rows, stage_keys
 from ..plan.slices import LocalSlice, local_slices
 from ..plan.stage_traffic import StageTraffic, stage_traffic
 from .hierarchical import hierarchical_routes
 from .parts import Parts
-from .routes import Routes, direct_routes
+from .routes import direct_routes
 from .rows import Rows
 from .stage import Stage
 
@@ -97,7 +97,7 @@ class RankLayout:
         if device not in self._maps_on:
             sent = Rows(Ranges.concatenated([routes.sent for routes in self._routes])).to(device)
             begins = accumulate((sum(routes.send_splits) for routes in self._routes), initial=0)
-            stages = tuple(map(partial(_stage, self.window, device), self._routes, self._keys, begins))
+            stages = tuple(map(partial(Stage.of, self.window is not None, device), self._routes, self._keys, begins))
             passes = self.local, *(keys.rectangles for keys in self._keys)
             outputs = [Rows(query_rows(rectangles), device) for rectangles in passes if rectangles]
             whole = [Rows(Ranges.of([(0, self.num_tokens)]), device)] if self.local else []
@@ -116,27 +116,6 @@ class _Maps(NamedTuple):
     send_rows: Rows
     outputs: Parts
     key_gradients: Parts
-
-
-def _stage(window: int | None, device: torch.device, routes: Routes, keys: StageKeys, begin: int) -> Stage:
-    """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
-    order = None if keys.order is None else Rows(keys.order).to(device)
-    own = None if keys.own is None or not keys.own.total else Rows(keys.own).to(device)
-    received = sum(routes.recv_splits)
-    if routes.second_step is not None:
-        received = routes.second_step.first.count + routes.second_step.second.count
-    in_order = Rows(Ranges.of([(0, received)]), device) if order is None else order
-    return Stage(
-        sent=slice(begin, begin + sum(routes.send_splits)),
-        send_splits=routes.send_splits,
-        recv_splits=routes.recv_splits,
-        second_step=routes.second_step and routes.second_step.to(device),
-        local_rows=own,
-        key_order=order,
-        gradients=Parts.of(in_order, received + (own.count if own else 0), device),
-        rectangles=keys.rectangles,
-        causal=window is not None,
-    )
 
 
 def token_index(plan: ShardPlan, rank: int) -> np.ndarray:

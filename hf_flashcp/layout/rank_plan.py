@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..plan import ShardPlan
 from ..plan.slices import rank_tokens
 from ..plan.traffic import MOST_KEPT
+from .halo_layout import HaloLayout
 from .rank_layout import RankLayout
+from .state_layout import StateLayout
 
 
 if TYPE_CHECKING:
@@ -78,6 +81,8 @@ class RankPlan:
         self.kernel = kernel
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, RankLayout] = {}
+        self._halo_layouts: dict[int, HaloLayout] = {}
+        self._state_layouts: list[StateLayout] = []  # at most one, shared by copies of this plan
 
     def with_layers(
         self,
@@ -114,6 +119,36 @@ class RankPlan:
         if window not in self._window_layouts:
             self._window_layouts[window] = RankLayout(self.plan, self.rank, window)
         return self._window_layouts[window]
+
+    def halo_for(self, width: int) -> HaloLayout:
+        """Return the layout of convolutions whose outputs depend on `width` tokens, built on first use."""
+        if width not in self._halo_layouts:
+            self._halo_layouts[width] = HaloLayout(self.plan, self.rank, width)
+        return self._halo_layouts[width]
+
+    @property
+    def states(self) -> StateLayout:
+        """The layout of layers that pass states from slice to slice, built on first use."""
+        if not self._state_layouts:
+            self._state_layouts.append(StateLayout(self.plan, self.rank))
+        return self._state_layouts[0]
+
+    def copy_maps(self, device: torch.device, windows: Iterable[int | None], earlier: RankPlan | None) -> None:
+        """Build index maps and start copying them to `device`.
+
+        Args:
+            device: device of the layers.
+            windows: windows of the attention layers.
+            earlier: plan of an earlier batch, whose recurrent layers tell which maps those of this one will need.
+        """
+        for window in windows:
+            self.layout_for(window).stages(device)
+        if earlier is None:
+            return
+        for width in earlier._halo_layouts:
+            self.halo_for(width).copy_maps(device)
+        if earlier._state_layouts:
+            self.states.copy_maps(device)
 
     def __repr__(self) -> str:
         return f"RankPlan(rank={self.rank}, {self.plan})"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..plan.ranges import Ranges
 from ..plan.stage_traffic import StageTraffic
-from .stage import SecondStep
+from .second_step import SecondStep
 
 
 class Routes(NamedTuple):

@@ -151,6 +151,17 @@ class Rows:
             length = there.stop - there.start
             target.narrow(dim, there.start, length).copy_(values.narrow(dim, here.start, length))
 
+    def add_all(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Add `values` (n, ...) to these rows of `target` (T, ...), which may occur several times, always in the same
+        order."""
+        for rows, span in self._distinct_parts:
+            rows.add(target, values[span])
+
+    @cached_property
+    def _distinct_parts(self) -> list[tuple[Rows, slice]]:
+        spans = self.distinct_spans()
+        return list(zip(self.parts(spans), spans))
+
     def add(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Add `values` (n, ...), whose dtype may be narrower, to these rows of `target` (T, ...)."""
         if self.index is not None:

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
-from ..plan.rectangles import Rectangle
+from ..plan.ranges import Ranges
+from ..plan.rectangles import Rectangle, StageKeys
 from .parts import Parts
+from .routes import Routes
 from .rows import Rows
-
-
-class SecondStep(NamedTuple):
-    """What a rank forwards in the second step of a hierarchical exchange, and where it puts the rows of both steps."""
-
-    forwarded: Rows  # rows from the first step that the rank forwards, by destination
-    send_splits: list[int]  # number of rows of `forwarded` for each rank of the group
-    recv_splits: list[int]  # number of rows that the second step brings from each rank
-    needed: Rows  # rows from the first step that the rank itself needs
-    first: Rows  # places of these rows among all rows that the rank needs, which are ordered by source
-    second: Rows  # places there of the rows that the second step brings, in order of arrival
-    sums: Parts  # rows from the first step: the `needed` ones, and those that are forwarded to each destination
-
-    def to(self, device: torch.device) -> SecondStep:
-        forwarded, needed = self.forwarded.to(device), self.needed.to(device)
-        ends = [0, *accumulate(rows.count for rows in self.sums.rows[1:])]
-        by_destination = forwarded.parts([slice(*span) for span in pairwise(ends)])
-        return self._replace(
-            forwarded=forwarded,
-            needed=needed,
-            first=self.first.to(device),
-            second=self.second.to(device),
-            sums=Parts([needed, *by_destination], self.sums.count, device),
-        )
+from .second_step import SecondStep
 
 
 class Stage(NamedTuple):
@@ -53,6 +31,27 @@ class Stage(NamedTuple):
     gradients: Parts  # the rows of `key_order`, or all received rows, as the gradients of the keys come in that order
     rectangles: tuple[Rectangle, ...]  # local rows against rows of the ordered keys; disjoint, ascending queries
     causal: bool  # whether the rectangles have a causal mask, aligned bottom-right; if not, they have no mask
+
+    @classmethod
+    def of(cls, causal: bool, device: torch.device, routes: Routes, keys: StageKeys, begin: int) -> Stage:
+        """Return a stage whose rows begin at `begin` among all rows that the rank sends."""
+        order = None if keys.order is None else Rows(keys.order).to(device)
+        own = None if keys.own is None or not keys.own.total else Rows(keys.own).to(device)
+        received = sum(routes.recv_splits)
+        if routes.second_step is not None:
+            received = routes.second_step.first.count + routes.second_step.second.count
+        in_order = Rows(Ranges.of([(0, received)]), device) if order is None else order
+        return cls(
+            sent=slice(begin, begin + sum(routes.send_splits)),
+            send_splits=routes.send_splits,
+            recv_splits=routes.recv_splits,
+            second_step=routes.second_step and routes.second_step.to(device),
+            local_rows=own,
+            key_order=order,
+            gradients=Parts.of(in_order, received + (own.count if own else 0), device),
+            rectangles=keys.rectangles,
+            causal=causal,
+        )
 
     @property
     def received(self) -> int:
