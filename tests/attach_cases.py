@@ -13,14 +13,15 @@ from tests.model_cases import cp_mesh
 from tests.models import build_model, make_documents
 
 
-SAVED = ["llama", "llama, dynamic", "granitemoehybrid"]  # with hooks on RoPE, and on recurrent layers
+SAVED = ["llama", "llama, dynamic", "jamba", "granitemoehybrid"]  # with hooks on RoPE and recurrent layers
 
 
-def generate_in_training_mode():
-    """Return the tokens that an attached model generates in training mode, those of sdpa, and the error for labels
-    with a cache."""
-    model, reference = build_model("llama").train(), build_model("llama", "sdpa").eval()
+def generate_in_training_mode(family):
+    """Return the tokens that an attached model generates after a forward in training mode, those of sdpa, and the
+    error for labels with a cache."""
+    model, reference = build_model(family).train(), build_model(family, "sdpa").eval()
     attach(model, cp_mesh())
+    model(**FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(make_documents([40, 9])))
     ids = torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(dist.get_rank()))
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     tokens, expected = (each.generate(ids, **options).tolist() for each in (model, reference))

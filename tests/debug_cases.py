@@ -79,8 +79,9 @@ def swap(rows):
     rows[[0, 1]] = rows[[1, 0]]
 
 
-def layer_with_a_bad_transfer(plan, number, rank, change, buffer):
-    """Run a layer in which, on `rank`, `change` modifies the received or sent rows of all-to-all number `number`."""
+@contextlib.contextmanager
+def bad_transfer(number, rank, change, buffer):
+    """Let `change` modify the received or sent rows of all-to-all number `number` on `rank`."""
     posted = []
 
     def make(original):
@@ -100,6 +101,11 @@ def layer_with_a_bad_transfer(plan, number, rank, change, buffer):
         return call
 
     with replaced(dist, "all_to_all_single", make):
+        yield
+
+
+def layer_with_a_bad_transfer(plan, *bad):
+    with bad_transfer(*bad):
         layer(plan, (4, 2, 8, 8), checked=False)
 
 

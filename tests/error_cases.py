@@ -13,7 +13,6 @@ from transformers import (
     OPTConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
-    Qwen3NextConfig,
     RobertaConfig,
     StableLmConfig,
     T5Config,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, FlashCPTrainer, FlashCPTrainerMixin, attach
+from hf_flashcp.doctor.tiny import default_config, tiny_copy
 from tests.accelerate_state import fresh_accelerate
 from tests.model_cases import cp_mesh
 from tests.models import SMALL, build_model, make_documents
@@ -32,9 +32,7 @@ CONFIGS = {
     "bloom": lambda: BloomConfig(vocab_size=67, hidden_size=32, n_layer=2, n_head=4),
     "stablelm": lambda: StableLmConfig(**SMALL),
     "mamba": lambda: MambaConfig(vocab_size=67, hidden_size=32, num_hidden_layers=2),
-    "qwen3_next": lambda: Qwen3NextConfig(
-        **SMALL, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_value_heads=4
-    ),
+    "jamba": lambda: tiny_copy(default_config("jamba")),
     "window in the mask alone": lambda: Qwen2MoeConfig(
         **SMALL,
         num_experts=2,

@@ -26,7 +26,7 @@ from hf_flashcp.planning.caps import Caps
 from tests.accelerate_state import fresh_accelerate
 from tests.independent_plan_checker import assert_caps, check_plan, costs
 from tests.model_cases import model_errors
-from tests.models import FAMILIES, HYBRIDS, build_model, make_documents
+from tests.models import FAMILIES, HYBRIDS, WHOLE_DOCUMENT_HYBRIDS, build_model, make_documents
 from tests.trainer_cases import training_arguments
 
 
@@ -191,7 +191,7 @@ def random_training(seed, number):
     """Return `(world_size, arguments of training_errors)`."""
     rng = np.random.default_rng([seed, number])
     world_size = int(rng.integers(2, 5))
-    family = str(rng.choice([*FAMILIES, *HYBRIDS]))
+    family = str(rng.choice([*FAMILIES, *HYBRIDS, *WHOLE_DOCUMENT_HYBRIDS]))
     lengths = np.exp(rng.uniform(0, 4, rng.integers(1, 9))).astype(int).tolist()
     lengths.insert(int(rng.integers(len(lengths) + 1)), int(rng.integers(12, 60)))
     options = {
@@ -200,9 +200,9 @@ def random_training(seed, number):
         "num_stages": [None, int(rng.integers(1, world_size))][rng.integers(2)],
     }
     strategy = str(rng.choice(STRATEGIES))
-    if family in HYBRIDS:
+    if family in WHOLE_DOCUMENT_HYBRIDS:
         strategy, lengths = "whole_doc", lengths + [5] * max(world_size - len(lengths), 0)
-    elif getattr(FAMILIES[family], "sliding_window", None):
+    elif getattr(FAMILIES.get(family), "sliding_window", None):
         options["overrides"] = {"sliding_window": int(rng.integers(2, 40))}
     return world_size, (family, lengths, strategy, options)
 

@@ -130,7 +130,7 @@ def _backward_errors(model, loss, expected_loss, expected):
     model.zero_grad()
     loss.backward()
     sum_gradients(model)
-    return [largest_error(gradients(model), expected), abs(_total(loss) - expected_loss) / expected_loss]
+    return [largest_error(gradients(model), expected), abs(total(loss) - expected_loss) / expected_loss]
 
 
 def _with_lora(model, targets):
@@ -192,17 +192,17 @@ def without_exchange(family, lengths):
         RankLayout.stages = original
 
 
-def _total(loss):
+def total(loss):
     total = loss.detach().double()
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return float(total)
 
 
-def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
+def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False, small_units=False):
     """Return [gradient error, loss error] with FSDP2 over all ranks, and the bf16 error of a single process.
 
-    FSDP2 shards over data- and context-parallel ranks, with one unit per layer.
+    FSDP2 shards over data- and context-parallel ranks, with one unit per layer, or for each module of a layer too.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
@@ -218,7 +218,8 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     options = {"mesh": mesh["dp_shard_cp"], **({"mp_policy": policy} if policy else {})}
     model = build_model(family, dtype=torch.float32 if mixed_precision else torch.float64)
     for layer in model.model.layers:
-        fully_shard(layer, **options)
+        for module in [*(layer.children() if small_units else ()), layer]:
+            fully_shard(module, **options)
     fully_shard(model, **options)
     attach(model, mesh)
     features = make_documents(lengths, prompt=0.3)
@@ -237,6 +238,6 @@ def fully_sharded_errors(family, lengths, cp_size=None, mixed_precision=False):
     ours = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients(model).items()}
     return (
         largest_error(ours, expected),
-        abs(_total(loss) / world_size - expected_loss) / expected_loss,
+        abs(total(loss) / world_size - expected_loss) / expected_loss,
         largest_error(single, expected),
     )

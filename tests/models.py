@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Cohere2Config,
     DeepseekV3Config,
@@ -28,7 +29,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from hf_flashcp.doctor.tiny import default_config, tiny_copy
+from hf_flashcp.doctor.tiny import decay_slowly, default_config, tiny_copy
 from hf_flashcp.integrations.gradient_check import gradient_error
 from tests.device import DEVICE
 
@@ -121,22 +122,67 @@ FAMILIES = {
     ),
 }
 
-# Models with recurrent or convolutional layers beside attention, for plans that keep documents whole.
-HYBRIDS = {name: tiny_copy(default_config(name)) for name in ("granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next")}
+# Sizes of recurrent layers, with different numbers and widths of heads for keys and values.
+_RECURRENT = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_heads": 3,
+    "linear_head_dim": 16,
+}
+
+
+def _hybrids(*families):
+    configs = {name: tiny_copy(default_config(name)) for name in families if name in CONFIG_MAPPING}
+    for config in configs.values():
+        for name in _RECURRENT.keys() & vars(config).keys():
+            setattr(config, name, _RECURRENT[name])
+    return configs
+
+
+# Models with recurrent or convolutional layers beside attention, for any plan; older versions of transformers lack
+# some of them. There is a family for each kind of layer in `KINDS`: gated delta rule, Kimi delta attention, Mamba-2,
+# and two kinds of convolutions.
+HYBRIDS = _hybrids(
+    "bailing_hybrid",
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "zamba2",
+    "zaya",
+)
+KINDS = [name for name in ("qwen3_next", "kimi_linear", "bamba", "lfm2", "zaya") if name in HYBRIDS]
+# Those for plans that keep documents whole.
+WHOLE_DOCUMENT_HYBRIDS = _hybrids("jamba", "minimax", "recurrent_gemma", "zamba")
 
 
 def build_model(family, attn_implementation="flashcp", dtype=torch.float64, **overrides):
-    """Build a model with the same weights on every rank and device, and for every attention implementation."""
+    """Build a model with the same weights on every rank and device, and for every attention implementation.
+
+    States of recurrent layers decay so slowly that the first token of a document affects the last one.
+    """
     torch.manual_seed(0)
-    config = {**FAMILIES, **HYBRIDS}[family]
+    config = {**FAMILIES, **HYBRIDS, **WHOLE_DOCUMENT_HYBRIDS}[family]
     config = type(config)(**{**config.to_dict(), **overrides})
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attn_implementation, experts_implementation="eager", dtype=torch.float64
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms, biases and sinks are initialized to ones and zeros
+            # Norms, biases and sinks are initialized to ones and zeros; weights of 0.02 condition ZAYA's norms badly.
+            if parameter.dim() == 1 or family in HYBRIDS:
                 parameter += 0.1 * torch.randn_like(parameter)
+    decay_slowly(model)
     return model.to(DEVICE, dtype)
 
 

@@ -18,6 +18,7 @@ import transformers
 from accelerate import ParallelismConfig
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,6 +48,7 @@ from hf_flashcp.integrations.models.checkpointing import (
     layers_run_again,
 )
 from hf_flashcp.integrations.models.forward_arguments import CACHES, MEDIA
+from hf_flashcp.integrations.models.hybrids import MIXERS
 from hf_flashcp.integrations.registration import INTERNAL_NAME
 from tests.models import SMALL
 
@@ -372,3 +374,38 @@ def test_every_text_model_checkpoints_by_layers():
     root = Path(transformers.__file__).parent / "models"
     files = root.glob("*/modeling_*.py")
     assert not [path.name for path in files if "_gradient_checkpointing_func(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("family", [name for name, mixer in MIXERS.items() if mixer.functions])
+def test_mixers_call_functions_of_their_modeling_file(family):
+    """`integrations/models/recurrent_layers.py` replaces these functions, and calls them as `recurrence/` says.
+
+    The wrapper around a function (integrations/hub_kernels.py:1028) keeps what `recurrence/package_kernels.py` asks
+    for in its closure. If a name is new, add it to `MIXERS`.
+    """
+    if family not in CONFIG_MAPPING:
+        pytest.skip("newer than the installed transformers")
+    module, mixer = modeling_file(family), MIXERS[family]
+    forward = inspect.getsource(getattr(module, mixer.name).forward)
+    for name in mixer.functions:
+        assert forward.count(f"{name}(") == 1
+        function = getattr(module, name)
+        assert names(function)[: len(POSITIONAL[name])] == POSITIONAL[name]
+        function = getattr(function, "__wrapped__", function) if getattr(function, "_flashcp", False) else function
+        if inspect.isfunction(function):  # a module if the package kernels is installed
+            variables = inspect.getclosurevars(function).nonlocals
+            assert {"implementation", "package", "is_new_implementation"} <= set(variables)
+    assert ("mamba2_split_conv1d_scan_combined(" in forward) == (mixer.kind == "Mamba-2")
+
+
+POSITIONAL = {
+    "causal_conv1d_fn": ["hidden_states", "weight", "bias", "activation"],
+    "torch_chunk_gated_delta_rule": ["query", "key", "value", "g", "beta"],
+    "chunk_kimi_delta_attention": ["query", "key", "value", "g", "beta"],
+    "mamba2_chunk_scan": ["hidden_states", "dt", "A", "B", "C", "chunk_size"],
+}
+
+
+def modeling_file(family):
+    config = CONFIG_MAPPING[family]
+    return importlib.import_module(config.__module__.replace("configuration_", "modeling_"))

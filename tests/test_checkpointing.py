@@ -4,7 +4,7 @@ import pytest
 
 from hf_flashcp.errors import BatchError
 from tests import checkpointing_cases
-from tests.models import HYBRIDS
+from tests.models import KINDS, WHOLE_DOCUMENT_HYBRIDS
 
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -19,14 +19,28 @@ def test_every_combination_is_exact(pool, cp_size, lora):
         assert len(found) == 36 and max(found.values()) < FP64
 
 
-@pytest.mark.parametrize("cp_size, family", [(1, "lfm2"), *((2, family) for family in HYBRIDS), (3, "qwen3_next")])
-def test_hybrids_are_exact(pool, cp_size, family):
-    for found in pool.run(cp_size, checkpointing_cases.hybrid_differences, family):
-        assert max(found.values()) < FP64
+@pytest.mark.parametrize("cp_size, family", [(1, "lfm2"), *((2, family) for family in KINDS), (3, "qwen3_next")])
+def test_recurrent_layers_of_cut_documents_run_again_alike(pool, cp_size, family):
+    """Gradients are those without checkpointing, bit by bit."""
+    for found in pool.run(cp_size, checkpointing_cases.hybrid_differences, family, "per_doc"):
+        assert len(found) == 12 and max(found.values()) == 0
+
+
+@pytest.mark.parametrize("family", WHOLE_DOCUMENT_HYBRIDS)
+def test_hybrids_on_whole_documents_are_exact(pool, family):
+    for found in pool.run(2, checkpointing_cases.hybrid_differences, family, "whole_doc"):
+        assert len(found) == 6 and max(found.values()) < FP64
+
+
+WRAPPED = [
+    ("llama", "per_doc"),
+    *((family, "per_doc") for family in KINDS),
+    *((family, "whole_doc") for family in WHOLE_DOCUMENT_HYBRIDS),
+]
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
-@pytest.mark.parametrize("family, strategy", [("llama", "per_doc"), *((family, "whole_doc") for family in HYBRIDS)])
+@pytest.mark.parametrize("family, strategy", WRAPPED)
 def test_wrappers_around_layers_are_exact(pool, family, strategy, attach_first):
     """Wrappers as in FSDP2's activation checkpointing, added before or after the model is attached."""
     for found in pool.run(2, checkpointing_cases.wrapped_errors, family, strategy, attach_first):
@@ -34,7 +48,7 @@ def test_wrappers_around_layers_are_exact(pool, family, strategy, attach_first):
             "everything offloaded"
         )  # other strides change the rounding of the parts that hybrids compute in fp32
         assert len(found) == 4 and max(found.values()) < FP64
-        assert everything < (1e-6 if family in HYBRIDS else FP64)
+        assert everything < (FP64 if family == "llama" else 1e-6)
 
 
 @pytest.mark.parametrize("keep", [None, True, False])

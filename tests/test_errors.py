@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 
 from hf_flashcp import FlashCPPlugin, errors, plan_documents
 from hf_flashcp.errors import BatchError, ConfigurationError, FlashCPError, PlanError, UnsupportedModelError
-from hf_flashcp.integrations.models.per_document_mixers import require_whole_documents
+from hf_flashcp.integrations.models.hybrids import MIXERS
+from hf_flashcp.integrations.models.per_slice_mixers import require_whole_documents
 from hf_flashcp.planning import STRATEGIES
 from tests import error_cases
 
@@ -84,7 +85,11 @@ def test_bad_batches(pool, changes, error, message):
 
 
 def test_a_split_document_in_a_model_with_recurrent_layers(pool):
-    check(pool.errors(2, error_cases.train_step, "qwen3_next"), BatchError, "which need whole documents, but the plan")
+    check(
+        pool.errors(2, error_cases.train_step, "jamba"),
+        BatchError,
+        "(Mamba-1) that need whole documents, but the plan",
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -93,12 +98,12 @@ def test_a_split_document_in_a_model_with_recurrent_layers(pool):
 def test_the_advice_about_whole_documents_fits_the_batch(num_documents, cp_size, strategy):
     plan = plan_documents([12] * (num_documents - 1) + [13], cp_size, strategy=strategy)
     if strategy == "whole_doc" and num_documents >= cp_size:
-        require_whole_documents(plan, torch.nn.Identity())
+        require_whole_documents(plan, torch.nn.Identity(), MIXERS["jamba"])
         return
     if all(stop - start == plan.lengths[d] for slices in plan.slices for d, start, stop in slices):
         return
-    with pytest.raises(BatchError, match="recurrent or convolutional layers") as raised:
-        require_whole_documents(plan, torch.nn.Identity())
+    with pytest.raises(BatchError, match="Identity has layers \\(Mamba-1\\) that need whole documents") as raised:
+        require_whole_documents(plan, torch.nn.Identity(), MIXERS["jamba"])
     count = f"The batch has {num_documents} document{'s' if num_documents > 1 else ''} for {cp_size} ranks: put at "
     assert (count in str(raised.value)) == (num_documents < cp_size)
     assert ('strategy="whole_doc"' in str(raised.value)) == (num_documents >= cp_size)

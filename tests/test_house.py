@@ -26,10 +26,11 @@ BELOW = {
     "distributed": set(),
     "exchange": {"plan", "layout", "distributed"},
     "attention": {"plan", "layout", "distributed", "exchange"},
+    "recurrence": {"plan", "layout", "distributed", "exchange"},
     "data": {"plan", "predict", "planning", "layout", "distributed"},
-    "integrations": {"plan", "predict", "planning", "layout", "distributed", "exchange", "attention", "data"},
 }
 """The rooms from which each room may import, besides `errors`."""
+BELOW["integrations"] = set(BELOW) - {"simulation"}
 BELOW["doctor"] = {*BELOW, "integrations"} - {"simulation"}
 BELOW["bench"] = set(BELOW)
 BELOW["cli"] = set(BELOW)

@@ -5,7 +5,7 @@ import pytest
 from hf_flashcp.errors import UnsupportedModelError
 from hf_flashcp.planning import STRATEGIES, Topology
 from tests import model_cases
-from tests.models import CONFIGS, FAMILIES, HYBRIDS, make_documents, with_skipped_positions
+from tests.models import CONFIGS, FAMILIES, KINDS, WHOLE_DOCUMENT_HYBRIDS, make_documents, with_skipped_positions
 from tests.packs import KNOWN_PACKS
 
 
@@ -65,14 +65,13 @@ def test_rope_that_depends_on_a_ranks_own_tokens_fails(pool, family):
     [
         *((cp_size, family) for cp_size in (1, 3) for family in ("llama", "mistral, window", "llama, dynamic")),
         *((2, family) for family in ("llama", "mistral, window", "gemma3", "smollm3")),
-        *((2, family) for family in ("phi3, longrope", "llama, dynamic", *HYBRIDS)),
+        *((2, family) for family in ("phi3, longrope", "llama, dynamic", *KINDS)),
     ],
 )
 def test_positions_that_skip_inside_a_document(pool, cp_size, family):
     """seq_lengths defines the documents; their positions imply neither further documents nor a window."""
     options = {"features": with_skipped_positions(make_documents(LENGTHS))}
-    strategies = ["whole_doc"] if family in HYBRIDS else STRATEGIES
-    for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, strategies, options):
+    for error in pool.run(cp_size, model_cases.family_errors_with, family, LENGTHS, STRATEGIES, options):
         assert error < FP64
 
 
@@ -93,19 +92,18 @@ def test_a_window_that_only_the_mask_has_is_seen_on_every_rank(pool, cp_size):
             assert isinstance(error, UnsupportedModelError) and "a sliding window of 5 tokens" in str(error)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", WHOLE_DOCUMENT_HYBRIDS)
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_hybrids_on_whole_documents(pool, cp_size, family):
-    """Recurrent, convolutional and attention layers."""
+    """Recurrent layers whose states cannot be passed on. `test_recurrence` tests the others."""
     for error in pool.run(cp_size, model_cases.family_errors, family, LENGTHS, ["whole_doc"]):
         assert error < FP64
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", ["zaya", *WHOLE_DOCUMENT_HYBRIDS])
 def test_checkpointed_hybrids(pool, family, checkpointing):
-    """A recurrent layer that is recomputed in backward still runs once per document (otherwise errors are above
-    0.2)."""
+    """A layer that is recomputed in backward still runs once per slice (otherwise errors are above 0.2)."""
     for error in pool.run(2, model_cases.checkpointed_errors, family, LENGTHS, checkpointing):
         assert error < 1e-4  # these layers compute in fp32
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, shard_inputs
 from hf_flashcp.distributed import agreement
+from hf_flashcp.doctor.tiny import default_config, tiny_copy
 from hf_flashcp.errors import BatchError, PlanError
 from hf_flashcp.integrations.trainers.planned_batches import PlannedBatches
 from hf_flashcp.layout import RankPlan
@@ -74,6 +75,9 @@ def test_waits_are_seen(pool):
         assert operations == {"tolist", "nonzero", "cpu", "numpy", "index"}
 
 
+RECURRENT = ("bamba", "lfm2", "qwen3_5_text")
+
+
 @pytest.fixture
 def lonely_mesh(monkeypatch):
     """Return a function that returns a mesh of ranks of which only the first exists."""
@@ -96,16 +100,17 @@ def lonely_mesh(monkeypatch):
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])
-@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3", *RECURRENT])
 def test_a_forward_reads_no_values_and_all_copies_are_asynchronous(family, cp_size, lonely_mesh, monkeypatch):
     """On tensors without data, of which no value can be read."""
     batches = FlashCPCollator(cp_size)(make_documents([40, 3, 17])), flattened(cp_size)
+    config = FAMILIES[family] if family in FAMILIES else tiny_copy(default_config(family))
     mesh = lonely_mesh(cp_size)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # it does not know meta tensors
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     with fake_cuda():
         with FAKE:
-            model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="flashcp").train()
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="flashcp").train()
         handle = attach(model, mesh, plugin=FlashCPPlugin(cp_size=cp_size, kernel="eager"))
         handle._checked = handle._loss_checked = True  # as after the first forward
         for planned in batches:

@@ -106,15 +106,15 @@ def trainer_step(
     }
 
 
-def autocast_errors(lengths, cp_size):
+def autocast_errors(lengths, cp_size, family="llama"):
     """Return the gradient errors, compared with fp64, of a Trainer step and of a single process, both in bf16
     autocast."""
     fresh_accelerate()
     features, keep = make_documents(lengths), KeepGradient()
     trainer = InOrder(
-        model=build_model("llama", dtype=torch.float32),
+        model=build_model(family, dtype=torch.float32),
         args=training_arguments(
-            parallelism_config=FlashCPPlugin(cp_size=cp_size),
+            parallelism_config=FlashCPPlugin(cp_size=cp_size, strategy="per_doc"),
             per_device_train_batch_size=len(features) * cp_size // dist.get_world_size(),
             max_steps=1,
             bf16=True,
@@ -123,10 +123,10 @@ def autocast_errors(lengths, cp_size):
         callbacks=[keep],
     )
     trainer.train()
-    _, exact = from_one_rank(per_document_gradients, build_model("llama", "sdpa"), features)
+    _, exact = from_one_rank(per_document_gradients, build_model(family, "sdpa"), features)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         _, single = from_one_rank(
-            per_document_gradients, build_model("llama", "sdpa", torch.float32), features, own_loss=True
+            per_document_gradients, build_model(family, "sdpa", torch.float32), features, own_loss=True
         )
     return largest_error(keep.steps[0], exact), largest_error(single, exact)
 

@@ -13,7 +13,7 @@ from transformers import (
 from hf_flashcp import FlashCPCollator, attach, shard_inputs
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.planning import PlanSettings
-from tests.model_cases import _total, cp_mesh, sum_gradients
+from tests.model_cases import cp_mesh, sum_gradients, total
 from tests.models import (
     SMALL,
     exact_loss_sum,
@@ -76,7 +76,7 @@ def text_errors(name, lengths):
     assert ours == set(expected) and not any("vision" in name or "visual" in name for name in ours)
     sum_gradients(model)
     trained = {name: grad for name, grad in gradients(model).items() if name in expected}
-    return [largest_error(trained, expected), abs(_total(loss) - expected_loss) / expected_loss]
+    return [largest_error(trained, expected), abs(total(loss) - expected_loss) / expected_loss]
 
 
 def batch_with_images():

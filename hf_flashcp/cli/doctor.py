@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _one_model(arguments: argparse.Namespace) -> int:
     from ..distributed.workers import WorkerPool
-    from ..doctor.diagnosis import SUPPORTED, WHOLE_DOCUMENTS, diagnose
+    from ..doctor.diagnosis import SUPPORTED, WHOLE_ONLY, diagnose
     from ..doctor.layer_groups import devices_to_report, layer_groups
 
     devices = devices_to_report(arguments.gpu or ())
@@ -71,7 +71,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
     processes = min(arguments.cp_size, MAX_PROCESSES)
     with WorkerPool() as pool:
         diagnosis = diagnose(config, pool, cp_size=processes, strategy=arguments.strategy)
-    healthy = diagnosis.result in (SUPPORTED, WHOLE_DOCUMENTS) and not diagnosis.advice
+    healthy = diagnosis.result in (SUPPORTED, WHOLE_ONLY) and not diagnosis.advice
     groups = layer_groups(config, diagnosis.layers, devices)
     found = {**asdict(diagnosis), "cp_size": arguments.cp_size, "processes": processes, "healthy": healthy}
     found["layers"] = groups
@@ -87,6 +87,8 @@ def _report(diagnosis, groups, cp_size: int, processes: int) -> list[str]:
     lines = [f"{diagnosis.model_class} ({diagnosis.model_type}), cp_size {cp_size}", ""]
     if groups:
         lines += _layers(groups)
+    if diagnosis.mixer:
+        lines.append(f"other layers: {diagnosis.mixer}")
     if diagnosis.gradient_error is not None:
         lines += [
             "",

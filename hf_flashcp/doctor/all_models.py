@@ -49,7 +49,7 @@ def features(diagnosis: Diagnosis) -> list[str]:
     """What a model needs beyond plain causal attention, in words."""
     layers = diagnosis.layers
     windows = sum(layer["window"] is not None for layer in layers)
-    found = []
+    found = [diagnosis.mixer] if diagnosis.mixer else []
     if windows:
         found.append("sliding window" + ("" if windows == len(layers) else " in some layers"))
     found += [name for name in ("softcap", "sinks") if any(layer[name] for layer in layers)]

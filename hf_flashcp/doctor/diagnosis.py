@@ -9,12 +9,12 @@ import transformers
 from transformers import PreTrainedConfig
 
 from ..distributed.workers import WorkerPool
-from ..integrations.models.per_document_mixers import MIXERS
+from ..integrations.models.hybrids import MIXERS
 from .gradients import LIMIT, run_check
 from .tiny import causal_language_models, default_config, tiny_copy
 
 
-SUPPORTED, WHOLE_DOCUMENTS, REFUSED, NOT_CHECKED = "supported", "whole-document plans only", "refused", "not checked"
+SUPPORTED, WHOLE_ONLY, REFUSED, NOT_CHECKED = "supported", "whole-document plans only", "refused", "not checked"
 
 _NO_INTERFACE = "does not call its attention through transformers' attention interface"
 _ATTENTION_DROPOUT = (
@@ -31,8 +31,9 @@ _ATTENTION_DROPOUT = (
 class Diagnosis:
     """The doctor's findings about one model.
 
-    Errors are relative and come from a tiny copy in fp64. `layers` describes each attention layer of that copy, and
-    `advice` lists what has to change in the config before training.
+    Errors are relative and come from a tiny copy in fp64. `layers` describes each attention layer of that copy,
+    `mixer` is the kind of its recurrent or convolutional layers, and `advice` lists what has to change in the config
+    before training.
     """
 
     model_type: str
@@ -43,6 +44,7 @@ class Diagnosis:
     loss_error: float | None = None
     strategy: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+    mixer: str | None = None
     router_loss: bool = False
     advice: list[str] = field(default_factory=list)
 
@@ -73,14 +75,15 @@ def diagnose(
     except Exception as error:  # configs validate themselves in many ways
         diagnosis.reason = f"no tiny copy could be made ({_one_line(error)})"
         return diagnosis
-    whole = tiny.model_type in MIXERS
+    mixer = MIXERS.get(tiny.model_type)
+    diagnosis.mixer, whole = (mixer.kind, mixer.needs_whole_documents) if mixer else (None, False)
     diagnosis.strategy = "whole_doc" if whole else strategy
     found = run_check(pool, tiny, cp_size, diagnosis.strategy, timeout)
     diagnosis.layers, diagnosis.router_loss = found.get("layers", []), found.get("router_loss", False)
     diagnosis.gradient_error, diagnosis.loss_error = found.get("gradient_error"), found.get("loss_error")
     diagnosis.result, diagnosis.reason = _result(found)
     if whole and diagnosis.result == SUPPORTED:
-        diagnosis.result = WHOLE_DOCUMENTS
+        diagnosis.result = WHOLE_ONLY
     return diagnosis
 
 

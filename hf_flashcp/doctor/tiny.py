@@ -141,7 +141,10 @@ def _shrink_rope(values: dict[str, Any]) -> None:
 
 
 def build(config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Build a causal language model whose random weights depend only on the config; none is exactly 0 or 1."""
+    """Build a causal language model whose random weights depend only on the config; none is exactly 0 or 1.
+
+    Recurrent states decay slowly, as those of initial weights would vanish before a document ends.
+    """
     torch.manual_seed(0)
     config = type(config).from_dict(config.to_dict())
     model = _model_class(config)._from_config(
@@ -152,7 +155,16 @@ def build(config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += (0.1 * noise).to(parameter.dtype)
+    decay_slowly(model)
     return model
+
+
+@torch.no_grad()
+def decay_slowly(model: torch.nn.Module) -> None:
+    """Let the states of recurrent layers last for hundreds of tokens, where they decay by exp(-exp(A_log) dt)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.copy_(torch.linspace(-6.5, -3.0, parameter.numel()).view(parameter.shape))
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

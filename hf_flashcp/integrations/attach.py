@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import logging
@@ -36,10 +37,12 @@ from ..tables import counted
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
 from .models.forward_arguments import can_shard, has_cache, media
+from .models.hybrids import mixer_of
 from .models.loss_check import LossCheck
 from .models.model_support import check_model
-from .models.per_document_mixers import hook_mixers, needs_whole_documents, require_whole_documents
 from .models.per_document_rope import hook_length_dependent_rope
+from .models.per_slice_mixers import hook_mixers, require_whole_documents
+from .models.recurrent_layers import pass_states
 from .models.router_loss import scale_mean_terms, share_router_losses
 from .models.sharded_forward import ShardedForward, current_sharded_forward, set_sharded_forward
 from .plugin import FlashCPPlugin
@@ -157,8 +160,10 @@ class ContextParallelHandle:
         self.kernels: dict[str, int] = {}
         self.losses_add_up: bool = True
         self.mesh = mesh
-        self._whole_documents = needs_whole_documents(model)
-        self.plan_settings: PlanSettings = settings.with_whole_documents() if self._whole_documents else settings
+        mixer = mixer_of(model)
+        self._needs_whole = mixer if mixer is not None and mixer.needs_whole_documents else None
+        self.plan_settings: PlanSettings = settings.with_whole_documents() if self._needs_whole else settings
+        self._plan_in_seq_idx = pass_states(model)
         self._on_plan = on_plan
         self._keep_received_kv = getattr(plugin, "keep_received_kv", None)
         self._kernel = getattr(plugin, "kernel", None)
@@ -201,7 +206,7 @@ class ContextParallelHandle:
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be saved. A whole model saved by `torch.save` is attached for cp_size 1 when loaded.
         groups = dict.fromkeys(("mesh", "_mesh_group", "group", "plan"))
-        return {**vars(self), **groups, "_on_plan": None}
+        return {**vars(self), **groups, "_on_plan": None, "_checked": False}
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Apply [`shard_inputs`] with this handle's mesh, group and settings, if the hooks would shard the batch."""
@@ -247,37 +252,33 @@ class ContextParallelHandle:
                 "and their masks, would be lost. Train on text-only batches."
             )
         self._restore_count(batch)
-        batch = self.shard(batch)
+        if not self._checked:
+            pass_states(model)  # a process that loaded the model together with its hooks has not done so
+        batch, earlier = self.shard(batch), self.plan
         self.plan = batch["flashcp_plan"] = self._with_layers(batch["flashcp_plan"], model)
-        if self._whole_documents:
-            require_whole_documents(self.plan.plan, model)
-            batch.pop("seq_idx", None)
+        if self._needs_whole is not None:
+            require_whole_documents(self.plan.plan, model, self._needs_whole)
+        batch.pop("seq_idx", None)  # the plan defines the documents
+        if self._plan_in_seq_idx:
+            batch["seq_idx"] = self.plan
         # A cache would hold only part of the keys, carry a document's state into the next document, and grow when a
         # layer runs again in backward.
         batch["use_cache"] = False
-        self._agree_and_copy_maps(token_tensor(batch).device)
+        self._agree_and_copy_maps(token_tensor(batch).device, earlier)
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
         self._share_loss(model, batch)
         return (), batch
 
-    def _agree_and_copy_maps(self, device: torch.device) -> None:
+    def _agree_and_copy_maps(self, device: torch.device, earlier: RankPlan | None) -> None:
         """Check that all ranks have the same batch, and start copying index maps before waiting for other ranks."""
-
-        def copy_index_maps() -> None:
-            for window in self._windows:
-                self.plan.layout_for(window).stages(device)
-
+        copy_maps = functools.partial(self.plan.copy_maps, device, self._windows, earlier)
         if self.plan.group is None:
-            copy_index_maps()
+            copy_maps()
             return
+        described = _description_of_batch(self.plan)
         require_agreement(
-            "the batch",
-            _description_of_batch(self.plan),
-            self.plan.group,
-            advice=_SAME_BATCH,
-            error=BatchError,
-            meanwhile=copy_index_maps,
+            "the batch", described, self.plan.group, advice=_SAME_BATCH, error=BatchError, meanwhile=copy_maps
         )
 
     def _with_layers(self, plan: RankPlan, model: PreTrainedModel) -> RankPlan:

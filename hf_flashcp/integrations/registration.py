@@ -9,7 +9,6 @@ name is registered too, and can be used directly.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,7 @@ from ..layout import RankPlan
 from ..plan import ShardPlan
 from .models import sharded_forward
 from .models.sharded_forward import ShardedForward, current_sharded_forward
+from .replacement import replaced_once
 
 
 NAME = "flashcp"
@@ -280,23 +280,14 @@ def _find_no_packed_documents(find: Callable) -> Callable:
     """
 
     def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
-        if torch.compiler.is_compiling():  # dynamo cannot trace a ContextVar
-            return None if sharded_forward.is_running else find(position_ids)
+        if torch.compiler.is_compiling():
+            return None if sharded_forward.is_inside() else find(position_ids)
         forward = current_sharded_forward()
         if forward is not None and position_ids.shape[-1] == forward.plan.layout.num_tokens:
             return None
         return find(position_ids)
 
     return find_packed_sequence_indices
-
-
-def _replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -> Callable:
-    """Return `replace(function)`, or `function` itself if it is already a replacement."""
-    if getattr(function, "_flashcp", False):
-        return function
-    ours = functools.wraps(function)(replace(function))
-    ours._flashcp = True
-    return ours
 
 
 def _internal_name(implementation: Any) -> Any:
@@ -310,15 +301,15 @@ def register() -> None:
     """Register the name in transformers. `import hf_flashcp` calls this, and further calls change nothing."""
     ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_mask)
-    masking_utils.find_packed_sequence_indices = _replaced_once(
+    masking_utils.find_packed_sequence_indices = replaced_once(
         masking_utils.find_packed_sequence_indices, _find_no_packed_documents
     )
     # Users choose an implementation in two ways. `from_pretrained(attn_implementation=...)`, `from_config` and config
     # classes set this property (configuration_utils.py), but `set_attn_implementation` does not.
     names = PreTrainedConfig._attn_implementation
-    set_name = _replaced_once(names.fset, lambda stock: lambda config, value: stock(config, _internal_name(value)))
+    set_name = replaced_once(names.fset, lambda stock: lambda config, value: stock(config, _internal_name(value)))
     PreTrainedConfig._attn_implementation = property(names.fget, set_name, names.fdel, names.__doc__)
-    PreTrainedModel.set_attn_implementation = _replaced_once(
+    PreTrainedModel.set_attn_implementation = replaced_once(
         PreTrainedModel.set_attn_implementation,
         lambda stock: (
             lambda self, attn_implementation, *args, **kwargs: stock(

@@ -6,20 +6,23 @@ from transformers import PreTrainedModel
 
 from ...distributed import require_agreement
 from ...errors import UnsupportedModelError
-from .per_document_mixers import count_attention_modules, needs_whole_documents
+from .hybrids import mixer_of
+from .per_slice_mixers import count_attention_modules
+from .recurrent_layers import check_mixers
 from .sharded_forward import ShardedForward
 
 
 def check_first_forward(model: PreTrainedModel, forward: ShardedForward) -> None:
     """Raise an `UnsupportedModelError` on every rank if a layer attended without the plan or a mask would be lost."""
     name, config = type(model).__name__, model.config.get_text_config()
-    expected = count_attention_modules(model) if needs_whole_documents(model) else config.num_hidden_layers
+    expected = count_attention_modules(model) if mixer_of(model) else config.num_hidden_layers
     if len(forward.kernels) != expected:
         raise UnsupportedModelError(
             f"{len(forward.kernels)} attention layers of {name} called flashcp with the batch's plan, but "
             f"the model has {expected}. The others did not attend, or only to this rank's tokens, so gradients would "
             "be wrong. This model cannot be trained with context parallelism."
         )
+    check_mixers(model, forward.mixer_calls)
     # Masks can depend on tokens, and every rank has different tokens, so perhaps only one rank finds the problem.
     if forward.plan.group is not None:
         found = {"a mask over the causal one": forward.has_other_mask}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..registration import INTERNAL_NAME, NAME
-from .per_document_mixers import needs_whole_documents
+from .hybrids import mixer_of
 
 
 EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -37,7 +37,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder model, but flashcp shards causal language models, which only have a "
             "decoder. Train it without flashcp."
         )
-    if not (model._supports_attention_backend or needs_whole_documents(model)):
+    if not (model._supports_attention_backend or mixer_of(model)):
         raise UnsupportedModelError(
             f"{name} does not call its attention through transformers' attention interface, so flashcp cannot replace "
             "it. It cannot be trained with context parallelism."
@@ -71,14 +71,11 @@ def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
         return reason
     if layer_drop := getattr(config, "layerdrop", 0) or getattr(config, "layer_drop", 0):
         return f"drops layers at random ({layer_drop}), but all ranks must run the same layers: set layerdrop to 0"
-    if needs_whole_documents(model):
+    if mixer_of(model):
         return None
     layer_types = set(getattr(config, "layer_types", None) or ())
     if others := sorted(layer_types - EXACT_LAYER_TYPES):
-        return (
-            f"has layers of type {', '.join(others)}, but flashcp only supports full and sliding-window attention: it "
-            "does not exchange the states or selected keys of other layers"
-        )
+        return f"has layers of type {', '.join(others)}, which flashcp does not support"
     if getattr(model, "_is_stateful", False):
-        return "has recurrent layers, whose state is not exchanged between ranks"
+        return "has recurrent layers of a kind whose states flashcp does not pass between ranks"
     return None

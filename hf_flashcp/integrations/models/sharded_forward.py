@@ -6,6 +6,7 @@ the recomputation of a checkpointed layer on any thread.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ class ShardedForward:
     router_group: ProcessGroup | None = None  # ranks over whose tokens a router loss is computed
     router_weight: float = 1.0  # factor of the router loss in this rank's loss
     kernels: dict[int, str] = field(default_factory=dict)  # kernel of each module that used the plan, by its id
+    mixer_calls: Counter[str] = field(default_factory=Counter)  # calls of recurrent layers' functions with the plan
     attention_windows: set[int | None] = field(default_factory=set)  # `None` for full attention
     mask_windows: set[int] = field(default_factory=set)
     has_other_mask: bool = False  # whether a mask was neither causal nor a sliding window
@@ -49,6 +51,13 @@ def sharded_forward_count() -> int:
 def current_sharded_forward() -> ShardedForward | None:
     """Return the sharded forward that this thread is in, if any."""
     return _current.get()
+
+
+def is_inside() -> bool:
+    """Return whether this thread is inside a sharded forward; while torch.compile traces, whether any thread is."""
+    if torch.compiler.is_compiling():  # dynamo cannot trace a ContextVar
+        return is_running
+    return current_sharded_forward() is not None
 
 
 def set_sharded_forward(forward: ShardedForward | None) -> None:

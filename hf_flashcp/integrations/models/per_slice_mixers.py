@@ -1,12 +1,14 @@
-"""Support for recurrent and convolutional layers on plans that keep every document whole.
+"""Mixers that run once per slice: those that need whole documents, and those that see only a few tokens back.
 
-The state of such a layer flows from token to token, so a rank cannot start in the middle of a document. In a packed
-row, the state would also flow into the next document (transformers' own kernels prevent this only with CUDA packages,
-and not in all families). If each rank holds whole documents, it is enough to call such a module once per document:
+The states of some recurrent layers cannot be passed on, so a rank cannot start in the middle of a document. In a
+packed row, the state would also flow into the next document. If each rank holds whole documents, it is enough to call
+such a module once per document:
 
     local row   A A A A B B C C C        mixer(A A A A), mixer(B B), mixer(C C C), concatenated
 
-The rest of the layer (norms, projections, experts) processes tokens independently, and gets the whole row.
+ZAYA's projection sees a few tokens back. It is called on each slice behind the tokens before it, whose outputs are
+dropped, so documents may be cut. The rest of a layer (norms, projections, experts) processes tokens independently, and
+gets the whole row.
 """
 
 from __future__ import annotations
@@ -19,42 +21,14 @@ from typing import Any
 import torch
 from accelerate.utils.operations import recursively_apply
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...errors import BatchError, UnsupportedModelError
 from ...layout import RankPlan
 from ...plan import ShardPlan
-from .checkpointing import inside_wrappers
+from ...recurrence.halo import with_halo
+from .hybrids import Mixer, mixer_modules, mixer_of
 from .sharded_forward import current_sharded_forward
-
-
-MIXERS = {
-    "bailing_hybrid": "BailingHybridDeltaAttention",
-    "bamba": "BambaMixer",
-    "falcon_h1": "FalconH1Mixer",
-    "granitemoehybrid": "GraniteMoeHybridMambaLayer",
-    "jamba": "JambaMambaMixer",
-    "kimi_linear": "KimiLinearDeltaAttention",
-    "lfm2": "Lfm2ShortConv",
-    "lfm2_moe": "Lfm2MoeShortConv",
-    "lfm3": "Lfm3ShortConv",
-    "minimax": "MiniMaxLightningAttention",
-    "nemotron_h": "NemotronHMamba2Mixer",
-    "olmo_hybrid": "OlmoHybridGatedDeltaNet",
-    "qwen3_5_moe_text": "Qwen3_5MoeGatedDeltaNet",
-    "qwen3_5_text": "Qwen3_5GatedDeltaNet",
-    "qwen3_next": "Qwen3NextGatedDeltaNet",
-    "recurrent_gemma": "RecurrentGemmaRecurrentBlock",
-    "zamba": "ZambaMambaMixer",
-    "zamba2": "Zamba2MambaMixer",
-    "zaya": "ZayaCCAProjection",
-}
-"""The class of each family's module that mixes tokens by other means than attention, by model type."""
-
-
-def needs_whole_documents(model: PreTrainedModel) -> bool:
-    """Return whether the model has such layers and belongs to a family in `MIXERS`."""
-    mixer = MIXERS.get(model.config.get_text_config().model_type)
-    return mixer is not None and any(type(module).__name__ == mixer for module in model.modules())
 
 
 def count_attention_modules(model: PreTrainedModel) -> int:
@@ -62,11 +36,11 @@ def count_attention_modules(model: PreTrainedModel) -> int:
     return sum(
         "attention_interface(" in inspect.getsource(type(module).forward)
         for module in model.modules()
-        if type(module).__module__.startswith("transformers.")
+        if type(module).forward.__module__.startswith("transformers.")
     )
 
 
-def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
+def require_whole_documents(plan: ShardPlan, model: PreTrainedModel, mixer: Mixer) -> None:
     """Raise a `BatchError` if `plan` cuts a document."""
     documents = len(plan.lengths)
     if documents < plan.cp_size:
@@ -80,28 +54,27 @@ def require_whole_documents(plan: ShardPlan, model: PreTrainedModel) -> None:
         for document, start, stop in slices:
             if stop - start != plan.lengths[document]:
                 raise BatchError(
-                    f"{type(model).__name__} has recurrent or convolutional layers, which need whole documents, but "
-                    f"the plan gives rank {rank} tokens [{start}, {stop}) of document {document}, which has "
+                    f"{type(model).__name__} has layers ({mixer.kind}) that need whole documents, but the plan gives "
+                    f"rank {rank} tokens [{start}, {stop}) of document {document}, which has "
                     f"{plan.lengths[document]}. {advice}"
                 )
 
 
 def hook_mixers(model: PreTrainedModel) -> list[Any]:
-    """Make the mixers of an attached model run once per document, and return the handles of the hooks."""
-    if not needs_whole_documents(model):
+    """Make the mixers of an attached model run once per slice, and return the handles of the hooks."""
+    mixer, handles = mixer_of(model), []
+    if mixer is None or mixer.functions:
         return []
-    mixer = MIXERS[model.config.get_text_config().model_type]
-    handles = []
-    for name, module in model.named_modules():
-        if type(module).__name__ == mixer:
-            path = name.split(".")
-            depth = max(index for index, part in enumerate(path) if part.isdigit())
-            layer = inside_wrappers(model.get_submodule(".".join(path[: depth + 1])))
-            handles += _PerDocument().hook(module, layer)
+    for name, module in mixer_modules(model).items():
+        # A layer may contain another one (zamba), and both run again in backward.
+        parents = [model.get_submodule(name[:end]) for end, part in enumerate(name) if part == "."]
+        layer = [parent for parent in parents if isinstance(parent, GradientCheckpointingLayer)][-1]
+        width = 1 if mixer.sees_back is None else getattr(module, mixer.sees_back) + 1
+        handles += _PerSlice(width).hook(module, layer)
     return handles
 
 
-class _PerDocument:
+class _PerSlice:
     """The hooks of one mixer, which gets its plan from the keyword arguments of its decoder layer.
 
     A checkpointed layer runs again in backward, perhaps after other forwards, and without its hooks (in transformers
@@ -109,9 +82,11 @@ class _PerDocument:
     checkpointed function carries the plan.
     """
 
-    def __init__(self):
+    def __init__(self, width: int):
+        self._width = width  # number of tokens that an output depends on, its own included
         self._plan: RankPlan | None = None
         self._calls: list[tuple[tuple, dict]] = []
+        self._dropped: list[int] = []  # outputs of tokens before each slice
         self._checkpoint: Callable | None = None
 
     def hook(self, mixer: torch.nn.Module, layer: torch.nn.Module) -> list[Any]:
@@ -142,6 +117,7 @@ class _PerDocument:
         finally:
             self._plan = None
 
+    @torch.compiler.disable
     def _before(self, mixer, args, kwargs):
         if self._plan is None:
             if current_sharded_forward() is not None:
@@ -151,19 +127,38 @@ class _PerDocument:
                     "parallelism."
                 )
             return None
-        layout = self._plan.layout
+        layout, num_tokens = self._plan.layout, self._plan.layout.num_tokens
+        pieces = [(piece.row, piece.row + piece.tokens) for piece in layout.slices]
+        if self._width > 1:
+            args, kwargs = recursively_apply(_behind_its_halo, (args, kwargs), self._plan, self._width)
+            halo = self._plan.halo_for(self._width)
+            num_tokens, pieces, self._dropped = halo.num_padded, halo.pieces, halo.halo_tokens
         first, *self._calls = [
-            recursively_apply(_cut, (args, kwargs), layout.num_tokens, piece.row, piece.row + piece.tokens)
-            for piece in layout.slices
+            recursively_apply(_cut, (args, kwargs), num_tokens, start, stop) for start, stop in pieces
         ]
         return first
 
+    @torch.compiler.disable
     def _after(self, mixer, args, output):
-        outputs = [output]
-        calls, self._calls = self._calls, []
-        for document_args, document_kwargs in calls:
-            outputs.append(mixer.forward(*document_args, **document_kwargs))
-        return output if len(outputs) == 1 else _joined(outputs)
+        if self._plan is None:
+            return None
+        outputs, calls, self._calls = [output], self._calls, []
+        for slice_args, slice_kwargs in calls:
+            outputs.append(mixer.forward(*slice_args, **slice_kwargs))
+        if self._width > 1:
+            outputs = [recursively_apply(_without_first, *pair) for pair in zip(outputs, self._dropped)]
+        return outputs[0] if len(outputs) == 1 else _joined(outputs)
+
+
+def _behind_its_halo(tensor: torch.Tensor, plan: RankPlan, width: int) -> torch.Tensor:
+    """Return a tensor (1, T_r, ...) with the tokens before each slice, and any other tensor unchanged."""
+    if tensor.dim() < 3 or tensor.shape[:2] != (1, plan.layout.num_tokens):
+        return tensor
+    return with_halo(tensor[0].flatten(1), plan, width).unflatten(1, tensor.shape[2:])[None]
+
+
+def _without_first(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    return tensor[:, count:]
 
 
 def _cut(tensor: torch.Tensor, num_tokens: int, start: int, stop: int) -> torch.Tensor:
