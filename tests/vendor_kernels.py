@@ -17,7 +17,6 @@ import importlib.machinery
 import inspect
 import sys
 import types
-from unittest import mock
 
 import torch
 
@@ -125,12 +124,18 @@ def flash_attn_2():
 
 @contextlib.contextmanager
 def modules(contents):
-    """Provide modules with these names and attributes inside the context."""
+    """Provide modules with these names and attributes inside the context; keep others that are imported there."""
     made = {name: types.ModuleType(name) for name in contents}
     for name, attributes in contents.items():
         vars(made[name]).update(attributes, __spec__=importlib.machinery.ModuleSpec(name, None))
-    with mock.patch.dict(sys.modules, made):
+    before = {name: sys.modules.pop(name) for name in contents if name in sys.modules}
+    sys.modules.update(made)
+    try:
         yield
+    finally:
+        for name in contents:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 # FlashAttention-3: schemas of its operators

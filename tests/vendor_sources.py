@@ -1,8 +1,8 @@
 """Checks the stand-ins against the vendors' published packages: `python -m tests.vendor_sources`.
 
-It downloads the pinned versions with pip (about 25 MB) and compares the signatures in their sources with those of
-tests/vendor_kernels.py and tests/cudnn_stand_in.py. FlashAttention-3's library, in a wheel of 111 MB, is compared only
-with `--large`. Nothing is imported or installed.
+It downloads the pinned versions with pip (about 27 MB) and compares the signatures in their sources with those of
+tests/vendor_kernels.py, tests/cudnn_stand_in.py and tests/recurrent_kernels.py. FlashAttention-3's library, in a wheel
+of 111 MB, is compared only with `--large`. Nothing is imported or installed.
 """
 
 import argparse
@@ -16,16 +16,29 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tests import cudnn_stand_in, vendor_kernels
+from tests import cudnn_stand_in, recurrent_kernels, vendor_kernels
 
 
 FLASH_ATTN = ("2.7.3", "2.8.3")
 XFORMERS, CUDNN = "0.0.34", "1.18.0"
+RECURRENT = {
+    # package: file of a function
+    "fla-core==0.6.0": {
+        "chunk_gated_delta_rule": "fla/ops/gated_delta_rule/chunk.py",
+        "chunk_kda": "fla/ops/kda/chunk.py",
+    },
+    "mamba-ssm==2.3.2.post1": {
+        "mamba_chunk_scan_combined": "mamba_ssm/ops/triton/ssd_combined.py",
+        "mamba_split_conv1d_scan_combined": "mamba_ssm/ops/triton/ssd_combined.py",
+    },
+    "causal-conv1d==1.7.0": {"causal_conv1d_fn": "causal_conv1d/causal_conv1d_interface.py"},
+}
+SKIP_BUILDS = {f"{name}_SKIP_CUDA_BUILD": "TRUE" for name in ("FLASH_ATTENTION", "MAMBA", "CAUSAL_CONV1D")}
 
 
 def download(requirement, folder, *options):
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *options, requirement]
-    subprocess.run(command, check=True, env={**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"})
+    subprocess.run(command, check=True, env={**os.environ, **SKIP_BUILDS})
     name = requirement.split("==")[0].replace("-", "[-_]")
     (file,) = (path for path in Path(folder).iterdir() if re.match(f"{name}-{requirement.split('==')[1]}", path.name))
     return file
@@ -112,6 +125,18 @@ def cudnn(folder):
     return wrong
 
 
+def recurrent(folder):
+    wrong = 0
+    stand_ins = Path(recurrent_kernels.__file__).read_text(encoding="utf-8")
+    for requirement, functions in RECURRENT.items():
+        source_only = requirement.startswith(("mamba", "causal"))
+        archive = download(requirement, folder, *["--no-binary", ":all:", "--no-build-isolation"] * source_only)
+        for function, file in functions.items():
+            theirs, stand_in = (parameters(each, function) for each in (member(archive, file), stand_ins))
+            wrong += compare(f"{requirement} {function}", theirs, stand_in)
+    return wrong
+
+
 def flash_attn_3(folder):
     archive = download(f"xformers=={XFORMERS}", folder)
     library = member(archive, "flash_attn_3/_C.so").decode("latin-1")
@@ -126,7 +151,7 @@ def flash_attn_3(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="also download FlashAttention-3's library")
-    checks = [flash_attn_2, flash_attn_4, cudnn] + [flash_attn_3] * parser.parse_args().large
+    checks = [flash_attn_2, flash_attn_4, cudnn, recurrent] + [flash_attn_3] * parser.parse_args().large
     with tempfile.TemporaryDirectory() as folder:
         return sum(check(folder) for check in checks)
 
