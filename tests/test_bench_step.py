@@ -51,6 +51,19 @@ def test_command(capsys, tmp_path):
     assert "64 tokens, 2 processes, 1 thread each" in table and table.count("search") == 2
 
 
+def test_given_documents_of_a_hybrid_model():
+    config = {**step.QWEN3_5, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    found = step.measure(
+        [], 64, 2, config=config, lengths=[70, 1], strategies=["per_doc"], exchanges=["needed"], rounds=1
+    )
+    (pack,) = found["packs"]
+    assert (pack["corpus"], pack["lengths"]) == ("lengths", [70, 1])
+    single, case = pack["cases"]
+    assert case["tokens_per_second"] == pytest.approx(71 / case["seconds"])
+    assert case["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
+    assert "71 tokens, 2 processes" in step.text(found)
+
+
 def test_stages_and_an_all_gather_compute_the_same_step(pool):
     """On three ranks, one stage and several differ."""
     plan = plan_documents([70, 30, 20], 3, strategy="per_doc")

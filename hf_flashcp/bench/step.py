@@ -40,6 +40,27 @@ QWEN3 = {
 }
 """Config of the model that is trained by default."""
 
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+"""Config of a hybrid model: three layers with a gated delta rule, and one with attention."""
+
+MODELS = {"small-qwen3": QWEN3, "small-qwen3_5": QWEN3_5}
+"""The configs by the names that the command takes."""
+
 EXCHANGES = ("needed", "staged", "all")
 """Ways to exchange KV.
 
@@ -63,12 +84,15 @@ def measure(
     config: dict[str, Any] = QWEN3,
     strategies: Sequence[str] = tuple(name for name in STRATEGIES if name != "whole_doc"),
     exchanges: Sequence[str] = EXCHANGES,
+    lengths: Sequence[int] | None = None,
     dtype: str = "fp32",
     device: str = "cpu",
     threads: int = 1,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Train on one pack of each corpus; the first case of every pack is the single process.
+    """Train on one pack of each corpus, or on one of documents with the given `lengths` instead.
+
+    The first case of every pack is the single process.
 
     `ideal_share` is the median over rounds of the single process's time / cp_size / the case's time. On CPU there is
     more: `cpu_ideal_share` is the same for the CPU seconds of the busiest rank, which leave out waiting and other
@@ -90,15 +114,15 @@ def measure(
     setting = (json.dumps(config), dtype, device, threads)
     packs: list[dict[str, Any]] = []
     layer = None
-    turns = len(corpora) * (_WARM_UP + rounds + 1)
+    drawn = {"lengths": lengths} if lengths else {corpus: sample_pack(corpus, window) for corpus in corpora}
+    turns = len(drawn) * (_WARM_UP + rounds + 1)
     pool = WorkerPool("spawn") if device == "cuda" else WorkerPool()
     with pool, tqdm(total=turns, unit="round", leave=False, disable=None) as bar:
-        for corpus in corpora:
-            lengths = sample_pack(corpus, window)
-            cases = [(plan_documents(lengths, 1), False)]
+        for corpus, documents in drawn.items():
+            cases = [(plan_documents(documents, 1), False)]
             for strategy, exchange in names:
                 stages = cp_size - 1 if exchange == "staged" else None
-                plan = plan_documents(lengths, cp_size, strategy=strategy, num_stages=stages)
+                plan = plan_documents(documents, cp_size, strategy=strategy, num_stages=stages)
                 cases.append((plan, exchange == "all"))
             found = []
             for turn in range(_WARM_UP + rounds + 1):
@@ -110,9 +134,9 @@ def measure(
                 place, name = next((place, name) for place, name in enumerate(names, 1) if name[0] == strategies[-1])
                 layer = {"corpus": corpus, "strategy": name[0], "exchange": name[1]}
                 layer["ranks"] = _from_zero([rank[place]["layer"] for rank in found[-1]])
-            rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], window, cp_size)
+            rows = _cases([(SINGLE, None), *names], found[_WARM_UP:], sum(documents), cp_size)
             check_agreement(rows, TOLERANCES[dtype])
-            packs.append({"corpus": corpus, "lengths": lengths, "cases": rows})
+            packs.append({"corpus": corpus, "lengths": list(documents), "cases": rows})
     return {"packs": packs, "layer": layer}
 
 
@@ -126,7 +150,7 @@ def _run(pool: WorkerPool, cp_size: int, *arguments: Any) -> list[dict[int, Any]
         raise
 
 
-def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, cp_size: int) -> list[dict[str, Any]]:
+def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], tokens: int, cp_size: int) -> list[dict[str, Any]]:
     """Return one row per case from the figures of every rank in every turn; the last turn has the profiler's."""
     *timed, profiled = turns
     seconds, cpu_seconds = (
@@ -141,7 +165,7 @@ def _cases(names: list[tuple], turns: list[list[dict[int, Any]]], window: int, c
             "strategy": strategy,
             "exchange": exchange,
             "seconds": median(seconds[index]),
-            "tokens_per_second": window / median(seconds[index]),
+            "tokens_per_second": tokens / median(seconds[index]),
             "ideal_share": _ideal_share(seconds, index, used),
             "peak_bytes": max(rank["peak"] for rank in ranks),
             "loss": sum(rank["loss"] for rank in ranks) / used,
@@ -183,8 +207,8 @@ def text(found: dict[str, Any]) -> str:
     config = found["config"]
     parts = [
         f"{config['model_type']}, {config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}; "
-        f"{counted(found['window'], 'token')}, {found['cp_size']} processes, {counted(found['threads'], 'thread')} "
-        f"each, {found['device']}; medians of {found['rounds']} rounds"
+        f"{counted(sum(found['packs'][0]['lengths']), 'token')}, {found['cp_size']} processes, "
+        f"{counted(found['threads'], 'thread')} each, {found['device']}; medians of {found['rounds']} rounds"
     ]
     columns = {
         "strategy": ("strategy", ""),

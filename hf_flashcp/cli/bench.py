@@ -199,8 +199,10 @@ def _add_step(benches) -> None:
     step = _add(benches, "step", "time, parts and memory of a whole training step, relative to the ideal")
     _add_corpora(step)
     options.add_number(step, "--window", 4096, "tokens per pack")
+    text = "tokens of each document of one pack, instead of drawn ones"
+    step.add_argument("--lengths", type=options.comma_separated, metavar="N,N,...", help=text)
     options.add_number(step, "--cp-size", 2, "processes, or GPUs", least=2)
-    options.add_model(step, "(trained from random weights; default: two Qwen3 layers)")
+    options.add_model(step, "(or small-qwen3, the default, or small-qwen3_5; trained from random weights)")
     _add_strategies(step, [name for name in STRATEGIES if name != "whole_doc"])
     exchanges = (
         "needed: the KV that each rank needs, in one stage; staged: the same KV in cp_size - 1 stages; all: all KV"
@@ -214,7 +216,13 @@ def _add_step(benches) -> None:
         step,
         "one layer on the first two ranks, on CPU (for the first corpus, the last strategy and the first exchange)",
     )
-    step.set_defaults(run=_run_step, read=lambda model: options.load_config(model).to_dict())
+    step.set_defaults(run=_run_step, read=_read_step_model)
+
+
+def _read_step_model(name: str) -> dict[str, Any]:
+    from ..bench.step import MODELS
+
+    return MODELS.get(name) or options.load_config(name).to_dict()
 
 
 def _run_step(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Small Llama models and packed batches, for steps that run whole models."""
+"""Small models and packed batches, for steps that run whole models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ...data import FlashCPCollator
+from ...doctor.tiny import decay_slowly
 from ...planning import PlanSettings
 
 
@@ -32,6 +33,38 @@ def small_llama(width: int, layers: int = 2, attention: str = "flashcp") -> Llam
     )
     config._attn_implementation = attention
     return LlamaForCausalLM(config).train()
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 32,
+    },
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 32},
+}
+"""The sizes of recurrent layers, by model type: a gated delta rule, and Mamba-2."""
+
+
+def small_hybrid(model_type: str, width: int, attention: str = "flashcp") -> PreTrainedModel:
+    """Return a model with a recurrent layer, whose states decay slowly, and an attention layer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        **HYBRIDS[model_type],
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    decay_slowly(model)
+    return model
 
 
 def random_documents(lengths: Sequence[int]) -> list[dict[str, list[int]]]:

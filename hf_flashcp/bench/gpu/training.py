@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ...attention import save_attention_context_fn
 from ...data import FlashCPCollator
@@ -20,7 +20,7 @@ from ...integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from ...integrations.plugin import FlashCPPlugin
 from ...integrations.trainers.trainer import FlashCPTrainer
 from .settings import Found, Record, Run, Settings
-from .small_models import packed_batch, random_documents, small_llama
+from .small_models import HYBRIDS, packed_batch, random_documents, small_hybrid, small_llama
 
 
 SIZES = (2, 4)
@@ -49,33 +49,48 @@ def trainer(run: Run, settings: Settings) -> Found:
         if not found.has_time(settings, 10, f"{size} ranks"):
             break
         for record in run(size, _steps)[0]:
-            what = f"the gradient in {record['dtype']} with checkpointing {record['checkpointing']} on {size} ranks"
+            what = (
+                f"the gradient of {record['model']} in {record['dtype']} with checkpointing "
+                f"{record['checkpointing']} on {size} ranks"
+            )
             found.add_error("First gradient of a training run, largest relative error of a parameter", record, what)
     return found
 
 
 def _steps(settings: Settings) -> list[Record]:
-    device = settings.prepare()
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        batch = packed_batch(settings.sized(LENGTHS, FEW_LENGTHS), device)
-        exact = per_document_gradients(_model("sdpa", dtype, settings).float().to(device), [batch])
-        bound = EXACT
-        if dtype == torch.bfloat16:
-            single = per_document_gradients(_model("sdpa", dtype, settings).to(device), [batch])
-            bound = TIMES * gradient_error(single, exact)
-        for name, options in CHECKPOINTING.items():
-            if settings.rehearses and (name == "plain" or dtype == torch.bfloat16 and name == "none"):
-                continue
-            error = gradient_error(_first_gradient(dtype, options, settings), exact)
-            case = {"dtype": str(dtype).removeprefix("torch."), "checkpointing": name}
-            found.append({"ranks": dist.get_world_size(), **case, "error": error, "bound": bound})
+    for model_type in ("llama", *HYBRIDS):
+        for dtype in (torch.float32, torch.bfloat16):
+            found += _steps_of(model_type, dtype, settings)
     return found
 
 
-def _model(attention: str, dtype: torch.dtype, settings: Settings) -> LlamaForCausalLM:
-    """Return the small model with its weights rounded to `dtype`."""
-    return small_llama(settings.sized(512, 128), attention=attention).to(dtype)
+def _steps_of(model_type: str, dtype: torch.dtype, settings: Settings) -> list[Record]:
+    device = settings.prepare()
+    batch = packed_batch(settings.sized(LENGTHS, FEW_LENGTHS), device)
+    exact = per_document_gradients(_model(model_type, "sdpa", dtype, settings).float().to(device), [batch])
+    bound = EXACT
+    if dtype == torch.bfloat16:
+        single = per_document_gradients(_model(model_type, "sdpa", dtype, settings).to(device), [batch])
+        bound = TIMES * gradient_error(single, exact)
+    found = []
+    for name, options in CHECKPOINTING.items():
+        if settings.rehearses and (name == "plain" or dtype == torch.bfloat16 and name == "none"):
+            continue
+        if model_type != "llama" and name != "none":
+            continue
+        error = gradient_error(_first_gradient(model_type, dtype, options, settings), exact)
+        case = {"model": model_type, "dtype": str(dtype).removeprefix("torch."), "checkpointing": name}
+        found.append({"ranks": dist.get_world_size(), **case, "error": error, "bound": bound})
+    return found
+
+
+def _model(model_type: str, attention: str, dtype: torch.dtype, settings: Settings) -> PreTrainedModel:
+    """Return a small model with its weights rounded to `dtype`."""
+    width = settings.sized(512, 128)
+    if model_type == "llama":
+        return small_llama(width, attention=attention).to(dtype)
+    return small_hybrid(model_type, width, attention).to(dtype)
 
 
 class _KeepFirstGradient(TrainerCallback):
@@ -85,7 +100,9 @@ class _KeepFirstGradient(TrainerCallback):
         self.gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
+def _first_gradient(
+    model_type: str, dtype: torch.dtype, options: dict[str, Any], settings: Settings
+) -> dict[str, torch.Tensor]:
     """Return the first gradient of a Trainer with a learning rate of 0.
 
     DDP runs over gloo, so that its processes can share one GPU.
@@ -109,7 +126,7 @@ def _first_gradient(dtype: torch.dtype, options: dict[str, Any], settings: Setti
             **options,
         )
         FlashCPTrainer(
-            model=_model("flashcp", dtype, settings),
+            model=_model(model_type, "flashcp", dtype, settings),
             args=arguments,
             train_dataset=documents,
             data_collator=FlashCPCollator(),
