@@ -92,18 +92,20 @@ def test_every_output_of_the_page_of_benchmarks_has_its_commands():
     benches = {line.split()[4] for output in found for line in output.script.splitlines() if " bench " in line}
     assert benches == {
         *("table2", "plan", "nodes", "packing", "predicted", "published"),
-        *("layout", "attention", "calibrate", "memory"),
+        *("layout", "attention", "step", "calibrate", "memory"),
     }
 
 
 def test_all_models_as_a_table_and_as_a_page(pool):
-    diagnoses = diagnose_all(pool, ["bloom", "deepseek_v3", "gemma2", "qwen3_next"])
-    results = ["refused", "supported", "supported", "whole-document plans only"]
+    diagnoses = diagnose_all(pool, ["bloom", "deepseek_v3", "gemma2", "jamba", "qwen3_next"])
+    results = ["refused", "supported", "supported", "whole-document plans only", "supported"]
     assert [d.result for d in diagnoses] == results
     rows = text(diagnoses).splitlines()[1:]
-    assert [row.split()[0] for row in rows] == ["bloom", "deepseek_v3", "gemma2", "qwen3_next"]
+    assert [row.split()[0] for row in rows] == ["bloom", "deepseek_v3", "gemma2", "jamba", "qwen3_next"]
     assert "attention interface" in rows[0] and rows[2].endswith("sliding window in some layers; softcap")
     page = models_page.page(diagnoses)
-    assert "| supported | 2 |" in page and "| refused | 1 |" in page and "## Whole-document plans only" in page
+    assert "| supported | 3 |" in page and "| refused | 1 |" in page and "## Whole-document plans only" in page
     assert "| sliding window in some layers; softcap | `gemma2` |" in page
     assert "| values narrower or wider than keys | `deepseek_v3` |" in page
+    assert "| Mamba-1; router loss | `jamba` |" in page
+    assert "| gated delta rule; router loss | `qwen3_next` |" in page

@@ -4,6 +4,7 @@ python docs/hooks/models_page.py [--output docs/models.md]
 """
 
 import argparse
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from hf_flashcp.distributed.workers import WorkerPool
 from hf_flashcp.doctor.all_models import diagnose_all, difference, features
-from hf_flashcp.doctor.diagnosis import NOT_CHECKED, REFUSED, SUPPORTED, WHOLE_DOCUMENTS
+from hf_flashcp.doctor.diagnosis import NOT_CHECKED, REFUSED, SUPPORTED, WHOLE_ONLY
 from hf_flashcp.doctor.gradients import LENGTHS, LIMIT
 from hf_flashcp.doctor.tiny import causal_language_models
 from hf_flashcp.doctor.tiny_sizes import WINDOW
@@ -21,9 +22,10 @@ from hf_flashcp.doctor.tiny_sizes import WINDOW
 
 SECTIONS = {
     SUPPORTED: ("Supported", "These train with every strategy."),
-    WHOLE_DOCUMENTS: (
+    WHOLE_ONLY: (
         "Whole-document plans only",
-        "These have recurrent or convolutional layers and train on plans that keep documents whole: "
+        "The states of their recurrent layers cannot be passed on: Mamba-1's scans ignore an initial state, and "
+        "lightning attention and RG-LRU take none. They train on plans that keep documents whole: "
         '`FlashCPPlugin(cp_size=..., strategy="whole_doc")`.',
     ),
     REFUSED: ("Refused", "Attaching or the first forward raises an error."),
@@ -39,11 +41,10 @@ def page(diagnoses):
         "",
         f"Made by `python docs/hooks/models_page.py` with transformers {transformers.__version__} and torch "
         f"{torch.__version__.partition('+')[0]}. For every causal language model of transformers the script builds a "
-        "tiny random copy of the default config, with one layer of each kind and at least two layers. It trains the "
-        f"copy for one step on documents of {', '.join(map(str, LENGTHS))} tokens that two processes share, with "
-        f"sliding windows of {WINDOW} tokens, and compares the gradients with those of transformers' eager attention "
-        "on one document at a time. Everything is computed in fp64. A model is supported if the relative difference "
-        f"(Frobenius norm) is at most {LIMIT:.0e} for every parameter.",
+        "tiny random copy of the default config, with at least one layer of each kind, and trains it for one step on "
+        f"documents of {', '.join(map(str, LENGTHS))} tokens that two processes share, with sliding windows of "
+        f"{WINDOW} tokens. A model is supported if no parameter's gradient differs by more than {LIMIT:.0e} in fp64 "
+        "(relative, Frobenius norm) from that of transformers' eager attention on one document at a time.",
         "",
         "`flashcp doctor --all-models` prints the same findings for your version of transformers, and "
         "[`flashcp doctor MODEL`](doctor.md) checks your own config. Names are those of `model_type` in a "
@@ -56,7 +57,7 @@ def page(diagnoses):
     for result, (heading, meaning) in SECTIONS.items():
         if found := by_result[result]:
             lines += ["", f"## {heading}", "", meaning, ""]
-            lines += by_need(found) if result in (SUPPORTED, WHOLE_DOCUMENTS) else by_reason(found)
+            lines += by_need(found) if result in (SUPPORTED, WHOLE_ONLY) else by_reason(found)
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +80,8 @@ def by_reason(diagnoses):
     """A table of the other models, grouped by the reason. A reason that begins with the class loses it."""
     groups = defaultdict(list)
     for each in diagnoses:
-        groups[cell(each.reason.removeprefix(f"{each.model_class} "))].append(each)
+        reason = each.reason.removeprefix(f"{each.model_class} ")
+        groups[cell(textwrap.shorten(reason, 130, placeholder=" ..."))].append(each)
     largest_first = sorted(groups.items(), key=lambda item: -len(item[1]))
     rows = (f"| {reason} | {names(found)} |" for reason, found in largest_first)
     return ["| Reason | Model types |", "|---|---|", *rows]
