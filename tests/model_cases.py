@@ -57,15 +57,6 @@ def family_errors(family, lengths, strategies, **options):
     return max(map(max, errors.values()))
 
 
-def checkpointed_errors(family, lengths, checkpointing):
-    """Return the largest error with checkpointing.
-
-    Parts in fp32 stay fp32, because `float64_throughout` does not cover recomputation.
-    """
-    (errors,) = model_errors(family, lengths, ["whole_doc"], reference="eager", checkpointing=checkpointing).values()
-    return max(errors)
-
-
 def family_errors_without_rope_hooks(family, lengths):
     from hf_flashcp.integrations import attach as module
 
