@@ -16,10 +16,11 @@ from hf_flashcp import CostModel, FlashCPCollator, plan_documents
 from hf_flashcp.cli import main
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import ConfigurationError, PlanError, UnmetCapWarning
+from hf_flashcp.integrations.models.hybrids import MIXERS
 from hf_flashcp.plan.kernel_calls import count_blocks
 from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings, ShardPlan, fastest
 from hf_flashcp.planning.caps import Caps
-from hf_flashcp.predict import hardware_profile
+from hf_flashcp.predict import hardware_profile, hybrid_config
 from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
 from tests.hybrid_sizes import HYBRIDS, QWEN3_NEXT, SIZES
@@ -299,7 +300,7 @@ def test_gradients_of_states_go_to_ranks_with_earlier_slices():
 
 
 def test_states_between_nodes_are_forwarded_inside_them():
-    """Of four ranks in a chain on two nodes, each moves one state inside its node and one between nodes."""
+    """Four ranks in a chain on two nodes: each moves one state inside its node and one between nodes."""
     profile = dataclasses.replace(H100, ranks_per_node=2)
     model = CostModel.from_config(QWEN3_NEXT, profile)
     model = dataclasses.replace(model, recurrent=dataclasses.replace(model.recurrent, halo_width=0))
@@ -597,3 +598,7 @@ def test_bench_predicted(capsys, config_file):
     assert main(line.split()) == 0
     assert len([row for row in capsys.readouterr().out.splitlines() if row.startswith(("pile", "wlb_llm"))]) == 8
     assert main([*line.split(), "--packs", "0"]) == 2
+
+
+def test_predictions_know_every_family_whose_states_pass_between_ranks():
+    assert {family for family, mixer in MIXERS.items() if mixer.functions} <= hybrid_config.FAMILIES

@@ -106,7 +106,7 @@ def test_plans_for_nodes_are_valid_and_never_busier(case, max_imbalance, max_tok
 
 
 def test_states_are_part_of_the_load_of_links():
-    """Of four ranks in a chain on two nodes, each link between nodes carries one slice, which is then forwarded."""
+    """Four ranks in a chain on two nodes: each link between nodes carries one slice, which is then forwarded."""
     slices = [[Slice(0, 10 * rank, 10 * rank + 10)] for rank in range(4)]
     assert busiest_links(slices, Topology(2, 7.0))[0] == 7 * 10 + 10
     assert busiest_links(slices, Topology(2, 7.0), 1000.0) == (7 * 1010 + 1010, 2 * 7 * 1010 + (2 + 2) * 1010)

@@ -80,7 +80,7 @@ class StateExchange:
     def _chains(self) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
         """Return what [`Chains`] holds, as arrays."""
         _, first, chain_of = np.unique(self._documents, return_index=True, return_inverse=True)
-        lengths = np.zeros(len(first), dtype=np.int64)  # of each chain, in steps
+        lengths = np.zeros(len(first), dtype=np.int64)  # number of steps of each chain
         np.maximum.at(lengths, chain_of, self._places)
         longest_first = np.argsort(-lengths, kind="stable")
         lengths, bases = lengths[longest_first], self._bases[first][longest_first]

@@ -12,10 +12,9 @@ Gradients of states flow from later slices to earlier ones, as if the contracted
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
-from .slices import Slice, slices_by_document
+from .slices import Slice, runs_by_document
 from .traffic import full_attention_traffic
 
 
@@ -23,7 +22,7 @@ class Contracted(NamedTuple):
     """The lengths and slices of a contracted plan. It has only the documents that are cut, numbered from 0."""
 
     lengths: list[int]
-    slices: list[list[Slice]]  # of each rank; empty for ranks that hold whole documents only
+    slices: list[list[Slice]]  # slices of each rank; none on ranks that hold whole documents only
 
 
 def contracted(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) -> Contracted:
@@ -31,11 +30,7 @@ def contracted(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) ->
 
     Adjacent slices on the same rank count as one.
     """
-    runs = [
-        [rank for rank, _ in groupby(rank for _, _, rank in held)]
-        for _, held in sorted(slices_by_document(slices).items())
-    ]
-    cut = [ranks for ranks in runs if len(ranks) > 1]
+    cut = [[rank for rank, _ in runs] for runs in runs_by_document(slices).values() if len(runs) > 1]
     of_ranks: list[list[Slice]] = [[] for _ in slices]
     for document, ranks in enumerate(cut):
         for place, rank in enumerate(reversed(ranks) if backwards else ranks):
@@ -46,8 +41,8 @@ def contracted(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) ->
 def states_moved(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) -> tuple[list[int], list[int]]:
     """Return `(received, sent)`, the slices whose states each rank receives and sends in a recurrent layer's forward.
 
-    Of each document that is cut, a rank receives the states of all slices before its own last one, except its own.
-    With `backwards` the counts are those of backward, where it receives the gradients of all slices after its own
-    first one, except its own.
+    A rank that holds slices of a document that is cut receives the states of all slices before its own last one,
+    except its own. With `backwards` the counts are those of backward, where it receives the gradients of all slices
+    after its own first one, except its own.
     """
     return full_attention_traffic(contracted(slices, backwards=backwards).slices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 
@@ -63,6 +63,18 @@ def slices_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[Held
     for of_document in held.values():
         of_document.sort()
     return held
+
+
+def runs_by_document(slices: Sequence[Sequence[Slice]]) -> dict[int, list[tuple[int, int]]]:
+    """Return the rank and the number of tokens of each run of a document's slices, in the order of its tokens.
+
+    A run holds adjacent slices on the same rank. Documents ascend.
+    """
+    runs = {}
+    for document, held in sorted(slices_by_document(slices).items()):
+        by_rank = groupby(held, key=lambda piece: piece[2])
+        runs[document] = [(rank, sum(stop - start for start, stop, _ in run)) for rank, run in by_rank]
+    return runs
 
 
 def attention_pairs(start: int, stop: int, window: int | None = None) -> int:

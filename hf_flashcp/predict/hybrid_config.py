@@ -112,7 +112,8 @@ _KINDS: dict[str, Callable[[Read], list[str]]] = {
 }
 
 
-_CHUNK = 64  # tokens per chunk in the kernels of delta rules
+CHUNK = 64
+"""Number of tokens that kernels of delta rules compute together. Those of Mamba-2 take a multiple of it."""
 
 
 def _gated_delta(read: Read) -> Mixers:
@@ -154,7 +155,7 @@ def _delta(
     heads: int, key_heads: int, key_dim: int, value_dim: int, kernel: int, convolved: int, matrices: int
 ) -> Mixers:
     parameters = matrices + convolved * kernel
-    return Mixers("delta", heads, key_heads, key_dim, value_dim, kernel, convolved, _CHUNK, parameters)
+    return Mixers("delta", heads, key_heads, key_dim, value_dim, kernel, convolved, CHUNK, parameters)
 
 
 class _MambaNames(NamedTuple):

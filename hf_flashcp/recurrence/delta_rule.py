@@ -58,7 +58,7 @@ class _DeltaRule:
         self._heads, self._key_dim, self._value_dim = value.shape[2], key.shape[3], value.shape[3]
         self.decay_shape = (self._heads, self._key_dim, self._key_dim)
         self.state_shape = (self._heads, self._key_dim, self._value_dim)
-        self.no_states = value.new_empty(0, dtype=accumulate_dtype(value.dtype))
+        self.states_like = value.new_empty(0, dtype=accumulate_dtype(value.dtype))
 
     def whole(self, slices: SliceGroup) -> torch.Tensor:
         return self._run(slices)[0]
@@ -67,7 +67,7 @@ class _DeltaRule:
         return self._run(slices, output_final_state=True)
 
     def continued(self, slices: SliceGroup) -> Continued:
-        identity = torch.eye(self._key_dim, dtype=self.no_states.dtype, device=self.no_states.device)
+        identity = torch.eye(self._key_dim, dtype=self.states_like.dtype, device=self.states_like.device)
         start = F.pad(identity, (self._value_dim, 0)).expand(len(slices), self._heads, -1, -1)
         both, last = self._run(slices, start, output_final_state=True)
         out, read = both.split([self._value_dim, self._key_dim], dim=-1)
@@ -84,7 +84,7 @@ class _DeltaRule:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the outputs (tokens, H, V) and last states (n, H, K, V), with V + K columns if there is a `start`."""
         if self._varlen and len(slices) > 1:
-            device = self.no_states.device
+            device = self.states_like.device
             inputs = [take_rows(tensor[0], slices.rows(device))[None] for tensor in self._inputs]
             return self._call(inputs, start, output_final_state, cu_seqlens=slices.cu_seqlens(device))
         results = []
@@ -103,4 +103,4 @@ class _DeltaRule:
             value = F.pad(value, (0, self._key_dim))
         states = {"initial_state": start, "output_final_state": output_final_state}
         out, last = self._kernel(query, key, value, g=g, beta=beta, **states, **packing, **self._options)
-        return out[0], last.to(self.no_states.dtype) if output_final_state else None
+        return out[0], last.to(self.states_like.dtype) if output_final_state else None

@@ -80,11 +80,11 @@ class _Mamba2:
         self._heads, self._groups = hidden_states.shape[2], B.shape[2]
         self.decay_shape = (self._heads, 1, 1)
         self.state_shape = (self._heads, B.shape[3], hidden_states.shape[3])
-        self.no_states = hidden_states.new_empty(0, dtype=accumulate_dtype(hidden_states.dtype))
+        self.states_like = hidden_states.new_empty(0, dtype=accumulate_dtype(hidden_states.dtype))
 
     def whole(self, slices: SliceGroup) -> torch.Tensor:
         if self._packs and len(slices) > 1:
-            device = self.no_states.device
+            device = self.states_like.device
             inputs = [take_rows(tensor[0], slices.rows(device))[None] for tensor in self._inputs]
             return self._call(inputs, seq_idx=slices.seq_idx(device))
         return torch.cat([self._call(inputs) for inputs in self._of_slices(slices)])
@@ -114,7 +114,7 @@ class _Mamba2:
 
     def _steps_of(self, dt: torch.Tensor) -> torch.Tensor:
         """Return the time steps of a slice as the kernel computes them, (tokens, H)."""
-        bias, dtype, dt = self._steps["dt_bias"], self.no_states.dtype, dt[0]
+        bias, dtype, dt = self._steps["dt_bias"], self.states_like.dtype, dt[0]
         if self._packs:  # mamba_ssm computes them in fp32, and transformers in the dtype of dt
             dt = dt.to(dtype)
         if bias is not None:
@@ -125,7 +125,7 @@ class _Mamba2:
 
     def _log_decays(self, dt: torch.Tensor) -> torch.Tensor:
         """Return the logarithms of the factors by which a slice's tokens scale the state, (tokens, H)."""
-        return self._rate.to(self.no_states.dtype) * self._steps_of(dt)
+        return self._rate.to(self.states_like.dtype) * self._steps_of(dt)
 
     def _last_state(self, hidden_states: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """Return the state (H, N, P) with which a slice ends that begins with a zero state."""

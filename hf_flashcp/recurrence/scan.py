@@ -33,9 +33,9 @@ class Continued(NamedTuple):
 class Scan(Protocol):
     """One recurrence with its inputs. Outputs have the rows of one slice after the other."""
 
-    decay_shape: tuple[int, int, int]  # of A for one slice: (H, K, K) or (H, 1, 1)
-    state_shape: tuple[int, int, int]  # of B for one slice: (H, K, V)
-    no_states: torch.Tensor  # an empty tensor on the device and in the dtype of A and B, which is at least fp32
+    decay_shape: tuple[int, int, int]  # shape of A for one slice: (H, K, K) or (H, 1, 1)
+    state_shape: tuple[int, int, int]  # shape of B for one slice: (H, K, V)
+    states_like: torch.Tensor  # empty tensor with the device and dtype of A and B; the dtype is at least fp32
 
     def whole(self, slices: SliceGroup) -> torch.Tensor:
         """Return the outputs (tokens, H, V) of whole documents."""
@@ -55,13 +55,13 @@ def run_scan(scan: Scan, plan: RankPlan) -> torch.Tensor:
     states = plan.states
     if not states.any:
         return scan.whole(states.all)
-    nothing = scan.no_states
-    decays, added = [nothing.new_empty(0, *scan.decay_shape)], [nothing.new_empty(0, *scan.state_shape)]
+    like = scan.states_like
+    decays, added = [like.new_empty(0, *scan.decay_shape)], [like.new_empty(0, *scan.state_shape)]
     outs: list[torch.Tensor] = []
     if len(states.first):
         out, last = scan.first(states.first)
         outs.append(out)
-        decays.append(nothing.new_zeros(len(states.first), *scan.decay_shape))  # multiplies no state
+        decays.append(like.new_zeros(len(states.first), *scan.decay_shape))  # multiplies no state
         added.append(last)
     continued = scan.continued(states.continued) if len(states.continued) else None
     if continued is not None:

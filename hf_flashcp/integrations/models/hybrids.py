@@ -15,10 +15,10 @@ class Mixer(NamedTuple):
     It passes states from slice to slice through its `functions`, or sees a few tokens back, or needs whole documents.
     """
 
-    name: str  # of its class
+    name: str  # name of the class
     kind: str
-    functions: tuple[str, ...] = ()  # of its modeling file, which it calls once in a forward without a cache
-    sees_back: str | None = None  # its attribute with the number of tokens
+    functions: tuple[str, ...] = ()  # functions of the modeling file; each is called once in a forward without a cache
+    sees_back: str | None = None  # name of the attribute that holds the number of tokens
 
     @property
     def needs_whole_documents(self) -> bool:

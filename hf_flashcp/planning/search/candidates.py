@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from itertools import groupby
 
 from ...plan.contracted import states_moved
-from ...plan.slices import Lengths, Slices, slices_by_document
+from ...plan.slices import Lengths, Slices, runs_by_document
 from ...plan.traffic import full_attention_traffic
+from ...predict.hybrid_config import CHUNK
 from ..caps import Caps
 from ..lower_bound import least_kv
 from ..sharding import give_empty_ranks_a_token
@@ -20,9 +20,6 @@ from .tail import Tails
 
 WITHIN = 1.1
 """A plan may move up to this multiple of the least KV found if its busiest rank moves less."""
-
-CHUNK = 64
-"""Kernels of recurrent layers compute this many tokens of a slice together, or a multiple of it."""
 
 
 class Candidate:
@@ -65,9 +62,8 @@ def short_slices(slices: Slices, lengths: Lengths) -> list[int]:
     Adjacent slices on the same rank count as one.
     """
     short = [0] * len(slices)
-    for document, held in slices_by_document(slices).items():
-        for rank, run in groupby(held, key=lambda piece: piece[2]):
-            tokens = sum(stop - start for start, stop, _ in run)
+    for document, runs in runs_by_document(slices).items():
+        for rank, tokens in runs:
             short[rank] += tokens < min(CHUNK, lengths[document])
     return short
 
