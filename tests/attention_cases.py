@@ -65,9 +65,7 @@ def local_rows(bound, inputs):
     return [tensor.index_select(1, index) for tensor in inputs]
 
 
-def sharded_attention(
-    plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, keep_received_kv=None
-):
+def sharded_attention(plan, inputs, kernel=None, offset_groups=None, window=None, softcap=None, sinks=False, **more):
     """Return this rank's out, dq, dk, dv (and d_sinks), and its token index."""
     bound = bind(plan, offset_groups)
     query, key, value, grad_out = local_rows(bound, inputs)
@@ -75,7 +73,7 @@ def sharded_attention(
     if sinks:
         leaves.append(make_sinks(query.shape[0], query.dtype).requires_grad_())
     options = {"window": window, "softcap": softcap, "sinks": leaves[3] if sinks else None}
-    out = document_attention(*leaves[:3], bound, kernel=kernel, keep_received_kv=keep_received_kv, **options)
+    out = document_attention(*leaves[:3], bound, kernel=kernel, **options, **more)
     out.backward(grad_out)
     return [out.detach(), *(leaf.grad for leaf in leaves)], bound.layout.token_index.to(DEVICE)
 
@@ -90,6 +88,7 @@ class Case(NamedTuple):
     offset_groups: list[list[int]] | None = None
     options: dict = {}
     keep_received_kv: bool | None = None
+    head_groups: int = 1
     seed: int = 0
 
     @property
@@ -111,9 +110,8 @@ def attention_errors(cases):
 
 def _parts(case, references):
     kernel, inputs = make_kernel(case.kernel), references[case.pack][0]
-    return sharded_attention(
-        case.plan, inputs, kernel, case.offset_groups, keep_received_kv=case.keep_received_kv, **case.options
-    )
+    more = {"keep_received_kv": case.keep_received_kv, "head_groups": case.head_groups}
+    return sharded_attention(case.plan, inputs, kernel, case.offset_groups, **case.options, **more)
 
 
 def shared_references(cases):

@@ -1,8 +1,6 @@
 """Functions that workers run to check gradients under all kinds of activation checkpointing."""
 
-import contextlib
 import itertools
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,11 +10,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
     offload_wrapper,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_flashcp import FlashCPCollator, FlashCPPlugin, attach, save_attention_context_fn, shard_inputs
 from hf_flashcp.integrations.models.checkpointing import enable_checkpointing
 from hf_flashcp.planning import PlanSettings
-from tests.device import DEVICE, ON_CPU, on_device
+from tests.device import DEVICE, ON_CPU, offload_on_cpu, on_device
 from tests.engine_cases import _Calls
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import (
@@ -37,26 +38,8 @@ KINDS = {
     "reentrant": {"use_reentrant": True},
     "attention kept": {"use_reentrant": False, "context_fn": save_attention_context_fn},
 }
-COMBINATIONS = list(itertools.product(KINDS, (1, 2), (False, True), (None, True, False)))
+COMBINATIONS = list(itertools.product(KINDS, (1, 2, 3), (False, True), (None, False)))
 """Kind, every_n_layers, offload, keep_received_kv."""
-
-
-@contextlib.contextmanager
-def offload_on_cpu():
-    """Make PyTorch's offloading work on a CPU, and count the tensors that it copies.
-
-    PyTorch offloads into pinned memory, which needs a GPU. Here it copies into memory that is not pinned.
-    """
-    copies, empty = mock.Mock(), torch.empty
-
-    def pageable(*args, **kwargs):
-        if "pin_memory" in kwargs:
-            copies()
-            del kwargs["pin_memory"]
-        return empty(*args, **kwargs)
-
-    with mock.patch.object(torch, "empty", pageable) if ON_CPU else contextlib.nullcontext():
-        yield copies
 
 
 def build(family, lora, implementation="flashcp"):
@@ -76,19 +59,21 @@ def backward(model, features, strategy="per_doc"):
 
 
 def errors(lora):
-    """Return the gradient error of each combination, compared with single documents on one device without
-    checkpointing."""
-    features = make_documents(LENGTHS)
-    _, expected = from_one_rank(per_document_gradients, build("llama", lora, "sdpa"), features)
-    found = {}
-    for kind, every, offload, keep in COMBINATIONS:
+    """Return the gradient error without checkpointing, compared with single documents on one device, and the largest
+    gradient difference of each combination from it."""
+    features, found = make_documents(LENGTHS), {}
+    for how in (None, *COMBINATIONS):
         model = build("llama", lora).train()
-        enable_checkpointing(model, KINDS[kind], every_n_layers=every, offload=offload)
+        kind, every, offload, keep = how or (None, 1, False, None)
+        if how is not None:
+            enable_checkpointing(model, KINDS[kind], every_n_layers=every, offload=offload)
         attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep))
         with offload_on_cpu() as copies:
-            found[kind, every, offload, keep] = largest_error(backward(model, features), expected)
+            found[how] = backward(model, features)
         assert bool(copies.call_count) == (offload and ON_CPU)
-    return found
+    without = found.pop(None)
+    _, expected = from_one_rank(per_document_gradients, build("llama", lora, "sdpa"), features)
+    return largest_error(without, expected), {how: largest_error(grads, without) for how, grads in found.items()}
 
 
 def hybrid_differences(family, strategy):
@@ -174,6 +159,56 @@ def exchanges(kind, every, keep, kept_by_plan):
     with _Calls() as calls:
         model(**shard).loss.backward()
     return calls.exchanges
+
+
+class _DeviceBytes(TorchDispatchMode):
+    """Counts the live bytes of tensors that operators have returned, except those in host memory."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host, self._storages = host, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return results
+
+    def live(self):
+        at_host = {tensor.data_ptr() for tensor in self._host}
+        return sum(size for at, (ref, size) in self._storages.items() if not ref.expired() and at not in at_host)
+
+
+def bytes_on_device(kind, every, offload):
+    """Return the bytes that three layers keep on the device between forward and backward, and the number of exchanges
+    and kernel forwards until the end of backward."""
+    model = build("llama", False).train()
+    enable_checkpointing(model, KINDS[kind], every_n_layers=every, offload=offload)
+    attach(model, cp_mesh())
+    batch = FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(make_documents(LENGTHS))
+    shard = shard_inputs(batch, cp_mesh())
+    inputs = {key: value for key, value in shard.items() if "labels" not in key}
+    with _Calls() as calls, offload_on_cpu() as copies, _DeviceBytes(copies.made) as kept:
+        logits = model(**inputs).logits
+        live = kept.live()
+        logits.sum().backward()
+    return live, calls.exchanges, calls.forwards
+
+
+def kept_bytes_by_kind():
+    """Return [`bytes_on_device`] of some combinations, and the bytes of one layer's input and attention results."""
+    found = {
+        how: bytes_on_device(*how) for how in itertools.product(("plain", "attention kept"), (1, 2), (False, True))
+    }
+    batch = FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(make_documents(LENGTHS))
+    layout = shard_inputs(batch, cp_mesh())["flashcp_plan"].layout
+    config = build("llama", False).config
+    received = sum(stage.received for stage in layout.stages(torch.device("cpu")))
+    heads, dim = config.num_attention_heads, config.head_dim
+    results = layout.num_tokens * heads * (dim + 1) + received * config.num_key_value_heads * 2 * dim
+    return found, 8 * layout.num_tokens * config.hidden_size, 8 * results
 
 
 def checkpointed_on_one_rank():

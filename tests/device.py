@@ -1,12 +1,16 @@
 """The device on which tests run: the CPU, or a GPU that all ranks share (`python -m pytest --device cuda`)."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch.autograd.graph import save_on_cpu
+from transformers import modeling_utils
 
 from hf_flashcp.attention import kernels
 from hf_flashcp.attention.kernels import (
@@ -32,6 +36,26 @@ ExactKernel = CPUFlashKernel if ON_CPU else EagerKernel
 def on_device(batch):
     """Move the tensors of a batch to the device."""
     return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def offload_on_cpu():
+    """Make offloading copy tensors on a CPU as on a GPU, into memory that is not pinned, and count the copies."""
+    copies, empty = mock.Mock(made=[]), torch.empty
+
+    def pageable(*args, **kwargs):
+        if "pin_memory" not in kwargs:
+            return empty(*args, **kwargs)
+        copies()
+        del kwargs["pin_memory"]
+        copies.made.append(empty(*args, **kwargs))
+        return copies.made[-1]
+
+    if not ON_CPU:
+        yield copies
+        return
+    with mock.patch.object(torch, "empty", pageable), mock.patch.object(modeling_utils, "save_on_cpu", save_on_cpu):
+        yield copies
 
 
 def usable_kernels(layer):

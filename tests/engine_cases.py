@@ -200,7 +200,7 @@ class LiveBytes(TorchDispatchMode):
         return found
 
 
-def peak_memory(plan, shape, options):
+def peak_memory(plan, shape, options, backward=True):
     """Return the peak bytes of one bf16 layer, forward and backward, beyond its inputs, and its largest tensor's
     elements."""
     bound = cases.bind(plan)
@@ -209,7 +209,8 @@ def peak_memory(plan, shape, options):
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     with transparent_forward(), LiveBytes() as live:
         out = document_attention(*leaves, bound, **options)
-        torch.autograd.grad(out, leaves, grad_out)
+        if backward:
+            torch.autograd.grad(out, leaves, grad_out)
     return live.peak, live.largest
 
 
@@ -252,7 +253,7 @@ class _Calls:
         dist.all_to_all_single, ExactKernel.forward, ExactKernel.backward = self._originals
 
 
-def checkpointed(family, lengths, kwargs, keep_received_kv):
+def checkpointed(family, lengths, kwargs, keep_received_kv, head_groups=1):
     """Return the gradient error, and the exchanges, kernel forwards and kernel backwards per layer."""
     features = make_documents(lengths)
     _, expected = from_one_rank(per_document_gradients, build_model(family, "sdpa"), features)
@@ -260,7 +261,8 @@ def checkpointed(family, lengths, kwargs, keep_received_kv):
     if kwargs is not None:
         enable_checkpointing(model, kwargs)
     model.train()
-    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), keep_received_kv=keep_received_kv))
+    settings = {"keep_received_kv": keep_received_kv, "head_groups": head_groups}
+    attach(model, cp_mesh(), plugin=FlashCPPlugin(cp_size=dist.get_world_size(), **settings))
     batch = on_device(FlashCPCollator(settings=PlanSettings(dist.get_world_size(), "per_doc"))(features))
     shard = shard_inputs(batch, cp_mesh())
     inputs = {key: value for key, value in shard.items() if "labels" not in key}

@@ -361,6 +361,13 @@ def test_wrapped_layers_show_how_they_are_recomputed():
     assert type(inside_wrappers(layers[0])).__name__ == "LlamaDecoderLayer"
 
 
+def test_saved_tensor_hooks_can_be_read():
+    """attention/checkpointing.py asks which hooks are around a checkpoint."""
+    with (hooks := torch.autograd.graph.save_on_cpu()):
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) == (hooks.pack_hook, hooks.unpack_hook)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 def test_checkpointing_is_called_by_one_of_two_names():
     """training_args.py:908 and trainer.py:1503, from 5.24 on: the old name warns, and will be removed in v6."""
     fields = TrainingArguments.__dataclass_fields__

@@ -126,7 +126,7 @@ def test_packed_rows_equal_those_of_pytorch(contiguous):
 
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_layers_are_exact_with_the_fused_kernels(pool, cp_size):
-    """Like tests/test_attention.py, with stages, windows, sinks and nodes."""
+    """Like tests/test_attention.py, with stages, windows, sinks, nodes and groups of heads."""
     stages = [None, [[offset] for offset in range(1, cp_size)]]
     todo = [
         cases.Case(
@@ -137,7 +137,7 @@ def test_layers_are_exact_with_the_fused_kernels(pool, cp_size):
         for more in (
             {},
             {"options": {"sinks": True}},
-            {"options": {"window": 9, "sinks": True}},
+            {"options": {"window": 9, "sinks": True}, "head_groups": 2},
         )
     ]
     for errors in pool.run(cp_size, fused_cases.attention_errors, todo):

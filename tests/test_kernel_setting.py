@@ -88,7 +88,10 @@ def test_ranks_with_different_kernels(pool):
     for error in pool.errors(3, different_kernels):
         assert type(error) is BatchError
         assert 'Ranks disagree on the batch: kernel is "cpu_flash" on ranks 0, 2 and "eager" on rank 1' in str(error)
-        assert "use the same strategy, kernel and FLASHCP_DEBUG settings everywhere" in str(error)
+        assert (
+            "use the same strategy, kernel, head_groups, mlp_tiles, skip_logits and FLASHCP_DEBUG settings everywhere"
+            in str(error)
+        )
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])

@@ -1,8 +1,8 @@
 """Exact attention for one rank's tokens: kernels behind one interface, whose partial results are merged."""
 
+from .checkpointing import save_attention_context_fn
 from .function import document_attention
 from .kernels import AttentionKernel, Layer, select_kernel
-from .operator import save_attention_context_fn
 from .reference_check import layer_to_check
 
 

@@ -55,7 +55,7 @@ class Engine(NamedTuple):
         parts, received = [], []
         if self.layout.local:
             with named_range("local pass"):
-                parts.append(self.kernel.forward(query, key, value, self.layout.local, self._options(True)))
+                parts.append(self.kernel.forward(query, key, value, self.layout.local, self.options(True)))
         for number, (stage, transfer) in enumerate(zip(stages, transfers), 1):
             keys = _ordered(transfer.wait(), stage)
             if self.keep_received_kv:
@@ -63,7 +63,7 @@ class Engine(NamedTuple):
             if stage.rectangles:
                 with named_range(f"stage {number}"):
                     seen = split_rows(keys, key, value)
-                    parts.append(self.kernel.forward(query, *seen, stage.rectangles, self._options(stage.causal)))
+                    parts.append(self.kernel.forward(query, *seen, stage.rectangles, self.options(stage.causal)))
         out, lse = merge_parts(parts, self.layout.outputs(query.device), sinks)
         return out, lse, received
 
@@ -89,7 +89,7 @@ class Engine(NamedTuple):
             if stage.rectangles:
                 with named_range(f"stage {index + 1}, backward"):
                     seen = inputs._replace(**dict(zip(("key", "value"), split_rows(keys, key, value))))
-                    grads = self.kernel.backward(seen, stage.rectangles, self._options(stage.causal))
+                    grads = self.kernel.backward(seen, stage.rectangles, self.options(stage.causal))
                 of_stages.append(grads.query)
             if keys_need_grad:
                 rows = _as_received(grads if stage.rectangles else None, stage, key, value)
@@ -107,7 +107,8 @@ class Engine(NamedTuple):
         with named_range("add returned gradients"):
             return Gradients(grad_query, *self._key_gradients(local, [*own_rows, returned], key, value))
 
-    def _options(self, causal: bool) -> ScoreOptions:
+    def options(self, causal: bool) -> ScoreOptions:
+        """Return the options of a kernel call."""
         return ScoreOptions(causal, self.scale, self.layout.window if causal else None, self.softcap)
 
     def _local_backward(self, inputs: BackwardInputs) -> list[Gradients]:
@@ -115,7 +116,7 @@ class Engine(NamedTuple):
         if not self.layout.local:
             return []
         with named_range("local pass, backward"):
-            return [self.kernel.backward(inputs, self.layout.local, self._options(True))]
+            return [self.kernel.backward(inputs, self.layout.local, self.options(True))]
 
     def _key_gradients(
         self, local: list[Gradients], rows: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor

@@ -13,11 +13,15 @@ Nothing grows with the square of the number of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..layout import RankPlan
 from .engine import Engine
+from .head_groups import GroupedEngine, HeadGroup, divide_heads
 from .kernels import AttentionKernel, BackwardInputs, Layer, select_kernel
 from .operator import run_forward
 from .reference_check import CheckedEngine
@@ -34,6 +38,7 @@ def document_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     keep_received_kv: bool | None = None,
+    head_groups: int | None = None,
     kernel: AttentionKernel | None = None,
     check_as: str | None = None,
 ) -> torch.Tensor:
@@ -50,13 +55,15 @@ def document_attention(
             tokens only.
         keep_received_kv: whether to keep received KV for backward; must be the same on every rank. Defaults to the
             plan's setting, see [`RankPlan`].
+        head_groups: number of groups of KV heads that are computed one after another, at most one per KV head; must be
+            the same on every rank. Defaults to the plan's setting.
         kernel: attention kernel; defaults to the best one for the device and the layer.
         check_as: name of the layer. If given, which all ranks must agree on, the results are compared with the
             formulas in float64, see [`CheckedEngine`].
 
     Returns (H_q, T_r, D_v), the same result as for each document alone on one device.
     """
-    engine = Engine(
+    ungrouped = Engine(
         plan.group,
         plan.layout_for(window),
         kernel or kernel_for(query, value, window, softcap),
@@ -64,9 +71,11 @@ def document_attention(
         softcap,
         plan.keep_received_kv if keep_received_kv is None else keep_received_kv,
     )
+    groups = divide_heads(len(query), len(key), plan.head_groups if head_groups is None else head_groups)
+    engine: Any = ungrouped if len(groups) == 1 else GroupedEngine(ungrouped, groups)
     if check_as is not None:
-        engine = CheckedEngine(engine, plan, check_as, sinks)
-    return _DocumentAttention.apply(query, key, value, sinks, engine)
+        engine = CheckedEngine(engine, ungrouped.options(causal=True), plan, check_as, sinks)
+    return _DocumentAttention.apply(query, key, value, sinks, engine, groups)
 
 
 def kernel_for(
@@ -79,17 +88,17 @@ def kernel_for(
 
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, engine):
+    def forward(ctx, query, key, value, sinks, engine, groups):
         out, lse, received = run_forward(engine, query, key, value, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse, *received)
-        ctx.engine = engine
+        ctx.engine, ctx.groups = engine, groups
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         query, key, value, sinks, out, lse, *received = ctx.saved_tensors
-        _, key_needs, value_needs, sinks_need, _ = ctx.needs_input_grad
+        _, key_needs, value_needs, sinks_need, *_ = ctx.needs_input_grad
         inputs = BackwardInputs(grad_out, query, key, value, out, lse)
         # Whether keys need a gradient depends on which parameters are trained, so it is the same on every rank.
         grads = ctx.engine.backward(inputs, received, key_needs or value_needs)
@@ -97,13 +106,18 @@ class _DocumentAttention(torch.autograd.Function):
             grads.query,
             grads.key if key_needs else None,
             grads.value if value_needs else None,
-            _grad_sinks(inputs, sinks) if sinks_need else None,
+            _grad_sinks(inputs, sinks, ctx.groups) if sinks_need else None,
+            None,
             None,
         )
 
 
-def _grad_sinks(inputs: BackwardInputs, sinks: torch.Tensor) -> torch.Tensor:
+def _grad_sinks(inputs: BackwardInputs, sinks: torch.Tensor, groups: Sequence[HeadGroup]) -> torch.Tensor:
     """Return the gradient (H_q,) of the sinks, whose share of a row's softmax is exp(sink - lse)."""
+    return torch.cat([_grad_sinks_of(group.select(inputs), sinks[group.queries]) for group in groups])
+
+
+def _grad_sinks_of(inputs: BackwardInputs, sinks: torch.Tensor) -> torch.Tensor:
     dtype = inputs.lse.dtype
     share = (sinks.to(dtype).unsqueeze(-1) - inputs.lse).exp()
     return -(share * (inputs.grad_out.to(dtype) * inputs.out.to(dtype)).sum(-1)).sum(-1).to(sinks.dtype)

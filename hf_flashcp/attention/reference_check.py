@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, FlashCPError
 from ..layout import RankPlan
 from .engine import Engine
 from .float64_reference import Expected, KeySums, Reference
+from .head_groups import GroupedEngine
 from .kernels import ScoreOptions
 
 
@@ -42,14 +43,28 @@ def layer_to_check(forward: int, layers: int) -> int | None:
 
 
 class CheckedEngine:
-    """An [`Engine`] that compares its results with the formulas in float64.
+    """An engine that compares the results of another one with the formulas in float64.
 
     Every rank of the group calls it. If a result deviates on any rank, forward or backward raises a `FlashCPError` on
     all ranks, which names the layer and the largest deviation on each affected rank.
+
+    Args:
+        engine: computes the results.
+        options: scale, window and softcap of the layer.
+        plan: plan of the batch.
+        layer: name of the layer.
+        sinks: (H_q,) attention sinks, if the layer has them.
     """
 
-    def __init__(self, engine: Engine, plan: RankPlan, layer: str, sinks: torch.Tensor | None):
-        self._engine, self._plan, self._layer = engine, plan, layer
+    def __init__(
+        self,
+        engine: Engine | GroupedEngine,
+        options: ScoreOptions,
+        plan: RankPlan,
+        layer: str,
+        sinks: torch.Tensor | None,
+    ):
+        self._engine, self._options, self._plan, self._layer = engine, options, plan, layer
         self._sinks = None if sinks is None else sinks.detach()
 
     def forward(self, query, key, value, sinks):
@@ -78,8 +93,7 @@ class CheckedEngine:
         return grads
 
     def _begin(self, dtype: torch.dtype) -> tuple[Reference, _Deviations]:
-        options = ScoreOptions(True, self._engine.scale, self._engine.layout.window, self._engine.softcap)
-        return Reference(self._plan, options, self._sinks, dtype), _Deviations(self._plan, dtype)
+        return Reference(self._plan, self._options, self._sinks, dtype), _Deviations(self._plan, dtype)
 
 
 class _Deviation(NamedTuple):

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from torch.autograd.graph import save_on_cpu
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -297,6 +298,19 @@ def _internal_name(implementation: Any) -> Any:
     return INTERNAL_NAME if implementation == NAME else implementation
 
 
+def _offload_if_possible(save: Callable) -> Callable:
+    """Let `offload` leave activations in place on a machine without an accelerator.
+
+    There transformers asks for pinned memory (modeling_utils.py, `_activation_checkpointing_enable`), which PyTorch
+    does not have without an accelerator.
+    """
+
+    def save_if_possible(**options: Any) -> save_on_cpu:
+        return save(**options) if torch.accelerator.is_available() else save()
+
+    return save_if_possible
+
+
 def register() -> None:
     """Register the name in transformers. `import hf_flashcp` calls this, and further calls change nothing."""
     ALL_ATTENTION_FUNCTIONS.register(INTERNAL_NAME, flashcp_attention)
@@ -304,6 +318,8 @@ def register() -> None:
     masking_utils.find_packed_sequence_indices = replaced_once(
         masking_utils.find_packed_sequence_indices, _find_no_packed_documents
     )
+    if hasattr(modeling_utils, "save_on_cpu"):
+        modeling_utils.save_on_cpu = replaced_once(modeling_utils.save_on_cpu, _offload_if_possible)
     # Users choose an implementation in two ways. `from_pretrained(attn_implementation=...)`, `from_config` and config
     # classes set this property (configuration_utils.py), but `set_attn_implementation` does not.
     names = PreTrainedConfig._attn_implementation

@@ -45,6 +45,8 @@ class RankPlan:
             on every rank.
         kernel (`str`, *optional*): name of the attention kernel of all layers; by default each layer uses the fastest
             one that can run it.
+        head_groups (`int`, *optional*, defaults to 1): number of groups of KV heads that attention layers compute one
+            after another; at most one per KV head.
 
     Raises:
         ConfigurationError: the group does not have as many ranks as the plan.
@@ -62,6 +64,7 @@ class RankPlan:
         layers_run_again: frozenset[int] = frozenset(),
         checked_layer: int | None = None,
         kernel: str | None = None,
+        head_groups: int = 1,
     ):
         size = group.size() if group is not None else 1
         if size != plan.cp_size:
@@ -79,6 +82,7 @@ class RankPlan:
         self.layers_run_again = layers_run_again
         self.checked_layer = checked_layer
         self.kernel = kernel
+        self.head_groups = head_groups
         self.layout = RankLayout(plan, rank)
         self._window_layouts: dict[int, RankLayout] = {}
         self._halo_layouts: dict[int, HaloLayout] = {}
@@ -90,16 +94,19 @@ class RankPlan:
         layers_run_again: frozenset[int],
         checked_layer: int | None,
         kernel: str | None = None,
+        head_groups: int | None = None,
     ) -> RankPlan:
         """Return a copy for the same batch, with the same layouts and other options for its layers.
 
-        `None` leaves `keep_received_kv` and `kernel` unchanged. [`RankPlan`] describes the options.
+        `None` leaves `keep_received_kv`, `kernel` and `head_groups` unchanged. [`RankPlan`] describes the options.
         """
         other = copy.copy(self)
         if keep_received_kv is not None:
             other.keep_received_kv = keep_received_kv
         if kernel is not None:
             other.kernel = kernel
+        if head_groups is not None:
+            other.head_groups = head_groups
         other.layers_run_again, other.checked_layer = layers_run_again, checked_layer
         return other
 

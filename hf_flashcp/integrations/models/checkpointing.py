@@ -16,6 +16,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...attention.checkpointing import save_attention_context_fn
+from ...errors import ConfigurationError
+
 
 CHECKPOINTING_ARGUMENT = (
     "activation_checkpointing"
@@ -28,6 +31,23 @@ CHECKPOINTING_ARGUMENT = (
 def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
     """Call `model.activation_checkpointing_enable`, by its name in the installed transformers."""
     getattr(model, f"{CHECKPOINTING_ARGUMENT}_enable")(kwargs, **options)
+
+
+def complete_checkpointing_options(args: TrainingArguments) -> None:
+    """Check `every_n_layers`, and put [`save_attention_context_fn`] in the place of its name.
+
+    The name is what a YAML file can hold. transformers divides by an `every_n_layers` of 0, and takes other numbers to
+    mean something else, so a [`ConfigurationError`] is raised unless it is a positive integer.
+    """
+    options = getattr(args, f"{CHECKPOINTING_ARGUMENT}_kwargs") or {}
+    if options.get("context_fn") == save_attention_context_fn:
+        options["context_fn"] = save_attention_context_fn
+    every = options.get("every_n_layers", 1)
+    if not isinstance(every, int) or every < 1:
+        raise ConfigurationError(
+            f"every_n_layers in {CHECKPOINTING_ARGUMENT}_kwargs is {every!r}. It must be a positive integer: 1 for "
+            "every layer, 2 for every second one."
+        )
 
 
 def layers_run_again(model: torch.nn.Module) -> frozenset[int]:
