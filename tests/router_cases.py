@@ -49,7 +49,7 @@ def reference_loss(model, batches, targets=None):
     return total, router_losses
 
 
-def router_errors(family, lengths, strategy, losses_add_up, shared=True):
+def router_errors(family, lengths, strategy, losses_add_up, shared=True, skip_logits=False):
     """Return the [gradient, loss, aux_loss] errors of a packed batch, with ranks' losses averaged or added up."""
     with float64_throughout(), contextlib.nullcontext() if shared else _own_tokens_alone():
         size, features = dist.get_world_size(), make_documents(lengths, prompt=0.3)
@@ -58,9 +58,10 @@ def router_errors(family, lengths, strategy, losses_add_up, shared=True):
         expected = main + COEFFICIENT * aux
         expected.backward()
         attach(model, cp_mesh())
-        batch = FlashCPCollator(settings=PlanSettings(size, strategy))(features)
+        batch = {**FlashCPCollator(settings=PlanSettings(size, strategy))(features), "skip_logits": skip_logits}
         options = {"num_items_in_batch": target_count(features)} if losses_add_up else {}
         output = model(**batch, **options)
+        assert (output.logits is None) == skip_logits
         loss = output.loss if losses_add_up else output.loss / size
         loss.backward()
         sum_gradients(model)

@@ -34,6 +34,14 @@ def test_router_loss_of_the_sft_trainer(pool):
         assert found == pytest.approx(expected, rel=GRADIENT) and found[2] > 1
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_sft_trainer_without_logits(pool, fsdp):
+    """TRL's fused output head, whose weight FSDP2 shards, computes the loss: no tensor has the size of logits."""
+    results = pool.run(2, trl_cases.sft_step, {"way": "bfd", "fsdp": fsdp})
+    check(results)
+    assert all(result["largest"] < result["logits"] for result in results)
+
+
 def test_dft_loss_of_the_sft_trainer(pool):
     check(pool.run(2, trl_cases.sft_step, {"way": "bfd", "loss_type": "dft"}))
 

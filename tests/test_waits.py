@@ -1,6 +1,7 @@
 """From the loader to the loss, the host does not wait for the device, so that it can be ahead of it."""
 
 import contextlib
+import itertools
 import json
 import pickle
 from unittest.mock import Mock, call
@@ -115,10 +116,12 @@ def test_a_forward_reads_no_values_and_all_copies_are_asynchronous(family, cp_si
             model = AutoModelForCausalLM.from_config(config, attn_implementation="flashcp").train()
         handle = attach(model, mesh, plugin=FlashCPPlugin(cp_size=cp_size, kernel="eager"))
         handle._checked = handle._loss_checked = True  # as after the first forward
-        for planned in batches:
+        kinds = (False,) if torch.version.cuda else (False, True)  # a fake CUDA tensor cannot stand in for logits
+        for planned, skip_logits in itertools.product(batches, kinds):
             with Waits() as waits:
-                loss = model(**on_fake_device(planned)).loss
-            assert not waits.places and loss.device.type == FAKE.type
+                output = model(**on_fake_device(planned), skip_logits=skip_logits)
+            assert not waits.places and output.loss.device.type == FAKE.type
+            assert (output.logits is None) == skip_logits
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_flashcp.errors import ConfigurationError, UnsupportedModelError
+from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests import wrapper_cases
 from tests.device import ON_CPU, compiles_for_gpus
 
@@ -36,9 +37,7 @@ def check(results, kind, tolerance=EXACT):
         (4, {"sizes": {"dp_replicate_size": 2}}),
         (8, {"sizes": {"dp_replicate_size": 2, "dp_shard_size": 2}, "per_batch": 2}),
         (2, {"fsdp": {"cpu_offload": True}}),
-        (2, {"fsdp": {"activation_checkpointing": True}}),
         (2, {"activation_checkpointing": True}),
-        (2, {"activation_checkpointing": True, "selective": True}),
         (4, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
         (4, {"overrides": {"tie_word_embeddings": True}}),
         (4, {"lora": True}),
@@ -54,6 +53,31 @@ def test_fsdp2(pool, world_size, options):
     targets, and groups with few.
     """
     check(pool.run(world_size, wrapper_cases.step, {"fsdp": {}, **options}), FSDP)
+
+
+OFFLOADING = {
+    "activation_checkpointing": True,
+    "selective": True,
+    "activation_checkpointing_kwargs": {"offload": True, "every_n_layers": 2},
+}
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"fsdp": {"activation_checkpointing": True}}, [(1, 30, 32), (1, 30, 32)]),
+        (OFFLOADING, [(1, 30, 32), (30, 4, 8), (4, 30)]),
+    ],
+    ids=["accelerate", "transformers"],
+)
+def test_fsdp2_offloads_checkpoints(pool, options, expected):
+    """Ranks have 30 tokens. accelerate offloads the inputs of both layers; transformers, which checkpoints one of
+    them, its input, output of attention and logsumexp."""
+    results, copies = zip(*pool.run(2, wrapper_cases.offloading_step, {"fsdp": {}, **options}))
+    check(results, FSDP)
+    for shapes in copies:
+        assert [shape for shape in shapes if 30 in shape] == expected
 
 
 @pytest.mark.parametrize(
@@ -72,9 +96,27 @@ def test_ddp(pool, options):
     check(pool.run(4, wrapper_cases.step, options), DDP)
 
 
+@pytest.mark.skipif(CHECKPOINTING_ARGUMENT == "gradient_checkpointing", reason="offload needs transformers 5.24")
+@pytest.mark.parametrize("world_size, cp_size, fsdp", [(1, 1, False), (2, 2, False), (2, 2, True), (4, 4, True)])
+def test_all_remedies_for_memory_together(pool, world_size, cp_size, fsdp):
+    """No logits, attention kept and offloaded from every second layer, KV heads in groups, and tiles of tokens."""
+    options = {
+        "cp_size": cp_size,
+        "sizes": {"skip_logits": True, "head_groups": 2, "mlp_tiles": 3},
+        "activation_checkpointing": True,
+        "selective": True,
+        "offload": True,
+        "masked": [0, 3],
+        **({"fsdp": {}} if fsdp else {}),
+    }
+    check(pool.run(world_size, wrapper_cases.step, options), FSDP if fsdp else DDP)
+
+
 @pytest.mark.skipif(not (ON_CPU or compiles_for_gpus()), reason="needs triton, a C compiler and Python's headers")
-def test_torch_compile(pool):
-    check(pool.run(2, wrapper_cases.step, {"torch_compile": True, "fsdp": {}}), FSDP, COMPILED)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.load)])
+def test_torch_compile(pool, backend):
+    options = {"torch_compile": True, "torch_compile_backend": backend, "fsdp": {}}
+    check(pool.run(2, wrapper_cases.step, options), FSDP, COMPILED)
 
 
 @pytest.mark.parametrize("fsdp", [{}, {"activation_checkpointing": True}])

@@ -1,18 +1,23 @@
 """Functions that workers run for the tests of TRL's SFTTrainer, and of the stock Trainer with the callback."""
 
+import contextlib
 import os
 import tempfile
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
 from hf_flashcp.integrations.models.checkpointing import CHECKPOINTING_ARGUMENT
 from tests.accelerate_state import fresh_accelerate
+from tests.largest_tensor import MostElements
 from tests.models import (
+    SMALL,
     build_model,
     from_one_rank,
     gradients,
@@ -24,6 +29,7 @@ from tests.models import (
 )
 from tests.router_cases import ROUTER
 from tests.trainer_cases import USE_DEVICE, KeepGradient, training_arguments
+from tests.wrapper_cases import fsdp_arguments, fsdp_on_device, whole_gradients
 
 
 LENGTHS = [40, 3, 17, 9, 25, 2, 30, 7, 12, 5, 33, 20, 8, 11, 45, 16]
@@ -82,6 +88,12 @@ def _dft_gradients(model, features):
 
 
 def sft_step(options):
+    """Call [`_sft_step`], under FSDP2 if the options say so."""
+    with fsdp_on_device() if options.get("fsdp") else contextlib.nullcontext():
+        return _sft_step(options)
+
+
+def _sft_step(options):
     """Return the gradient error of the first step, logged and expected loss, num_tokens, and the first batch's
     tokens."""
     fresh_accelerate()
@@ -90,7 +102,7 @@ def sft_step(options):
         options.get("callback", False),
         options.get("cp_size", dist.get_world_size()),
     )
-    keep = KeepGradient()
+    keep = KeepGradient(whole_gradients)
     config = dict(
         max_length=WINDOW,
         per_device_train_batch_size=2,
@@ -101,6 +113,8 @@ def sft_step(options):
         shuffle_dataset=False,
     )
     config |= {key: options[key] for key in ("loss_type",) if key in options}
+    if options.get("fsdp"):
+        config |= fsdp_arguments()
     config |= {"packing": False} if way == "collator" else {"packing": True, "packing_strategy": way}
     arguments = training_arguments().to_dict()
     config = {key: arguments[key] for key in ("output_dir", "use_cpu", "report_to", "save_strategy")} | config
@@ -121,7 +135,9 @@ def sft_step(options):
         data_collator=FlashCPCollator(cp_size) if way == "collator" else None,
         callbacks=[keep, *([FlashCPCallback()] if callback else [])],
     )
-    trainer.train()
+    largest = MostElements(SMALL["vocab_size"])
+    with mock.patch.object(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 8), largest:
+        trainer.train()
     features = _documents_of_first_batch(trainer, 2 * dist.get_world_size() // cp_size)
     reference = _dft_gradients if options.get("loss_type") == "dft" else _own_loss_gradients
     expected_loss, expected = reference(build_model("llama", "sdpa"), features)
@@ -134,6 +150,8 @@ def sft_step(options):
         "expected_tokens": sum(len(feature["input_ids"]) for feature in features),
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "log": log,
+        "largest": largest.found,
+        "logits": None if callback else trainer.flashcp.plan.layout.num_tokens * SMALL["vocab_size"],
     }
 
 

@@ -29,7 +29,7 @@ from hf_flashcp import (
     shard_inputs,
 )
 from tests.accelerate_state import forbid_tf32, fresh_accelerate
-from tests.device import DEVICE, ON_CPU, on_device
+from tests.device import DEVICE, ON_CPU, offload_on_cpu, on_device
 from tests.model_cases import cp_mesh, sum_gradients
 from tests.models import build_model, from_one_rank, largest_error, make_documents, per_document_gradients
 from tests.trainer_cases import (
@@ -118,12 +118,21 @@ def step(options):
         return _step(**options)
 
 
+def offloading_step(options):
+    """Return the result of [`step`] and the shapes of the tensors that it copied to the host."""
+    # TrainingArguments have no name for accelerate's option. `accelerate launch` passes it on in the environment.
+    by_accelerate = str("activation_checkpointing" in options["fsdp"])
+    with mock.patch.dict(os.environ, FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD=by_accelerate), offload_on_cpu() as copies:
+        return step(options), [tuple(each.shape) for each in copies.made]
+
+
 def _step(
     *,
     cp_size=2,
     per_batch=3,
     fsdp=None,
     selective=False,
+    offload=False,
     dtype=torch.float64,
     overrides=None,
     sizes=None,
@@ -140,8 +149,10 @@ def _step(
         arguments |= fsdp_arguments(**fsdp)
     if selective:
         arguments["activation_checkpointing_kwargs"] = {
+            **arguments.get("activation_checkpointing_kwargs", {}),
             "use_reentrant": False,
             "context_fn": save_attention_context_fn,
+            **({"offload": True, "every_n_layers": 2} if offload else {}),
         }
     wrap = with_lora if lora else (lambda model: model)
     trainer = InOrder(

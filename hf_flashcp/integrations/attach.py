@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,15 +14,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
-from transformers import __version__ as transformers_version
 
-from .. import __version__ as hf_flashcp_version
 from ..attention import layer_to_check
 from ..attention.kernels import check_activated_kernel
 from ..data.batch import shard_inputs, token_tensor
 from ..data.boundaries import IGNORE_INDEX, without_starts
 from ..distributed import require_agreement
-from ..distributed.exchange_group import acquire_exchange_group, exchange_number, release_exchange_group
+from ..distributed.exchange_group import acquire_exchange_group, release_exchange_group
 from ..distributed.process_group import context_parallel_group
 from ..errors import BatchError, ConfigurationError, UnsupportedModelError
 from ..exchange import debug_mode
@@ -32,11 +28,12 @@ from ..layout import RankPlan
 from ..plan import ShardPlan
 from ..planning import PlanSettings
 from ..planning.settings import current_owner, current_settings
-from ..predict.model_config import config_value
 from ..tables import counted
+from .descriptions import SAME_BATCH, SAME_MODEL, describe_batch, describe_model
 from .models.checkpointing import layers_run_again
 from .models.first_forward import check_first_forward
 from .models.forward_arguments import can_shard, has_cache, media
+from .models.head_loss import HeadLoss, LogitsChoice, without_skip_logits, without_stand_in
 from .models.hybrids import mixer_of
 from .models.loss_check import LossCheck
 from .models.model_support import check_model
@@ -45,6 +42,7 @@ from .models.per_slice_mixers import hook_mixers, require_whole_documents
 from .models.recurrent_layers import pass_states
 from .models.router_loss import scale_mean_terms, share_router_losses
 from .models.sharded_forward import ShardedForward, current_sharded_forward, set_sharded_forward
+from .models.tiled_mlp import tile_blocks
 from .plugin import FlashCPPlugin
 
 
@@ -113,7 +111,7 @@ def attach(
             "mesh."
         )
     if cp_size > 1:
-        require_agreement("the model", _description(inner, group), group, advice=_SAME_MODEL)
+        require_agreement("the model", describe_model(inner, group), group, advice=SAME_MODEL)
     share_router_losses(inner)
     plugin = plugin or current_owner(cp_size)
     settings = current_settings(cp_size) if plugin is None else plugin.plan_settings
@@ -143,6 +141,10 @@ class ContextParallelHandle:
             is the number of targets on all ranks, and the sum of the ranks' losses is the mean over targets. If
             `False`, it is the number of targets of the group divided by cp_size, and the mean of the ranks' losses is
             the mean over targets.
+        skip_logits (`bool`): whether the losses of training, and with `skip_logits=True` in the plugin all losses, are
+            computed without logits, unless the batch has `skip_logits`.
+        token_losses (`torch.Tensor`, *optional*): (T_r,), losses of this rank's tokens in the latest sharded forward.
+            Only a forward without gradients and without logits has them.
         group (`ProcessGroup`, *optional*): group in which the ranks of the mesh exchange KV, shared by their attached
             models; `None` for cp_size 1. Under NCCL, its communicator has buffers of its own on the GPU.
     """
@@ -166,8 +168,13 @@ class ContextParallelHandle:
         self._plan_in_seq_idx = pass_states(model)
         self._on_plan = on_plan
         self._keep_received_kv = getattr(plugin, "keep_received_kv", None)
-        self._kernel = getattr(plugin, "kernel", None)
+        self._of_layers = {name: getattr(plugin, name, None) for name in ("kernel", "head_groups")}
         self._global_router_loss = getattr(plugin, "global_router_loss", False)
+        self.skip_logits: bool = getattr(plugin, "skip_logits", None) is True
+        self._logits_choice = LogitsChoice(required=self.skip_logits)
+        self._skips_logits = False  # in the latest forward
+        self._head_loss: HeadLoss | None = None
+        self.token_losses: torch.Tensor | None = None
         self._checked = self._loss_checked = self._loss_unknown = False
         self._loss_check: LossCheck | None = None
         self._windows: set[int | None] = set()  # that the layers of the latest forward asked for
@@ -175,10 +182,12 @@ class ContextParallelHandle:
         self._forwards = 0
         self._count: Any = None
         self._parameters = list(inspect.signature(model.forward).parameters)
+        self._mlp_tiles = getattr(plugin, "mlp_tiles", 1)
         self._hooks = [
+            *tile_blocks(model, self._mlp_tiles),
             outermost.register_forward_pre_hook(self._keep_count, with_kwargs=True, prepend=True),
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             *hook_length_dependent_rope(model),
             *hook_mixers(model),
         ]
@@ -206,7 +215,8 @@ class ContextParallelHandle:
     def __getstate__(self) -> dict[str, Any]:
         # Process groups cannot be saved. A whole model saved by `torch.save` is attached for cp_size 1 when loaded.
         groups = dict.fromkeys(("mesh", "_mesh_group", "group", "plan"))
-        return {**vars(self), **groups, "_on_plan": None, "_checked": False}
+        choice = LogitsChoice(required=self.skip_logits)
+        return {**vars(self), **groups, "_on_plan": None, "_checked": False, "_logits_choice": choice}
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Apply [`shard_inputs`] with this handle's mesh, group and settings, if the hooks would shard the batch."""
@@ -245,7 +255,7 @@ class ContextParallelHandle:
                     "The batch has labels and a key-value cache, which does not hold the tokens of other ranks. Do "
                     "not pass a cache to forwards with labels."
                 )
-            return None
+            return args, without_skip_logits(model, kwargs)
         if found := media(batch):
             raise BatchError(
                 f"The batch has {', '.join(found)}. flashcp shards text only: the inputs of vision and audio towers, "
@@ -264,6 +274,7 @@ class ContextParallelHandle:
         # A cache would hold only part of the keys, carry a document's state into the next document, and grow when a
         # layer runs again in backward.
         batch["use_cache"] = False
+        self._skips_logits = self._logits_choice.skips(model, batch, self.skip_logits)
         self._agree_and_copy_maps(token_tensor(batch).device, earlier)
         if model.training and self._on_plan is not None:
             self._on_plan(self.plan.plan)
@@ -276,9 +287,9 @@ class ContextParallelHandle:
         if self.plan.group is None:
             copy_maps()
             return
-        described = _description_of_batch(self.plan)
+        described = describe_batch(self.plan, self._skips_logits, self._mlp_tiles)
         require_agreement(
-            "the batch", described, self.plan.group, advice=_SAME_BATCH, error=BatchError, meanwhile=copy_maps
+            "the batch", described, self.plan.group, advice=SAME_BATCH, error=BatchError, meanwhile=copy_maps
         )
 
     def _with_layers(self, plan: RankPlan, model: PreTrainedModel) -> RankPlan:
@@ -288,7 +299,7 @@ class ContextParallelHandle:
         if debug_mode():
             checked = layer_to_check(self._forwards, model.config.get_text_config().num_hidden_layers)
             self._forwards += 1
-        return plan.with_layers(self._keep_received_kv, again, checked, self._kernel)
+        return plan.with_layers(self._keep_received_kv, again, checked, **self._of_layers)
 
     def _share_loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> None:
         """Enter the sharded forward, and prepare the loss.
@@ -307,28 +318,29 @@ class ContextParallelHandle:
         set_sharded_forward(
             ShardedForward(model, plan, not self._checked, group, router_weight=1.0 if averaged else 1 / ranks)
         )
-        if batch.get("labels") is None or batch.get("shift_labels") is None:
-            return
-        if plan.plan.cp_size == 1:
+        shifted = batch.get("labels") is not None and batch.get("shift_labels") is not None
+        if shifted and plan.plan.cp_size == 1:
             batch["labels"] = without_starts(batch["labels"], plan.plan.lengths)
-        else:
+        elif shifted:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-            if not self._loss_checked:
-                self._loss_check = LossCheck(model, batch, watch=self._loss_unknown)
+        if self._skips_logits:
+            self._head_loss = self._logits_choice.begin(model, batch)
+        if shifted and plan.plan.cp_size > 1 and not self._loss_checked:
+            self._loss_check = LossCheck(model, batch, watch=self._loss_unknown)
 
     @torch.compiler.disable
-    def _after_forward(self, model, args, output):
+    def _after_forward(self, model, args, kwargs, output):
         forward = current_sharded_forward()
         if forward is None or forward.model is not model:
-            return
-        set_sharded_forward(None)
-        for name, coefficient in self._stock_coefficients.items():
-            setattr(model, name, coefficient)
-        if (check := self._loss_check) is not None:
-            self._loss_check = None
-            check.restore()
+            return None
+        check, head = self._leave(model)
         if output is None:  # the forward raised an error
-            return
+            return None
+        repeated = False
+        while head is not None and self._logits_choice.must_repeat(model, head, output, repeated):
+            self._skips_logits, repeated = head.problem is None, True
+            forward, check, head, output = self._run_again(model, kwargs)
+        self.token_losses = None if head is None else head.token_losses
         self._windows = forward.attention_windows
         if forward.router_loss is not None and isinstance(output, dict) and output.get("aux_loss") is not None:
             output["aux_loss"] = forward.router_loss
@@ -340,21 +352,37 @@ class ContextParallelHandle:
         if check is not None:
             self._loss_checked = check.finish(output, forward, other_terms=bool(self._stock_coefficients))
             self._loss_unknown = not self._loss_checked
+        return output if head is None else without_stand_in(output)
+
+    def _leave(self, model: PreTrainedModel) -> tuple[LossCheck | None, HeadLoss | None]:
+        """Leave the sharded forward, and put back everything that was replaced for it."""
+        set_sharded_forward(None)
+        for name, coefficient in self._stock_coefficients.items():
+            setattr(model, name, coefficient)
+        check, head = self._loss_check, self._head_loss
+        self._loss_check = self._head_loss = None
+        for replaced in (check, head):
+            if replaced is not None:
+                replaced.restore()
+        return check, head
+
+    def _run_again(
+        self, model: PreTrainedModel, batch: dict[str, Any]
+    ) -> tuple[ShardedForward, LossCheck | None, HeadLoss | None, Any]:
+        """Run a forward again whose head could not compute the loss."""
+        self._share_loss(model, batch)
+        forward = current_sharded_forward()
+        assert forward is not None
+        try:
+            output = model.forward(**batch)
+        finally:
+            check, head = self._leave(model)
+        return forward, check, head, output
 
 
 def _log_kernels(model: PreTrainedModel, kernels: dict[str, int]) -> None:
     layers = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
     logger.info(f"Attention of {type(model).__name__} runs with {layers} on {model.device}.")
-
-
-_SAME_MODEL = (
-    "Start every process with the same packages, model and cp_size, and call attach and remove alike on every rank."
-)
-_SAME_BATCH = (
-    "All processes of a context-parallel group must read the same batch: let accelerate prepare the data loader, give "
-    "a loader that shuffles a generator with the same seed on every rank, and use the same strategy, kernel and "
-    "FLASHCP_DEBUG settings everywhere."
-)
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -368,37 +396,6 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
             'AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcp").'
         )
     return inner
-
-
-def _description(model: PreTrainedModel, group: ProcessGroup) -> dict[str, Any]:
-    config = model.config.get_text_config()
-    shapes = str([(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()])
-    return {
-        "cp_size": group.size(),
-        "exchange groups made": exchange_number(group),
-        "hf_flashcp": hf_flashcp_version,
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "model class": type(model).__name__,
-        "dtype": str(model.dtype),
-        "layers": config.num_hidden_layers,
-        "heads": [config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "shapes": hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest(),
-    }
-
-
-def _description_of_batch(bound: RankPlan) -> dict[str, Any]:
-    return {
-        "documents": len(bound.plan.lengths),
-        "tokens": bound.plan.num_tokens,
-        "plan": bound.plan.digest[:16],
-        "content": bound.plan.content_digest,
-        "keep_received_kv": bound.keep_received_kv,
-        "layers_run_again": sorted(bound.layers_run_again),
-        "kernel": bound.kernel,
-        **{name: os.environ.get(name) for name in ("FLASHCP_DEBUG", "FLASHCP_DEBUG_EVERY")},
-    }
 
 
 def _training_itemsize(model: PreTrainedModel, accelerator_or_mesh: Accelerator | DeviceMesh | None) -> int:

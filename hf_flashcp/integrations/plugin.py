@@ -83,6 +83,22 @@ class FlashCPPlugin(ParallelismConfig):
         kernel (`str`, *optional*): attention kernel of all layers, one of `hf_flashcp.attention.kernels.CAPABILITIES`.
             By default each layer uses the fastest kernel that computes it exactly on its device, see docs/gpu.md. If
             the kernel cannot run a layer, the first forward raises an error with the reason.
+        head_groups (`int`, *optional*, defaults to 1): number of groups of KV heads that an attention layer computes
+            one after another, in forward and in backward. Gradients are the same. Buffers of the attention then exist
+            for one group at a time: packed and received KV (where it is not kept), partial outputs, and the kernel's
+            workspace. Kernel calls and exchanges are multiplied by the number of groups, with the same bytes in total.
+            Groups are as equal as possible. A layer with fewer KV heads than `head_groups` has one group per KV head,
+            so with a single KV head (multi-query attention) nothing changes.
+        mlp_tiles (`int`, *optional*, defaults to 1): number of tiles of tokens that a dense feed-forward block
+            computes one after another, in forward and in backward. Gradients are the same. Forward keeps only the
+            block's input, and backward computes each tile again, so the inner activations exist for one tile at a
+            time. The gradients of the block's weights are added up in at least fp32. Blocks that contain experts,
+            norms or dropout compute all tokens at once; if there are no others, [`attach`] raises an error.
+        skip_logits (`bool`, *optional*): whether the loss is computed chunk by chunk in the model's output head, so
+            that the logits of all tokens never exist, and outputs have no `logits`. By default, the trainers do so
+            where nothing needs logits, and models attached with [`attach`] do it for batches with
+            `skip_logits=True`. `True` also covers all other batches with labels, and makes it an error if something
+            needs logits. See docs/memory.md.
         global_router_loss (`bool`, *optional*, defaults to `False`): whether the router loss of a mixture-of-experts
             model is computed over the batches of all data-parallel groups in training, and not over each group's own
             batch.
@@ -104,6 +120,9 @@ class FlashCPPlugin(ParallelismConfig):
     num_stages: int | None = None
     keep_received_kv: bool | None = None
     kernel: str | None = None
+    head_groups: int = 1
+    mlp_tiles: int = 1
+    skip_logits: bool | None = None
     global_router_loss: bool = False
 
     def __post_init__(self):
@@ -118,12 +137,16 @@ class FlashCPPlugin(ParallelismConfig):
             raise ConfigurationError("cp_handler belongs to accelerate's own context parallelism. Leave it out.")
         if self.kernel is not None:
             check_kernel_name(self.kernel)
+        if self.skip_logits not in (None, True, False):
+            raise ConfigurationError(f"skip_logits is {self.skip_logits!r}. Set it to True or False, or leave it out.")
         if self.strategy is None:
             self.strategy = strategy_from_environment()
         try:
             for name in _SIZES:
                 size = getattr(self, name)
                 setattr(self, name, check_size(name, size_from_environment(name) if size is None else size))
+            for name in ("head_groups", "mlp_tiles"):
+                setattr(self, name, check_size(name, getattr(self, name)))
             self.plan_settings = PlanSettings(**{name: getattr(self, name) for name in _PLAN_SETTINGS})
         except PlanError as error:
             raise ConfigurationError(str(error)) from None

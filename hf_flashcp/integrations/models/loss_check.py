@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ...data.boundaries import IGNORE_INDEX
 from ...errors import UnsupportedModelError
+from .logits_stand_in import LogitsStandIn
 from .router_loss import router_coefficients
 from .sharded_forward import ShardedForward
 
@@ -63,7 +64,8 @@ class LossCheck:
                 f"would be lost. {_ADVICE}"
             )
         kwargs["shift_labels"] = shift_labels.as_subclass(torch.Tensor)
-        self._require_sum_over_targets(args, kwargs)
+        if not isinstance(args[0] if args else kwargs["logits"], LogitsStandIn):
+            self._require_sum_over_targets(args, kwargs)
         loss = self._function(*args, **kwargs)
         self._returned = loss.detach().clone()  # models add to it in place
         return loss

@@ -32,8 +32,9 @@ class FlashCPCallback(TrainerCallback):
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: when training begins, if there is no [`FlashCPPlugin`]. With a cp_size above 1 also for
-            evaluation, label smoothing, and other options that would not be exact.
+        ConfigurationError: when training begins, if there is no [`FlashCPPlugin`]. With a cp_size above 1, or with
+            `skip_logits=True`, also for evaluation and label smoothing, and with a cp_size above 1 for other options
+            that would not be exact.
     """
 
     def __init__(self):
@@ -58,6 +59,11 @@ class FlashCPCallback(TrainerCallback):
                     "The data loader dispatches batches from one process, which does not take cp_size into account. "
                     'Set TrainingArguments(accelerator_config={"dispatch_batches": False}).'
                 )
+        if config.skip_logits and (args.label_smoothing_factor or args.eval_strategy != IntervalStrategy.NO):
+            raise ConfigurationError(
+                "skip_logits is True, but a stock Trainer may read logits in evaluation, and does so with "
+                "label_smoothing_factor. Use FlashCPTrainer or FlashCPTrainerMixin, or leave skip_logits out."
+            )
         self.plan_metrics = PlanMetrics(args.world_size // config.cp_size)
         mesh = AcceleratorState().device_mesh if config.cp_size > 1 else None
         self.handle = attach(model, mesh, plugin=config, on_plan=self.plan_metrics.add)

@@ -177,19 +177,19 @@ def token_shape(inputs: Mapping[str, Any]) -> torch.Size:
 
 
 def losses_by_document(
-    logits: torch.Tensor, shift_labels: torch.Tensor, plan: RankPlan, kept_tokens: int
+    losses: torch.Tensor, shift_labels: torch.Tensor, plan: RankPlan, kept_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss and the number of targets of each document in a sharded batch.
 
-    Every rank of the plan's group must call it, with the logits (1, T_r, V) and shift_labels (1, T_r) of its own
-    tokens. Documents that end after `kept_tokens` tokens of the batch are left out.
+    Every rank of the plan's group must call it, with the losses (T_r,) and shift_labels (1, T_r) of its own tokens.
+    Documents that end after `kept_tokens` tokens of the batch are left out.
 
     Returns two tensors of shape (documents, 1), float64 and int64.
     """
     stops = torch.tensor(plan.plan.lengths).cumsum(0)
     documents = torch.searchsorted(stops, torch.from_numpy(token_index(plan.plan, plan.rank)), right=True)
-    sums = torch.zeros(2, len(stops), dtype=torch.float64, device=logits.device)
-    sums.index_add_(1, documents.to(logits.device), _losses_and_targets(logits[0], shift_labels[0]))
+    sums = torch.zeros(2, len(stops), dtype=torch.float64, device=losses.device)
+    sums.index_add_(1, documents.to(losses.device), _losses_and_targets(losses, shift_labels[0]))
     if plan.group is not None:
         dist.all_reduce(sums, group=plan.group)
     kept = int((stops <= kept_tokens).sum())
@@ -198,12 +198,19 @@ def losses_by_document(
 
 def losses_by_row(logits: torch.Tensor, labels: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the results of [`losses_by_document`] for logits (B, T, V) and unshifted labels (B, T) of whole rows."""
-    sums = _losses_and_targets(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    targets = labels[:, 1:].flatten()
+    sums = _losses_and_targets(losses_of_logits(logits[:, :-1], targets), targets)
     sums = sums.view(2, len(labels), -1).sum(-1)
     return sums[0, :kept, None], sums[1, :kept, None].long()
 
 
-def _losses_and_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def losses_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each token, 0 where it has no target, as one row."""
+    return F.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+
+
+def _losses_and_targets(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return a float64 tensor (2, tokens): the loss of each token, and 1 if it has a target or 0 if not."""
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
     return torch.stack((losses.double(), (targets != IGNORE_INDEX).double()))

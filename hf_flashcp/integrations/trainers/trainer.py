@@ -20,13 +20,14 @@ from ...distributed import require_agreement
 from ...distributed.parent_process import init_loader_worker
 from ...errors import BatchError, ConfigurationError
 from ..attach import ContextParallelHandle, attach, attached_handle, transformers_model
+from ..models.checkpointing import complete_checkpointing_options
 from ..plugin import FlashCPPlugin, require_exact_arguments
 from .evaluation import DocumentLosses, target_labels
 from .fault_tolerance import ReliableTrainerMixin
 from .plan_metrics import PlanMetrics
 from .planned_batches import plan_where_collated
 from .trainer_evaluation import EvaluatingTrainerMixin
-from .trl_guards import refuse_other_trainers
+from .trl_guards import computes_fused_loss, refuse_other_trainers
 
 
 STATE_KEY = "hf_flashcp"
@@ -51,7 +52,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, or DeepSpeed.
+        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an
+            every_n_layers below 1.
             With a cp_size above 1 also for options that would combine full labels with this rank's logits (label
             smoothing, compute_loss_func, a prediction_step of the class behind). When training begins, also for an
             evaluation that would be refused later.
@@ -68,7 +70,20 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     def _attach(self, model: torch.nn.Module) -> ContextParallelHandle:
         handle = attach(model, self.accelerator, on_plan=self.plan_metrics.add)
         handle.losses_add_up = self.args.average_tokens_across_devices
+        wanted, reader = self.args.parallelism_config.skip_logits, self._reader_of_logits()
+        if wanted and reader is not None:
+            raise ConfigurationError(f"skip_logits is True, but {reader} needs logits. Leave one of them out.")
+        handle.skip_logits = wanted is not False and reader is None
         return handle
+
+    def _reader_of_logits(self) -> str | None:
+        """Return what uses the logits of training batches, or `None`."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func"
+        if self.label_smoother is not None:
+            return "label_smoothing_factor"
+        owner = next(each for each in type(self).__mro__ if "compute_loss" in vars(each))
+        return None if owner is Trainer or computes_fused_loss(owner) else f"compute_loss of {owner.__name__}"
 
     @property
     def model(self) -> torch.nn.Module:
@@ -94,6 +109,7 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
                 f"parallelism_config is a {type(config).__name__}. Use FlashCPPlugin(cp_size={config.cp_size})."
             )
         refuse_other_trainers(self.args)
+        complete_checkpointing_options(self.args)
         if self.args.deepspeed is not None:
             raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
         if self.args.accelerator_config.dispatch_batches and self.args.parallelism_config.cp_size > 1:

@@ -23,6 +23,7 @@ from .predictions import (
     first_rows,
     losses_by_document,
     losses_by_row,
+    losses_of_logits,
     per_token_outputs,
     refuse_outputs,
     whole_documents,
@@ -60,11 +61,20 @@ class EvaluatingTrainerMixin:
             if not flashcp_collator and self._dp_size > 1:
                 require_known_rows(self.get_eval_dataloader(name), self.args.eval_batch_size)
         predicts = self.compute_metrics is not None and not self.args.prediction_loss_only
+        if predicts:
+            self._refuse_predictions()
         if predicts and (self.get_cp_size() > 1 or flashcp_collator) and not is_sft_trainer(self):
             config, ignored = self.model.config.get_text_config(), self._ignored_outputs(ignore_keys)
             for option, keys in _OUTPUTS_OF_A_BATCH.items():
                 if getattr(config, option, False) and not {*keys} <= {*ignored}:
                     refuse_outputs(keys)
+
+    def _refuse_predictions(self) -> None:
+        if self.args.parallelism_config.skip_logits:
+            raise ConfigurationError(
+                "skip_logits is True, but compute_metrics and predictions need logits. Leave it out, or set "
+                "prediction_loss_only=True."
+            )
 
     def _ignored_outputs(self, ignore_keys: list[str] | None) -> list[str]:
         if ignore_keys is not None:
@@ -91,13 +101,17 @@ class EvaluatingTrainerMixin:
         targets = target_labels(batch).ne(IGNORE_INDEX).sum()
         num_items = None if self._losses_by_document else self._count_for_loss(batch, targets)
         shard = self.flashcp.shard(batch)
+        if not (prediction_loss_only or self._losses_by_document):
+            self._refuse_predictions()
+        if self.args.use_liger_kernel:  # Liger's forward takes this argument, but has no losses of tokens
+            shard["skip_logits"] = prediction_loss_only and not self._losses_by_document
+        elif isinstance(shard.get("flashcp_plan"), RankPlan):
+            shard["skip_logits"] = self.flashcp.skip_logits and (prediction_loss_only or self._losses_by_document)
         loss = None
         with torch.no_grad(), self.compute_loss_context_manager():
             if self._losses_by_document:
                 outputs = model(**{key: value for key, value in shard.items() if key != "labels"})
             else:
-                if self.args.use_liger_kernel and prediction_loss_only:
-                    shard["skip_logits"] = True
                 loss = self.compute_loss(
                     model, dict(shard), return_outputs=not prediction_loss_only, num_items_in_batch=num_items
                 )
@@ -152,10 +166,13 @@ class EvaluatingTrainerMixin:
         evaluation, plan = self._pass, shard.get("flashcp_plan")
         sharded = isinstance(plan, RankPlan)
         if self._losses_by_document:
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-            if sharded:
-                return losses_by_document(logits, shard["shift_labels"], plan, evaluation.kept_tokens)
-            return losses_by_row(logits, batch["labels"], evaluation.kept_rows)
+            losses = self.flashcp.token_losses if sharded else None
+            if losses is None:
+                logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+                if not sharded:
+                    return losses_by_row(logits, batch["labels"], evaluation.kept_rows)
+                losses = losses_of_logits(logits, shard["shift_labels"])
+            return losses_by_document(losses, shard["shift_labels"], plan, evaluation.kept_tokens)
         if is_sft_trainer(self):
             outputs = {"logits": outputs["logits"]}
         tokens = len(plan.layout.token_index) if sharded else None

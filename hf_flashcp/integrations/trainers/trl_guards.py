@@ -51,3 +51,8 @@ def is_sft_trainer(trainer: Any, owner: type | None = None) -> bool:
     """Return whether a trainer is an SFTTrainer of TRL, or, if `owner` is given, whether this class is SFTTrainer."""
     classes = type(trainer).__mro__ if owner is None else (owner,)
     return "trl.trainer.sft_trainer.SFTTrainer" in {f"{each.__module__}.{each.__name__}" for each in classes}
+
+
+def computes_fused_loss(owner: type) -> bool:
+    """Return whether a class is an SFTTrainer whose loss comes from TRL's fused output head, without logits."""
+    return is_sft_trainer(None, owner) and hasattr(sys.modules[owner.__module__], "add_fused_lm_head")
