@@ -51,6 +51,18 @@ def test_times_are_positive(found):
     assert "single process" in table and table.count("per_doc") == 2
 
 
+def test_peaks_of_groups_of_kv_heads():
+    options = {"strategies": ["per_doc"], "exchanges": ["needed"], "rounds": 1}
+    found = attention.measure([512], 2, **{**LAYER, "kv_heads": 4}, head_groups=[1, 2, 4], **options)
+    one, two, four = found["cases"]
+    assert one["peak_bytes"] > two["peak_bytes"] > four["peak_bytes"] > 0
+    assert one["bytes_received"] == two["bytes_received"] == four["bytes_received"] > 0
+    assert [each["kernel_calls"] for each in (one, two, four)] == [4, 8, 16]
+    assert "MiB at the peak" in attention.text(found) and "head groups" not in attention.text(
+        {**found, "cases": [{**one, "peak_bytes": None}]}
+    )
+
+
 def test_drawn_packs(capsys):
     options = (
         "--packs 2 --window 96 --seed 3 --heads 4 --kv-heads 2 --head-dim 8 --rounds 1 --strategies per_doc search"
@@ -156,4 +168,5 @@ def test_command_lines(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == [30, 20] and [case["exchange"] for case in found["cases"]] == ["needed"]
     assert main(["bench", "attention", "--rounds", "0"]) == 2
+    assert main(["bench", "attention", "--head-groups", "2", "0"]) == 2
     assert main(["bench", "kernels", "--rounds", "0"]) == 2

@@ -1,3 +1,4 @@
+import ast
 import json
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from hf_flashcp.errors import ConfigurationError, PlanError
 from hf_flashcp.layout import RankPlan, Rectangle
 from hf_flashcp.planning import CostModel, HardwareProfile, ShardPlan, plan_documents
 from hf_flashcp.predict.attention_memory import attention_backward, backward_buffers, backward_workspace
+from hf_flashcp.predict.layer_memory import LayerStack, block_backward, layer_bytes
 from hf_flashcp.predict.layer_work import largest_calls
+from hf_flashcp.predict.loss_memory import chunk_tokens, loss_copies, loss_memory
 from hf_flashcp.predict.memory import PARTS, MemoryEstimate, estimate_memory, largest_window
 from hf_flashcp.predict.memory_shape import MemoryShape
 from hf_flashcp.predict.mixer_memory import mixer_backward, mixer_bytes
 from hf_flashcp.predict.model_shape import LLAMA_3_8B
 from hf_flashcp.predict.training_setup import KERNELS, RankLoad, TrainingSetup
-from hf_flashcp.simulation.sizing import Choice, best, busiest_load, choices, cp_sizes, usable_bytes
+from hf_flashcp.simulation.remedies import REMEDIES, as_arguments, combinations, described, propose
+from hf_flashcp.simulation.sizing import Choice, best, busiest_load, choices, cp_sizes, sizings, usable_bytes
 from tests.hybrid_sizes import HYBRIDS, QWEN3_NEXT, SIZES
 from tests.kernel_cases import EmulatedVarlen
 from tests.models import FAMILIES
@@ -57,7 +61,9 @@ def test_estimate_against_measured_memory_of_ranks(pool, name):
 
 
 @pytest.mark.parametrize("lengths", [(16,), (64,), (256,)])
-@pytest.mark.parametrize("name", ["llama, bf16", "llama, fp32, autocast", "big vocabulary, bf16"])
+@pytest.mark.parametrize(
+    "name", ["llama, bf16", "llama, fp32, autocast", "big vocabulary, bf16", "big vocabulary, bf16, no logits"]
+)
 def test_the_peak_with_few_tokens(name, lengths):
     config, options = CASES[name]
     assert_near(compare(config, options, lengths))
@@ -293,7 +299,7 @@ def test_workspace_if_query_heads_are_folded():
 
 
 def test_the_page_has_the_workspaces_of_a_large_stage():
-    page = Path("docs/sizing.md").read_text(encoding="utf-8")
+    page = Path("docs/memory.md").read_text(encoding="utf-8")
     for kernels in (("torch_flash", "flash_attn_2"), ("flash_attn_3", "flash_attn_4"), ("cudnn",)):
         sizes = {
             tuple(
@@ -482,7 +488,7 @@ class FourRanks:
 
 def test_choices_use_the_cost_model_s_times():
     lengths = [30000, 20000, 15536]
-    found = choices(LLAMA_3_8B, H100, TrainingSetup(gpus=8), lengths)
+    found = choices(LLAMA_3_8B, H100, TrainingSetup(gpus=8, skip_logits=False), lengths)
     assert [choice.cp_size for choice in found] == [1, 2, 4, 8] == cp_sizes(8, 65536)
     model = CostModel.from_config(LLAMA_3_8B, H100)
     for choice in found:
@@ -490,13 +496,230 @@ def test_choices_use_the_cost_model_s_times():
         assert choice.step_seconds == pytest.approx(seconds)
         assert choice.tokens_per_second == pytest.approx(8 / choice.cp_size * 65536 / seconds)
         assert choice.fits == (choice.memory.total <= usable_bytes(H100)) == (choice.largest_window >= 65536)
-    slower = choices(LLAMA_3_8B, H100, TrainingSetup(gpus=8, gradient_checkpointing="full"), lengths)
+    setup = TrainingSetup(gpus=8, gradient_checkpointing="full", skip_logits=False)
+    slower = choices(LLAMA_3_8B, H100, setup, lengths)
     assert all(1.2 < b.step_seconds / a.step_seconds < 1.5 for a, b in zip(found, slower))
+
+
+def _stack(received=3000, **options):
+    shape = replace(SHAPE, layers=9, attention_layers=9)
+    return LayerStack(shape, TrainingSetup(gpus=8, **options), RankLoad(1000, received))
+
+
+def test_one_of_n_layers_is_checkpointed():
+    """Layers 0, 4 and 8 of 9 are checkpointed; of ten, the last one keeps everything."""
+    layer = layer_bytes(SHAPE, TrainingSetup()).kept * 1000
+    kv, layer_input = 2 * 3000 * 8 * 256, 2 * 4096 * 1000
+    stack = _stack(gradient_checkpointing="full", every_n_layers=4)
+    assert [index for index in range(9) if stack.runs_again(index)] == [0, 4, 8]
+    assert stack.up_to(5) == pytest.approx((2 * layer_input + 4 * layer, 4 * kv, 0))
+    assert stack.in_backward(4) == pytest.approx((layer_input + 3 * layer + layer_input + layer, 4 * kv, 0))
+    assert stack.last_checkpointed == 8 and _stack().last_checkpointed is None
+    ten = replace(SHAPE, layers=10, attention_layers=10)
+    setup = TrainingSetup(gpus=8, gradient_checkpointing="full", every_n_layers=4)
+    moments = estimate_memory(ten, setup, RankLoad(1000, 3000)).moments
+    last, last_again = (moments[f"last {kind}layer's backward"] for kind in ("", "checkpointed "))
+    assert last["received KV"] == 7 * kv and last_again["received KV"] == 7 * kv
+    assert last["gradients"] == pytest.approx(4 / 8 * (SHAPE.embedding_parameters + SHAPE.hidden))
+    assert last_again["gradients"] - last["gradients"] == pytest.approx(4 / 8 * SHAPE.layer_parameters)
+    assert "last checkpointed layer's backward" not in estimate_memory(SHAPE, TrainingSetup(), RankLoad(9)).moments
+
+
+@pytest.mark.parametrize("mode, received", [("full", 3000), ("attention-saving", 3000), ("attention-saving", 4001)])
+def test_offloading_leaves_one_layer_on_the_device(mode, received):
+    here, there = (_stack(received, gradient_checkpointing=mode, offload=offload) for offload in (False, True))
+    assert not any(there.up_to(8)) and here.on_host == here.offloaded == 0
+    assert there.in_backward(8) == there.in_backward(0) == pytest.approx(here.in_backward(0))
+    saved = [2 * 1000 * 4096]
+    if mode == "attention-saving":
+        saved += [2 * 1000 * 4096, 4 * 1000 * 32, 2 * received * 8 * 256 * (received <= 4000)]
+    assert there.offloaded == 9 * sum(saved)
+    assert there.on_host == 9 * sum(2 ** (size - 1).bit_length() for size in saved if size)
+    assert estimate_memory(there.shape, there.setup, there.load).host == there.on_host
+    some = _stack(received, gradient_checkpointing=mode, offload=True, every_n_layers=4)
+    assert some.offloaded == 3 * sum(saved) and some.up_to(8) == pytest.approx(_stack(received).up_to(5))
+
+
+@pytest.mark.parametrize("keep, kept, kept_again", [(None, False, True), (True, True, True), (False, False, False)])
+def test_received_kv_is_kept_as_asked(keep, kept, kept_again):
+    stack = _stack(5000, gradient_checkpointing="full", keep_received_kv=keep)
+    assert (stack.keeps_kv, stack.keeps_kv_again) == (kept, kept_again)
+    assert bool(stack.in_backward(8).received_kv) == kept_again
+
+
+def test_memory_of_a_loss_without_logits():
+    setup = TrainingSetup(gpus=8)
+    assert chunk_tokens(10**6, 151936) == 2**28 // 151936 and chunk_tokens(1001, 1000) == 251
+    assert chunk_tokens(1, 2**30) == chunk_tokens(1, 0) == 1
+    chunk, vocabulary, hidden = 251, 128256, 4096
+    found = loss_memory(SHAPE, setup, 1001)
+    sums = 4 * vocabulary * hidden + 2 * 1001 * hidden
+    assert found == (sums + max(12 * chunk * vocabulary, 2 * vocabulary * (hidden + chunk)), sums, 0, sums)
+    assert loss_copies(SHAPE, 1001) == 4 * 2 * 4 * vocabulary * hidden
+    kept = loss_memory(SHAPE, replace(setup, skip_logits=False), 1001)
+    assert kept == tuple(size * 1001 * vocabulary for size in (10, 4, 12, 2))
+    moments = estimate_memory(SHAPE, setup, RankLoad(1001)).moments
+    assert "loss backward" not in moments and moments["head backward"]["logits"] == sums
+
+
+def test_head_groups_divide_what_attention_allocates():
+    load, setup = RankLoad(1000, 40000, 5000), TrainingSetup(gpus=8)
+    one, two, eight, more = (
+        attention_backward(SHAPE, replace(setup, head_groups=n), load, kept=False, freed=0) for n in (1, 2, 8, 9)
+    )
+    whole = 2 * 1000 * (32 + 2 * 8) * 128  # gradients of all heads
+    always = 2 * 1000 * (32 * 128 + 2 * 4096)
+    for before, half, eighth in zip(one, two, eight):
+        assert half.workspace == pytest.approx(before.workspace / 2)
+        assert half.temporary == pytest.approx(whole + always + (before.temporary - always) / 2)
+        assert eighth.temporary == pytest.approx(whole + always + (before.temporary - always) / 8)
+    assert more == eight
+    three = attention_backward(SHAPE, replace(setup, head_groups=3), load, kept=False, freed=0)  # 3, 3 and 2 heads
+    assert three[1].temporary == pytest.approx(whole + always + (one[1].temporary - always) * 3 / 8)
+
+
+def test_a_feed_forward_block_in_tiles_keeps_its_input():
+    """Of 1001 tokens, three tiles hold at most 334. The block has 3 x 4096 x 14336 parameters."""
+    setup = TrainingSetup(gpus=8, gradient_checkpointing="full")
+    tiled, width, weights = replace(setup, mlp_tiles=3), 2 * 14336, 3 * 4096 * 14336
+    whole, kept = (layer_bytes(SHAPE, each) for each in (setup, tiled))
+    assert whole.kept - kept.kept == whole.block - kept.block == 4 * width
+    around = 2 * 2 * 4096 * 1001
+    assert [point.total for point in block_backward(SHAPE, setup, 1001)] == [around + 2 * width * 1001]
+    points = block_backward(SHAPE, tiled, 1001)
+    assert [point.total for point in points] == [around, around + (4 - 2) * weights + 2 * weights]
+    many = block_backward(SHAPE, tiled, 300_000)[-1]
+    assert many.total == 2 * 2 * 4096 * 300_000 + (4 - 2) * weights + 6 * width * 100_000
+    autocast = replace(tiled, sharding="ddp", dtype="float32")
+    casts = 4 * weights / 3  # of one matrix at a time, on a CPU
+    assert block_backward(SHAPE, autocast, 1001)[-1].total == around * 2 + 6 * weights
+    assert block_backward(SHAPE, replace(autocast, device="cpu"), 1001)[-1].total == around * 2 + 6 * weights + casts
+    # Both linear layers that read the input keep one in bf16; a block in tiles keeps the fp32 input itself.
+    more = layer_bytes(SHAPE, autocast).kept - layer_bytes(SHAPE, replace(autocast, mlp_tiles=1)).kept
+    assert more == (4 - 2 * 2) * 4096 - 4 * width
+
+
+def test_blocks_with_experts_have_no_tiles():
+    sizes = {"moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    latents = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    config = {**LLAMA, **sizes, **latents, "model_type": "deepseek_v3", "first_k_dense_replace": 2}
+    shape = MemoryShape.from_config(config)
+    assert (shape.layers, shape.dense_share, shape.dense_width) == (6, 1 / 3, 384)
+    setup = TrainingSetup()
+    tiled = replace(setup, mlp_tiles=4)
+    assert layer_bytes(shape, setup).kept - layer_bytes(shape, tiled).kept == pytest.approx(4 * 2 * 384 / 3)
+    assert len(block_backward(shape, tiled, 1000)) == 2
+    sparse = MemoryShape.from_config({**config, "first_k_dense_replace": 0})
+    assert layer_bytes(sparse, setup) == layer_bytes(sparse, tiled) and len(block_backward(sparse, tiled, 1000)) == 1
+
+
+def _sizing(lengths=(65536,), cp_size=8, hardware=H100):
+    (sizing,) = sizings(LLAMA_3_8B, hardware, TrainingSetup(gpus=8), lengths, [cp_size])
+    return sizing
+
+
+def test_step_times_of_remedies():
+    sizing = _sizing()
+    time, load, base = sizing.time, sizing.load, TrainingSetup(gpus=8, skip_logits=False)
+
+    def more(**options):
+        return sizing.seconds(replace(base, **options)) - sizing.seconds(base)
+
+    assert sizing.seconds(base) == pytest.approx(time.seconds + (time.copies + time.exposed).max() / 2)  # KV again
+    assert more(keep_received_kv=True) == pytest.approx(-(time.copies + time.exposed).max() / 2)
+    assert more(skip_logits=True) == pytest.approx(loss_copies(SHAPE, load.tokens) / H100.memory_bytes_per_second)
+    full = {"gradient_checkpointing": "full", "keep_received_kv": True}
+    assert more(**full, every_n_layers=4) - more(keep_received_kv=True) == pytest.approx(
+        (more(**full) - more(keep_received_kv=True)) / 4
+    )
+    moved = 32 * 2 * 4096 * load.tokens
+    assert more(**full, offload=True) - more(**full) == pytest.approx(2 * moved / H100.host_bandwidth)
+    weights = 32 * 3 * 4096 * 14336
+    sums = 8 * weights / H100.memory_bytes_per_second
+    again = 2 * load.tokens * weights / H100.linear_flops_per_second
+    half = {**full, "every_n_layers": 2}
+    for options, repeated in (
+        ({}, 1),
+        (full, 0),
+        (half, 0.5),
+    ):
+        tiled = more(**options, mlp_tiles=4) - more(**options)
+        assert tiled == pytest.approx(repeated * again + 4 * sums)
+    sizing.shape = replace(SHAPE, ends_with_block=False)
+    assert more(**full, mlp_tiles=4) - more(**full) == pytest.approx(again + 4 * sums)
+    sizing.shape = SHAPE
+    # Seven more groups: two calls and one transfer in each direction, and the KV is fetched once more.
+    calls = 4 * H100.kernel.call_seconds + 3 * H100.intra_node.latency_seconds
+    stages = len(sizing.plan.stage_offsets)
+    assert stages == 1 and more(head_groups=8) == pytest.approx(32 * 7 * calls) == more(head_groups=64)
+
+
+def test_proposals_respect_what_was_given():
+    sizing, setup = _sizing(), TrainingSetup(gpus=8)
+    found = combinations(setup, REMEDIES, sizing)
+    assert len(found) == len(set(found)) == (1 + 2 * 3 * 2) * 4 * 3 * 2
+    assert {each.head_groups for each in found} == {1, 2, 4, 8} and {each.mlp_tiles for each in found} == {1, 4, 16}
+    assert combinations(setup, (), sizing) == [setup]
+    given = replace(setup, gradient_checkpointing="full", head_groups=3)
+    free = ("offload", "every_n_layers")
+    assert all(each.head_groups == 3 and not each.keep_received_kv for each in combinations(given, free, sizing))
+    alone = combinations(setup, REMEDIES, _sizing(cp_size=1))
+    assert {each.keep_received_kv for each in alone} == {None}
+    slow = _sizing(hardware=replace(H100, host_bandwidth=None))
+    assert not any(each.offload for each in combinations(setup, REMEDIES, slow))
+    with pytest.raises(ConfigurationError, match="has no host_bandwidth"):
+        slow.seconds(replace(given, offload=True))
+
+
+def test_the_cheapest_combination_has_the_fewest_settings():
+    sizing, setup = _sizing(), TrainingSetup(gpus=8)
+    sizing.usable = 1e15
+    cheapest, least = propose(setup, REMEDIES, sizing)
+    assert cheapest.setup == setup and least.memory.total < cheapest.memory.total
+    totals = [(sizing.memory(each).total, sizing.seconds(each)) for each in combinations(setup, REMEDIES, sizing)]
+    assert least.memory.total == pytest.approx(min(total for total, _ in totals))
+    sizing.usable = cheapest.memory.total * 0.8
+    cheapest, _ = propose(setup, REMEDIES, sizing)
+    fitting = [seconds for total, seconds in totals if total <= sizing.usable]
+    assert cheapest.memory.total <= sizing.usable and cheapest.step_seconds <= min(fitting) / 0.99
+    sizing.usable = 1e9
+    assert len({choice.setup for choice in propose(setup, REMEDIES, sizing)}) == 1
+
+
+def test_settings_in_words_and_as_code():
+    setup = TrainingSetup(
+        gradient_checkpointing="attention-saving",
+        every_n_layers=2,
+        offload=True,
+        head_groups=4,
+        mlp_tiles=16,
+        keep_received_kv=False,
+        skip_logits=False,
+    )
+    assert described(setup) == (
+        "attention-saving, every 2 layers, offload, 4 head groups, 16 MLP tiles, received KV not kept, logits kept"
+    )
+    code = as_arguments(setup, 8)
+    (call,) = ast.parse(code).body
+    options = {each.arg: ast.unparse(each.value) for each in call.value.keywords}
+    assert options["activation_checkpointing"] == "True"
+    assert ast.literal_eval(options["activation_checkpointing_kwargs"].replace("save_attention_context_fn", "1")) == {
+        "use_reentrant": False,
+        "context_fn": 1,
+        "offload": True,
+        "every_n_layers": 2,
+    }
+    assert options["parallelism_config"] == (
+        "FlashCPPlugin(cp_size=8, head_groups=4, mlp_tiles=16, keep_received_kv=False, skip_logits=False)"
+    )
+    assert as_arguments(TrainingSetup(), 4) == (
+        "TrainingArguments(\n    parallelism_config=FlashCPPlugin(cp_size=4),\n)"
+    )
 
 
 def _choice(cp_size, fits, tokens_per_second):
     memory = MemoryEstimate({"loss": dict.fromkeys(PARTS, 1.0)}, 1.0)
-    return Choice(cp_size, memory, 1024, fits, 1.0, tokens_per_second, 0.0, 0.0, 0.0)
+    return Choice(cp_size, memory, 1024, fits, 1.0, tokens_per_second, 0.0, 0.0, 0.0, TrainingSetup())
 
 
 @pytest.mark.parametrize(
@@ -514,6 +737,9 @@ def test_the_choice(rows, expected, reason):
     assert (chosen and chosen.cp_size) == expected and reason in why
 
 
+QWEN3_8B = Path("docs/hooks/configs/qwen3_8b.json")
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
@@ -522,18 +748,56 @@ def config(tmp_path):
 
 
 def test_command_prints_a_table(capsys, config):
-    line = f"estimate --model {config.parent} --window 524288 --gpus 16 --gradient-checkpointing full"
-    code, out, err = run(capsys, f"{line} --kernel flash_attn_3")
+    line = f"estimate --model {config.parent} --window 524288 --gpus 16 --gradient-checkpointing full --keep-logits"
+    code, out, err = run(capsys, f"{line} --no-offload --every-n-layers 1 --head-groups 1 --kernel flash_attn_3")
     assert (code, err) == (0, "")
     assert out.startswith("8.03 billion parameters, loaded in bfloat16, bf16 mixed precision, fsdp2")
     assert out.splitlines()[0].endswith(", kernel flash_attn_3")
     assert "\ncp_size 16: the only one that fits" in out
-    for part in (*PARTS, "sum", "attention-saving"):
+    for part in (*PARTS, "sum", "proposed: full, logits kept"):
         assert (f"\n  {part}" in out or f"\n{part}" in out) == (part != "states")
     assert "\nin the last layer's backward: 27.9 GiB, of which 6.4 GiB is attention workspace\n" in out
-    table = out.splitlines()[3:9]
-    assert len({len(row) for row in table}) == 1
-    assert [row.split()[0] for row in table[1:]] == ["1", "2", "4", "8", "16"]
+    sizes = out.splitlines()[3:9]
+    assert [row.split()[0] for row in sizes[1:]] == ["1", "2", "4", "8", "16"]
+    assert all(
+        row.endswith("  full, logits kept, received KV not kept"[: 19 + 23 * ("not" in row)]) for row in sizes[1:]
+    )
+
+
+def test_a_million_tokens_of_qwen3_8b_on_one_node(capsys):
+    """TRL publishes 56.2 GB per GPU for this model, window and number of GPUs."""
+    line = f"estimate --model {QWEN3_8B} --window 1048576 --gpus 8"
+    code, out, err = run(capsys, line)
+    assert (code, err) == (0, "") and "\nproposed: attention-saving, offload  " in out
+    assert "\ncp_size 8: predicted to be 2% faster than cp_size 4, the smallest that fits\n" in out
+    assert "\npinned memory on the host: 580.5 GiB" in out
+    assert (
+        """
+TrainingArguments(
+    activation_checkpointing=True,
+    activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": save_attention_context_fn, "offload": True},
+    parallelism_config=FlashCPPlugin(cp_size=8),
+)
+"""
+        in out
+    )
+    found = json.loads(run(capsys, f"{line} --json")[1])
+    proposed, remedies = found["proposed"], found["remedies"]
+    assert proposed["memory"]["total"] < 56.2e9 and proposed["largest_window"] > 1_500_000
+    assert proposed == remedies["attention-saving, offload"]
+    least = found["least_memory"]
+    assert least["memory"]["total"] < 40e9 and least["step_seconds"] < 1.01 * proposed["step_seconds"]
+    assert "\nleast memory: attention-saving, offload, 8 head groups, 16 MLP tiles  " in out
+    peaks = {name: choice["memory"]["total"] / 1e9 for name, choice in remedies.items()}
+    kept = peaks["no checkpointing, logits kept"]
+    assert kept > 1200 > peaks["no checkpointing"] > 500 > peaks["attention-saving"] > peaks["full"] > 80
+    assert min(peaks, key=peaks.__getitem__) == "attention-saving, offload"
+    steps = {name: choice["step_seconds"] for name, choice in remedies.items()}
+    assert steps["no checkpointing"] < steps["attention-saving"] < steps["attention-saving, offload"] < steps["full"]
+    assert steps["full"] < steps["full, offload"]
+    code, out, _ = run(capsys, f"{line} --cp-size 8 --mlp-tiles 4 --head-groups 8")
+    assert code == 0 and "\nproposed: attention-saving, offload, 8 head groups, 4 MLP tiles  " in out
+    assert "FlashCPPlugin(cp_size=8, head_groups=8, mlp_tiles=4)" in out
 
 
 def test_command_as_json(capsys, config):
@@ -546,7 +810,8 @@ def test_command_as_json(capsys, config):
     assert choice["memory"]["total"] == pytest.approx(sum(choice["memory"]["parts"].values()), abs=8)
     assert all(list(parts) == list(PARTS) for parts in choice["memory"]["moments"].values())
     assert found["setup"]["kernel"] == "torch_flash"
-    assert set(found["gradient_checkpointing"]) == {"none", "full", "attention-saving"}
+    assert found["proposed"] == choice and choice["setup"]["gradient_checkpointing"] == "full"
+    assert all(name.startswith("full") for name in found["remedies"])
 
 
 def test_command_draws(capsys, config, tmp_path):
@@ -565,8 +830,13 @@ def test_command_draws(capsys, config, tmp_path):
         ("--window 4096 --gpus 8 --cp-size 3", "cp_size 3 does not divide the 8 GPUs: choose one of 1, 2, 4, 8"),
         ("--window 4096 --gpus 0", "gpus must be at least 1"),
         ("--window 4096 --gpus 8 --hardware abacus", "There is no hardware profile 'abacus'"),
-        ("--window 1048576 --gpus 8", "does not fit on 8 GPUs. The largest window that fits has "),
+        (
+            "--window 4194304 --gpus 8",
+            "The largest window that fits has 3,836,928 tokens, with cp_size 8 and attention-saving, offload, 8 ",
+        ),
         ("--window 4096 --gpus 8 --sharding ddp --dtype float32", "fewer than 1,024 tokens, with cp_size"),
+        ("--window 4096 --gpus 8 --offload --activation-checkpointing none", "need activation checkpointing"),
+        ("--window 4096 --gpus 8 --every-n-layers 0", "every_n_layers must be a whole number of at least 1, got 0"),
     ],
 )
 def test_errors(capsys, config, options, message):
@@ -595,6 +865,10 @@ def test_unknown_setup():
         TrainingSetup(sharding="zero3")
     with pytest.raises(ConfigurationError, match="device is 'tpu': choose one of cuda, cpu"):
         TrainingSetup(device="tpu")
+    for name in ("every_n_layers", "head_groups", "mlp_tiles"):
+        for number in (0, 1.5, True):
+            with pytest.raises(ConfigurationError, match=f"{name} must be a whole number of at least 1, got {number}"):
+                TrainingSetup(**{name: number})
     with pytest.raises(ConfigurationError, match="kernel is 'eager': choose one of torch_flash, "):
         TrainingSetup(kernel="eager")
     with pytest.raises(PlanError, match="There is no varlen kernel 'eager'. Choose one of torch_flash, "):

@@ -25,7 +25,7 @@ from hf_flashcp.predict.timeline import Timeline
 from hf_flashcp.predict.training_setup import RankLoad, TrainingSetup
 from hf_flashcp.simulation.baselines import BASELINES, Layer, RingPieces, passes, shared_tokens
 from hf_flashcp.simulation.simulate import EXACT, NAMES, TIMED, simulate
-from hf_flashcp.simulation.sizing import step_seconds
+from hf_flashcp.simulation.step_costs import step_seconds
 from tests.hybrid_sizes import QWEN3_NEXT
 from tests.packs import KNOWN_PACKS, owners, packs
 from tests.step_time_evaluator import call_seconds as counted_call
@@ -271,7 +271,9 @@ def test_a_hybrid_model_of_80_billion_parameters(lengths):
     states = [36 * 4 * 2**20 * count for count in report["states_received"]]
     assert received[0].tolist() == [sum(parts) for parts in zip(kv, states, halo)] and not received[1].any()
     outcome = found["search"]
-    assert outcome.step_seconds == pytest.approx(step_seconds(model.step_time(plan), "full"))
+    assert outcome.step_seconds == pytest.approx(
+        step_seconds(model.step_time(plan), TrainingSetup(gradient_checkpointing="full"))
+    )
     again = model.step_time(plan)
     repeated = again.linear / 3 + again.scan / 3 + again.attention * 2 / 7 + (again.copies + again.exposed) / 2
     assert outcome.step_seconds == pytest.approx((again.of_ranks + repeated).max())
@@ -315,7 +317,7 @@ def test_memory_of_gathered_kv():
     at_loss = {name: outcome.memory_bytes for name, outcome in found.items()}
     assert at_loss["llama3"] - at_loss["ring"] == pytest.approx(kept)
     load = RankLoad(2048, 7 * 2048, batch_tokens=16384)
-    without = estimate_memory(shape, setup, load, kept=False)
+    without = estimate_memory(shape, dataclasses.replace(setup, keep_received_kv=False), load)
     assert estimate_memory(shape, setup, load).to_dict() == without.to_dict()
 
 

@@ -19,19 +19,21 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from ..attention import AttentionKernel, Layer, document_attention, select_kernel
 from ..distributed.workers import WorkerPool
 from ..doctor.layer_errors import attend_one_by_one
 from ..exchange import Transfer
 from ..layout import RankLayout, RankPlan
-from ..plan import ShardPlan, kv_bytes
+from ..plan import ShardPlan
 from ..plan.ranges import Ranges
 from ..plan.stage_traffic import LayerTraffic, StageTraffic
 from ..plan.traffic import NeededKeys
 from ..planning import plan_documents
 from ..tables import counted, records_table
 from .arguments import with_arguments
+from .traces import kept_and_peak, trace_events
 from .turns import in_turns
 
 
@@ -63,39 +65,43 @@ def measure(
     exchanges: Sequence[str] = ("needed", "all"),
     num_stages: int | None = None,
     max_imbalance: float = 1.05,
+    head_groups: Sequence[int] = (1,),
     rounds: int = 10,
 ) -> dict[str, Any]:
     """Time forward and backward of one causal full-attention layer.
 
     `seconds`, `forward` and `waiting` are medians over rounds on the slowest rank. `ideal_share` is the median over
     rounds of the single process's time / cp_size / the case's time. Bytes received, kernel calls and collectives are
-    exact counts on the rank with the most of each. Bytes count forward only; the other two count both passes.
+    exact counts on the rank with the most of each. Bytes count forward only; the other two count both passes. With
+    several `head_groups` (see [`FlashCPPlugin`]), `peak_bytes` is the peak of PyTorch's CPU allocator beyond the
+    layer's inputs and the gradient of its output, on the rank with the highest.
     """
-    names = list(itertools.product(strategies, exchanges))
+    names = list(itertools.product(strategies, exchanges, head_groups))
     caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
     plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy, **caps) for strategy in strategies}
-    cases = [(plans[strategy], exchange) for strategy, exchange in names]
+    cases = [(plans[strategy], exchange, groups) for strategy, exchange, groups in names]
     given = list(lengths), cases, (heads, kv_heads, head_dim), dtype, rounds
     with WorkerPool() as pool:
         by_rank = pool.run(cp_size, _time_cases, *given, timeout=3600)
-    single = [turn.seconds for turn in by_rank[0][-1]]
-    token_bytes = kv_bytes(1, kv_heads, head_dim, head_dim, DTYPES[dtype].itemsize)
+    single = [turn.seconds for turn in by_rank[0][0][-1]]
     found = []
-    for index, (strategy, exchange) in enumerate(names):
-        ranks = [Turn(*zip(*rank[index])) for rank in by_rank]
+    for index, (strategy, exchange, groups) in enumerate(names):
+        ranks = [Turn(*zip(*turns[index])) for turns, _ in by_rank]
         seconds = _slowest(rank.seconds for rank in ranks)
         found.append(
             {
                 "strategy": strategy,
                 "exchange": exchange,
+                "head_groups": groups,
                 "seconds": median(seconds),
                 "forward": median(_slowest(rank.forward for rank in ranks)),
                 "waiting": max(median(rank.waiting) for rank in ranks),
                 "ideal_share": median(alone / cp_size / turn for alone, turn in zip(single, seconds)),
-                "bytes_received": token_bytes * max(rank.rows_received[-1] for rank in ranks),
+                "bytes_received": max(rank.bytes_received[-1] for rank in ranks),
                 "kernel_calls": max(rank.kernel_calls[-1] for rank in ranks),
                 "collectives": max(rank.collectives[-1] for rank in ranks),
-                "copies": max(plans[strategy].report()["copies"]) if exchange == "needed" else None,
+                "copies": max(plans[strategy].report()["copies"]) if exchange == "needed" and groups == 1 else None,
+                "peak_bytes": max(peaks[index] for _, peaks in by_rank) if len(head_groups) > 1 else None,
             }
         )
     return {"seconds": median(single), "cases": found}
@@ -109,8 +115,7 @@ def _slowest(seconds: Iterable[Sequence[float]]) -> list[float]:
 class Turn(NamedTuple):
     """A rank's figures for one turn of a case, or lists of them for all turns.
 
-    `rows_received` counts the tokens whose KV arrived in forward. The other figures, except `forward`, cover both
-    passes.
+    `bytes_received` counts the KV that arrived in forward. The other figures, except `forward`, cover both passes.
     """
 
     seconds: Any
@@ -118,22 +123,25 @@ class Turn(NamedTuple):
     waiting: Any
     kernel_calls: Any
     collectives: Any
-    rows_received: Any
+    bytes_received: Any
 
 
 def _time_cases(
-    lengths: list[int], cases: list[tuple[ShardPlan, str]], shape: tuple[int, int, int], dtype: str, rounds: int
-) -> list[list[Sequence[float]]]:
-    """Return the [`Turn`]s of every case on this worker; on rank 0, those of the single process come last."""
+    lengths: list[int], cases: list[tuple[ShardPlan, str, int]], shape: tuple[int, int, int], dtype: str, rounds: int
+) -> tuple[list[list[Sequence[float]]], list[int]]:
+    """Return the [`Turn`]s and the peak bytes of every case on this worker.
+
+    On rank 0, those of the single process come last. Peaks are measured only for different numbers of head groups.
+    """
     rank = dist.get_rank()
     kernel = _CountingKernel(select_kernel(torch.device("cpu"), Layer(DTYPES[dtype])))
     with _counted_transfers() as transfers:
         runs = []
-        for plan, exchange in cases:
+        for plan, exchange, groups in cases:
             bound = RankPlan(plan, rank, dist.group.WORLD)
             if exchange == "all":
                 bound.layout = AllGatherLayout(plan, rank)
-            attend = functools.partial(document_attention, plan=bound, kernel=kernel)
+            attend = functools.partial(document_attention, plan=bound, kernel=kernel, head_groups=groups)
             inputs = random_inputs(bound.layout.num_tokens, shape, dtype)
             runs.append(functools.partial(_turn, attend, inputs, kernel, transfers))
         alone = functools.partial(attend_one_by_one, lengths=lengths)
@@ -142,20 +150,27 @@ def _time_cases(
             runs.append(functools.partial(_turn, alone, inputs, kernel, transfers))
         else:
             runs.append(tuple)  # does nothing while rank 0 runs alone
-        return in_turns(runs, rounds, warm_up=2)
+        found = in_turns(runs, rounds, warm_up=2)
+        return found, [_peak_bytes(run) for run in runs] if len({groups for *_, groups in cases}) > 1 else []
+
+
+def _peak_bytes(run: Callable) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    return kept_and_peak(trace_events(profiler))[1]
 
 
 def _turn(attend: Callable, inputs: list[torch.Tensor], kernel: _CountingKernel, transfers: dict[str, Any]) -> Turn:
     kernel.calls = 0
-    transfers.update(waiting=0.0, collectives=0, rows=0)
+    transfers.update(waiting=0.0, collectives=0, bytes=0)
     begin = time.perf_counter()
     out = attend(*inputs[:3])
-    middle, rows = time.perf_counter(), transfers["rows"]
+    middle, received = time.perf_counter(), transfers["bytes"]
     out.backward(inputs[3])
     end = time.perf_counter()
     for tensor in inputs[:3]:
         tensor.grad = None
-    return Turn(end - begin, middle - begin, transfers["waiting"], kernel.calls, transfers["collectives"], rows)
+    return Turn(end - begin, middle - begin, transfers["waiting"], kernel.calls, transfers["collectives"], received)
 
 
 def random_inputs(tokens: int, shape: tuple[int, int, int], dtype: str) -> list[torch.Tensor]:
@@ -187,13 +202,13 @@ class _CountingKernel:
 
 @contextmanager
 def _counted_transfers():
-    """Count the collectives, received rows and seconds of waiting in this process."""
-    counts = {"waiting": 0.0, "collectives": 0, "rows": 0}
+    """Count the collectives, received bytes and seconds of waiting in this process."""
+    counts = {"waiting": 0.0, "collectives": 0, "bytes": 0}
     original_init, original_wait = Transfer.__init__, Transfer.wait
 
     def init(self, rows, *args, **kwargs):
         counts["collectives"] += 1
-        counts["rows"] += len(rows.received)
+        counts["bytes"] += rows.received.nbytes
         original_init(self, rows, *args, **kwargs)
 
     def wait(self):
@@ -222,6 +237,8 @@ def text(found: dict[str, Any]) -> str:
         "collectives": ("collectives", ","),
         "copies": ("copies", ","),
     }
+    if found["cases"][0]["peak_bytes"] is not None:
+        columns |= {"head_groups": ("head groups", ","), "peak_bytes": ("MiB at the peak", "MiB:,.1f")}
     single = {"strategy": SINGLE, "seconds": found["seconds"]}
     return (
         f"[{shown}], {counted(sum(lengths), 'token')}, {found['cp_size']} processes, {found['heads']}/"

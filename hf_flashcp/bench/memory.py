@@ -4,14 +4,22 @@ Memory is measured with PyTorch's profiler (`profile_memory=True`), which record
 inside operators. `torch.distributed._tools.mem_tracker.MemTracker` is not used: it counts storages, does not see
 inside `flashcp::attention`, and misses releases under checkpointing or autocast, so that it reports 6 to 13% too much
 on these steps.
+
+Offloaded activations cannot be told from others on CPU, where both are in the same memory. So NumPy's memory stands in
+for that of the host: PyTorch's profiler does not see it, and tensors that come back are allocated again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +30,7 @@ from ..attention import save_attention_context_fn
 from ..distributed.workers import WorkerPool
 from ..integrations.attach import attach
 from ..integrations.models.checkpointing import enable_checkpointing
+from ..integrations.plugin import FlashCPPlugin
 from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
 from ..predict.training_setup import RankLoad, TrainingSetup
@@ -43,9 +52,24 @@ LLAMA = {
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "num_attention_heads": 4, "tie_word_embeddings": True}
 BIG_VOCABULARY = {**LLAMA, "vocab_size": 8192, "num_hidden_layers": 2}
 
+WIDE_ATTENTION = {
+    **LLAMA,
+    "vocab_size": 16,
+    "hidden_size": 64,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 8,
+    "head_dim": 32,
+}
+
 BF16 = {"dtype": "bfloat16", "mixed_precision": "no"}
 FSDP2 = {"sharding": "fsdp2", "gpus": 2}
 FP32 = {"dtype": "float32", "mixed_precision": "no"}
+
+NO_LOGITS = {"skip_logits": True}
+OFFLOAD = {"offload": True}
+NOT_KEPT = {"keep_received_kv": False}
+IN_PARTS = {"head_groups": 2, "mlp_tiles": 4}
 
 CASES = {
     "llama, fp32": (LLAMA, FP32),
@@ -57,6 +81,15 @@ CASES = {
     "qwen3, tied, bf16, attention-saving": (QWEN3, {**BF16, "gradient_checkpointing": "attention-saving"}),
     "big vocabulary, bf16": (BIG_VOCABULARY, BF16),
     "big vocabulary, fp32, checkpointing": (BIG_VOCABULARY, {**FP32, "gradient_checkpointing": "full"}),
+    "big vocabulary, bf16, no logits": (BIG_VOCABULARY, {**BF16, **NO_LOGITS}),
+    "big vocabulary, fp32, autocast, no logits": (BIG_VOCABULARY, {"dtype": "float32", **NO_LOGITS}),
+    "llama, bf16, no logits, offload": (LLAMA, {**BF16, **NO_LOGITS, "gradient_checkpointing": "full", **OFFLOAD}),
+    "qwen3, tied, bf16, attention-saving, offload": (
+        QWEN3,
+        {**BF16, "gradient_checkpointing": "attention-saving", **OFFLOAD},
+    ),
+    "llama, bf16, 4 MLP tiles": (LLAMA, {**BF16, **NO_LOGITS, "mlp_tiles": 4}),
+    "llama, bf16, every 4 layers": (LLAMA, {**BF16, "gradient_checkpointing": "full", "every_n_layers": 4}),
 }
 """Cases on one process: for each name, the config and the options of [`TrainingSetup`]."""
 
@@ -66,35 +99,49 @@ RANK_CASES = {
     "llama, ddp, autocast, cp 2": (LLAMA, {"sharding": "ddp", "gpus": 2, "dtype": "float32"}),
     "llama, fsdp2, bf16, cp 2": (LLAMA, FSDP2),
     "qwen3, fsdp2, bf16, checkpointing, cp 2": (QWEN3, {**FSDP2, "gradient_checkpointing": "full"}),
+    "wide attention, bf16, cp 2": (WIDE_ATTENTION, {**BF16, **NO_LOGITS, **NOT_KEPT}),
+    "wide attention, bf16, 4 head groups, cp 2": (
+        WIDE_ATTENTION,
+        {**BF16, **NO_LOGITS, **NOT_KEPT, "head_groups": 4},
+    ),
+    "qwen3, fsdp2, bf16, as for a million tokens, cp 2": (
+        QWEN3,
+        {**FSDP2, **NO_LOGITS, "gradient_checkpointing": "attention-saving", **OFFLOAD, **NOT_KEPT, **IN_PARTS},
+    ),
 }
 """Cases on two ranks that share the batch, in the same form."""
 
 LENGTHS = (700, 250, 74)
 
 
-def compare(config: dict[str, Any], options: dict[str, str], lengths=LENGTHS, mesh=None) -> dict[str, float]:
+def compare(config: dict[str, Any], options: dict[str, Any], lengths=LENGTHS, mesh=None) -> dict[str, Any]:
     """Measure one training step on this process, and return estimated and measured bytes.
 
     `peak` is at the peak, and `kept` is what forward keeps for backward. Three steps run and the last one is measured,
     because optimizer state and DDP's buckets exist by then. `options` are those of [`TrainingSetup`]; without
-    `sharding`, the model is not wrapped. `mesh` has the context-parallel ranks, all of which must call this function.
+    `sharding`, the model is not wrapped, and without `skip_logits`, logits are kept. `mesh` has the context-parallel
+    ranks, all of which must call this function.
     """
-    setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", **options})
+    setup = TrainingSetup(**{"sharding": "ddp", "device": "cpu", "skip_logits": False, **options})
     model = random_model(config, torch.float32 if setup.weight_bytes == 4 else torch.bfloat16)
-    if setup.gradient_checkpointing != "none":
-        saving = (
-            {"context_fn": save_attention_context_fn} if setup.gradient_checkpointing == "attention-saving" else {}
-        )
-        enable_checkpointing(model, {"use_reentrant": False, **saving})
+    _checkpoint(model, setup)
     if "sharding" in options:
         model = _wrapped(model, setup, mesh)
-    handle = attach(model, mesh)
+    ranks = 1 if mesh is None else mesh.size()
+    plugin = FlashCPPlugin(
+        cp_size=ranks,
+        head_groups=setup.head_groups,
+        mlp_tiles=setup.mlp_tiles,
+        keep_received_kv=setup.keep_received_kv,
+    )
+    handle = attach(model, mesh, plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = random_batch(lengths, config["vocab_size"])
-    for _ in range(2):
-        _step(model, optimizer, batch, setup)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _step(model, optimizer, batch, setup)
+    with _numpy_as_host() if setup.offload else nullcontext():
+        for _ in range(2):
+            _step(model, optimizer, batch, setup)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            _step(model, optimizer, batch, setup)
     kept, peak = kept_and_peak(trace_events(profiler))
     states = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [*model.parameters(), *states, *batch.values()]
@@ -120,6 +167,36 @@ def random_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     values = {name: value for name, value in config.items() if name != "model_type"} | {"use_cache": False}
     config = AutoConfig.for_model(config["model_type"], **values)
     return AutoModelForCausalLM.from_config(config, attn_implementation="flashcp", dtype=dtype).train()
+
+
+def _checkpoint(model: PreTrainedModel, setup: TrainingSetup) -> None:
+    """Turn activation checkpointing on, as a setup says."""
+    if setup.gradient_checkpointing == "none":
+        return
+    saving = {"context_fn": save_attention_context_fn} if setup.gradient_checkpointing == "attention-saving" else {}
+    more = {"every_n_layers": setup.every_n_layers, "offload": setup.offload}
+    given = {name: value for name, value in more.items() if value != getattr(TrainingSetup, name)}
+    enable_checkpointing(model, {"use_reentrant": False, **saving}, **given)
+
+
+@contextmanager
+def _numpy_as_host() -> Iterator[None]:
+    """Let activation checkpointing offload to NumPy's memory."""
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+        return torch.empty_like(tensor, device="meta"), tensor.detach().contiguous().flatten().view(
+            torch.uint8
+        ).numpy().copy()
+
+    def unpack(packed: tuple[torch.Tensor, np.ndarray]) -> torch.Tensor:
+        like, saved = packed
+        return torch.from_numpy(saved).clone().view(like.dtype).view(like.shape)
+
+    def hooks(**options: Any) -> saved_tensors_hooks:
+        return saved_tensors_hooks(pack, unpack)
+
+    with patch("transformers.modeling_utils.save_on_cpu", hooks):
+        yield
 
 
 def _wrapped(model, setup: TrainingSetup, mesh):
@@ -151,7 +228,7 @@ def random_batch(lengths, vocabulary: int) -> dict[str, torch.Tensor]:
 
 def _step(model, optimizer, batch, setup: TrainingSetup) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocasts):
-        loss = model(**batch).loss
+        loss = model(**batch, skip_logits=setup.skip_logits).loss
     with record_function(FORWARD_DONE):
         pass
     loss.backward()

@@ -32,8 +32,13 @@ class Trainer:
         _name_forward(layers[len(layers) // 2])
         self.mesh, self.device, self.vocabulary = mesh, device, model.config.get_text_config().vocab_size
         self.model = model if mesh is None else DistributedDataParallel(model, process_group=mesh.get_group())
-        self.handle = attach(self.model, mesh)
+        self.attach()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def attach(self) -> None:
+        """Attach the model, and skip logits as trainers do."""
+        self.handle = attach(self.model, self.mesh)
+        self.handle.skip_logits = True
 
     def step(self, batch: dict[str, Any], layout: AllGatherLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one step. Return this rank's loss and the norm of the whole batch's gradient."""

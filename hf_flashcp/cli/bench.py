@@ -166,6 +166,8 @@ def _add_layers(benches) -> None:
         metavar="R",
         help="cap on attention pairs per rank, max / mean (default 1.05)",
     )
+    text = "groups of KV heads that the layer computes one after another; several numbers compare peaks of memory"
+    options.add_number(attention, "--head-groups", [1], text, least=1, nargs="+")
     options.add_number(attention, "--rounds", 10, "rounds; each runs every case once", least=1)
     attention.set_defaults(run=_run_attention)
 
@@ -187,7 +189,7 @@ def _run_attention(arguments: argparse.Namespace) -> None:
         _measure(arguments, ("packs", "corpus", "window", "seed"))
     else:
         arguments.module = "drawn_packs"
-        _measure(arguments, ("lengths", "exchanges"))
+        _measure(arguments, ("lengths", "exchanges", "head_groups"))
 
 
 def _run_kernels(arguments: argparse.Namespace) -> None:

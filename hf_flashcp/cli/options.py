@@ -38,8 +38,9 @@ def add_number(
 
 class _AtLeast(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if values < self.const:
-            raise PlanError(f"{self.option_strings[0]} must be at least {self.const}, got {values}.")
+        least = min(values) if isinstance(values, list) else values
+        if least < self.const:
+            raise PlanError(f"{self.option_strings[0]} must be at least {self.const}, got {least}.")
         setattr(namespace, self.dest, values)
 
 
@@ -64,15 +65,32 @@ def add_hardware(parser: argparse.ArgumentParser, note: str = "hardware profile:
     parser.add_argument("--hardware", metavar="NAME", help=text, **settings)
 
 
-def add_checkpointing(parser: argparse.ArgumentParser) -> None:
+def add_checkpointing(parser: argparse.ArgumentParser, default: str | None = "none") -> None:
     parser.add_argument(
         "--activation-checkpointing",
         "--gradient-checkpointing",
         dest="gradient_checkpointing",
         choices=GRADIENT_CHECKPOINTING,
-        default="none",
-        help="activation checkpointing of the layers (default %(default)s)",
+        default=default,
+        help=f"activation checkpointing of the layers (default {default or PROPOSED})",
     )
+
+
+PROPOSED = "the cheapest that fits"
+"""What the help says of options whose value is proposed unless it is given."""
+
+
+def add_remedies(parser: argparse.ArgumentParser) -> None:
+    """Add the options that save memory. Those that are not given are `None`, except `--keep-logits`."""
+    add_checkpointing(parser, None)
+    note = f"(default {PROPOSED})"
+    flag: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": None}
+    parser.add_argument("--offload", **flag, help=f"keep what checkpointing saves in the host's memory {note}")
+    add_number(parser, "--every-n-layers", text=f"checkpoint the first of every N layers {note}")
+    add_number(parser, "--head-groups", text=f"groups of KV heads that attention computes in turn {note}")
+    add_number(parser, "--mlp-tiles", text=f"tiles of tokens that a feed-forward block computes in turn {note}")
+    parser.add_argument("--keep-received-kv", **flag, help=f"keep received KV until the layer's backward {note}")
+    parser.add_argument("--keep-logits", action="store_true", help="hold the logits of all tokens")
 
 
 def add_corpus(parser: Any, note: str = "") -> None:

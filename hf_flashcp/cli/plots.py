@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FlashCPError
 from ..extras import require_extra
 from ..predict.memory import PARTS
 from ..predict.training_setup import TrainingSetup
+from ..simulation.remedies import described
 from ..simulation.simulate import title_of
 from ..simulation.sizing import Choice
 from ..tables import GIB
@@ -71,7 +73,7 @@ def plot_memory(
     found: Sequence[Choice], usable: float, path: str | os.PathLike, *, window: int, setup: TrainingSetup
 ) -> None:
     """Draw the memory of each cp_size as a bar. `usable` is the memory that a GPU has for training, in bytes."""
-    figure = new_figure(max(6.5, 0.95 * len(found) + 3.4), 4.4)
+    figure = new_figure(max(6.5, 1.1 * len(found) + 3.4), 4.6)
     axes = figure.subplots()
     places = range(len(found))
     # Bars end at three times the memory of a GPU. Otherwise the bars of small cp_sizes would dwarf all others.
@@ -100,15 +102,13 @@ def plot_memory(
             )
     axes.axhline(usable / GIB, color=INK, linewidth=1.2, linestyle="--", label=f"usable: {usable / GIB:,.1f} GiB")
     axes.set_ylim(0, 1.18 * max(top, usable / GIB))
-    axes.set_xticks(places, [f"{choice.cp_size}\n{choice.memory.peak}" for choice in found], fontsize=8)
-    axes.set_xlabel("cp_size, and the phase of the step with the peak memory", color=INK)
+    labels = [
+        [str(choice.cp_size), *wrap(choice.memory.peak, 14), *described(choice.setup).split(", ")] for choice in found
+    ]
+    axes.set_xticks(places, ["\n".join(lines) for lines in labels], fontsize=7.5)
+    axes.set_xlabel("cp_size, the phase of the step with the peak memory, and the settings", color=INK)
     axes.set_ylabel("GiB per GPU", color=INK)
-    axes.set_title(
-        f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}, "
-        f"gradient checkpointing {setup.gradient_checkpointing}",
-        fontsize=11,
-        color=INK,
-    )
+    axes.set_title(f"{window:,} tokens on {setup.gpus} GPUs: {setup.sharding}", fontsize=11, color=INK)
     remove_frame(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)

@@ -20,6 +20,7 @@ plans that cuDNN 9.20 makes through nvidia-cudnn-frontend 1.18.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..plan.kernel_calls import declared_rows, folds_heads, kernel_grids
@@ -228,6 +229,9 @@ def attention_backward(
     kept is fetched for all stages at once, and the local pass runs first; the part of each stage is freed after its
     kernel call. On a GPU, kernels return gradients of keys in the dtype of the keys, on a CPU in at least fp32.
 
+    With `head_groups`, all of this exists for one group of KV heads at a time, except the gradients of attention's
+    inputs and output, which have all heads, and KV that was kept.
+
     Args:
         shape (`MemoryShape`): sizes of the model.
         setup (`TrainingSetup`): how the model is trained.
@@ -235,10 +239,15 @@ def attention_backward(
         kept (`bool`): whether received KV was kept from forward.
         freed (`float`): bytes that the layer's feed-forward block has freed by then.
     """
-    c, kv, tokens, stage_keys = setup.compute_bytes, shape.kv_width, load.tokens, load.largest_stage
+    c, tokens, stage_keys = setup.compute_bytes, load.tokens, load.largest_stage
+    incoming = c * tokens * shape.query_heads * shape.value_dim + 2 * tokens * setup.stream_bytes * shape.hidden
+    if (groups := min(setup.head_groups, shape.kv_heads)) > 1:
+        incoming += c * tokens * (shape.query_heads * shape.key_dim + shape.kv_width)  # gradients of all heads
+        kv_heads = math.ceil(shape.kv_heads / groups)
+        shape = replace(shape, query_heads=kv_heads * (shape.query_heads // shape.kv_heads), kv_heads=kv_heads)
+    kv = shape.kv_width
     summed = c if setup.device == "cuda" else max(c, 4)  # bytes of an element in a kernel's gradients of keys
     queries = c * tokens * shape.query_heads * shape.key_dim
-    incoming = c * tokens * shape.query_heads * shape.value_dim + 2 * tokens * setup.stream_bytes * shape.hidden
     stages = math.ceil(load.received / stage_keys) if stage_keys else 0
     # Rows that were sent need room for packed KV, or for the gradients that come back. Keys of the other stages need
     # room for gradients on their way, or for fetched KV.

@@ -20,7 +20,7 @@ _FOLDER = Path(__file__).with_name("hardware")
 HARDWARE = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """The names of the profiles that come with the library."""
 
-_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "causal_tile_overhead_keys")
+_MAY_BE_LEFT_OUT = ("memory_bytes", "peak_flops_per_second", "host_bandwidth", "causal_tile_overhead_keys")
 _MAY_BE_ZERO = (
     "call_seconds",
     "block_seconds",
@@ -113,6 +113,8 @@ class HardwareProfile:
         memory_bytes (`float`, *optional*): memory of a device.
         peak_flops_per_second (`float`, *optional*): peak speed of dense matrix products in the training dtype, from
             the data sheet. A model's FLOPs utilization (MFU) is relative to it.
+        host_bandwidth (`float`, *optional*): bytes per second between a device and pinned memory of its host, in one
+            direction. Offloaded activations take this way twice.
     """
 
     linear_flops_per_second: float
@@ -124,6 +126,7 @@ class HardwareProfile:
     description: str = ""
     memory_bytes: float | None = None
     peak_flops_per_second: float | None = None
+    host_bandwidth: float | None = None
 
     def wire_seconds(self, bytes_moved: np.ndarray) -> np.ndarray:
         """Return the seconds of each rank's transfers, (cp_size,), inside and between nodes at the same time.

@@ -1,4 +1,4 @@
-"""Estimates the memory that a device needs for training, from a model's sizes. docs/sizing.md lists every term.
+"""Estimates the memory that a device needs for training, from a model's sizes. docs/memory.md lists every term.
 
 A step has a few moments at which memory can be at its highest. The memory of a moment is a sum of parts, and the peak
 is the largest of these sums:
@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..plan.traffic import MOST_KEPT
 from .attention_memory import BackwardPoint, attention_backward
+from .layer_memory import LayerStack, block_backward, layer_bytes
+from .loss_memory import loss_memory
 from .memory_shape import MemoryShape
-from .mixer_memory import mixer_backward, mixer_bytes, state_bytes
+from .mixer_memory import mixer_backward
 from .training_setup import RankLoad, TrainingSetup
 
 
@@ -44,10 +45,12 @@ class MemoryEstimate:
         moments (`dict[str, dict[str, float]]`): bytes of each of [`PARTS`], by moment of the step.
         kept (`float`): bytes that forward keeps for backward: activations, logits, received KV, states and gathered
             weights.
+        host (`float`): bytes of the host's memory that offloaded activations take.
     """
 
     moments: dict[str, dict[str, float]]
     kept: float
+    host: float = 0
 
     @property
     def peak(self) -> str:
@@ -67,24 +70,24 @@ class MemoryEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate in a JSON-serializable form, in whole bytes."""
         moments = {name: {part: round(n) for part, n in parts.items()} for name, parts in self.moments.items()}
-        return {"total": round(self.total), "peak": self.peak, "parts": moments[self.peak], "moments": moments}
+        return {
+            "total": round(self.total),
+            "host": round(self.host),
+            "peak": self.peak,
+            "parts": moments[self.peak],
+            "moments": moments,
+        }
 
 
-def estimate_memory(
-    shape: MemoryShape, setup: TrainingSetup, load: RankLoad, *, kept: bool | None = None
-) -> MemoryEstimate:
+def estimate_memory(shape: MemoryShape, setup: TrainingSetup, load: RankLoad) -> MemoryEstimate:
     """Estimate the memory of one device in any step after the first, with fused AdamW (the default optimizer).
 
     Args:
         shape (`MemoryShape`): sizes of the model.
         setup (`TrainingSetup`): how the model is trained.
         load (`RankLoad`): what the rank holds and moves.
-        kept (`bool`, *optional*): whether a layer keeps received KV until its backward. The default is this library's
-            own choice.
     """
-    if kept is None:
-        kept = setup.gradient_checkpointing == "full" or load.received <= MOST_KEPT * load.tokens
-    step = _Step(shape, setup, load, kept)
+    step = _Step(shape, setup, load)
     always = {
         "weights": setup.weight_bytes * shape.parameters / step.shards,
         "optimizer": 2 * setup.weight_bytes * shape.parameters / step.shards,
@@ -103,7 +106,7 @@ def estimate_memory(
             WORKSPACE: moment.workspace,
         }
         moments[name] = {part: at_moment.get(part, 0) + always.get(part, 0) for part in PARTS}
-    return MemoryEstimate(moments, step.kept_bytes)
+    return MemoryEstimate(moments, step.kept_bytes, step.stack.on_host)
 
 
 class _Moment(NamedTuple):
@@ -119,143 +122,90 @@ class _Moment(NamedTuple):
     workspace: float = 0
 
 
-class _Held(NamedTuple):
-    """Memory that a layer holds for its backward."""
-
-    per_token: float  # bytes of activations per token, mean over layers
-    received_kv: float  # bytes of received KV in an attention layer
-    states: float  # bytes in a recurrent layer that are kept because documents are cut
-
-
 class _Step:
     """Computes the memory of each moment of a step on one device, and the memory that forward keeps for backward."""
 
-    def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad, keeps_kv: bool):
-        self.shape, self.setup, self.tokens = shape, setup, load.tokens
+    def __init__(self, shape: MemoryShape, setup: TrainingSetup, load: RankLoad):
+        self.shape, self.setup, self.load, self.tokens = shape, setup, load, load.tokens
         self.shards = setup.gpus if setup.sharding == "fsdp2" else 1
-        c, s, layer = setup.compute_bytes, setup.stream_bytes, _layer(shape, setup)
-        received_kv = c * load.received * shape.kv_width if keeps_kv else 0
-        layer_input, beside_input = s * shape.hidden, layer.kept - layer.shared_input
-        states = state_bytes(shape.recurrent, setup, load)
-        match setup.gradient_checkpointing:
-            case "none":
-                self.kept, self.repeated = _Held(layer.kept, received_kv, states), _Held(0, 0, 0)
-            case "full":
-                self.kept, self.repeated = _Held(layer_input, 0, 0), _Held(beside_input, received_kv, states)
-            case "attention-saving":
-                self.kept = _Held(layer_input + layer.attention_result, received_kv, 0)
-                self.repeated = _Held(beside_input - layer.attention_result, 0, states)
-        self.head = shape.norm_bytes(shape.hidden, s) + (c if setup.autocasts else s) * shape.hidden
-        self.rope = 2 * s * shape.key_dim
-        self.stack = load.tokens * (self.head + self.rope) + shape.layers * load.tokens * self.kept.per_token
-        self.all_kv = shape.attention_layers * self.kept.received_kv
-        self.all_states = shape.recurrent.count * self.kept.states if shape.recurrent else 0
-        self.logits = load.tokens * shape.vocabulary
-        self.softcap = c * self.logits * shape.softcapped
+        c, s = setup.compute_bytes, setup.stream_bytes
+        self.norm = load.tokens * shape.norm_bytes(shape.hidden, s)
+        self.head_input = load.tokens * (c if setup.autocasts else s) * shape.hidden
+        self.rope = load.tokens * 2 * s * shape.key_dim
+        self.stack = LayerStack(shape, setup, load)
+        self.loss = loss_memory(shape, setup, load.tokens)
         self.gathered = (_by_fsdp2 if setup.sharding == "fsdp2" else _by_ddp)(shape, setup)
-        in_block = BackwardPoint(load.tokens * layer.backward)
-        freed = load.tokens * layer.block
-        in_mixer = attention_backward(shape, setup, load, kept=keeps_kv, freed=freed) if shape.attention_layers else []
-        if shape.recurrent:
-            in_mixer.append(mixer_backward(shape, shape.recurrent, setup, load, freed))
-        self.in_layer = max((in_block, *in_mixer), key=lambda point: point.total)
 
     @property
     def kept_bytes(self) -> float:
         """Bytes that forward keeps for backward."""
-        return self.stack + (4 * self.logits + self.softcap) + self.all_kv + self.all_states + self.gathered.kept
+        held = self.stack.up_to(self.shape.layers - 1)
+        of_head = self.norm + self.head_input * (not self.setup.skip_logits)
+        return sum(held) + of_head + self.rope + self.loss.kept + self.gathered.kept
 
     def moments(self) -> dict[str, _Moment]:
         """Return the moments at which memory can be at its highest, by name."""
-        shape, gathered, c = self.shape, self.gathered, self.setup.compute_bytes
+        shape, gathered, c, last = self.shape, self.gathered, self.setup.compute_bytes, self.shape.layers - 1
         everything, embedding = shape.parameters, shape.embedding_parameters
-        row_gradient, held = self.tokens * self.setup.stream_bytes * shape.hidden, (self.all_kv, self.all_states)
-        loss_logits = (c + 4 + 4 * (c != 4)) * self.logits + self.softcap
+        row_gradient = self.tokens * self.setup.stream_bytes * shape.hidden
+        layers, kv, states = self.stack.up_to(last)
+        at_loss = layers + self.norm + self.head_input + self.rope
+        at_head = at_loss - self.head_input * self.setup.skip_logits
         cast_head = c * embedding * (self.setup.weight_bytes != c or self.shards > 1)
+        of_head = row_gradient + cast_head
         tied_gradient = (self.setup.weight_bytes if self.shards == 1 else c) * embedding * shape.tied
-        return {
-            "loss": _Moment(0, self.stack, loss_logits, *held, gathered.forward),
-            "loss backward": _Moment(0, self.stack, 12 * self.logits + self.softcap, *held, gathered.loss_backward),
+        moments = {
+            "loss": _Moment(0, at_loss, self.loss.forward, kv, states, gathered.forward),
+            "loss backward": _Moment(0, at_loss, self.loss.loss_backward, kv, states, gathered.loss_backward),
             "head backward": _Moment(
-                embedding, self.stack, c * self.logits, *held, gathered.loss_backward, row_gradient + cast_head
+                embedding, at_head, self.loss.head_backward, kv, states, gathered.loss_backward, of_head
             ),
-            "last layer's backward": self._last_layer(),
-            "first layer's backward": self._first_layer(),
+            "last layer's backward": self._in_layer(last),
+            "last checkpointed layer's backward": self._in_layer(self.stack.last_checkpointed or 0),
+            "first layer's backward": self._in_layer(0, is_first=True),
             "embedding's backward": _Moment(
                 everything, gathered=gathered.embedding, temporary=row_gradient + tied_gradient
             ),
             "optimizer": _Moment(everything, gathered=gathered.optimizer),
         }
+        if self.setup.skip_logits:
+            del moments["loss backward"]
+        if self.stack.last_checkpointed in (None, 0, last):
+            del moments["last checkpointed layer's backward"]
+        return moments
 
-    def _last_layer(self) -> _Moment:
-        shape, in_layer = self.shape, self.in_layer
-        head_is_reduced = self.setup.sharding == "fsdp2" and shape.tied
+    def _in_layer(self, index: int, is_first: bool = False) -> _Moment:
+        """Return the moment in a layer's backward at which memory is at its highest."""
+        shape, last, point = self.shape, self.shape.layers - 1, self._highest_point(self.stack.runs_again(index))
         of_layer = self.setup.weight_bytes * shape.layer_parameters / 3 * (self.shards == 1)
+        if is_first:
+            done = shape.parameters - shape.embedding_parameters * (not shape.tied) - shape.layer_parameters * 2 / 3
+        else:
+            # FSDP2 reduces the gradient of a tied head together with that of the embedding.
+            head_is_reduced = self.setup.sharding == "fsdp2" and shape.tied
+            done = 0 if head_is_reduced else shape.embedding_parameters + shape.hidden
+            done += (last - index) * shape.layer_parameters
+        activations, received_kv, states = self.stack.in_backward(index)
         return _Moment(
-            parameters=0 if head_is_reduced else shape.embedding_parameters + shape.hidden,
-            activations=self.stack - self.tokens * self.head + self.tokens * self.repeated.per_token - in_layer.freed,
-            received_kv=self.all_kv + self.repeated.received_kv,
-            states=self.all_states + self.repeated.states,
-            gathered=self.gathered.backward,
-            temporary=in_layer.temporary + of_layer,
-            workspace=in_layer.workspace,
+            parameters=done,
+            activations=activations + self.rope - point.freed,
+            received_kv=received_kv,
+            states=states,
+            gathered=self.gathered.first_layer if is_first else self.gathered.backward,
+            temporary=point.temporary + of_layer * (not is_first),
+            workspace=point.workspace,
         )
 
-    def _first_layer(self) -> _Moment:
-        shape, in_layer = self.shape, self.in_layer
-        one = self.tokens * (self.kept.per_token + self.repeated.per_token)
-        embedding = shape.embedding_parameters * (not shape.tied)
-        return _Moment(
-            parameters=shape.parameters - embedding - shape.layer_parameters * 2 / 3,
-            activations=one + self.tokens * self.rope - in_layer.freed,
-            received_kv=self.kept.received_kv + self.repeated.received_kv,
-            states=self.kept.states + self.repeated.states,
-            gathered=self.gathered.first_layer,
-            temporary=in_layer.temporary,
-            workspace=in_layer.workspace,
-        )
-
-
-class _Layer(NamedTuple):
-    """Memory of one layer, in bytes per token. In a hybrid model the parts are means over layers."""
-
-    kept: float  # everything that is kept for backward
-    attention_result: float  # the part of `kept` that is attention's output and logsumexp
-    shared_input: float  # the part of `kept` that is the layer's input
-    backward: float  # the most that the feed-forward block's backward allocates on top, without weight gradients
-    block: float  # the part of `kept` that the feed-forward block and its norm keep and free in their backward
-
-
-def _block_bytes(shape: MemoryShape, setup: TrainingSetup) -> float:
-    """Return the bytes per token that the feed-forward block and the norm before it keep."""
-    c, s, readers = setup.compute_bytes, setup.stream_bytes, 2 if shape.gated else 1
-    read = c * readers if setup.autocasts else s
-    inner = shape.kept_widths * c * shape.intermediate
-    # Each expert keeps a copy of its tokens, and its output before it is weighted.
-    routed = 2 * c * shape.hidden * shape.experts_per_token
-    return shape.block_share * (shape.norm_bytes(shape.hidden, s) + read * shape.hidden) + inner + routed
-
-
-def _layer(shape: MemoryShape, setup: TrainingSetup) -> _Layer:
-    c, s = setup.compute_bytes, setup.stream_bytes
-    block = _block_bytes(shape, setup)
-    read = 3 * c if setup.autocasts else s
-    result = shape.attention_share * (c * shape.query_heads * shape.value_dim + 4 * shape.query_heads)
-    attention = shape.attention_share * (
-        shape.norm_bytes(shape.hidden, s)
-        + read * shape.hidden
-        + shape.norm_bytes(shape.normed_width + shape.latent_width, c)
-        + c * (shape.latent_width + shape.latent_keys)
-        + c * (shape.query_heads * shape.key_dim + shape.kv_width + 2 * shape.output_gates)
-    )
-    mixing = 0.0
-    if shape.recurrent:
-        mixing = shape.recurrent.count / shape.layers * mixer_bytes(shape, shape.recurrent, setup)
-    more_norms = (shape.norms - 2) * shape.norm_bytes(shape.hidden, s)
-    # The gradients of both factors of the gated product are allocated in addition to the factors.
-    backward = (2 if shape.gated else 1) * c * shape.intermediate + 2 * s * shape.hidden
-    kept = attention + result + mixing + block + more_norms
-    return _Layer(kept, result, 4 * shape.hidden if s == 4 else 0, backward, block)
+    def _highest_point(self, runs_again: bool) -> BackwardPoint:
+        shape, setup, load = self.shape, self.setup, self.load
+        freed = load.tokens * layer_bytes(shape, setup).block
+        points = block_backward(shape, setup, load.tokens)
+        if shape.attention_layers:
+            kept = self.stack.keeps_kv_again if runs_again else self.stack.keeps_kv
+            points += attention_backward(shape, setup, load, kept=kept, freed=freed)
+        if shape.recurrent:
+            points.append(mixer_backward(shape, shape.recurrent, setup, load, freed))
+        return max(points, key=lambda point: point.total)
 
 
 class _Gathered(NamedTuple):
@@ -293,19 +243,21 @@ def _by_fsdp2(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
 def _by_ddp(shape: MemoryShape, setup: TrainingSetup) -> _Gathered:
     """Return the copies under DDP, whose buckets hold a second copy of all gradients.
 
-    Autocast keeps cast weights until their layer's backward, or with gradient checkpointing until forward ends.
+    Autocast keeps cast weights until their layer's backward, or in checkpointed layers until forward ends. Without
+    logits, the head's backward does not need its weight. A feed-forward block in tiles casts its weights again.
     """
     buckets = setup.weight_bytes * shape.parameters if setup.gpus > 1 else 0
     head = setup.compute_bytes * shape.embedding_parameters * setup.autocasts
     of_layer = setup.compute_bytes * shape.layer_parameters * setup.autocasts
-    casts = setup.compute_bytes * (shape.layers * shape.layer_parameters + shape.embedding_parameters)
-    casts *= setup.autocasts
-    checkpointing = setup.gradient_checkpointing != "none"
-    kept = head if checkpointing else casts
+    of_block = setup.compute_bytes * shape.dense_parameters * setup.autocasts * (setup.mlp_tiles > 1)
+    casts = head + shape.layers * (of_layer - shape.dense_share * of_block)
+    checkpointed = setup.gradient_checkpointing != "none"
+    whole = (1 - 1 / setup.every_n_layers if checkpointed else 1) * (casts - head)  # of layers that keep everything
+    kept = head * (not setup.skip_logits) + whole
     return _Gathered(
         forward=buckets + casts,
         loss_backward=buckets + kept,
-        backward=buckets + (of_layer if checkpointing else casts - head),
+        backward=buckets + max(of_layer, whole + of_block),
         first_layer=buckets + of_layer,
         embedding=buckets,
         optimizer=buckets,

@@ -21,6 +21,7 @@ _NORM_OF_ALL_HEADS = ("olmo2", "olmo3", "olmo_hybrid")
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", "lfm3")
 _NORM_IN_FP32 = ("gemma", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "olmo3", *_QWEN_HYBRIDS)
 _LAYER_NORM = ("starcoder2",)
+_NORM_AFTER_BLOCK = (*_FOUR_NORMS, "exaone4", "olmo2", "olmo3", "olmo_hybrid")
 # Elements that a feed-forward block keeps per element of its width. The default of 4 is gate, activated gate, up and
 # product. A block without a gate keeps the input and output of its activation. GPT-OSS also clamps gate and up,
 # multiplies twice and adds one.
@@ -49,6 +50,9 @@ class MemoryShape:
     latent_keys: int  # elements of a token's keys that share storage with its values
     norms: int  # number of norms over the hidden size per layer
     intermediate: float  # width of the feed-forward block, all experts of a token together; mean over layers
+    dense_share: float  # fraction of the layers that have a feed-forward block without experts
+    dense_width: int  # width of such a block; 0 if there is none
+    ends_with_block: bool  # whether a layer adds its feed-forward block's output without a norm
     gated: bool
     kept_widths: int  # elements that the block keeps for backward, per element of its width
     norm: str  # kind of norm, see `norm_bytes`
@@ -90,6 +94,9 @@ class MemoryShape:
             latent_keys=model.query_heads * (model.key_dim - latents.rope_dim) if latents else 0,
             norms=norms,
             intermediate=blocks.met / model.layers,
+            dense_share=blocks.dense_layers / model.layers,
+            dense_width=blocks.dense if blocks.dense_layers else 0,
+            ends_with_block=kind not in _NORM_AFTER_BLOCK,
             gated=blocks.gated,
             kept_widths=_KEPT_WIDTHS.get(kind or "", 4),
             norm="fp32" if kind in _NORM_IN_FP32 else "layer" if kind in _LAYER_NORM else "cast",
@@ -112,6 +119,11 @@ class MemoryShape:
     def kv_width(self) -> int:
         """Number of elements of a token's keys and values in one layer: H_kv (D_k + D_v)."""
         return self.kv_heads * (self.key_dim + self.value_dim)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of parameters of a feed-forward block without experts."""
+        return (2 + self.gated) * self.hidden * self.dense_width
 
     def norm_bytes(self, width: float, itemsize: int) -> float:
         """Return the bytes per token that a norm over `width` elements keeps.

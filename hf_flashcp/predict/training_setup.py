@@ -32,9 +32,21 @@ class TrainingSetup:
         device (`str`, *optional*, defaults to `"cuda"`): one of [`DEVICES`]. On "cuda" the attention kernel's backward
             needs a workspace ([`backward_buffers`]).
         kernel (`str`, *optional*, defaults to `"torch_flash"`): the attention kernel on "cuda", one of [`KERNELS`].
+        skip_logits (`bool`, *optional*, defaults to `True`): whether the loss is computed chunk by chunk, without
+            holding the logits of all tokens ([`~loss_memory`]).
+        offload (`bool`, *optional*, defaults to `False`): whether what activation checkpointing saves is kept in the
+            host's memory.
+        every_n_layers (`int`, *optional*, defaults to 1): activation checkpointing of only the first of this number of
+            layers; the others keep everything.
+        head_groups (`int`, *optional*, defaults to 1): number of groups of KV heads that a layer's attention computes
+            one after another; at most as many as there are KV heads.
+        mlp_tiles (`int`, *optional*, defaults to 1): number of tiles of tokens that a dense feed-forward block
+            computes one after another; it keeps only its input for backward.
+        keep_received_kv (`bool`, *optional*): whether a layer keeps received KV until its backward. The default is
+            this library's own choice.
 
     Raises:
-        ConfigurationError: a value is not one of those listed.
+        ConfigurationError: a value is not one of those listed, or not a positive whole number.
     """
 
     gpus: int = 1
@@ -44,6 +56,12 @@ class TrainingSetup:
     gradient_checkpointing: str = "none"
     device: str = "cuda"
     kernel: str = "torch_flash"
+    skip_logits: bool = True
+    offload: bool = False
+    every_n_layers: int = 1
+    head_groups: int = 1
+    mlp_tiles: int = 1
+    keep_received_kv: bool | None = None
 
     def __post_init__(self):
         choices = {
@@ -57,6 +75,10 @@ class TrainingSetup:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name in ("every_n_layers", "head_groups", "mlp_tiles"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise ConfigurationError(f"{name} must be a whole number of at least 1, got {number!r}.")
 
     @property
     def weight_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ from ..predict.memory_shape import MemoryShape
 from ..predict.recurrent_costs import RecurrentCosts
 from ..predict.training_setup import RankLoad, TrainingSetup
 from .baselines import BASELINES, Layer, passes, why_not
-from .sizing import busiest_load, step_seconds
+from .sizing import busiest_load
+from .step_costs import step_seconds
 
 
 TIMED = "search_timed"
@@ -140,8 +141,8 @@ def simulate(
             step = _baseline_step(name, lengths, cp_size, model)
         else:
             step = _exact_step(name, lengths, cp_size, model)
-        memory = estimate_memory(shape, setup, step.load, kept=step.kept)
-        seconds = step_seconds(step.time, gradient_checkpointing)
+        memory = estimate_memory(shape, replace(setup, keep_received_kv=step.kept), step.load)
+        seconds = step_seconds(step.time, setup)
         peak = model.hardware.peak_flops_per_second or float("nan")
         found[name] = Outcome(step.time, seconds, step.received, memory.total, flops / (seconds * cp_size * peak))
     return found
@@ -164,7 +165,7 @@ class _Step(NamedTuple):
     time: StepTime
     received: np.ndarray  # as in `Outcome`
     load: RankLoad  # load of the busiest rank
-    kept: bool | None = None  # whether received KV is kept until backward, see `estimate_memory`
+    kept: bool | None = None  # whether received KV is kept until backward, see [`TrainingSetup`]
 
 
 def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostModel) -> _Step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from ..plan.contracted import states_moved
 from ..plan.shard_plan import ShardPlan
 from ..plan.slices import rank_tokens
 from ..planning.strategies import plan_documents
-from ..predict.cost_model import CostModel, StepTime
+from ..predict.cost_model import CostModel
 from ..predict.hardware_profile import HardwareProfile
+from ..predict.layer_memory import LayerStack
 from ..predict.layer_work import largest_calls
 from ..predict.memory import MemoryEstimate, estimate_memory, largest_window
 from ..predict.memory_shape import MemoryShape
 from ..predict.training_setup import RankLoad, TrainingSetup
+from .step_costs import remedy_seconds, step_seconds
 
 
 USABLE_MEMORY = 0.9
@@ -31,10 +33,6 @@ MOST_GPUS = 2**20
 AS_FAST = 0.99
 """Sizes whose predicted throughput is at least this fraction of the highest count as equally fast, and the smallest of
 them is chosen."""
-
-# Forward's share of attention's time: two of seven matrix products; the other five are in backward.
-_RECOMPUTED_ATTENTION = 2 / 7
-_RECOMPUTED_LINEAR = 1 / 3  # also of scans
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Choice:
         state_bytes (`float`): bytes of recurrent layers' states that the busiest rank receives in the forward of all
             layers.
         exposed_seconds (`float`): time for which ranks wait for transfers, on the rank that waits longest.
+        setup (`TrainingSetup`): how the model is trained.
     """
 
     cp_size: int
@@ -63,10 +62,11 @@ class Choice:
     kv_bytes: float
     state_bytes: float
     exposed_seconds: float
+    setup: TrainingSetup
 
     def to_dict(self) -> dict[str, Any]:
         """Return the costs in a JSON-serializable form."""
-        return {**vars(self), "memory": self.memory.to_dict()}
+        return {**vars(self), "memory": self.memory.to_dict(), "setup": asdict(self.setup)}
 
 
 def cp_sizes(gpus: int, window: int) -> list[int]:
@@ -88,7 +88,18 @@ def choices(
     lengths: Sequence[int],
     sizes: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """Return the predicted costs of each cp_size.
+    """Return the predicted costs of each cp_size under one setup. [`sizings`] describes arguments and errors."""
+    return [sizing.choice(setup) for sizing in sizings(config, hardware, setup, lengths, sizes)]
+
+
+def sizings(
+    config: Any,
+    hardware: HardwareProfile,
+    setup: TrainingSetup,
+    lengths: Sequence[int],
+    sizes: Sequence[int] | None = None,
+) -> list[Sizing]:
+    """Return a plan of the documents for each cp_size, with what predictions need.
 
     Args:
         config (`PreTrainedConfig` or `Mapping`): the model's config.
@@ -121,34 +132,51 @@ def choices(
             )
     shape = MemoryShape.from_config(config)
     cost_model = CostModel.from_config(config, hardware, itemsize=setup.compute_bytes)
-    return [_choice(shape, cost_model, setup, lengths, size, usable) for size in sizes or cp_sizes(setup.gpus, window)]
+    return [Sizing(shape, cost_model, lengths, size, usable) for size in sizes or cp_sizes(setup.gpus, window)]
 
 
-def _choice(
-    shape: MemoryShape,
-    cost_model: CostModel,
-    setup: TrainingSetup,
-    lengths: Sequence[int],
-    cp_size: int,
-    usable: float,
-) -> Choice:
-    plan = plan_documents(lengths, cp_size, cost_model=cost_model)
-    load = busiest_load(plan, cost_model)
-    memory = estimate_memory(shape, setup, load)
-    time = cost_model.step_time(plan)
-    seconds = step_seconds(time, setup.gradient_checkpointing)
-    states = max(states_moved(plan.slices)[0])
-    return Choice(
-        cp_size=cp_size,
-        memory=memory,
-        largest_window=largest_window(shape, setup, cp_size, usable, load),
-        fits=memory.total <= usable,
-        step_seconds=seconds,
-        tokens_per_second=setup.gpus / cp_size * plan.num_tokens / seconds,
-        kv_bytes=float(load.received * shape.kv_width * setup.compute_bytes * shape.attention_layers),
-        state_bytes=float(states * shape.recurrent.count * shape.recurrent.summary_bytes) if shape.recurrent else 0.0,
-        exposed_seconds=float(time.exposed.max()),
-    )
+class Sizing:
+    """The plan of one packed row for one cp_size, from which the costs under any setup are predicted.
+
+    Args:
+        shape (`MemoryShape`): sizes of the model.
+        cost_model (`CostModel`): the model's cost model.
+        lengths (`Sequence[int]`): tokens of each document.
+        cp_size (`int`): number of context-parallel ranks.
+        usable (`float`): bytes of a device's memory that training can use.
+    """
+
+    def __init__(self, shape: MemoryShape, cost_model: CostModel, lengths: Sequence[int], cp_size: int, usable: float):
+        self.shape, self.cost_model, self.usable = shape, cost_model, usable
+        self.plan = plan_documents(lengths, cp_size, cost_model=cost_model)
+        self.load = busiest_load(self.plan, cost_model)
+        self.time = cost_model.step_time(self.plan)
+
+    def memory(self, setup: TrainingSetup) -> MemoryEstimate:
+        """Return the memory of the busiest rank."""
+        return estimate_memory(self.shape, setup, self.load)
+
+    def seconds(self, setup: TrainingSetup) -> float:
+        """Return the step time of the slowest rank."""
+        stack = LayerStack(self.shape, setup, self.load)
+        return step_seconds(self.time, setup) + remedy_seconds(self.plan, self.time, stack, self.cost_model)
+
+    def choice(self, setup: TrainingSetup) -> Choice:
+        """Return all costs under a setup."""
+        shape, plan, load, memory, seconds = self.shape, self.plan, self.load, self.memory(setup), self.seconds(setup)
+        states, recurrent = max(states_moved(plan.slices)[0]), shape.recurrent
+        return Choice(
+            cp_size=plan.cp_size,
+            memory=memory,
+            largest_window=largest_window(shape, setup, plan.cp_size, self.usable, load),
+            fits=memory.total <= self.usable,
+            step_seconds=seconds,
+            tokens_per_second=setup.gpus / plan.cp_size * plan.num_tokens / seconds,
+            kv_bytes=float(load.received * shape.kv_width * setup.compute_bytes * shape.attention_layers),
+            state_bytes=float(states * recurrent.count * recurrent.summary_bytes) if recurrent else 0.0,
+            exposed_seconds=float(self.time.exposed.max()),
+            setup=setup,
+        )
 
 
 def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
@@ -178,17 +206,6 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         states_held=max(map(len, cut)),
         continued_tokens=max(sum(piece.tokens for piece in held if piece.start) for held in cut),
     )
-
-
-def step_seconds(time: StepTime, gradient_checkpointing: str) -> float:
-    """Return the step time of the slowest rank, including what gradient checkpointing computes and exchanges again."""
-    exchanged = time.copies + time.exposed
-    seconds = time.of_ranks
-    if gradient_checkpointing != "none":
-        seconds = seconds + _RECOMPUTED_LINEAR * (time.linear + time.scan)
-    if gradient_checkpointing == "full":
-        seconds = seconds + _RECOMPUTED_ATTENTION * time.attention + exchanged / 2
-    return float(seconds.max())
 
 
 def best(found: Sequence[Choice]) -> tuple[Choice | None, str]:

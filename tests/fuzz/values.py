@@ -208,6 +208,11 @@ setups = optional(
     gradient_checkpointing=st.sampled_from(["none", "full", "attention-saving"]),
     mixed_precision=st.sampled_from(["bf16", "no"]),
     device=st.sampled_from(["cuda", "cpu"]),
+    skip_logits=st.booleans(),
+    offload=st.booleans(),
+    every_n_layers=mostly(st.integers(1, 9)),
+    head_groups=mostly(st.integers(1, 9)),
+    keep_received_kv=st.sampled_from([None, True, False]),
 )
 sizes = mostly(st.integers(1, 4), json_values)
 environments = optional(

@@ -20,7 +20,6 @@ import torch
 from ...attention import Layer, select_kernel
 from ...data.boundaries import IGNORE_INDEX
 from ...data.lengths import sample_pack
-from ...integrations.attach import attach
 from ...planning import plan_documents
 from ...predict import CostModel
 from ...predict.memory import estimate_memory
@@ -63,7 +62,7 @@ TINY = {
 }
 """Config of the model that is trained on a CPU."""
 
-SETUP = TrainingSetup(gpus=1, sharding="ddp", dtype="bfloat16", mixed_precision="no")
+SETUP = TrainingSetup(gpus=1, sharding="ddp", dtype="bfloat16", mixed_precision="no", skip_logits=False)
 STEPS, MEMORY = "One training step", "Peak memory of the training step"
 
 
@@ -163,7 +162,7 @@ def _stock_attention(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.model.set_attn_implementation("flashcp")
-        trainer.handle = attach(trainer.model, None)
+        trainer.attach()
 
 
 def _step_by_document(
