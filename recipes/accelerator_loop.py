@@ -46,7 +46,7 @@ def evaluate(model, loader, accelerator, cp_size):
 
 def main():
     args, data_args = HfArgumentParser((LoopArguments, DataArguments)).parse_args_into_dataclasses()
-    plugin = FlashCPPlugin()  # cp_size from the config file of accelerate launch
+    plugin = FlashCPPlugin(skip_logits=True)  # cp_size from the config file of accelerate launch
     accelerator = Accelerator(parallelism_config=plugin)
     with accelerator.main_process_first():
         use_default_data(data_args, needs_tokenizer=False)

@@ -79,6 +79,15 @@ class ContextParallelArguments:
         default=None,
         metadata={"help": "Hardware to minimise the predicted step time for: a profile (h100) or a JSON file."},
     )
+    keep_received_kv: bool | None = field(
+        default=None, metadata={"help": "Whether layers keep received KV for backward (see FlashCPPlugin)."}
+    )
+    head_groups: int = field(
+        default=1, metadata={"help": "Groups of KV heads that attention computes one after another, to save memory."}
+    )
+    mlp_tiles: int = field(
+        default=1, metadata={"help": "Tiles of tokens that feed-forward blocks compute one after another, likewise."}
+    )
     check_gradient: bool = field(
         default=False,
         metadata={"help": "Compare the first step's gradient with a single-process run of the same documents."},
@@ -251,9 +260,8 @@ def main():
     model_args, data_args, cp_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
     quiet_without_terminal()
-    plugin = training_args.parallelism_config = FlashCPPlugin(
-        cp_size=cp_args.cp_size, strategy=cp_args.strategy, hardware=cp_args.hardware
-    )
+    of_plugin = ("cp_size", "strategy", "hardware", "keep_received_kv", "head_groups", "mlp_tiles")
+    plugin = training_args.parallelism_config = FlashCPPlugin(**{name: getattr(cp_args, name) for name in of_plugin})
 
     with training_args.main_process_first(desc="data"):
         default_tokenizer = use_default_data(

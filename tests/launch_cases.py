@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.autograd.graph import save_on_cpu
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
@@ -21,6 +24,21 @@ ROOT = Path(__file__).parent.parent
 
 def accelerate(arguments):
     launch_command(launch_command_parser().parse_args(arguments))
+
+
+def accelerate_fsdp(arguments):
+    """Launch a configuration with FSDP2 on the CPU, which accelerate itself refuses, and print whenever a layer is
+    offloaded."""
+    init = save_on_cpu.__init__
+
+    def printing(self, *args, **kwargs):
+        print("a layer is offloaded\n", end="")
+        init(self, *args, **kwargs)
+
+    save_on_cpu.__init__ = printing
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", ACCELERATE_USE_CPU="false")
+    accelerate(arguments)
 
 
 def run_forked(main, arguments, output, cwd=ROOT, **environment):

@@ -1,6 +1,7 @@
-"""The scripts in docs/hooks that write pages of the documentation: the benchmarks and the models."""
+"""The scripts in docs/hooks that write pages of the documentation: benchmarks, memory and models."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,28 @@ def load(name):
 
 
 benchmarks_page, models_page, blocks_table = load("benchmarks_page"), load("models_page"), load("blocks_table")
+memory_page = load("memory_page")
 
 
 def test_the_table_of_blocks_is_that_of_the_script():
     assert f"\n\n{blocks_table.table()}\n\n" in Path("docs/gpu.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_memory_is_up_to_date(tmp_path):
+    text = Path("docs/memory.md").read_text(encoding="utf-8")
+    for table in (memory_page.table(), memory_page.million()):
+        assert f"\n\n{table}\n\n" in text
+    copy = tmp_path / "memory.md"
+    copy.write_text(text, encoding="utf-8")
+    assert [found["diff"] for found in benchmarks_page.measure(copy, [])] == [[]]
+    assert memory_page.PICTURE.is_file()
+
+
+def test_the_recipe_of_a_million_tokens_says_what_it_needs():
+    sizing, setup = memory_page.planned("8B", [2**20])
+    found = sizing.memory(replace(setup, **memory_page.of_recipe()))
+    needs = f"{found.total / 2**30:.0f} GiB per GPU, and {8 * found.host / 2**30:.0f} GiB of host memory"
+    assert needs in Path("recipes/million.yaml").read_text(encoding="utf-8")
 
 
 PAGE = """# Page

@@ -17,11 +17,12 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .accelerate_state import fresh_accelerate
-from .launch_cases import ROOT, accelerate, run_forked
+from .launch_cases import ROOT, accelerate, accelerate_fsdp, run_forked
 
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -155,7 +156,8 @@ def test_the_result_is_a_plain_transformers_model(quickstart):
     directory, _ = quickstart
     code = f"""
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(directory)!r})
 tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})
 inputs = tokenizer("import os", return_tensors="pt")
@@ -228,6 +230,29 @@ def test_a_longer_window_reaches_the_model(quickstart, texts, tmp_path):
     frequencies, scaling = ROPE_INIT_FUNCTIONS["yarn"](model.config)
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies) and scaling > 1
     assert not torch.equal(frequencies, before.model.rotary_emb.inv_freq)
+
+
+def test_a_million_tokens_in_small(quickstart, texts, tmp_path):
+    """All settings of the recipe and of its accelerate file, but the model and the sizes."""
+    arguments = [
+        *("--config_file", "recipes/accelerate/fsdp2_cp8.yaml", "--num_processes", 2),
+        *("--parallelism_config_cp_size", 2, "recipes/sft.py", "recipes/million.yaml"),
+        *("--model_name_or_path", quickstart[0], "--data_files", texts, "--window", 1024, "--max_steps", 2),
+        *("--warmup_steps", 0, "--save_strategy", "no", "--output_dir", tmp_path),
+    ]
+    printed = run_forked(accelerate_fsdp, list(map(str, arguments)), tmp_path / "log")
+    assert printed.count("a layer is offloaded") == 2 * 2 * 2  # processes, steps, layers
+    metrics = metrics_of(tmp_path)
+    require_sums(metrics)
+    assert metrics["data_split"] > 0 == metrics["data_tokens_left_out"] and 0 < metrics["flashcp_kv_fraction"] < 1
+    assert math.isfinite(metrics["flashcp_last_loss"])
+    before, after = (load_file(directory / "model.safetensors") for directory in (quickstart[0], tmp_path))
+    assert torch.equal(after.pop("lm_head.weight"), after["model.embed_tokens.weight"])  # tied, but saved twice
+    assert before.keys() == after.keys()
+    for name, parameter in after.items():
+        assert parameter.dtype == torch.float32 and 0 < (parameter - before[name]).norm() < before[name].norm() / 10
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.max_position_embeddings == 2**20 and config.rope_parameters["factor"] == 32
 
 
 def test_an_adapter_is_saved_for_plain_peft(quickstart, texts, tmp_path):
