@@ -30,7 +30,7 @@ def mesh_of(cp_size, world):
 
 
 def cp_mesh(cp_size):
-    return mesh_of(cp_size, id(dist.group.WORLD))
+    return mesh_of(cp_size, dist.group.WORLD)
 
 
 def batch_of(cp_size, ranks_per_node=None):

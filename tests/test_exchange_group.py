@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from tests import exchange_group_cases as cases
 from tests.launch_cases import ROOT
@@ -41,6 +42,7 @@ def test_exchanges_use_their_own_groups(pool, world_size, cp_size, ranks_per_nod
 
 
 def test_models_of_a_mesh_share_a_group(pool):
+    pool.run(1, dist.get_world_size)  # so that the next world is new, without models that other tests attached
     pool.run(2, cases.sharing)
 
 

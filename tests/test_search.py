@@ -182,7 +182,7 @@ def test_algorithm_1_skips_only_rounds_that_cannot_meet_the_caps():
     "lengths, cp_size",
     [
         ([1] * 2048, 1024),
-        ([50_000] + [1] * 2000, 1024),
+        pytest.param([50_000] + [1] * 2000, 1024, marks=pytest.mark.load),
         ([30_000, 20_000, 10_000], 1024),
         ([1 + index % 3 for index in range(5_000)], 8),
         ([1 + index % 3 for index in range(5_000)], 512),
