@@ -34,7 +34,7 @@ def test_every_combination_is_exact(pool, cp_size, lora):
 
 @pytest.mark.devices("cpu")
 def test_offload_leaves_neither_inputs_nor_attention_results_on_the_device(pool):
-    """Of three layers, either all are checkpointed or the first and the third one. Without `offload` the device keeps
+    """Either all three layers are checkpointed, or the first and the third one. Without `offload` the device keeps
     their inputs, and with attention kept its results too. Offloaded results are not computed again either."""
     for found, inputs, results in pool.run(2, checkpointing_cases.kept_bytes_by_kind):
         for every, layers in ((1, 3), (2, 2)):

@@ -579,7 +579,7 @@ def test_head_groups_divide_what_attention_allocates():
 
 
 def test_a_feed_forward_block_in_tiles_keeps_its_input():
-    """Of 1001 tokens, three tiles hold at most 334. The block has 3 x 4096 x 14336 parameters."""
+    """Three tiles of 1001 tokens hold at most 334 each. The block has 3 x 4096 x 14336 parameters."""
     setup = TrainingSetup(gpus=8, gradient_checkpointing="full")
     tiled, width, weights = replace(setup, mlp_tiles=3), 2 * 14336, 3 * 4096 * 14336
     whole, kept = (layer_bytes(SHAPE, each) for each in (setup, tiled))

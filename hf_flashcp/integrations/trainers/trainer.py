@@ -52,10 +52,10 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, or an
-            every_n_layers below 1.
-            With a cp_size above 1 also for options that would combine full labels with this rank's logits (label
-            smoothing, compute_loss_func, a prediction_step of the class behind). When training begins, also for an
+        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, an
+            every_n_layers below 1, or `skip_logits=True` beside something that needs logits. With a cp_size above 1
+            also for options that would combine full labels with this rank's logits (label smoothing,
+            compute_loss_func, a prediction_step of the class behind). When training begins, also for an
             evaluation that would be refused later.
     """
 
