@@ -114,12 +114,14 @@ def test_calls_and_exchanges_grow_and_bytes_do_not(pool, head_groups):
 
 
 @pytest.mark.skipif(not ON_CPU, reason="counts the blocks of the kernel for CPU")
-@pytest.mark.parametrize("cp_size, keep, backward", [(1, True, True), (1, True, False), (2, True, True)])
+@pytest.mark.parametrize(
+    "cp_size, keep, backward", [(1, True, True), (1, True, False), (2, True, True), (2, False, True)]
+)
 def test_buffers_exist_for_one_group(pool, cp_size, keep, backward):
     """At the peak, all but inputs, results, kept KV and the mask is 1/n in n groups, to the byte.
 
-    In one group, results need no other room than the buffers in which they are computed. (KV that is not kept is left
-    out: when a group's exchange frees what it sent depends on the other rank.)
+    In one group, results need no other room than the buffers in which they are computed. (Forward
+    alone over two ranks is left out: when an exchange frees what it sent depends on the other rank.)
     """
     plan, shape = plan_documents([512 * cp_size], cp_size, strategy="per_doc"), (16, 8, 16, 16)
     report, (heads, kv_heads, width, _) = plan.report(), shape
