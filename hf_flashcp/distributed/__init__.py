@@ -1,6 +1,6 @@
 """Communication between ranks other than KV: process groups, agreement, liveness, gathering numbers, and workers."""
 
-from .agreement import require_agreement
+from .agreement import gather_values, require_agreement
 from .failures import name_missing_ranks
 from .gather import add_over_ranks, gather_numbers, gather_rows
 from .process_group import context_parallel_group, group_timeout
@@ -11,6 +11,7 @@ __all__ = [
     "context_parallel_group",
     "gather_numbers",
     "gather_rows",
+    "gather_values",
     "group_timeout",
     "name_missing_ranks",
     "require_agreement",

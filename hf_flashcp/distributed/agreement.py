@@ -58,6 +58,26 @@ def require_agreement(
         FlashCPError: an `error`, raised on every rank. It names the values that differ and the ranks that have each of
             them, or the ranks that did not make the call.
     """
+    found = gather_values(what, values, group, advice=advice, error=error, meanwhile=meanwhile, timeout=timeout)
+    if any(each != found[0] for each in found):
+        ranks = dist.get_process_group_ranks(mesh_group_of(group))
+        raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
+
+
+def gather_values(
+    what: str,
+    values: dict[str, Any],
+    group: ProcessGroup,
+    *,
+    advice: str,
+    error: type[FlashCPError] = ConfigurationError,
+    meanwhile: Callable[[], None] | None = None,
+    timeout: timedelta | None = None,
+) -> list[dict[str, Any]]:
+    """Return the values of all ranks of a group, which may differ. Arguments and errors as in [`require_agreement`].
+
+    All ranks have to make these calls in the same order.
+    """
     watch_liveness()
     group = mesh_group_of(group)  # which outlives the groups of exchanges, so that rounds never use the same keys
     store = dist.distributed_c10d._get_default_store()
@@ -81,8 +101,7 @@ def require_agreement(
         )
     if turn >= 2:  # every rank has written turn - 1, and so has read all values of turn - 2
         store.delete_key(f"{prefix}/{turn - 2}/{rank}")
-    if any(each != found[0] for each in found):
-        raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
+    return found
 
 
 def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict[str, Any]] | None:

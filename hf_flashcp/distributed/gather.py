@@ -32,10 +32,13 @@ def gather_numbers(
     return _gathered(mine[None], group).tolist()
 
 
-def gather_rows(rows: torch.Tensor, counts: Sequence[int], group: ProcessGroup | None) -> list[torch.Tensor]:
-    """Return the rows of each rank, (counts[rank], ...). They travel padded to the largest count."""
+def gather_rows(
+    rows: torch.Tensor, counts: Sequence[int], group: ProcessGroup | None, what: str = _WHAT
+) -> list[torch.Tensor]:
+    """Return the rows of each rank, (counts[rank], width). They travel padded to the largest count. Errors call them
+    `what`."""
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
-    return [part[:count] for part, count in zip(_gathered(padded, group).split(max(counts)), counts)]
+    return [part[:count] for part, count in zip(_gathered(padded, group, what).split(max(counts)), counts)]
 
 
 def add_over_ranks(tensor: torch.Tensor, group: ProcessGroup | None, what: str = _WHAT) -> torch.Tensor:
@@ -46,10 +49,10 @@ def add_over_ranks(tensor: torch.Tensor, group: ProcessGroup | None, what: str =
     return tensor
 
 
-def _gathered(rows: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+def _gathered(rows: torch.Tensor, group: ProcessGroup | None, what: str = _WHAT) -> torch.Tensor:
     if group is None:
         return rows
     found = rows.new_empty(group.size() * len(rows), *rows.shape[1:])
-    with naming(_WHAT):
+    with naming(what):
         dist.all_gather_into_tensor(found, rows.contiguous(), group=group)
     return found
