@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 BACKEND = "flashcp"
+BATCHES = ("shared", "own", "turns")
 _SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
 _PLAN_SETTINGS = ("cp_size", "strategy", "hardware", "topology", "max_imbalance", "max_token_imbalance", "num_stages")
 _REFUSED_ARGUMENTS = {
@@ -43,6 +44,7 @@ _REFUSED_ARGUMENTS = {
     "train_sampling_strategy": "its sampler gives every process a separate batch, but cp_size processes share one. "
     "Leave it out, because documents are not padded",
 }
+_EXACT_FOR_ROWS = ("label_smoothing_factor", "eval_use_gather_object")
 _REFUSED_VALUES = {"train_sampling_strategy": "batch_rebalance"}  # all values of the other arguments are refused
 
 
@@ -99,6 +101,11 @@ class FlashCPPlugin(ParallelismConfig):
             where nothing needs logits, and models attached with [`attach`] do it for batches with
             `skip_logits=True`. `True` also covers all other batches with labels, and makes it an error if something
             needs logits. See docs/memory.md.
+        batches (`str`, *optional*): what the `cp_size` processes of a group read, for trainers of whole rows (see
+            docs/preference.md). "shared": all read the same batch. "own": each reads a batch of its own, and all of
+            them are pooled into one plan. "turns": each reads a batch of its own, and each batch in turn is sharded
+            over the group, for long rollouts. By default the trainer's own: "own" for GRPO and RLOO, otherwise
+            "shared".
         global_router_loss (`bool`, *optional*, defaults to `False`): whether the router loss of a mixture-of-experts
             model is computed over the batches of all data-parallel groups in training, and not over each group's own
             batch.
@@ -123,6 +130,7 @@ class FlashCPPlugin(ParallelismConfig):
     head_groups: int = 1
     mlp_tiles: int = 1
     skip_logits: bool | None = None
+    batches: str | None = None
     global_router_loss: bool = False
 
     def __post_init__(self):
@@ -139,6 +147,10 @@ class FlashCPPlugin(ParallelismConfig):
             check_kernel_name(self.kernel)
         if self.skip_logits not in (None, True, False):
             raise ConfigurationError(f"skip_logits is {self.skip_logits!r}. Set it to True or False, or leave it out.")
+        if self.batches not in (None, *BATCHES):
+            raise ConfigurationError(
+                f"batches is {self.batches!r}. Use 'shared', 'own' or 'turns', or leave it out (docs/preference.md)."
+            )
         if self.strategy is None:
             self.strategy = strategy_from_environment()
         try:
@@ -247,9 +259,14 @@ def _process_groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
 
 
-def require_exact_arguments(args: TrainingArguments) -> None:
-    """Raise a `ConfigurationError` for `TrainingArguments` that fail or are not exact with a cp_size above 1."""
+def require_exact_arguments(args: TrainingArguments, reads_rows: bool = False) -> None:
+    """Raise a `ConfigurationError` for `TrainingArguments` that fail or are not exact with a cp_size above 1.
+
+    `reads_rows` says that the outputs are those of whole rows.
+    """
     for option, reason in _REFUSED_ARGUMENTS.items():
+        if reads_rows and option in _EXACT_FOR_ROWS:
+            continue
         value = getattr(args, option, None)
         if value and value == _REFUSED_VALUES.get(option, value):
             raise ConfigurationError(f"{option} cannot be used under context parallelism: {reason}.")

@@ -1,9 +1,11 @@
-"""`replaced_once`: replacements of functions of other packages."""
+"""Replacements of functions of other packages."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 def replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -> Callable:
@@ -13,3 +15,17 @@ def replaced_once(function: Callable, replace: Callable[[Callable], Callable]) -
     ours = functools.wraps(function)(replace(function))
     ours._flashcp = True
     return ours
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context manager in which an object has another attribute of its own."""
+    had, earlier = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, earlier)
+        else:
+            delattr(owner, name)

@@ -6,7 +6,6 @@ attention layers use the plan.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,7 +24,10 @@ POSITIONS_OF_THEIR_OWN = {
     ),
     "llama4_text": "scales queries by their index in the row that a rank holds, and not by position_ids",
 }
-_NOT_A_LANGUAGE_MODEL = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+_REFUSED_HEADS = {
+    "ForMultipleChoice": "scores several sequences at once, but flashcp shards causal language models and classifiers",
+    "ForQuestionAnswering": "has a loss over all positions of a padded row, which depends on the padding",
+}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -61,8 +63,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _reason_against(model: PreTrainedModel, config: Any) -> str | None:
-    if _NOT_A_LANGUAGE_MODEL.search(type(model).__name__):
-        return "has a head whose loss is not a sum over next tokens, but flashcp shards causal language models only"
+    if head := next((head for head in _REFUSED_HEADS if type(model).__name__.endswith(head)), None):
+        return _REFUSED_HEADS[head]
     if getattr(model, "is_quantized", False):
         return "has quantized weights, for which exactness is not tested: leave quantization_config out"
     if getattr(config, "is_causal", True) is False:

@@ -38,6 +38,13 @@ def hook_length_dependent_rope(model: PreTrainedModel) -> list[Any]:
     return [handle for module in rotary_modules for handle in _PerDocumentCalls(min(lengths)).hook(module)]
 
 
+def follows_earlier_documents(model: PreTrainedModel) -> bool:
+    """Return whether the frequencies of the model's RoPE also depend on earlier documents (`dynamic`)."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
+    entries = [parameters, *parameters.values()] if isinstance(parameters, Mapping) else []
+    return any("dynamic" in (entry.get("rope_type") or "") for entry in entries if isinstance(entry, Mapping))
+
+
 def _original_lengths(parameters: Any, config: Any) -> Iterator[int]:
     """Yield the sequence length up to which frequencies are unchanged, for every length-dependent entry.
 

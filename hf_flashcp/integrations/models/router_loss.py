@@ -16,6 +16,7 @@ scaled by its share of the tokens.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ from ...errors import UnsupportedModelError
 from .sharded_forward import ShardedForward, current_sharded_forward
 
 
+_MIXTRAL = "transformers.models.mixtral.modeling_mixtral"
 FUNCTION = "load_balancing_loss_func"  # name in transformers' modeling files, and in files that import it from there
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of models or configs that multiply this loss
 MEAN_COEFFICIENTS = ("z_loss_coefficient",)  # attributes of models that multiply means over the forward's tokens
@@ -36,9 +38,13 @@ _TOLERANCE = 1e-4  # relative, because transformers sums in fp32
 def share_router_losses(model: torch.nn.Module) -> None:
     """Replace the router loss function in the modules that define the model's class, if not done before.
 
-    Outside a sharded forward, the replacement computes transformers' own loss.
+    TRL's fused output head takes it from Mixtral's module for every model (trl/trainer/utils.py). Outside a sharded
+    forward, the replacement computes transformers' own loss.
     """
-    for module in {cls.__module__: sys.modules.get(cls.__module__) for cls in type(model).__mro__}.values():
+    modules = {cls.__module__: sys.modules.get(cls.__module__) for cls in type(model).__mro__}
+    if "trl.trainer.utils" in sys.modules and hasattr(model.config.get_text_config(), "output_router_logits"):
+        modules[_MIXTRAL] = importlib.import_module(_MIXTRAL)
+    for module in modules.values():
         stock = getattr(module, FUNCTION, None)
         if stock is not None and not hasattr(stock, "_flashcp_stock"):
             setattr(module, FUNCTION, _shared(stock))
