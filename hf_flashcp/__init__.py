@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ._when_imported import when_imported
-from .integrations.trainers.trl_guards import BASE_CONFIG, guard_configs
+from .integrations.trainers.trl_guards import BASE_CONFIG, BASE_TRAINER, guard_configs, guard_trainers
 
 
 __version__ = "0.1.0.dev0"
@@ -28,6 +28,7 @@ _EXPORTS = {
     "attach": ".integrations.attach",
     "errors": None,
     "flashcp_attention": ".integrations.registration",
+    "gather_tokens": ".exchange",
     "name_missing_ranks": ".distributed",
     "pack_lengths": ".data",
     "plan_documents": ".planning",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .data import FlashCPCollator, PackedDocuments, PackedDocumentStream, pack_lengths
     from .data.batch import shard_inputs
     from .distributed import name_missing_ranks
+    from .exchange import gather_tokens
     from .integrations.attach import attach
     from .integrations.plugin import FlashCPPlugin
     from .integrations.registration import flashcp_attention
@@ -71,3 +73,4 @@ def _register():
 
 when_imported("transformers.modeling_utils", _register)
 when_imported(BASE_CONFIG, guard_configs)
+when_imported(BASE_TRAINER, guard_trainers)

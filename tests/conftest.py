@@ -13,6 +13,7 @@ from tests import leftovers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; such small operators gain nothing
 # PyTorch looks up the host name of every connection. Without this, a DNS server that drops a query costs 5 seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")

@@ -58,7 +58,7 @@ def family_errors(family, lengths, strategies, **options):
 
 
 def family_errors_without_rope_hooks(family, lengths):
-    from hf_flashcp.integrations import attach as module
+    from hf_flashcp.integrations import handle as module
 
     original = module.hook_length_dependent_rope
     module.hook_length_dependent_rope = lambda model: []

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from hf_flashcp import FlashCPCallback, FlashCPCollator, FlashCPPlugin, FlashCPTrainerMixin
@@ -229,31 +229,26 @@ def iterable_dataset_with_the_callback():
     ).train()
 
 
-def other_config(name):
-    import trl
-
-    getattr(trl, name)(output_dir="unused", use_cpu=True, bf16=False, parallelism_config=FlashCPPlugin(cp_size=2))
+def other_config():
+    DistillationConfig(output_dir="unused", use_cpu=True, bf16=False, parallelism_config=FlashCPPlugin(cp_size=2))
 
 
-def mixed_dpo_trainer():
-    from trl import DPOConfig, DPOTrainer
+class _MixedDistillationTrainer(FlashCPTrainerMixin, DistillationTrainer):
+    def __init__(self, *args, **kwargs):
+        FlashCPTrainerMixin.__init__(self, *args, **kwargs)
 
-    class MixedDPOTrainer(FlashCPTrainerMixin, DPOTrainer):
-        pass
 
+def mixed_trainer():
     fresh_accelerate()
     sizes = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_CP_BACKEND": "flashcp"}
-    os.environ.update(sizes)
-    try:
-        MixedDPOTrainer(
+    with mock.patch.dict(os.environ, sizes):
+        _MixedDistillationTrainer(
             model=build_model("llama"),
-            args=DPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[]),
-            train_dataset=Dataset.from_list([{"prompt": "<2>", "chosen": "<3>", "rejected": "<4>"}]),
+            teacher_model=build_model("llama"),
+            args=DistillationConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=Dataset.from_list([{"prompt": "<2>", "completion": "<3>"}]),
             processing_class=tokenizer(),
         )
-    finally:
-        for name in sizes:
-            del os.environ[name]
 
 
 def router_loss_of_sft_trainer():

@@ -91,11 +91,10 @@ def fsdp_arguments(**config):
     return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config}}
 
 
-def with_lora(model):
+def with_lora(model, dropout=0.0):
     torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(r=2, lora_dropout=dropout, **options))
 
 
 def expected_step(reference, features, per_batch, accumulation, groups, per_group):

@@ -10,7 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from ...errors import ConfigurationError
-from ..attach import ContextParallelHandle, attach
+from ..attach import attach, transformers_model
+from ..handle import ContextParallelHandle
+from ..models.classification import is_classifier
 from ..plugin import FlashCPPlugin, require_exact_arguments
 from .plan_metrics import PlanMetrics
 from .planned_batches import plan_where_collated
@@ -32,9 +34,9 @@ class FlashCPCallback(TrainerCallback):
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: when training begins, if there is no [`FlashCPPlugin`]. With a cp_size above 1, or with
-            `skip_logits=True`, also for evaluation and label smoothing, and with a cp_size above 1 for other options
-            that would not be exact.
+        ConfigurationError: when training begins, if there is no [`FlashCPPlugin`], or if the model scores rows. With a
+            cp_size above 1, or with `skip_logits=True`, also for evaluation and label smoothing, and with a cp_size
+            above 1 for other options that would not be exact.
     """
 
     def __init__(self):
@@ -49,6 +51,12 @@ class FlashCPCallback(TrainerCallback):
             raise ConfigurationError(
                 f"parallelism_config is {config!r}: FlashCPCallback needs "
                 "TrainingArguments(parallelism_config=FlashCPPlugin(cp_size=...))."
+            )
+        inner = transformers_model(model)
+        if is_classifier(inner):
+            raise ConfigurationError(
+                f"{type(inner).__name__} scores rows, and a stock Trainer would multiply its loss by the number of "
+                "processes. Use FlashCPTrainer or FlashCPTrainerMixin."
             )
         if config.cp_size > 1:
             require_exact_arguments(args)

@@ -17,6 +17,7 @@ from .predictions import Tree, pad_rows, token_shape
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import Trainer
 
 
@@ -119,16 +120,30 @@ class EvaluationPass:
 
         The ranks of a group have the same rows, and groups can have different numbers of rows.
         """
-        return tree if self._accelerator.num_processes == 1 else recursively_apply(self._gather_tensor, tree)
+        return gather_in_order(self._accelerator, tree, self._cp_size)
 
-    def _gather_tensor(self, rows: torch.Tensor) -> torch.Tensor:
-        shapes = self._accelerator.gather(torch.tensor([(*rows.shape, 1)[:2]], device=rows.device))
+
+def gather_in_order(accelerator: Accelerator, tree: Tree, stride: int) -> Tree:
+    """Return the rows of all readers, in the order of the dataset. Readers can have different numbers of rows.
+
+    Args:
+        accelerator (`Accelerator`): accelerator of all processes.
+        tree: tensors (rows, ...) of this process.
+        stride (`int`): how many processes in a row have the same rows.
+    """
+    if accelerator.num_processes == 1:
+        return tree
+
+    def of_tensor(rows: torch.Tensor) -> torch.Tensor:
+        shapes = accelerator.gather(torch.tensor([(*rows.shape, 1)[:2]], device=rows.device))
         most, width = shapes.amax(0).tolist()
         if most == 0:
             return rows
-        by_rank = self._accelerator.gather(pad_rows(rows, most, width)).split(most)
+        by_rank = accelerator.gather(pad_rows(rows, most, width)).split(most)
         counts = shapes[:, 0].tolist()
-        return torch.cat([by_rank[rank][: counts[rank]] for rank in range(0, len(counts), self._cp_size)])
+        return torch.cat([by_rank[rank][: counts[rank]] for rank in range(0, len(counts), stride)])
+
+    return recursively_apply(of_tensor, tree)
 
 
 def require_length(dataset: Any, groups: int) -> None:

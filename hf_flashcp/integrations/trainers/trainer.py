@@ -19,29 +19,33 @@ from ...data.features import LOSS_MASKS
 from ...distributed import require_agreement
 from ...distributed.parent_process import init_loader_worker
 from ...errors import BatchError, ConfigurationError
-from ..attach import ContextParallelHandle, attach, attached_handle, transformers_model
+from ..attach import attach, attached_handle, transformers_model
+from ..handle import ContextParallelHandle
 from ..models.checkpointing import complete_checkpointing_options
 from ..plugin import FlashCPPlugin, require_exact_arguments
 from .evaluation import DocumentLosses, target_labels
 from .fault_tolerance import ReliableTrainerMixin
+from .gathered_loss import GatheredLoss, gathers
 from .plan_metrics import PlanMetrics
 from .planned_batches import plan_where_collated
 from .trainer_evaluation import EvaluatingTrainerMixin
-from .trl_guards import computes_fused_loss, refuse_other_trainers
+from .trl_guards import computes_fused_loss, is_sft_trainer, refuse_other_trainers
+from .whole_row_trainer import WholeRowTrainerMixin
 
 
 STATE_KEY = "hf_flashcp"
 """Where trainer_state.json has the kernels that ran, among the states of callbacks."""
 
 
-class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
+class FlashCPTrainerMixin(WholeRowTrainerMixin, EvaluatingTrainerMixin, ReliableTrainerMixin):
     """A mixin that adds context parallelism to a Trainer class: `class MyTrainer(FlashCPTrainerMixin, Trainer)`.
 
     It takes the [`FlashCPPlugin`] from `TrainingArguments(parallelism_config=...)`, or creates one from the
     environment of `accelerate launch`. It attaches the model, and shards each batch after the trainer has counted its
-    tokens and targets. A model that replaces the first one (`model_init`, a hyperparameter search,
-    `trainer.model = other`) is attached too. Plan metrics are reported wherever the trainer reports its logs.
-    Evaluation gives the same results for every cp_size, including 1.
+    tokens and targets. Before TRL's preference and RL trainers, and with models that have a classification head, it
+    shards the forwards of whole rows (docs/preference.md). A model that replaces the first one (`model_init`, a
+    hyperparameter search, `trainer.model = other`) is attached too. Plan metrics are reported wherever the trainer
+    reports its logs. Evaluation gives the same results for every cp_size, including 1.
 
     Args:
         args: arguments of the Trainer class behind the mixin.
@@ -52,24 +56,36 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         plan_metrics (`PlanMetrics`): means over the run so far.
 
     Raises:
-        ConfigurationError: there is another parallelism_config, a TRL trainer other than SFTTrainer, DeepSpeed, an
-            every_n_layers below 1, or `skip_logits=True` beside something that needs logits. With a cp_size above 1
-            also for options that would combine full labels with this rank's logits (label smoothing,
-            compute_loss_func, a prediction_step of the class behind). When training begins, also for an
-            evaluation that would be refused later.
+        ConfigurationError: there is another parallelism_config, DeepSpeed, an every_n_layers below 1, `batches` that
+            do not suit the trainer, or `skip_logits=True` beside something that needs logits. With a cp_size above 1
+            also for other trainers of TRL, and on packed batches for options that would combine full labels with
+            this rank's logits (label smoothing, a compute_loss_func without a parameter `flashcp_plan`, a
+            prediction_step of the class behind). When training begins, also for an evaluation that would be refused
+            later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._refuse_options()
+        if gathers(self.compute_loss_func) and not isinstance(self.compute_loss_func, GatheredLoss):
+            self.compute_loss_func = GatheredLoss(self.compute_loss_func, self._plugin.cp_size)
+        elif self._classifies and self.compute_loss_func is not None:
+            self.compute_loss_func = functools.partial(self._loss_of_rows, self.compute_loss_func)
         if isinstance(self.data_collator, FlashCPCollator):
-            self.data_collator.share_settings(self.args.parallelism_config.plan_settings)
-        self.plan_metrics: PlanMetrics = PlanMetrics(self._dp_size)
-        self.flashcp: ContextParallelHandle = self._attach(self.model)
+            self.data_collator.share_settings(self._plugin.plan_settings)
+        self._attach_models()
+
+    def _attach_models(self) -> None:
+        if "flashcp" not in vars(self):
+            self.plan_metrics: PlanMetrics = PlanMetrics(self.args.world_size // self._plugin.cp_size)
+            self.flashcp: ContextParallelHandle = self._attach(self.model)
+        self._attach_reference()
 
     def _attach(self, model: torch.nn.Module) -> ContextParallelHandle:
         handle = attach(model, self.accelerator, on_plan=self.plan_metrics.add)
         handle.losses_add_up = self.args.average_tokens_across_devices
+        if self._reads_rows:
+            return self._read_rows(model, handle)
         wanted, reader = self.args.parallelism_config.skip_logits, self._reader_of_logits()
         if wanted and reader is not None:
             raise ConfigurationError(f"skip_logits is True, but {reader} needs logits. Leave one of them out.")
@@ -82,7 +98,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             return "compute_loss_func"
         if self.label_smoother is not None:
             return "label_smoothing_factor"
-        owner = next(each for each in type(self).__mro__ if "compute_loss" in vars(each))
+        classes = [each for each in type(self).__mro__ if each is not WholeRowTrainerMixin]
+        owner = next(each for each in classes if "compute_loss" in vars(each))
         return None if owner is Trainer or computes_fused_loss(owner) else f"compute_loss of {owner.__name__}"
 
     @property
@@ -108,7 +125,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             raise ConfigurationError(
                 f"parallelism_config is a {type(config).__name__}. Use FlashCPPlugin(cp_size={config.cp_size})."
             )
-        refuse_other_trainers(self.args)
+        refuse_other_trainers(self)
+        self._refuse_shared_rollouts()
         complete_checkpointing_options(self.args)
         if self.args.deepspeed is not None:
             raise ConfigurationError("flashcp does not run under DeepSpeed. Use FSDP2 (fsdp_version: 2) or DDP.")
@@ -144,9 +162,12 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         return self.args.world_size // self.get_cp_size()
 
     def _refuse_options(self) -> None:
-        if self.get_cp_size() == 1:
+        self._refuse_batches()
+        if self._plugin.cp_size == 1:
             return
-        require_exact_arguments(self.args)
+        require_exact_arguments(self.args, reads_rows=self._reads_rows)
+        if self._reads_rows:
+            return
         if (owner := self._own_prediction_step()) is not None:
             raise ConfigurationError(
                 f"{owner.__name__} has a prediction_step of its own, which would get only this rank's part of the "
@@ -158,10 +179,11 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
                 f"label_names is {self.label_names}, but under context parallelism labels must have one value per "
                 "token. Leave it out, or add the other columns to per_token_keys of FlashCPCollator."
             )
-        if self.compute_loss_func:
+        if self.compute_loss_func and (not gathers(self.compute_loss_func) or is_sft_trainer(self)):
             raise ConfigurationError(
                 "compute_loss_func needs whole documents, but under context parallelism each rank has the logits of "
-                "its own tokens only. Leave it out, or use cp_size 1."
+                "its own tokens only. Give it a parameter flashcp_plan, and bring values of tokens together with "
+                "hf_flashcp.gather_tokens(values, flashcp_plan), or use cp_size 1."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -179,7 +201,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
             group = self.args.process_index // self.get_cp_size()
             inner.worker_init_fn = functools.partial(seed.func, **{**seed.keywords, "rank": group})
         inner.worker_init_fn = functools.partial(init_loader_worker, inner.worker_init_fn)
-        if is_training or self._own_prediction_step() is None:  # another prediction step may not take plans
+        # Another prediction step may not take plans.
+        if not self._reads_rows and (is_training or self._own_prediction_step() is None):
             plan_where_collated(loader, self.flashcp.plan_settings)
         return loader
 
@@ -223,8 +246,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         targets = super()._get_num_items_in_batch(batch_samples, device)
-        if targets is None:
-            return None
+        if targets is None or self._reads_rows:
+            return targets
         if not self.args.average_tokens_across_devices:
             # The process's own targets divided by cp_size, which transformers 5.17 would round down to an integer.
             # A Python number, because FSDP2 casts floating-point tensors to its param_dtype, and bf16 rounds counts.
@@ -236,6 +259,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]
     ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
+        if self._reads_rows:  # which the model's forward shards
+            return super()._prepare_context_parallel_inputs(model, inputs)
         return contextlib.nullcontext, self.flashcp.shard(self._prepare_inputs(inputs))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -261,6 +286,8 @@ class FlashCPTrainerMixin(EvaluatingTrainerMixin, ReliableTrainerMixin):
         Returns:
             `DocumentLosses`: losses in the order of the dataset, on every process.
         """
+        if self._reads_rows:
+            raise ConfigurationError(f"{type(self).__name__} trains on whole rows, so it has no losses of documents.")
         compute_metrics, self.compute_metrics = self.compute_metrics, None
         concatenates, self.args.eval_do_concat_batches = self.args.eval_do_concat_batches, True
         self._losses_by_document = True
@@ -294,5 +321,5 @@ class FlashCPTrainer(FlashCPTrainerMixin, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if kwargs.get("data_collator") is None and len(args) < 3:
+        if kwargs.get("data_collator") is None and len(args) < 3 and not self._classifies:
             self.data_collator = FlashCPCollator(settings=self.args.parallelism_config.plan_settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ...data.boundaries import IGNORE_INDEX
 from ...distributed.process_group import context_parallel_group
 from ...errors import ConfigurationError
 from ...layout import RankPlan
-from ..attach import ContextParallelHandle
+from ..handle import ContextParallelHandle
 from .evaluation import EvaluationPass, require_known_rows, require_length, target_labels
 from .plan_metrics import PlanMetrics
 from .predictions import (
@@ -54,6 +55,8 @@ class EvaluatingTrainerMixin:
 
     def _check_evaluation(self, ignore_keys: list[str] | None) -> None:
         """Raise the error that the first evaluation would raise."""
+        if self._reads_rows:
+            return self._check_row_evaluation()
         flashcp_collator = isinstance(self.data_collator, FlashCPCollator)
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
         for name in datasets if self.get_cp_size() > 1 else ():
@@ -200,6 +203,9 @@ class EvaluatingTrainerMixin:
         # With cp_size 1, some options need the evaluation of the class behind this one.
         as_stock = self._own_prediction_step() is not None or self.args.eval_use_gather_object
         with self.plan_metrics.paused():
+            if self._reads_rows and not self._generates:
+                run = functools.partial(super().evaluation_loop, *arguments)
+                return self._evaluate_rows(run, dataloader.dataset, metric_key_prefix)
             if as_stock and self.get_cp_size() == 1 and not self._losses_by_document:
                 return super().evaluation_loop(*arguments)
             return self._evaluation_loop(*arguments)
