@@ -37,6 +37,7 @@ def add_parser(commands) -> None:
     _add_layout(benches)
     _add_layers(benches)
     _add_step(benches)
+    _add_rows(benches)
     _add_calibrate(benches)
     _add(benches, "memory", "estimated and measured memory of small training steps")
     agreement = _add(benches, "agreement", "time that ranks take to compare their plans in each step")
@@ -219,6 +220,16 @@ def _add_step(benches) -> None:
         "one layer on the first two ranks, on CPU (for the first corpus, the last strategy and the first exchange)",
     )
     step.set_defaults(run=_run_step, read=_read_step_model)
+
+
+def _add_rows(benches) -> None:
+    rows = _add(benches, "rows", "a step on rollouts of unequal length: padded, pooled into one plan, or in turns")
+    options.add_number(rows, "--rows", 4, "rollouts per process", least=1)
+    options.add_number(rows, "--longest", 2048, "most tokens of a rollout", least=32)
+    options.add_number(rows, "--cp-size", 2, "processes", least=2)
+    options.add_model(rows, "(or small-qwen3, the default, or small-qwen3_5; trained from random weights)")
+    options.add_number(rows, "--rounds", 5, "rounds; each runs every way once", least=1)
+    rows.set_defaults(read=_read_step_model)
 
 
 def _read_step_model(name: str) -> dict[str, Any]:
