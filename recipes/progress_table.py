@@ -4,6 +4,8 @@ import sys
 from statistics import fmean, harmonic_mean
 
 import datasets
+from rich.console import Console
+from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -27,19 +29,20 @@ class ProgressTable(ProgressCallback):
 
     Args:
         every (`int`): steps per row; the first and the last step have a row too.
+        columns (`dict`, *optional*): more columns, as in `COLUMNS`.
     """
 
-    def __init__(self, every=10):
+    def __init__(self, every=10, columns=None):
         super().__init__()
-        self.every = every
+        self.every, self.columns = every, COLUMNS | (columns or {})
         self._logged, self._last_row = [], None
 
     @classmethod
-    def install(cls, trainer, every=10):
+    def install(cls, trainer, every=10, columns=None):
         """Puts the table in the place of the trainer's own progress callback."""
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(cls(every))
+        trainer.add_callback(cls(every, columns))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step, self._logged, self._last_row = 0, [], None
@@ -48,7 +51,7 @@ class ProgressTable(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, desc="Training", unit="step", leave=False, dynamic_ncols=True, disable=None
             )
-            self.write("".join(f"{name:>{WIDTH}}" for name in ("step", *COLUMNS)))
+            self.write("".join(f"{name:>{WIDTH}}" for name in ("step", *self.columns)))
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if sys.stderr.isatty():
@@ -73,10 +76,25 @@ class ProgressTable(ProgressCallback):
 
     def _row(self, step):
         cells = [f"{step:,}"]
-        for name, form, mean in COLUMNS.values():
+        for name, form, mean in self.columns.values():
             values = [float(logs[name]) for logs in self._logged if name in logs]
             cells.append(format(mean(values), form) if values else "")
         return "".join(f"{cell:>{WIDTH}}" for cell in cells)
+
+
+def print_first_and_last(trainer, names, count=5):
+    """Prints the means of the first and the last logged values of each name, and returns them."""
+    table, means = Table("mean of"), {}
+    for which in ("first", "last"):
+        table.add_column(f"{which} {count} logged", justify="right")
+    for name in names:
+        if values := [entry[name] for entry in trainer.state.log_history if name in entry]:
+            first, last = fmean(values[:count]), fmean(values[-count:])
+            means |= {f"first_{name}": first, f"last_{name}": last}
+            table.add_row(name, f"{first:.3f}", f"{last:.3f}")
+    if trainer.is_world_process_zero():
+        Console().print(table)
+    return means
 
 
 def quiet_without_terminal():

@@ -7,11 +7,11 @@ The YAML file and the command line take the arguments of TRL's own scripts; the 
 
 from pathlib import Path
 
-from datasets import load_dataset
 from progress_table import ProgressTable, quiet_without_terminal
 from stdlib_chats import write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl_rows import load_rows
 
 from hf_flashcp import FlashCPPlugin, FlashCPTrainerMixin
 
@@ -29,22 +29,12 @@ def main():
     ).parse_args_and_config()
     quiet_without_terminal()
     training_args.parallelism_config = FlashCPPlugin()  # cp_size from the config file of accelerate launch
-    if script_args.dataset_name is None:
-        with training_args.main_process_first(desc="conversations"):
-            if not CHATS.exists():
-                write_chats(CHATS)
-    if script_args.dataset_name is None or script_args.dataset_name.endswith(".jsonl"):
-        rows = load_dataset("json", data_files=script_args.dataset_name or str(CHATS), split="train")
-    else:
-        rows = load_dataset(
-            script_args.dataset_name, script_args.dataset_config, split=script_args.dataset_train_split
-        )
     trainer = FlashCPSFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, attn_implementation="flashcp", dtype=model_args.dtype
         ),
         args=training_args,
-        train_dataset=rows,
+        train_dataset=load_rows(script_args, training_args, CHATS, write_chats),
         processing_class=AutoTokenizer.from_pretrained(model_args.model_name_or_path),
         peft_config=get_peft_config(model_args),
     )

@@ -3,6 +3,7 @@ the outputs that are committed with the notebook."""
 
 import importlib
 import re
+from itertools import islice
 from types import SimpleNamespace
 
 import nbformat
@@ -58,6 +59,34 @@ def test_rows_of_the_progress_table(recipes, capsys):
     table.on_train_begin(None, state, None)
     table.on_log(None, state, None, {"loss": 1.0})
     assert capsys.readouterr().out == ""
+
+
+def test_pairs_prefer_the_docstring_to_its_words_in_another_order(recipes):
+    stdlib = recipes("stdlib_pairs")
+    docstring = '"""Return x,\n    and x  alone.\n    """'
+    source = f"@cache\ndef f(x):\n    {docstring}\n    return x  # as it is\n\n\ndef g():\n    {docstring}\n"
+    assert list(stdlib.functions(source)) == [("def f(x):\n    return x  # as it is", "Return x,\nand x  alone.")]
+    found = [
+        each for _, text in islice(recipes("stdlib_corpus").source_files(), 20) for each in stdlib.functions(text)
+    ]
+    assert len(found) > 20
+    for code, docstring in [*found, ("", "again " * 9 + "once")]:
+        made = stdlib.pair(code, docstring)
+        assert made == stdlib.pair(code, docstring) and code in made["prompt"][0]["content"]
+        assert docstring not in made["prompt"][0]["content"]
+        true, mixed = (made[name][0]["content"] for name in ("chosen", "rejected"))
+        assert true == docstring != mixed and sorted(true.split()) == sorted(mixed.split())
+        assert re.findall(r"\s+", true) == re.findall(r"\s+", mixed)
+
+
+def test_means_of_the_first_and_last_values(recipes, capsys):
+    history = [{"loss": 9.0}, *({"reward": float(step)} for step in range(1, 11))]
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=history), is_world_process_zero=lambda: True)
+    means = recipes("progress_table").print_first_and_last(trainer, ["reward", "never logged"], count=2)
+    assert means == {"first_reward": 1.5, "last_reward": 9.5}
+    assert re.search(
+        r"first 2 logged .* last 2 logged.*reward +│ +1\.500 │ +9\.500", capsys.readouterr().out, re.DOTALL
+    )
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

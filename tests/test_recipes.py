@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 
 import nbformat
 import pytest
@@ -118,6 +119,16 @@ def all_chats(tmp_path_factory):
 @pytest.fixture
 def chats(all_chats, tmp_path):
     return shutil.copy(all_chats, tmp_path / "chats.jsonl")
+
+
+@pytest.fixture
+def pairs(recipes, tmp_path):
+    """Return preferences on the first functions of the standard library."""
+    stdlib, corpus = recipes("stdlib_pairs"), recipes("stdlib_corpus")
+    made = (stdlib.pair(*each) for _, source in corpus.source_files() for each in stdlib.functions(source))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in islice(made, 20)))
+    return path
 
 
 def test_quickstart_trains_and_reports(quickstart):
@@ -285,6 +296,31 @@ def test_trl_trains_on_its_own_packing(quickstart, chats, tmp_path):
     metrics = metrics_of(tmp_path)
     assert math.isfinite(metrics["train_loss"]) and 0 < metrics["flashcp_kv_fraction"] < 1
     assert re.search(r"step +loss +tokens/s", printed) and "{'" not in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_trl_trains_on_preferences(quickstart, pairs, tmp_path):
+    printed = launch_forked(
+        *("dpo", tmp_path, "--config", "recipes/dpo.yaml", "--model_name_or_path", quickstart[0]),
+        *("--dataset_name", pairs, "--per_device_train_batch_size", 4, "--max_steps", 3, "--warmup_steps", 0),
+    )
+    metrics = metrics_of(tmp_path)
+    assert metrics["train_loss"] < math.log(2) and metrics["last_rewards/margins"] > 0
+    assert 0 <= metrics["flashcp_kv_fraction"] < 1 and 0 <= metrics["eval_rewards/accuracies"] <= 1
+    assert re.search(r"step .* accuracy +margin", printed) and "Accuracy on held-out pairs" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_trl_trains_on_rewards(quickstart, pairs, tmp_path):
+    printed = launch_forked(
+        *("grpo", tmp_path, "--config", "recipes/grpo.yaml", "--model_name_or_path", quickstart[0]),
+        *("--dataset_name", pairs, "--per_device_train_batch_size", 8, "--max_completion_length", 16),
+        *("--max_steps", 2),
+    )
+    metrics = metrics_of(tmp_path)
+    assert math.isfinite(metrics["train_loss"]) and 0 < metrics["first_reward"] < 1
+    assert 0 <= metrics["flashcp_kv_fraction"] < 1
+    assert re.search(r"step .* reward +length", printed) and re.search(r"reward .* \d\.\d{3}", printed)
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
