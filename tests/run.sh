@@ -32,4 +32,4 @@ if [ "$venv" = .venv ]; then
     .venv/bin/python -m ruff check .
     .venv/bin/python -m ruff format --check .
 fi
-"$venv/bin/python" -m pytest -n 2 ${tests+"${tests[@]}"} "$@"
+"$venv/bin/python" -m pytest -n 3 ${tests+"${tests[@]}"} "$@"

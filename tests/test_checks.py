@@ -43,7 +43,7 @@ def test_ci_runs_what_a_contributor_runs():
     commands = [
         line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith(("#", "set", "cd"))
     ]
-    assert commands == ["bash tests/run.sh"] and "-m pytest -n 2" in RUN and " -m '" not in RUN
+    assert commands == ["bash tests/run.sh"] and "-m pytest -n 3" in RUN and " -m '" not in RUN
 
 
 def test_a_module_fixture_is_made_on_one_worker():
