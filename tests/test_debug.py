@@ -204,7 +204,7 @@ def test_environments_that_differ_or_are_wrong(pool, environment, error, message
 
 
 def test_collectives_and_bytes_are_as_documented(pool):
-    """Numbers of docs/concepts.md for N = 3, one stage, H_kv = 2, D_k + D_v = 20, bf16, C = 66 tokens, 22 per rank."""
+    """The docstrings of checksums.py and `CheckedEngine`: N = 3, H_kv = 2, D_k + D_v = 20, bf16, T = 22, one stage."""
     args = plan_of([54, 12], 3), (4, 2, 8, 12), "bfloat16"
     exchange = [("gather", 8 * 3 * (3 * 3 + 2)), ("gather", 8 * 3 * 2 * 3)]
     verdict = [("gather", 8 * 3 * 7)]

@@ -48,6 +48,9 @@ class CheckedEngine:
     Every rank of the group calls it. If a result deviates on any rank, forward or backward raises a `FlashCPError` on
     all ranks, which names the layer and the largest deviation on each affected rank.
 
+    Forward and backward gather every KV head of the row: N T (D_k + D_v) e bytes per head, for at most T tokens on
+    each of N ranks and e bytes per element. In backward, ranks also sum each head's dK, dV and limits in float64.
+
     Args:
         engine: computes the results.
         options: scale, window and softcap of the layer.

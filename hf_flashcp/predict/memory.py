@@ -1,4 +1,4 @@
-"""Estimates the memory that a device needs for training, from a model's sizes. docs/memory.md lists every term.
+"""Estimates the memory that a device needs for training, from a model's sizes. README.md lists every term.
 
 A step has a few moments at which memory can be at its highest. The memory of a moment is a sum of parts, and the peak
 is the largest of these sums:
