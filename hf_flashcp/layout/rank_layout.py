@@ -62,7 +62,7 @@ class RankLayout:
     @cached_property
     def slices(self) -> tuple[LocalSlice, ...]:
         """The rank's slices with the rows at which they begin."""
-        return local_slices(self._plan.slices[self._rank])
+        return local_slices(self._plan.columns.of_rank(self._rank))
 
     @cached_property
     def token_index(self) -> torch.Tensor:

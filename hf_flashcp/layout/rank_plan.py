@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import ConfigurationError
 from ..plan import ShardPlan
-from ..plan.slices import rank_tokens
 from ..plan.traffic import MOST_KEPT
 from .halo_layout import HaloLayout
 from .rank_layout import RankLayout
@@ -163,4 +164,4 @@ class RankPlan:
 
 def _keeps_received_kv(plan: ShardPlan) -> bool:
     received, _ = plan.kv_moved()
-    return all(rows <= MOST_KEPT * own for rows, own in zip(received, rank_tokens(plan.slices)))
+    return bool((np.array(received) <= MOST_KEPT * plan.columns.sums(plan.columns.tokens)).all())

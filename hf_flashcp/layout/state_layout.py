@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ..plan import ShardPlan
-from ..plan.contracted import contracted
+from ..plan.contracted import contracted_plan
 from ..plan.ranges import Ranges
-from ..plan.slices import LocalSlice, Slice, local_slices
+from ..plan.slices import LocalSlice, local_slices
 from .row_exchange import RowExchange
 from .rows import Rows
 from .upload import upload
@@ -54,14 +54,11 @@ class StateExchange:
     """
 
     def __init__(self, plan: ShardPlan, rank: int, backwards: bool):
-        lengths, slices = contracted(plan.slices, backwards=backwards)
-        # Plans have tokens on every rank, so each rank gets one more document of one token, which no other rank needs.
-        held = [[*of_rank, Slice(len(lengths) + other, 0, 1)] for other, of_rank in enumerate(slices)]
-        short = ShardPlan([*lengths, *[1] * plan.cp_size], plan.cp_size, held, ranks_per_node=plan.ranks_per_node)
+        short = contracted_plan(plan, backwards=backwards)
         self.rows = RowExchange(short, rank)
         own = self.rows.own.select(slice(0, -1))
         self._documents, self._places, self._bases = own.documents, own.spans.starts - own.bases, own.bases
-        places = np.array(lengths)[self._documents] - 1 - self._places if backwards else self._places
+        places = np.array(short.lengths)[self._documents] - 1 - self._places if backwards else self._places
         self.order = np.argsort(np.lexsort((places, self._documents, places > 0)))
         self._on: dict[torch.device, tuple[torch.Tensor, Chains]] = {}
 
@@ -145,7 +142,7 @@ class StateLayout:
     """
 
     def __init__(self, plan: ShardPlan, rank: int):
-        self.any = sum(map(len, plan.slices)) > len(plan.lengths)
+        self.any = len(plan.columns.documents) > len(plan.lengths)
         self._plan, self._rank = plan, rank
         self._in_order: dict[torch.device, Rows] = {}
 
@@ -173,7 +170,7 @@ class StateLayout:
 
     @cached_property
     def _slices(self) -> tuple[LocalSlice, ...]:
-        return local_slices(self._plan.slices[self._rank])
+        return local_slices(self._plan.columns.of_rank(self._rank))
 
     def in_order(self, device: torch.device) -> Rows:
         """Return where the rank's rows lie if those of the `first`, `continued` and `whole` slices come one group

@@ -12,10 +12,17 @@ Gradients of states flow from later slices to earlier ones, as if the contracted
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from .slice_table import SliceColumns
 from .slices import Slice, runs_by_document
 from .traffic import full_attention_traffic
+
+
+if TYPE_CHECKING:
+    from .shard_plan import ShardPlan
 
 
 class Contracted(NamedTuple):
@@ -36,6 +43,27 @@ def contracted(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) ->
         for place, rank in enumerate(reversed(ranks) if backwards else ranks):
             of_ranks[rank].append(Slice(document, place, place + 1))
     return Contracted([len(ranks) for ranks in cut], of_ranks)
+
+
+def contracted_plan(plan: ShardPlan, *, backwards: bool = False) -> ShardPlan:
+    """Return the contracted plan of a plan, with one more document of one token on each rank.
+
+    These documents come last. Without them ranks could be empty, which plans do not allow.
+    """
+    holders, ranks = plan.slice_table.holders, np.arange(plan.cp_size)
+    cut = np.flatnonzero(holders.place + holders.left)
+    lengths = (holders.place + holders.left + 1)[cut][holders.place[cut] == 0]
+    documents = np.cumsum(holders.place[cut] == 0) - 1
+    places = (holders.left if backwards else holders.place)[cut]
+    columns = SliceColumns.by_rank(
+        plan.cp_size,
+        np.append(holders.ranks[cut], ranks),
+        np.append(documents, len(lengths) + ranks),
+        np.append(places, np.zeros_like(ranks)),
+        np.append(places + 1, np.ones_like(ranks)),
+    )
+    every = [*lengths.tolist(), *[1] * plan.cp_size]
+    return type(plan).from_columns(every, plan.cp_size, columns, ranks_per_node=plan.ranks_per_node)
 
 
 def states_moved(slices: Sequence[Sequence[Slice]], *, backwards: bool = False) -> tuple[list[int], list[int]]:

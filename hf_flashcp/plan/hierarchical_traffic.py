@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .link_traffic import CutSlices, Nodes, entry_links, full_links, window_entries
 from .slice_table import SliceTable
 from .slices import slices_by_document
 from .traffic import by_link, needed_keys
@@ -73,9 +74,15 @@ def traffic_by_link(plan: ShardPlan, ranks_per_node: int, window: int | None = N
     Returns `(received, sent)`, (2, cp_size) each: inside the node and between nodes. The counts are those of the
     plan's own exchange, and include rows that a rank forwards to others.
     """
-    if plan.ranks_per_node is None:
-        return by_link(plan.kv_traffic(window), ranks_per_node)
-    return by_link(np.add(*hierarchical_traffic(plan.slices, plan.ranks_per_node, window)), ranks_per_node)
+    if plan.ranks_per_node not in (None, ranks_per_node):
+        return by_link(np.add(*hierarchical_traffic(plan.slices, plan.ranks_per_node, window)), ranks_per_node)
+    nodes, hierarchical = Nodes(plan.cp_size, plan.cp_size, ranks_per_node), plan.ranks_per_node is not None
+    if window is None:
+        links = full_links(CutSlices.of(plan.slice_table), nodes, hierarchical)
+    else:
+        links = entry_links(window_entries(plan.slice_table, window), 1, nodes, hierarchical)[0]
+    received, sent, (arriving, leaving) = links
+    return np.array([received[0] + arriving, received[1]]), np.array([sent[0] + leaving, sent[1]])
 
 
 def _sums(rows, columns, counts: np.ndarray, size: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -110,21 +111,47 @@ def deal_calls(rectangles: Sequence[Rectangle], grid: Grid, query_heads: int) ->
     Returns:
         `list[list[int]]`: the indices of each call's rectangles, ascending.
     """
-    calls = []
-    for dealt in _rounds(rectangles):
+    return deal_passes([rectangles], grid, query_heads)[0]
+
+
+def deal_passes(passes: Sequence[Sequence[Rectangle]], grid: Grid, query_heads: int) -> list[list[list[int]]]:
+    """Divide the rectangles of each pass into calls, as [`deal_calls`] does."""
+    rounds = [(number, dealt) for number, rectangles in enumerate(passes) for dealt in _rounds(rectangles)]
+    divided = [(number, dealt) for number, dealt in rounds if grid.padded and len(dealt) > 1]
+    calls: list[list[list[int]]] = [[] for _ in passes]
+    last_classes = iter(_last_classes(passes, divided, grid, query_heads))
+    for number, dealt in rounds:
         if not grid.padded or len(dealt) == 1:
-            calls.append(dealt)
+            calls[number].append(dealt)
             continue
-        members = [rectangles[index] for index in dealt]
-        blocks, nowhere = _blocks(members, grid), np.zeros(len(members), dtype=np.int64)
-        joined = all(one.q_stop == other.q_start for one, other in zip(members, members[1:]))
-        rows = np.array([each.queries for each in members]) if joined and not grid.in_place else nowhere
-        by_length = LengthClasses(blocks, rows, nowhere, 1).divided(query_heads)
         of_call: dict[int, list[int]] = {}
-        for index, last in zip(dealt, by_length.last_class[0, length_classes(blocks)].tolist()):
+        for index, last in zip(dealt, next(last_classes)):
             of_call.setdefault(last, []).append(index)
-        calls += of_call.values()
+        calls[number] += of_call.values()
     return calls
+
+
+def _last_classes(
+    passes: Sequence[Sequence[Rectangle]], rounds: Sequence[tuple[int, list[int]]], grid: Grid, query_heads: int
+) -> list[list[int]]:
+    """Return, for each rectangle of each round, the longest length class in its call.
+
+    `rounds` has the pass of each round, and the indices of its rectangles.
+    """
+    if not rounds:
+        return []
+    members = [[passes[number][index] for index in dealt] for number, dealt in rounds]
+    sizes = list(map(len, members))
+    every = np.array(list(chain.from_iterable(members)), dtype=np.int64)
+    starts, stops = every[:, :2].T
+    of_round = np.repeat(np.arange(len(sizes)), sizes)
+    gaps = (of_round[1:] == of_round[:-1]) & (stops[:-1] != starts[1:])
+    joined = np.bincount(of_round[1:][gaps], minlength=len(sizes)) == 0
+    blocks = -(-(stops - starts if grid.axis == "queries" else every[:, 3] - every[:, 2]) // grid.tile)
+    rows = (stops - starts) * (joined[of_round] & (not grid.in_place))
+    found = LengthClasses(blocks, rows, of_round, len(sizes)).divided(query_heads).last_class
+    last = found[of_round, length_classes(blocks)]
+    return [part.tolist() for part in np.split(last, np.cumsum(sizes)[:-1])]
 
 
 def count_blocks(plan: ShardPlan, window: int | None, kernel: str, query_heads: int) -> dict[str, list[int]]:
@@ -132,17 +159,16 @@ def count_blocks(plan: ShardPlan, window: int | None, kernel: str, query_heads: 
 
     `blocks_started` and `blocks_useful` are per query head. A block is useful if it has queries or keys.
     """
-    counts: dict[str, list[int]] = {name: [] for name in ("varlen_calls", "blocks_started", "blocks_useful")}
-    for local, stages in rank_rectangles(plan, window):
-        calls, started, useful = 0, 0, 0
-        for rectangles in (local, *stages):
-            for grid in kernel_grids(kernel):
-                dealt = deal_calls(rectangles, grid, query_heads)
-                of_calls = blocks_of_calls(rectangles, dealt, grid)
-                calls, started, useful = calls + len(dealt), started + of_calls[0], useful + of_calls[1]
-        for name, count in zip(counts, (calls, started, useful)):
-            counts[name].append(count)
-    return counts
+    passes, ranks = [], []
+    for rank, (local, stages) in enumerate(rank_rectangles(plan, window)):
+        passes += [local, *stages]
+        ranks += [rank] * (1 + len(stages))
+    counts = [[0] * plan.cp_size for _ in range(3)]
+    for grid in kernel_grids(kernel):
+        for rank, rectangles, dealt in zip(ranks, passes, deal_passes(passes, grid, query_heads)):
+            for of_ranks, count in zip(counts, (len(dealt), *blocks_of_calls(rectangles, dealt, grid))):
+                of_ranks[rank] += count
+    return dict(zip(("varlen_calls", "blocks_started", "blocks_useful"), counts))
 
 
 def blocks_of_calls(rectangles: Sequence[Rectangle], calls: Sequence[Sequence[int]], grid: Grid) -> tuple[int, int]:
@@ -152,9 +178,9 @@ def blocks_of_calls(rectangles: Sequence[Rectangle], calls: Sequence[Sequence[in
     """
     started, useful = 0, 0
     for call in calls:
-        blocks = _blocks([rectangles[index] for index in call], grid)
-        useful += int(blocks.sum())
-        started += int(len(call) * blocks.max() if grid.padded else blocks.sum())
+        blocks = [-(-getattr(rectangles[index], grid.axis) // grid.tile) for index in call]
+        useful += sum(blocks)
+        started += len(call) * max(blocks) if grid.padded else sum(blocks)
     return started, useful
 
 
@@ -220,42 +246,62 @@ class LengthClasses:
         longest = np.zeros(shape, dtype=np.int64)
         np.maximum.at(longest.reshape(-1), place, blocks)
         self._longest = np.maximum.accumulate(longest, axis=1)
+        self._useful = np.bincount(passes, blocks, num_passes).astype(np.int64)
 
     def divided(self, query_heads: int) -> Division:
         """Divide each pass so that its blocks, copies and calls cost least. A call holds consecutive classes."""
         passes, classes = self._counts.shape
-        sequences, rows = _sums_before(self._counts), _sums_before(self._rows)
+        sequences = self._counts.sum(1)
+        started = sequences * self._longest[:, -1]
+        last_class = np.full_like(self._counts, classes - 1)
+        calls, copied = (sequences > 0).astype(np.int64), np.zeros(passes, dtype=np.int64)
+        # One more call costs more than the empty blocks of the others.
+        several = np.flatnonzero((started - self._useful) * query_heads > BLOCKS_PER_CALL)
+        if len(several):
+            divided = self._divided(several, query_heads)
+            for values, of_several in zip((last_class, calls, started, copied), divided):
+                values[several] = of_several
+        return Division(last_class, calls, started, copied)
+
+    def _divided(self, passes: np.ndarray, query_heads: int) -> Division:
+        """Divide some passes, of which each may take several calls."""
+        counts, longest, sums_of_rows = self._counts[passes], self._longest[passes], self._rows[passes]
+        used = np.flatnonzero(counts.any(0))
+        sequences, rows = _sums_before(counts[:, used]), _sums_before(sums_of_rows[:, used])
+        longest = longest[:, used]
         least = np.zeros_like(sequences)  # cost of all classes before this one
-        first = np.zeros_like(self._counts)  # the first class of the call that ends with this class
-        for last in range(classes):
+        first = np.zeros_like(longest)  # the first class of the call that ends with this class
+        for last in range(len(used)):
             held = sequences[:, last + 1, None] - sequences[:, : last + 1]
             copied = (rows[:, last + 1, None] - rows[:, : last + 1]) * (held > 1)
-            blocks = held * self._longest[:, last, None] * query_heads
+            blocks = held * longest[:, last, None] * query_heads
             cost = blocks + copied * query_heads // ROWS_PER_BLOCK + BLOCKS_PER_CALL * (held > 0)
             cost += least[:, : last + 1]
             first[:, last] = cost.argmin(1)
             least[:, last + 1] = cost.min(1)
-        one_call = sequences[:, -1] * self._longest[:, -1] * query_heads + BLOCKS_PER_CALL  # copies nothing
+        one_call = sequences[:, -1] * longest[:, -1] * query_heads + BLOCKS_PER_CALL  # copies nothing
         first[one_call <= least[:, -1], -1] = 0
-        return self._division(first, sequences, rows)
+        return self._follow(first, sequences, rows, longest, used)
 
-    def _division(self, first: np.ndarray, sequences: np.ndarray, rows: np.ndarray) -> Division:
-        """Follow the first classes of calls, from the longest call to the shortest."""
+    def _follow(
+        self, first: np.ndarray, sequences: np.ndarray, rows: np.ndarray, longest: np.ndarray, used: np.ndarray
+    ) -> Division:
+        """Follow the first classes of calls, from the longest call to the shortest. Classes are those in use."""
         passes, classes = first.shape
-        last_class = np.empty_like(first)
-        calls, copied = np.zeros((2, passes), dtype=np.int64)
+        pass_, last_class = np.arange(passes), np.empty_like(first)
+        calls, copied, started = np.zeros((3, passes), dtype=np.int64)
         end, begin = np.full((2, passes), classes, dtype=np.int64)
         for last in reversed(range(classes)):
             ends = last < begin
             end, begin = np.where(ends, last, end), np.where(ends, first[:, last], begin)
             last_class[:, last] = end
-            held, of_call = (
-                sums[:, last + 1] - np.take_along_axis(sums, begin[:, None], 1)[:, 0] for sums in (sequences, rows)
-            )
+            held, of_call = (sums[:, last + 1] - sums[pass_, begin] for sums in (sequences, rows))
             calls += ends & (held > 0)
             copied += of_call * (ends & (held > 1) & (held < sequences[:, -1]))
-        started = (self._counts * np.take_along_axis(self._longest, last_class, 1)).sum(1)
-        return Division(last_class, calls, started, copied)
+            started += ends * held * longest[:, last]
+        by_class = np.zeros((passes, self._counts.shape[1]), dtype=np.int64)
+        by_class[:, used] = used[last_class]
+        return Division(by_class, calls, started, copied)
 
 
 def _sums_before(values: np.ndarray) -> np.ndarray:
@@ -278,7 +324,3 @@ def _rounds(rectangles: Sequence[Rectangle]) -> list[list[int]]:
         rounds[number].append(index)
         stops[number] = stop
     return [sorted(dealt) for dealt in rounds]
-
-
-def _blocks(rectangles: Sequence[Rectangle], grid: Grid) -> np.ndarray:
-    return -(-np.array([getattr(each, grid.axis) for each in rectangles], dtype=np.int64) // grid.tile)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .calls import full_attention_calls, window_calls
-from .contracted import states_moved
 from .copied_bytes import RowBytes, bytes_copied
 from .hierarchical_traffic import traffic_by_link
 from .kernel_calls import count_blocks
-from .slices import rank_pairs, rank_tokens
+from .moved import rank_pairs, states_moved
 
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
 
     For full attention the time that this takes depends only on the number of slices.
     """
-    tokens, pairs = rank_tokens(plan.slices), rank_pairs(plan.slices, window)
+    tokens, pairs = plan.columns.sums(plan.columns.tokens).tolist(), rank_pairs(plan, window)
     received, sent = plan.kv_moved(window)
     kv_total, kv_all_gather = sum(received), (plan.cp_size - 1) * plan.num_tokens
     return {
@@ -41,13 +40,13 @@ def plan_costs(plan: ShardPlan, window: int | None = None) -> dict[str, Any]:
 
 def _state_costs(plan: ShardPlan) -> dict[str, list[int]]:
     """Return the counts of slices whose states travel, which only recurrent layers send."""
-    received, sent = states_moved(plan.slices)
-    grad_received, grad_sent = states_moved(plan.slices, backwards=True)
+    received, sent = states_moved(plan)
+    grad_received, grad_sent = states_moved(plan, backwards=True)
     return {
-        "states_received": received,
-        "states_sent": sent,
-        "state_grads_received": grad_received,
-        "state_grads_sent": grad_sent,
+        "states_received": list(received),
+        "states_sent": list(sent),
+        "state_grads_received": list(grad_received),
+        "state_grads_sent": list(grad_sent),
     }
 
 

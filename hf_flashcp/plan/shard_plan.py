@@ -17,11 +17,13 @@ import numpy as np
 from ..errors import PlanError
 from .copied_bytes import RowBytes
 from .lengths import check_lengths
+from .moved import kv_moved, window_moved
+from .partition import is_partition, require_partition
 from .report import plan_report
-from .slice_table import SliceTable
-from .slices import Slice, slices_by_document
+from .slice_table import SliceColumns, SliceTable
+from .slices import Slice
 from .topology import Topology
-from .traffic import full_attention_traffic, traffic_matrix
+from .traffic import traffic_matrix
 
 
 class ShardPlan:
@@ -46,6 +48,7 @@ class ShardPlan:
             one node, or if each has its own.
 
     Attributes:
+        columns (`SliceColumns`): the slices as arrays, rank by rank, in the order of `slices`. Do not write to them.
         planning_seconds (`float`, *optional*): how long [`plan_documents`] took; ignored when plans are compared.
         content_digest (`str`, *optional*): hash of the batch that the plan was made for. The code that makes the batch
             sets it, and ranks compare it with each other; ignored when plans are compared.
@@ -76,31 +79,65 @@ class ShardPlan:
         self.content_digest: str | None = None
         self.row_lengths: tuple[int, ...] | None = None
         self.checked_keys: frozenset[str] = frozenset()
-        try:
-            self.slices = tuple(_maximal_slices(rank_slices) for rank_slices in slices)
-        except (TypeError, ValueError):
-            raise PlanError("slices must hold, for each rank, (document, start, stop) triples of integers.") from None
+        self.columns = self._read(slices)
 
     def __repr__(self) -> str:
-        cuts = sum(map(len, self.slices)) - len(self.lengths)
+        cuts = len(self.columns.documents) - len(self.lengths)
         sizes = f"documents={len(self.lengths)}, tokens={self.num_tokens}, cp_size={self.cp_size}, cuts={cuts}"
         stages = "" if self.offset_groups is None else f", offset_groups={self.offset_groups}"
         nodes = "" if self.ranks_per_node is None else f", ranks_per_node={self.ranks_per_node}"
         return f"ShardPlan({sizes}{stages}{nodes})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ShardPlan) and self._key() == other._key()
+        if not isinstance(other, ShardPlan) or self._sizes() != other._sizes():
+            return False
+        return self.columns.same(other.columns)
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash((self._sizes(), *(column.tobytes() for column in self.columns)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Cached counts are left out, so that a data loader worker sends only the plan. They are made again on demand.
-        kept = {name: value for name, value in vars(self).items() if name != "slice_table"}
+        # Cached values are left out, so that a data loader worker sends only the plan. They are made again on demand.
+        kept = {name: value for name, value in vars(self).items() if name not in ("slices", "slice_table")}
         return {**kept, "_moved": {}, "_traffic": {}}
 
-    def _key(self):
-        return self.lengths, self.cp_size, self.slices, self.offset_groups, self.ranks_per_node
+    def _sizes(self):
+        return self.lengths, self.cp_size, self.offset_groups, self.ranks_per_node
+
+    def _read(self, slices: Iterable[Iterable[Slice]]) -> SliceColumns:
+        try:
+            return SliceColumns.of(slices).maximal()
+        except OverflowError:
+            # No document is that long, so this raises an error.
+            exact = [sorted(Slice(*map(operator.index, piece)) for piece in held) for held in slices]
+            require_partition(exact, self.lengths, self.cp_size)
+            raise
+        except (TypeError, ValueError):
+            raise PlanError("slices must hold, for each rank, (document, start, stop) triples of integers.") from None
+
+    @classmethod
+    def from_columns(
+        cls,
+        lengths: Sequence[int],
+        cp_size: int,
+        columns: SliceColumns,
+        offset_groups: Sequence[Sequence[int]] | None = None,
+        ranks_per_node: int | None = None,
+    ) -> ShardPlan:
+        """Make a plan whose slices are arrays. The other arguments are those of the class.
+
+        Args:
+            columns (`SliceColumns`): the `counts` of the slices of each rank, and their `documents`, `starts` and
+                `stops`, rank by rank, as int64 arrays.
+        """
+        plan = cls(lengths, cp_size, (), offset_groups, ranks_per_node)
+        plan.columns = columns.maximal()
+        return plan
+
+    @cached_property
+    def slices(self) -> tuple[tuple[Slice, ...], ...]:
+        """The slices of each rank in ascending order, adjacent slices of a document joined."""
+        return tuple(map(tuple, self.columns.slices()))
 
     @cached_property
     def num_tokens(self) -> int:
@@ -115,7 +152,7 @@ class ShardPlan:
     @cached_property
     def slice_table(self) -> SliceTable:
         """The slices as arrays. They are shared between callers: do not write to them."""
-        return SliceTable.of(self.slices)
+        return SliceTable.of_columns(self.columns)
 
     @property
     def stage_offsets(self) -> Sequence[Sequence[int]]:
@@ -128,7 +165,7 @@ class ShardPlan:
 
         Equal plans have equal digests on every machine and with every Python version.
         """
-        parts: list[Any] = [self.lengths, self.cp_size, self.slices]
+        parts: list[Any] = [self.lengths, self.cp_size, self.columns.nested()]
         if self.offset_groups is not None:
             parts.append(self.offset_groups)
         if self.ranks_per_node is not None:
@@ -154,9 +191,9 @@ class ShardPlan:
 
     def _exchanged(self, offset_groups: Sequence[Sequence[int]] | None, ranks_per_node: int | None) -> ShardPlan:
         plan = copy.copy(self)
+        vars(plan).update(vars(self))  # with cached values
         plan.offset_groups = _check_offset_groups(offset_groups, self.cp_size)
         plan.ranks_per_node = _check_nodes(ranks_per_node, self.cp_size)
-        plan._moved, plan._traffic = self._moved, self._traffic
         vars(plan).pop("digest", None)
         return plan
 
@@ -166,39 +203,8 @@ class ShardPlan:
         Raises:
             PlanError: the plan is not valid. The message names the first wrong rank, document and tokens.
         """
-        if len(self.slices) != self.cp_size:
-            raise PlanError(f"The plan has slices for {len(self.slices)} ranks, but cp_size is {self.cp_size}.")
-        for rank, rank_slices in enumerate(self.slices):
-            if not rank_slices:
-                raise PlanError(f"Rank {rank} holds no tokens: every rank needs at least one.")
-            for document, start, stop in rank_slices:
-                if not 0 <= document < len(self.lengths):
-                    raise PlanError(
-                        f"Rank {rank} holds a slice of document {document}, but the plan has "
-                        f"{len(self.lengths)} documents."
-                    )
-                if not 0 <= start < stop <= self.lengths[document]:
-                    raise PlanError(
-                        f"Rank {rank} holds tokens [{start}, {stop}) of document {document}, "
-                        f"which has {self.lengths[document]} tokens."
-                    )
-        held = slices_by_document(self.slices)
-        for document, length in enumerate(self.lengths):
-            if document not in held:
-                raise PlanError(f"Document {document} is on no rank. Assign each of its tokens to one rank.")
-            position = 0
-            for start, stop, rank in (*held[document], (length, length, -1)):
-                if start > position:
-                    raise PlanError(
-                        f"Tokens [{position}, {start}) of document {document} are on no rank. Assign each of them to "
-                        "one rank."
-                    )
-                if rank >= 0 and start < position:
-                    raise PlanError(
-                        f"Tokens of document {document}, from token {start} on, are on rank {rank} and on another "
-                        "rank. Assign each token to one rank."
-                    )
-                position = stop
+        if not is_partition(self.columns, self.lengths, self.cp_size):
+            require_partition(self.slices, self.lengths, self.cp_size)
         return self
 
     def report(
@@ -276,12 +282,7 @@ class ShardPlan:
         """
         window = self.hiding_window(window)
         if window not in self._moved:
-            if window is None:
-                received, sent = full_attention_traffic(self.slices)
-            else:
-                traffic = self.kv_traffic(window)
-                received, sent = traffic.sum(0).tolist(), traffic.sum(1).tolist()
-            self._moved[window] = tuple(received), tuple(sent)
+            self._moved[window] = kv_moved(self) if window is None else window_moved(self, window)
         return self._moved[window]
 
     def kv_traffic(self, window: int | None = None) -> np.ndarray:
@@ -308,7 +309,7 @@ class ShardPlan:
         data = {
             "lengths": list(self.lengths),
             "cp_size": self.cp_size,
-            "slices": [[list(piece) for piece in rank_slices] for rank_slices in self.slices],
+            "slices": self.columns.nested(),
         }
         if self.offset_groups is not None:
             data["offset_groups"] = [list(group) for group in self.offset_groups]
@@ -364,15 +365,3 @@ def _check_nodes(ranks_per_node: int | None, cp_size: int) -> int | None:
     topology = Topology(ranks_per_node)
     topology.require_full_nodes(cp_size)
     return ranks_per_node if 1 < ranks_per_node < cp_size else None
-
-
-def _maximal_slices(slices: Iterable[Slice]) -> tuple[Slice, ...]:
-    """Sort slices by document and start, and join adjacent slices of a document."""
-    joined: list[tuple[int, int, int]] = []
-    previous_document = previous_stop = -1
-    for document, start, stop in sorted(tuple(map(operator.index, piece)) for piece in slices):
-        if document == previous_document and start == previous_stop:
-            start = joined.pop()[1]
-        joined.append((document, start, stop))
-        previous_document, previous_stop = document, stop
-    return tuple(map(Slice._make, joined))

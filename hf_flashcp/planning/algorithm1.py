@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 from collections.abc import Iterator
 
-from ..plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
+import numpy as np
+
+from ..plan.slices import Slice, Slices, attention_pairs, rank_pairs
 from .caps import Caps, assign_shares
-from .sharding import assign_whole, give_empty_ranks_a_token, per_doc
+from .sharding import assign_whole, give_empty_ranks_a_token, per_doc, per_doc_columns, per_doc_zigzags
 
 
 def flashcp(caps: Caps) -> Slices:
@@ -44,10 +47,10 @@ def algorithm1(
         bottleneck (`float`, *optional*): tokens whose KV the busiest rank receives or sends.
         most_work (`float`, *optional*): the number of built slices after which the search gives up.
     """
-    longest_first = sorted(range(len(caps.lengths)), key=lambda document: (-caps.lengths[document], document))
+    longest_first = caps.longest_first
     possible = caps.most_pairs * caps.cp_size >= caps.total_pairs and (total > 0 or bottleneck > 0)
     work = 0
-    for num_per_doc in _promising_rounds(caps, longest_first, total, bottleneck) if possible else ():
+    for num_per_doc in promising_rounds(caps, longest_first, total, bottleneck) if possible else ():
         if num_per_doc < len(longest_first):
             work += 2 * caps.cp_size * num_per_doc + len(longest_first)
         if work > most_work:
@@ -57,7 +60,9 @@ def algorithm1(
     return None
 
 
-def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottleneck: float) -> Iterator[int]:
+def promising_rounds(
+    caps: Caps, longest_first: list[int], total: float = math.inf, bottleneck: float = math.inf
+) -> Iterator[int]:
     """Yield the numbers of Per-Doc documents with which a plan may meet the caps.
 
     They end when the traffic of these documents alone reaches both `total` and `bottleneck`.
@@ -88,8 +93,9 @@ def _promising_rounds(caps: Caps, longest_first: list[int], total: float, bottle
 def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int]) -> Slices | None:
     """Return the plan of one round of Algorithm 1, or `None` if it has too many pairs on a rank."""
     lengths, cp_size, most_pairs = caps.lengths, caps.cp_size, caps.most_pairs
-    slices = per_doc(lengths, cp_size, documents=sorted(per_doc_documents))
-    pairs, tokens = rank_pairs(slices), rank_tokens(slices)
+    split = np.sort(np.array(per_doc_documents, dtype=np.int64))
+    split_pairs, tokens = _zigzag_loads(caps, split)
+    pairs = split_pairs.copy()
     pieces: Slices = [[] for _ in range(cp_size)]
     for document, rank in assign_whole(lengths, whole_documents, pairs, tokens):
         length = lengths[document]
@@ -103,10 +109,24 @@ def _round(caps: Caps, per_doc_documents: list[int], whole_documents: list[int])
     if least_pairs > most_pairs and len(whole_documents) >= cp_size:
         return None
     equalize_tokens(pieces, tokens, shares)
+    loads = map(operator.add, split_pairs, rank_pairs(pieces))
+    if min(tokens) and max(loads) > most_pairs:
+        return None
+    slices = per_doc_columns(lengths, cp_size, documents=split).slices()
     for rank_pieces, rank_slices in zip(pieces, slices):
         rank_slices += rank_pieces
     give_empty_ranks_a_token(slices)
     return None if max(rank_pairs(slices)) > most_pairs else slices
+
+
+def _zigzag_loads(caps: Caps, documents: np.ndarray) -> tuple[list[int], list[int]]:
+    """Return the attention pairs and the tokens of each rank of the [`per_doc`] slices of some documents."""
+    of_chunks = np.zeros((2, 2 * caps.cp_size), dtype=np.int64)
+    for zigzags in per_doc_zigzags(caps.lengths, caps.cp_size, documents=documents):
+        sizes, stops = zigzags.sizes, zigzags.sizes.cumsum(1)
+        of_chunks += (sizes * (2 * stops - sizes + 1) // 2).sum(0), sizes.sum(0)
+    pairs, tokens = of_chunks[:, : caps.cp_size] + of_chunks[:, : caps.cp_size - 1 : -1]
+    return pairs.tolist(), tokens.tolist()
 
 
 def equalize_tokens(pieces: Slices, tokens: list[int], shares: list[int]) -> None:

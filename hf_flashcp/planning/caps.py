@@ -29,6 +29,10 @@ def item_of(document: int, start: int, stop: int) -> Item:
     return Item(tokens * (stop + start + 1) // 2, Slice(document, start, stop), tokens)
 
 
+_OF_DOCUMENTS = ("ascending", "longest_first", "tokens_up_to", "pairs_up_to")
+"""The cached properties of [`Caps`] that depend on the documents alone."""
+
+
 class Caps:
     """The documents of a batch, and how many attention pairs and tokens a rank may hold.
 
@@ -54,7 +58,9 @@ class Caps:
 
     def with_imbalance(self, max_imbalance: float, max_token_imbalance: float) -> Caps:
         """Return the caps of the same batch for other multiples of the mean."""
-        return Caps(self.lengths, self.cp_size, max_imbalance, max_token_imbalance)
+        caps = Caps(self.lengths, self.cp_size, max_imbalance, max_token_imbalance)
+        vars(caps).update({name: vars(self)[name] for name in _OF_DOCUMENTS if name in vars(self)})
+        return caps
 
     def with_most(self, *, pairs: int | None = None, tokens: int | None = None) -> Caps:
         """Return a copy of the caps with another maximum of attention pairs or tokens per rank."""
@@ -80,6 +86,11 @@ class Caps:
         with_less = self.cp_size - self.ranks_with_most
         return [self.most_tokens] * self.ranks_with_most + [self.most_tokens - 1] * with_less
 
+    def prepare(self) -> None:
+        """Sort the documents, so that caps made by [`~Caps.with_imbalance`] do not sort them again."""
+        for name in _OF_DOCUMENTS:
+            getattr(self, name)
+
     @cached_property
     def ascending(self) -> list[Item]:
         """All documents as items, shortest first."""
@@ -88,6 +99,11 @@ class Caps:
         pairs = [length * (length + 1) // 2 for length in tokens]
         pieces = map(Slice._make, zip(documents, repeat(0), tokens))
         return list(map(Item._make, zip(pairs, pieces, tokens)))
+
+    @cached_property
+    def longest_first(self) -> list[int]:
+        """The documents, longest first; of equally long ones the first one first."""
+        return sorted(range(len(self.lengths)), key=lambda document: -self.lengths[document])
 
     @cached_property
     def tokens_up_to(self) -> list[int]:

@@ -16,9 +16,17 @@ A document of eight tokens on two ranks (queries down, keys across; each digit i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import numpy as np
+
+from ..plan.slice_table import SliceColumns
 from ..plan.slices import Lengths, Slice, Slices, attention_pairs
+
+
+MOST_CHUNKS = 1 << 18
+"""The most chunks of documents that are laid out together, to bound the memory that this takes."""
 
 
 def whole_doc(lengths: Lengths, cp_size: int) -> Slices:
@@ -58,16 +66,29 @@ def give_empty_ranks_a_token(slices: Slices) -> None:
 
     If all pieces are single tokens, it comes from a rank that holds several.
     """
-    for rank_slices in slices:
-        if not rank_slices:
+    empty = [held for held in slices if not held]
+    if not empty:
+        return
+    pieces = [
+        (-piece.tokens, piece.document, rank, place)
+        for rank, held in enumerate(slices)
+        for place, piece in enumerate(held)
+    ]
+    heapq.heapify(pieces)
+    for rank_slices in empty:
+        left, _, rank, place = pieces[0]
+        if left < -1:
+            donor, (document, start, stop) = slices[rank], slices[rank][place]
+            donor[place] = Slice(document, start + 1, stop)
+            heapq.heapreplace(pieces, (left + 1, document, rank, place))
+        else:
             piece, donor = max(
-                ((piece, pieces) for pieces in slices for piece in pieces),
-                key=lambda held: (held[0].tokens, held[0].tokens == 1 and len(held[1]) > 1, -held[0].document),
+                ((piece, held) for held in slices for piece in held),
+                key=lambda found: (len(found[1]) > 1, -found[0].document),
             )
-            document, start, stop = piece
-            place = donor.index(piece)
-            donor[place : place + 1] = [Slice(document, start + 1, stop)] if piece.tokens > 1 else []
-            rank_slices.append(Slice(document, start, start + 1))
+            document, start, _ = piece
+            donor.remove(piece)
+        rank_slices.append(Slice(document, start, start + 1))
 
 
 def per_doc(
@@ -82,31 +103,51 @@ def per_doc(
     The rank with the last chunk of a document receives the most KV, and the rank with its first chunk sends the most.
     With `rotate_ranks` the ranks of document d are shifted by d, so that these are not always the same ranks.
     """
-    chunks = 2 * cp_size
-    slices: Slices = [[] for _ in range(cp_size)]
-    next_extra = 0
-    for document in range(len(lengths)) if documents is None else documents:
-        length = lengths[document]
-        shift = document % cp_size if rotate_ranks else 0
-        base, extra = divmod(length, chunks)
-        sizes = [base] * chunks
-        for turn in range(next_extra, next_extra + extra):
-            # The turn selects a rank, so that ranks' tokens stay equal for any shift. The token goes to the chunk that
-            # this rank holds in this half of the zigzag.
-            turn %= chunks
-            if turn < cp_size:
-                chunk = (turn - shift) % cp_size
-            else:
-                chunk = chunks - 1 - (chunks - 1 - turn - shift) % cp_size
-            sizes[chunk] += 1
-        next_extra = (next_extra + extra) % chunks
-        start = 0
-        for chunk, size in enumerate(sizes):
-            if size:
-                rank = (min(chunk, chunks - 1 - chunk) + shift) % cp_size
-                slices[rank].append(Slice(document, start, start + size))
-            start += size
-    return slices
+    chosen = np.arange(len(lengths)) if documents is None else np.fromiter(documents, np.int64)
+    return per_doc_columns(lengths, cp_size, rotate_ranks, chosen).slices()
+
+
+def per_doc_columns(
+    lengths: Lengths, cp_size: int, rotate_ranks: bool = False, documents: np.ndarray | None = None
+) -> SliceColumns:
+    """Return the slices of [`per_doc`] as arrays."""
+    parts: list[list[np.ndarray]] = []
+    for zigzags in per_doc_zigzags(lengths, cp_size, rotate_ranks, documents):
+        rows, chunks = np.nonzero(zigzags.sizes)
+        stops = zigzags.sizes.cumsum(1)[rows, chunks]
+        sizes = zigzags.sizes[rows, chunks]
+        parts.append([zigzags.ranks[rows, chunks], zigzags.documents[rows], stops - sizes, stops])
+    empty = [np.zeros(0, dtype=np.int64)] * 4
+    return SliceColumns.by_rank(cp_size, *map(np.concatenate, zip(*(parts or [empty]))))
+
+
+class Zigzags(NamedTuple):
+    """Documents that are cut into chunks, which ranks hold in a zigzag."""
+
+    documents: np.ndarray  # (n,) int64
+    sizes: np.ndarray  # (n, 2 x cp_size) int64, tokens of each chunk
+    ranks: np.ndarray  # (n, 2 x cp_size) int64, the rank of each chunk
+
+
+def per_doc_zigzags(
+    lengths: Lengths, cp_size: int, rotate_ranks: bool = False, documents: np.ndarray | None = None
+) -> Iterator[Zigzags]:
+    """Yield the zigzags of [`per_doc`], of about [`MOST_CHUNKS`] chunks at a time."""
+    chunks = np.arange(2 * cp_size)
+    every = np.arange(len(lengths)) if documents is None else documents
+    bases, extras = np.divmod(np.array(lengths)[every], len(chunks))
+    nexts = (extras.cumsum() - extras) % len(chunks)
+    step = max(MOST_CHUNKS // len(chunks), 1)
+    for begin in range(0, len(every), step):
+        some = slice(begin, begin + step)
+        shifts = every[some, None] % cp_size if rotate_ranks else np.zeros((1, 1), dtype=np.int64)
+        ranks = (np.minimum(chunks, chunks[::-1]) + shifts) % cp_size
+        # A spare token goes to a turn, which selects a rank, so that ranks' tokens stay equal for any shift, and the
+        # chunk that this rank holds in this half of the zigzag.
+        turns = np.where(chunks < cp_size, ranks, len(chunks) - 1 - ranks)
+        spare = (turns - nexts[some, None]) % len(chunks) < extras[some, None]
+        sizes = bases[some, None] + spare
+        yield Zigzags(every[some], sizes, np.broadcast_to(ranks, sizes.shape))
 
 
 def per_seq(lengths: Lengths, cp_size: int) -> Slices:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import Lengths, Slice, Slices, rank_tokens, slices_by_document
+from ..plan.slices import Lengths, Slice, Slices
 from ..planning.algorithm1 import flashcp
 from ..planning.caps import Caps
 from ..planning.sharding import per_doc, per_seq
@@ -41,6 +41,8 @@ class Layer(LayerCosts):
 
     Numbers of received bytes are (2, cp_size): inside nodes and between nodes.
     """
+
+    plan: ShardPlan
 
     @property
     def ranks_in_node(self) -> int:
@@ -82,9 +84,9 @@ def shared_tokens(plan: ShardPlan) -> int:
 
     The last slice of a document is not shared, because no other rank needs it.
     """
-    return max(
-        sum(piece.tokens for piece in held if piece.stop != plan.lengths[piece.document]) for held in plan.slices
-    )
+    columns = plan.columns
+    shared = columns.stops != np.array(plan.lengths)[columns.documents]
+    return int(columns.sums(columns.tokens * shared).max())
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,14 @@ class AllGather:
         """Return the number of tokens of other ranks whose KV a rank holds at a time."""
         return (layer.cp_size - 1) * self.given(layer)
 
-    def run(self, layer: Layer, backward: bool) -> PassTimes:
-        """Predict the times of forward or backward."""
-        rows = [(rank, piece.tokens, piece.start) for rank, held in enumerate(layer.plan.slices) for piece in held]
-        kernel = layer.kernel_seconds(Rectangles.of(rows), causal=True, backward=backward)
+    def passes(self, layer: Layer) -> tuple[PassTimes, PassTimes]:
+        """Predict the times of forward and backward."""
+        return self._pass(layer, backward=False), self._pass(layer, backward=True)
+
+    def _pass(self, layer: Layer, backward: bool) -> PassTimes:
+        columns = layer.plan.columns
+        slices = Rectangles(columns.ranks, columns.tokens, columns.starts)
+        kernel = layer.kernel_seconds(slices, causal=True, backward=backward)
         line, moved = Timeline(layer.cp_size), self.given(layer)
         if not moved:
             line.kernel(kernel)
@@ -154,11 +160,9 @@ class RingPieces(NamedTuple):
     def of(cls, plan: ShardPlan) -> RingPieces:
         """Return the pieces of a plan."""
         both = np.zeros((2, len(plan.lengths), plan.cp_size), dtype=np.int64)
-        for document, held in slices_by_document(plan.slices).items():
-            before = -1
-            for start, stop, rank in held:
-                both[int(rank < before), document, rank] += stop - start
-                before = rank
+        table = plan.slice_table.by_position
+        late = np.append(0, (table.ranks[1:] < table.ranks[:-1]) & (table.documents[1:] == table.documents[:-1]))
+        np.add.at(both, (late, table.documents, table.ranks), table.spans.lengths)
         return cls(*both)
 
     def local(self) -> Rectangles:
@@ -176,7 +180,7 @@ class RingPieces(NamedTuple):
         ranks = np.arange(self.early.shape[1])
         from_before = ranks >= step
         queries = self.late + self.early * from_before
-        keys = np.roll(self.early, step, 1) + np.roll(self.late, step, 1) * ~from_before
+        keys = np.roll(self.early + self.late * ~(ranks + step < len(ranks)), step, 1)
         seen = (queries > 0) & (keys > 0)
         return Rectangles(np.broadcast_to(ranks, seen.shape)[seen], queries[seen], keys[seen])
 
@@ -189,7 +193,7 @@ class Ring:
 
     def received(self, layer: Layer) -> np.ndarray:
         """Return the bytes that each rank receives in forward."""
-        tokens = np.array(rank_tokens(layer.plan.slices))
+        tokens = layer.plan.columns.sums(layer.plan.columns.tokens)
         hops = (layer.hop(np.roll(tokens, step) * layer.kv_bytes) for step in range(1, layer.cp_size))
         return sum(hops, np.zeros((2, layer.cp_size)))
 
@@ -197,36 +201,47 @@ class Ring:
         """Return the number of tokens of other ranks whose KV a rank holds at a time."""
         return 2 * layer.most_tokens
 
-    def run(self, layer: Layer, backward: bool) -> PassTimes:
-        """Predict the times of forward or backward."""
-        pieces, line = RingPieces.of(layer.plan), Timeline(layer.cp_size)
-        tokens = np.array(rank_tokens(layer.plan.slices))
-        arrived = computed = gradients = line.nothing
+    def passes(self, layer: Layer) -> tuple[PassTimes, PassTimes]:
+        """Predict the times of forward and backward."""
+        pieces, forward, backward = RingPieces.of(layer.plan), _RingPass(layer, False), _RingPass(layer, True)
         for step in range(layer.cp_size):
-            ready = arrived
-            if step + 1 < layer.cp_size:
-                # The hop is posted once the step before is computed and this step's block has arrived.
-                arrived = line.hop(
-                    self._wire_seconds(layer, np.roll(tokens, step + 1), layer.model.itemsize), computed, ready
-                )
             block = pieces.remote(step) if step else pieces.local()
-            computed = line.kernel(layer.kernel_seconds(block, causal=not step, backward=backward), ready)
-            if backward:
-                adding = self._adding_seconds(layer, block, np.roll(tokens, step)) if step else line.nothing
-                computed = line.copy(adding, gradients)
-                gradients = line.hop(self._wire_seconds(layer, np.roll(tokens, step + 1), _FP32), computed)
-            elif step:
-                computed = line.copy(layer.merge_seconds(block))
-        return line.times()
+            forward.add(step, block)
+            backward.add(step, block)
+        return forward.line.times(), backward.line.times()
 
-    def _wire_seconds(self, layer: Layer, tokens: np.ndarray, itemsize: int) -> np.ndarray:
+
+class _RingPass:
+    """Schedules the steps of a ring's forward or backward."""
+
+    def __init__(self, layer: Layer, backward: bool):
+        self.layer, self.backward, self.line = layer, backward, Timeline(layer.cp_size)
+        self.tokens = layer.plan.columns.sums(layer.plan.columns.tokens)
+        self.arrived = self.computed = self.gradients = self.line.nothing
+
+    def add(self, step: int, block: Rectangles) -> None:
+        """Add the rectangles of a step, and the hop that brings the KV of the next one."""
+        layer, line, ready = self.layer, self.line, self.arrived
+        if step + 1 < layer.cp_size:
+            # The hop is posted once the step before is computed and this step's block has arrived.
+            self.arrived = line.hop(self._wire_seconds(step + 1, layer.model.itemsize), self.computed, ready)
+        self.computed = line.kernel(layer.kernel_seconds(block, causal=not step, backward=self.backward), ready)
+        if self.backward:
+            adding = self._adding_seconds(step, block) if step else line.nothing
+            self.computed = line.copy(adding, self.gradients)
+            self.gradients = line.hop(self._wire_seconds(step + 1, _FP32), self.computed)
+        elif step:
+            self.computed = line.copy(layer.merge_seconds(block))
+
+    def _wire_seconds(self, step: int, itemsize: int) -> np.ndarray:
+        layer, tokens = self.layer, np.roll(self.tokens, step)
         return layer.model.hardware.wire_seconds(layer.hop(tokens * layer.layers.kv_elements_per_token * itemsize))
 
-    def _adding_seconds(self, layer: Layer, block: Rectangles, tokens: np.ndarray) -> np.ndarray:
-        """Return the time to add the gradients of a block of `tokens`, (cp_size,), to the sums of earlier steps."""
-        layers, model = layer.layers, layer.model
+    def _adding_seconds(self, step: int, block: Rectangles) -> np.ndarray:
+        """Return the time to add the gradients of a block to the sums of earlier steps."""
+        layer, layers, model = self.layer, self.layer.layers, self.layer.model
         queries = np.bincount(block.ranks, block.queries, layer.cp_size) * layers.query_heads * layers.key_dim
-        elements = queries + tokens * layers.kv_elements_per_token
+        elements = queries + np.roll(self.tokens, step) * layers.kv_elements_per_token
         return elements * (8 + model.grad_itemsize) / model.hardware.memory_bytes_per_second
 
 
@@ -245,12 +260,16 @@ class Ulysses:
         """Return the number of tokens of other ranks whose KV a rank holds at a time, which is 0."""
         return 0
 
-    def run(self, layer: Layer, backward: bool) -> PassTimes:
-        """Predict the times of forward or backward."""
+    def passes(self, layer: Layer) -> tuple[PassTimes, PassTimes]:
+        """Predict the times of forward and backward."""
+        return self._pass(layer, backward=False), self._pass(layer, backward=True)
+
+    def _pass(self, layer: Layer, backward: bool) -> PassTimes:
         line = Timeline(layer.cp_size)
-        squares = [(rank, length, 0) for rank in range(layer.cp_size) for length in layer.plan.lengths]
+        lengths = np.tile(layer.plan.lengths, layer.cp_size)
+        squares = Rectangles(np.repeat(np.arange(layer.cp_size), len(layer.plan.lengths)), lengths, 0 * lengths)
         heads = layer.layers.query_heads // layer.cp_size
-        kernel = layer.kernel_seconds(Rectangles.of(squares), causal=True, backward=backward, heads=heads)
+        kernel = layer.kernel_seconds(squares, causal=True, backward=backward, heads=heads)
         before, after = self._input_bytes(layer), self._output_bytes(layer)
         if backward:
             before, after = after, before
@@ -316,5 +335,4 @@ def why_not(name: str, model: CostModel, cp_size: int) -> str | None:
 
 def passes(name: str, model: CostModel, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
     """Predict the times of one layer's forward and backward, as [`CostModel.passes`] does for this library."""
-    layer, exchange = Layer(model, layers, plan), BASELINES[name].exchange
-    return exchange.run(layer, backward=False), exchange.run(layer, backward=True)
+    return BASELINES[name].exchange.passes(Layer(model, layers, plan))

@@ -12,11 +12,12 @@ import numpy as np
 from ..errors import ConfigurationError, PlanError
 from ..plan.hierarchical_traffic import traffic_by_link
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import attention_pairs, rank_tokens
+from ..plan.slices import attention_pairs
 from ..plan.topology import Topology
 from ..planning.settings import STRATEGIES
 from ..planning.strategies import plan_documents
 from ..predict.cost_model import BACKWARD_OF_LINEAR, CostModel, StepTime
+from ..predict.joined_plans import JoinedPlans
 from ..predict.memory import estimate_memory
 from ..predict.memory_shape import MemoryShape
 from ..predict.recurrent_costs import RecurrentCosts
@@ -181,7 +182,8 @@ def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostMode
         window = plan.hiding_window(layers.window)
         received += width * traffic_by_link(plan, model.hardware.ranks_per_node, window)[0]
     if model.recurrent is not None:
-        costs = RecurrentCosts(model.hardware, model.recurrent, plan, model.itemsize)
+        hierarchical = plan.ranks_per_node is not None
+        costs = RecurrentCosts(model.hardware, model.recurrent, JoinedPlans([plan]), model.itemsize, hierarchical)
         received += model.recurrent.count * costs.received()
     return _Step(model.step_time(plan), received, busiest_load(plan, model))
 
@@ -189,10 +191,12 @@ def _exact_step(name: str, lengths: Sequence[int], cp_size: int, model: CostMode
 def _baseline_step(name: str, lengths: Sequence[int], cp_size: int, model: CostModel) -> _Step:
     baseline = BASELINES[name]
     plan = ShardPlan(lengths, cp_size, baseline.slices(tuple(lengths), cp_size))
-    time = model.sum_up(plan, [passes(name, model, plan, layers) for layers in model.layers])
+    time = model.sum_up(JoinedPlans([plan]), [passes(name, model, plan, layers) for layers in model.layers])
     every = [Layer(model, layers, plan) for layers in model.layers]
     received = sum(layer.layers.count * baseline.exchange.received(layer) for layer in every)
     held = baseline.exchange.held(every[0])
     # Published implementations do not fold query heads, see `attention_memory`.
-    load = RankLoad(max(rank_tokens(plan.slices)), held, batch_tokens=plan.num_tokens, stage_masked=True)
+    load = RankLoad(
+        int(plan.columns.sums(plan.columns.tokens).max()), held, batch_tokens=plan.num_tokens, stage_masked=True
+    )
     return _Step(time, received, load, baseline.kept)

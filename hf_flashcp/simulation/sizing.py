@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError, PlanError
-from ..plan.contracted import states_moved
+from ..plan.moved import states_moved
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import rank_tokens
 from ..planning.strategies import plan_documents
 from ..predict.cost_model import CostModel
 from ..predict.hardware_profile import HardwareProfile
@@ -164,7 +163,7 @@ class Sizing:
     def choice(self, setup: TrainingSetup) -> Choice:
         """Return all costs under a setup."""
         shape, plan, load, memory, seconds = self.shape, self.plan, self.load, self.memory(setup), self.seconds(setup)
-        states, recurrent = max(states_moved(plan.slices)[0]), shape.recurrent
+        states, recurrent = max(states_moved(plan)[0]), shape.recurrent
         return Choice(
             cp_size=plan.cp_size,
             memory=memory,
@@ -192,10 +191,11 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         sent += layers.count * np.array(sent_in_layer)
     count = sum(layers.count for layers in cost_model.layers)
     largest = largest_calls(plan, cost_model.layers)
-    cut = [[piece for piece in held if piece.tokens < plan.lengths[piece.document]] for held in plan.slices]
-    states = [max(states_moved(plan.slices, backwards=backwards)[0]) for backwards in (False, True)]
+    columns, tokens = plan.columns, plan.columns.tokens
+    cut = tokens < np.array(plan.lengths)[columns.documents]
+    states = [max(states_moved(plan, backwards=backwards)[0]) for backwards in (False, True)]
     return RankLoad(
-        tokens=max(rank_tokens(plan.slices)),
+        tokens=int(columns.sums(tokens).max()),
         received=float(received.max()) / max(count, 1),
         sent=float(sent.max()) / max(count, 1),
         stage_keys=largest.keys,
@@ -203,8 +203,8 @@ def busiest_load(plan: ShardPlan, cost_model: CostModel) -> RankLoad:
         batch_tokens=plan.num_tokens,
         stage_masked=largest.masked,
         states_received=max(states),
-        states_held=max(map(len, cut)),
-        continued_tokens=max(sum(piece.tokens for piece in held if piece.start) for held in cut),
+        states_held=int(columns.sums(cut).max()),
+        continued_tokens=int(columns.sums(tokens * (columns.starts > 0)).max()),
     )
 
 
