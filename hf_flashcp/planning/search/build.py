@@ -30,6 +30,7 @@ class Construction:
             document.
         spreading (`float`, *optional*, defaults to 1.0): how much of the documents' low positions to spread over ranks
             as own heads, relative to the amount that `before` suggests.
+        most_packs (`float`, *optional*): the number of times that whole documents are packed before it gives up.
 
     Attributes:
         needed (`int`): the fewest tokens that the next rank has to take.
@@ -43,9 +44,11 @@ class Construction:
         target: float = math.inf,
         before: Tails | None = None,
         spreading: float = 1.0,
+        most_packs: float = math.inf,
     ):
         self.caps, self.unplaced, self.settings = caps, Unplaced(caps), settings
         self.target, self.before, self.spreading = target, before or {}, spreading
+        self.packs_left = most_packs
         self.shares = caps.shares
         self.slices: Slices = []
         self.tokens_left, self.pairs_left = caps.total_tokens, caps.total_pairs
@@ -84,7 +87,7 @@ class Construction:
     def run(self) -> Slices | None:
         """Return the slices of every rank, or `None` if these settings lead to no plan."""
         packed, stuck, whole_first = None, False, self.settings.whole_first
-        while packed is None and not stuck:
+        while packed is None and not stuck and self.packs_left > 0:
             # The last rank takes all remaining items, or there is no plan.
             largest = self.unplaced.largest() if self.ranks_left > 1 else None
             fits = largest is None or self._fits(largest)
@@ -124,6 +127,7 @@ class Construction:
         """Return the slices of the remaining ranks, on which all items are packed, or `None` if that fails."""
         if self.pairs_left > self.ranks_left * self.caps.most_pairs:
             return None
+        self.packs_left -= 1
         loads = {
             document: max(start, len(self.tails.get(document, ())) * (stop - start))
             for _, (document, start, stop), _ in self.unplaced.loose

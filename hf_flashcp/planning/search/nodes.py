@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...plan.contracted import contracted
-from ...plan.hierarchical_traffic import hierarchical_traffic
+from ...plan.link_traffic import CutSlices, LinkTraffic, Nodes, full_links, rank_traffic
+from ...plan.slice_table import SliceColumns, SliceTable
 from ...plan.slices import Slice, Slices, attention_pairs, rank_pairs, rank_tokens
 from ...plan.topology import Topology
-from ...plan.traffic import by_link, traffic_matrix
 from ..caps import Caps
 from ..sharding import per_doc
 from .candidates import Candidate, Candidates
+from .grouping import group_ranks
 from .search import search
 from .settings import SETTINGS
 
@@ -55,15 +55,19 @@ def busiest(slices: Slices, topology: Topology, state_tokens: float = 0.0) -> tu
     `state_tokens` tokens. The first number is the load of the busiest link of any rank in the first step, in or out,
     plus that in the second step.
     """
-    ranks_per_node = min(topology.ranks_per_node, len(slices))
-    first, second = hierarchical_traffic(slices, ranks_per_node)
+    cut, nodes = cut_slices(slices), Nodes(len(slices), len(slices), topology.ranks_per_node)
+    links = full_links(cut, nodes, hierarchical=True)
     if state_tokens:
-        states = hierarchical_traffic(contracted(slices).slices, ranks_per_node)
-        first, second = (kv + state_tokens * moved for kv, moved in zip((first, second), states))
-    received, sent = by_link(first, topology.ranks_per_node)
+        states = full_links(cut.contracted(), nodes, hierarchical=True)
+        links = LinkTraffic(*(kv + state_tokens * moved for kv, moved in zip(links, states)))
     cost = np.array([[1.0], [topology.inter_node_cost]])
-    forwarded = max(second.sum(0).max(), second.sum(1).max())
-    return float((cost * np.maximum(received, sent)).max() + forwarded), float((cost * received).sum() + second.sum())
+    busiest_link = (cost * np.maximum(links.received, links.sent)).max() + links.forwarded.max()
+    return float(busiest_link), float((cost * links.received).sum() + links.forwarded[0].sum())
+
+
+def cut_slices(slices: Slices) -> CutSlices:
+    """Return the slices of the documents that are cut."""
+    return CutSlices.of(SliceTable.of_columns(SliceColumns.of(slices).maximal()))
 
 
 def node_plans(flat: Slices, caps: Caps, ranks_per_node: int) -> list[Slices]:
@@ -103,27 +107,9 @@ def _shared_out_to_nodes(caps: Caps, nodes: int) -> list[Candidate]:
 
 
 def grouped(slices: Slices, ranks_per_node: int) -> Slices:
-    """Reorder ranks for less traffic between nodes: each changes places with the rank with which it saves the most."""
-    traffic = traffic_matrix(slices)
-    traffic = traffic + traffic.T
-    ranks = np.arange(len(slices))
-    node = ranks // ranks_per_node
-    with_node = np.add.reduceat(traffic, ranks[::ranks_per_node], axis=1)
-    settled = 0
-    while settled < len(slices):
-        for rank in ranks:
-            here = node[rank]
-            gain = with_node[rank, node] - with_node[rank, here] + with_node[:, here] - with_node[ranks, node]
-            gain = np.where(node == here, 0, gain - 2 * traffic[rank])
-            other = gain.argmax()
-            settled += 1
-            if gain[other] > 0:
-                settled, there = 0, node[other]
-                moved = traffic[:, other] - traffic[:, rank]
-                with_node[:, here] += moved
-                with_node[:, there] -= moved
-                node[rank], node[other] = there, here
-    return [slices[rank] for rank in np.argsort(node, kind="stable")]
+    """Reorder ranks for less traffic between nodes, see [`group_ranks`]."""
+    traffic = rank_traffic(cut_slices(slices), len(slices), 1)[0]
+    return [slices[rank] for rank in group_ranks(traffic, ranks_per_node)]
 
 
 def _inside(held: list[Slice], ranks: int, caps: Caps) -> Slices:

@@ -9,6 +9,8 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
+
 from ...plan.slices import Slices, attention_pairs
 from ..caps import Item, assign_shares, item_of
 
@@ -124,19 +126,22 @@ class Packing:
     def _pair_swap(self, donor: Load) -> Swap | None:
         """Return the swap with one of the ranks with the fewest pairs that most lowers the larger load of the two."""
         best, swap = donor.pairs, None
-        mine = [(item.pairs, item) for item in donor.items[:_COMPARED]]
-        for receiver in sorted(self.ranks, key=_pairs)[:4]:
+        mine = donor.items[:_COMPARED]
+        given = np.array([[item.pairs] for item in mine])
+        for receiver in heapq.nsmallest(4, self.ranks, key=_pairs):
             if receiver is donor:
                 continue
-            others = [(0, None), *((item.pairs, item) for item in receiver.items[:_COMPARED])]
-            for pairs, item in mine:
-                for other_pairs, other in others:
-                    change = pairs - other_pairs
-                    if change > 0:
-                        peak = max(donor.pairs - change, receiver.pairs + change)
-                        if peak < best:
-                            best, swap = peak, (receiver, item, other)
-        return Swap(swap[0], [swap[1]], swap[2]) if swap else None
+            others = [None, *receiver.items[:_COMPARED]]
+            change = given - np.array([0, *map(_pairs, others[1:])])
+            peak = np.maximum(donor.pairs - change, receiver.pairs + change)
+            peak[change <= 0] = donor.pairs
+            place = int(peak.argmin())
+            if peak.flat[place] < best:
+                best, swap = (
+                    peak.flat[place],
+                    Swap(receiver, [mine[place // len(others)]], others[place % len(others)]),
+                )
+        return swap
 
     def _cut_for_pairs(self, donor: Load, share: int) -> bool:
         """Move a head from a rank without room for pairs to the rank with the most room; return whether that worked.

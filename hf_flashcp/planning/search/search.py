@@ -19,6 +19,10 @@ NEAR = 1.03
 FAR = 1.2
 """Plans above this multiple of the lower bound are worth a longer search."""
 
+BELOW = ((0.94, 0.5), (0.97, 1.3), (0.97, 0.5), (0.9, 0.5), (0.97, 1.0))
+"""Pairs of target, as a fraction of the bottleneck of Algorithm 1's plan, and spreading, for plans that are to be
+nowhere above that plan. [`Construction`] explains both."""
+
 MOST_WORK = 4_000_000
 """The most slices to build in rounds of Algorithm 1. Only batches of thousands of documents on hundreds of ranks reach
 this limit. Algorithm 1 would take minutes for them."""
@@ -56,6 +60,8 @@ def _best_found(caps: Caps, minimize_total: bool, state_tokens: float) -> Candid
         reference = reference or _raise_limits(candidates, effort)
         candidates.repair(reference.slices, effort.solves)
     _spread_traffic(candidates, reference.bottleneck if reference else math.inf, effort.targets)
+    if reference:
+        _go_below(candidates, reference, effort.targets)
     if minimize_total:
         _lower_total(candidates, effort)
     if state_tokens:
@@ -129,6 +135,18 @@ def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) 
         spreading = 1.0
 
 
+def _go_below(candidates: Candidates, reference: Candidate, tries: int) -> None:
+    """Look for plans that are nowhere above that of Algorithm 1, if none of those found is."""
+    if not reference.total or any(map(reference.is_nowhere_below, candidates.found)):
+        return
+    tried = len(SETTINGS) - len(candidates.untried)
+    candidates.build_next(2 - tried, near=0)
+    built = [plan for plan in candidates.found if plan.settings in SETTINGS]
+    for base in sorted(built, key=lambda plan: plan.total)[:2]:
+        for share, spreading in BELOW[:tries]:
+            candidates.build_like(base, share * reference.bottleneck, spreading)
+
+
 def _lower_total(candidates: Candidates, effort: Effort) -> None:
     """Build more plans, then re-plan pairs of ranks in those with the least total."""
     candidates.build_next(effort.more_settings, NEAR)
@@ -140,5 +158,5 @@ def _lower_total(candidates: Candidates, effort: Effort) -> None:
 def _choose(found: list[Candidate], reference: Candidate | None, minimize_total: bool) -> Candidate:
     """Return the best plan. If there is a reference, only plans that are nowhere above it are considered."""
     if reference and not minimize_total:
-        found = [plan for plan in found if plan.total <= reference.total and plan.bottleneck <= reference.bottleneck]
+        found = [plan for plan in found if reference.is_nowhere_below(plan)]
     return best_of([*found, reference] if reference else found, minimize_total)
