@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ..errors import UnmetCapWarning
 from ..plan.lengths import check_lengths
+from ..plan.moved import rank_pairs
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import Lengths, Slice, rank_pairs
+from ..plan.slice_table import SliceColumns
+from ..plan.slices import Lengths
 from ..plan.topology import Topology
 from ..predict.cost_model import CostModel
 from .algorithm1 import flashcp
 from .caps import Caps
-from .fastest import fastest, in_stages
+from .fastest import fastest
 from .search.nodes import search_in_nodes
 from .search.search import search
 from .settings import DEFAULT_STRATEGY, PlanSettings
-from .sharding import per_doc, per_seq, whole_doc
+from .sharding import per_doc_columns, per_seq, whole_doc
+from .stagings import in_stages
 
 
 def plan_documents(
@@ -56,8 +59,7 @@ def plan_documents(
               Of the plans within 10% of the least total KV found, it returns the one whose busiest rank receives or
               sends the least. It never moves more KV than "flashcp", in total or on the busiest rank.
         cost_model (`CostModel`, *optional*): with `"search"`, look for the least predicted step time within the caps
-            instead. This favors balance where compute is the bottleneck, and little KV where a link is. It takes
-            several times longer.
+            instead. This favors balance where compute is the bottleneck, and little KV where a link is.
         max_imbalance (`float`, *optional*, defaults to 1.05): the most attention pairs that a rank may hold, as a
             multiple of the mean. Only "flashcp" and "search" obey it. If they find no plan within the cap, the best
             balanced plan known is returned, with an [`~hf_flashcp.errors.UnmetCapWarning`].
@@ -111,21 +113,20 @@ def plan_with(settings: PlanSettings, lengths: Iterable[int]) -> ShardPlan:
     caps = settings.max_imbalance, settings.max_token_imbalance
     cost_model, topology = settings.timing(), settings.topology
     offset_groups, ranks_per_node = None, topology.ranks_per_node if topology else None
-    slices: Sequence[Sequence[Slice]]
     match settings.strategy:
         case "whole_doc":
-            slices = whole_doc(lengths, cp_size)
+            columns = SliceColumns.of(whole_doc(lengths, cp_size))
         case "per_doc":
-            slices = per_doc(lengths, cp_size, settings.rotate_ranks)
+            columns = per_doc_columns(lengths, cp_size, settings.rotate_ranks)
         case "per_seq":
-            slices = per_seq(lengths, cp_size)
+            columns = SliceColumns.of(per_seq(lengths, cp_size))
         case "flashcp":
-            slices = flashcp(Caps(lengths, cp_size, *caps))
+            columns = SliceColumns.of(flashcp(Caps(lengths, cp_size, *caps)))
         case "search" if cost_model is not None:
-            slices, offset_groups, ranks_per_node = _fastest(lengths, cp_size, *caps, cost_model, settings.num_stages)
+            columns, offset_groups, ranks_per_node = _fastest(lengths, cp_size, *caps, cost_model, settings.num_stages)
         case _:
-            slices = _searched(lengths, cp_size, *caps, settings.minimize_total, topology, settings.state_tokens)
-    plan = ShardPlan(lengths, cp_size, slices, offset_groups, ranks_per_node).validate()
+            columns = _searched(lengths, cp_size, *caps, settings.minimize_total, topology, settings.state_tokens)
+    plan = ShardPlan.from_columns(lengths, cp_size, columns, offset_groups, ranks_per_node).validate()
     if settings.num_stages is not None and cost_model is None:
         plan = in_stages(plan, settings.num_stages)
     if settings.strategy in ("flashcp", "search"):
@@ -147,13 +148,13 @@ def _searched(
     minimize_total: bool,
     topology: Topology | None,
     state_tokens: float,
-) -> tuple[tuple[Slice, ...], ...]:
+) -> SliceColumns:
     caps = Caps(lengths, cp_size, max_imbalance, max_token_imbalance)
     if topology is None:
         slices = search(caps, minimize_total=minimize_total, state_tokens=state_tokens)
     else:
         slices = search_in_nodes(caps, topology, state_tokens)
-    return tuple(map(tuple, slices))
+    return SliceColumns.of(slices)
 
 
 @functools.lru_cache(maxsize=128)
@@ -164,9 +165,9 @@ def _fastest(
     max_token_imbalance: float,
     cost_model: CostModel,
     num_stages: int | None,
-) -> tuple[tuple[tuple[Slice, ...], ...], tuple[tuple[int, ...], ...] | None, int | None]:
+) -> tuple[SliceColumns, tuple[tuple[int, ...], ...] | None, int | None]:
     plan = fastest(Caps(lengths, cp_size, max_imbalance, max_token_imbalance), cost_model, num_stages)
-    return plan.slices, plan.offset_groups, plan.ranks_per_node
+    return plan.columns, plan.offset_groups, plan.ranks_per_node
 
 
 def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
@@ -174,7 +175,7 @@ def _warn_of_unmet_cap(plan: ShardPlan, max_imbalance: float) -> None:
 
     The cap on tokens can always be met. The cap on pairs cannot be met if documents are short or few can be cut.
     """
-    pairs = rank_pairs(plan.slices)
+    pairs = rank_pairs(plan)
     imbalance = max(pairs) * plan.cp_size / sum(pairs)
     if imbalance > max_imbalance:
         warnings.warn(

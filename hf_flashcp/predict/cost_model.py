@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plan.shard_plan import ShardPlan
-from ..plan.slices import rank_tokens
 from .hardware_profile import HardwareProfile
+from .joined_plans import JoinedPlans
 from .layer_work import Rectangles, StageWork, call_seconds, layer_work
 from .model_shape import AttentionLayers, ModelShape, RecurrentLayers, state_tokens
 from .recurrent_costs import RecurrentCosts, scan_seconds
@@ -75,6 +75,11 @@ class StepTime:
         In a hybrid model the waiting includes that for states.
         """
         return float((self.attention + self.copies + self.exposed).max())
+
+    def divided(self, parts: int) -> list[StepTime]:
+        """Return the times of each of so many plans, which were predicted together."""
+        columns = [np.split(values, parts) for values in vars(self).values()]
+        return [StepTime(*of_plan) for of_plan in zip(*columns)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the times in a JSON-serializable form."""
@@ -136,22 +141,44 @@ class CostModel:
 
     def step_time(self, plan: ShardPlan) -> StepTime:
         """Predict the times of one training step on the batch of a plan."""
-        return self.sum_up(plan, [self.passes(plan, layers) for layers in self.layers])
+        return self.step_times([plan])[0]
 
-    def sum_up(self, plan: ShardPlan, passes: Sequence[tuple[PassTimes, PassTimes]]) -> StepTime:
+    def step_times(self, plans: Sequence[ShardPlan]) -> list[StepTime]:
+        """Predict the times of one training step under each of several plans of the same documents and cp_size.
+
+        This takes far less time than to predict them one by one. The nodes of a plan replace those of the hardware.
+        """
+        found: dict[int, StepTime] = {}
+        for ranks_per_node in dict.fromkeys(plan.ranks_per_node for plan in plans):
+            places = [place for place, plan in enumerate(plans) if plan.ranks_per_node == ranks_per_node]
+            joined, model = JoinedPlans([plans[place] for place in places]), self
+            if ranks_per_node is not None:
+                hardware = dataclasses.replace(self.hardware, ranks_per_node=ranks_per_node)
+                model = dataclasses.replace(self, hardware=hardware)
+            found |= zip(places, model.joined_step_time(joined, ranks_per_node is not None).divided(len(places)))
+        return [found[place] for place in range(len(plans))]
+
+    def joined_step_time(self, plans: JoinedPlans, hierarchical: bool) -> StepTime:
+        """Predict the times of joined plans, with a hierarchical or a direct exchange, whatever the plans say."""
+        passes = [self.passes(plans, layers, hierarchical) for layers in self.layers]
+        return self.sum_up(plans, passes, hierarchical)
+
+    def sum_up(
+        self, plans: JoinedPlans, passes: Sequence[tuple[PassTimes, PassTimes]], hierarchical: bool = False
+    ) -> StepTime:
         """Return the times of a step, given the forward and backward times of one attention layer of each group.
 
         The times of recurrent layers are those with this library's exchange.
         """
-        attention = [np.zeros(plan.cp_size) for _ in PassTimes._fields]
+        attention = [np.zeros(plans.cp_size) for _ in PassTimes._fields]
         for layers, (forward, backward) in zip(self.layers, passes):
             for total, once, other in zip(attention, forward, backward):
                 total += layers.count * (once + other)
         kernels, copies, exposed, transfer = attention
-        linear = self._linear_seconds(np.array(rank_tokens(plan.slices)))
+        linear = self._linear_seconds(plans.tokens)
         if self.recurrent is None:
-            return StepTime(linear, kernels, copies, exposed, transfer, np.zeros(plan.cp_size))
-        recurrent = RecurrentCosts(self.hardware, self.recurrent, plan, self.itemsize).step()
+            return StepTime(linear, kernels, copies, exposed, transfer, np.zeros(plans.cp_size))
+        recurrent = RecurrentCosts(self.hardware, self.recurrent, plans, self.itemsize, hierarchical).step()
         exposed, transfer = exposed + recurrent.exposed, transfer + recurrent.transfer
         return StepTime(linear, kernels, copies, exposed, transfer, recurrent.attention)
 
@@ -173,10 +200,10 @@ class CostModel:
                 attention += layers.count * call_seconds(kernel, squares, cp_size=len(lengths), causal=True, **options)
         return self._linear_seconds(lengths) + self._scan_seconds(lengths), attention
 
-    def passes(self, plan: ShardPlan, layers: AttentionLayers) -> tuple[PassTimes, PassTimes]:
+    def passes(self, plans: JoinedPlans, layers: AttentionLayers, hierarchical: bool) -> tuple[PassTimes, PassTimes]:
         """Predict the times of one layer's forward and backward with this library's exchange."""
-        layer = LayerCosts(self, layers, plan)
-        local, stages = layer_work(plan, layer.window, self.hardware.ranks_per_node)
+        layer = LayerCosts(self, layers, plans)
+        local, stages = layer_work(plans, layer.window, self.hardware.ranks_per_node, hierarchical)
         return layer.forward(local, stages), layer.backward(local, stages)
 
     def _scan_seconds(self, lengths: np.ndarray) -> np.ndarray:
@@ -196,7 +223,7 @@ class CostModel:
 class LayerCosts:
     """Predicts the times of one attention layer under a plan. All times are in seconds, (cp_size,)."""
 
-    def __init__(self, model: CostModel, layers: AttentionLayers, plan: ShardPlan):
+    def __init__(self, model: CostModel, layers: AttentionLayers, plan: ShardPlan | JoinedPlans):
         self.model, self.layers, self.plan, self.cp_size = model, layers, plan, plan.cp_size
         self.window = plan.hiding_window(layers.window)
 

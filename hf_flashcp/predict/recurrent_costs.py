@@ -10,16 +10,11 @@ Documents that are cut need two exchanges, each at a moment when the layer has n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from ..plan.contracted import contracted
-from ..plan.hierarchical_traffic import hierarchical_traffic
-from ..plan.shard_plan import ShardPlan
-from ..plan.slices import Slice
-from ..plan.traffic import by_link, traffic_matrix
+from ..plan.link_traffic import LinkTraffic, Nodes, entry_links, full_links, window_entries
 from .hardware_profile import HardwareProfile, Kernel
+from .joined_plans import JoinedPlans
 from .model_shape import RecurrentLayers
 from .timeline import PassTimes, Timeline
 
@@ -52,32 +47,43 @@ def scan_seconds(
 class RecurrentCosts:
     """Predicts the times of one layer under a plan. All times are in seconds, (cp_size,)."""
 
-    def __init__(self, hardware: HardwareProfile, layers: RecurrentLayers, plan: ShardPlan, itemsize: int):
-        self.hardware, self.layers, self.plan, self.itemsize = hardware, layers, plan, itemsize
+    def __init__(
+        self,
+        hardware: HardwareProfile,
+        layers: RecurrentLayers,
+        plans: JoinedPlans,
+        itemsize: int,
+        hierarchical: bool,
+    ):
+        self.hardware, self.layers, self.plans, self.itemsize = hardware, layers, plans, itemsize
+        self._nodes, self._hierarchical = (
+            Nodes(plans.cp_size, plans.ranks_of_each, hardware.ranks_per_node),
+            hierarchical,
+        )
 
     def received(self) -> np.ndarray:
         """Return the bytes that each rank receives in forward, (2, cp_size): inside nodes and between nodes."""
-        plan, layers = self.plan, self.layers
-        nodes = self.hardware.ranks_per_node
-        states, halo = contracted(plan.slices).slices, layers.halo_tokens + 1
-        of_states, of_halo = (
-            sum(by_link(traffic, nodes)[0] for traffic in self._traffic(slices, window))
-            for slices, window in ((states, None), (plan.slices, halo))
-        )
-        return of_states * layers.summary_bytes + of_halo * self._halo_bytes
+        found = np.zeros((2, self.plans.cp_size))
+        for links, row_bytes in (self._states(backwards=False), self._halo()):
+            found += links.received * row_bytes
+            found[0] += links.forwarded[0] * row_bytes
+        return found
 
     def forward(self) -> PassTimes:
         """Return the times of forward."""
-        line = Timeline(self.plan.cp_size)
-        halo = line.transfer(self._halo_seconds())
-        line.transfer(self._state_seconds(backwards=False), line.kernel(self._scan_seconds(backward=False), halo))
+        line = Timeline(self.plans.cp_size)
+        halo = line.transfer(self._exchange_seconds(*self._halo()))
+        line.transfer(
+            self._exchange_seconds(*self._states(backwards=False)),
+            line.kernel(self._scan_seconds(backward=False), halo),
+        )
         return line.times()
 
     def backward(self) -> PassTimes:
         """Return the times of backward."""
-        line = Timeline(self.plan.cp_size)
-        states = line.transfer(self._state_seconds(backwards=True))
-        line.transfer(self._halo_seconds(), line.kernel(self._scan_seconds(backward=True), states))
+        line = Timeline(self.plans.cp_size)
+        states = line.transfer(self._exchange_seconds(*self._states(backwards=True)))
+        line.transfer(self._exchange_seconds(*self._halo()), line.kernel(self._scan_seconds(backward=True), states))
         return line.times()
 
     def step(self) -> PassTimes:
@@ -88,32 +94,24 @@ class RecurrentCosts:
         return PassTimes(*(self.layers.count * (one + other) for one, other in zip(self.forward(), self.backward())))
 
     def _scan_seconds(self, backward: bool) -> np.ndarray:
-        table, kernel = self.plan.slice_table, self.hardware.kernel
+        table, kernel = self.plans.slice_table, self.hardware.kernel
         starts, lengths = table.spans.starts - table.bases, table.spans.lengths
         seconds = scan_seconds(kernel, self.layers, lengths, starts, backward)
         launched = kernel.call_seconds * (self.layers.flops_per_token > 0)
-        return np.bincount(table.ranks, seconds, self.plan.cp_size) + launched
+        return np.bincount(table.ranks, seconds, self.plans.cp_size) + launched
 
-    def _state_seconds(self, backwards: bool) -> np.ndarray:
-        slices = contracted(self.plan.slices, backwards=backwards).slices
-        return self._exchange_seconds(slices, None, self.layers.summary_bytes)
+    def _states(self, backwards: bool) -> tuple[LinkTraffic, int]:
+        """Return the traffic of states, and the bytes of each."""
+        slices = self.plans.cut_slices.contracted(backwards)
+        return full_links(slices, self._nodes, self._hierarchical), self.layers.summary_bytes
 
-    def _halo_seconds(self) -> np.ndarray:
-        return self._exchange_seconds(self.plan.slices, self.layers.halo_tokens + 1, self._halo_bytes)
+    def _halo(self) -> tuple[LinkTraffic, int]:
+        """Return the traffic of the tokens before each slice that convolutions read, and the bytes of each."""
+        entries = window_entries(self.plans.slice_table, self.layers.halo_tokens + 1)
+        links = entry_links(entries, 1, self._nodes, self._hierarchical)[0]
+        return links, self.layers.halo_width * self.itemsize
 
-    @property
-    def _halo_bytes(self) -> int:
-        return self.layers.halo_width * self.itemsize
-
-    def _traffic(self, slices: Sequence[Sequence[Slice]], window: int | None) -> list[np.ndarray]:
-        """Return the rows that travel in the one step of a direct exchange, or in two of a hierarchical one."""
-        if self.plan.ranks_per_node is None:
-            return [traffic_matrix(slices, window)]
-        return list(hierarchical_traffic(slices, self.plan.ranks_per_node, window))
-
-    def _exchange_seconds(self, slices: Sequence[Sequence[Slice]], window: int | None, row_bytes: int) -> np.ndarray:
+    def _exchange_seconds(self, links: LinkTraffic, row_bytes: int) -> np.ndarray:
         """Return the time of an exchange, whose steps follow each other."""
-        nodes, seconds = self.hardware.ranks_per_node, np.zeros(self.plan.cp_size)
-        for traffic in self._traffic(slices, window):
-            seconds = seconds + self.hardware.wire_seconds(np.maximum(*by_link(traffic, nodes)) * row_bytes)
-        return seconds
+        first = self.hardware.wire_seconds(np.maximum(links.received, links.sent) * row_bytes)
+        return first + self.hardware.intra_node.seconds(links.forwarded.max(0) * row_bytes)
