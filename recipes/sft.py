@@ -75,9 +75,9 @@ class ContextParallelArguments:
         default=None, metadata={"help": "Processes that share each batch. Defaults to accelerate's config file."}
     )
     strategy: str | None = field(default=None, metadata={"help": "How documents are sharded (see plan_documents)."})
-    hardware: str | None = field(
-        default=None,
-        metadata={"help": "Hardware to minimise the predicted step time for: a profile (h100) or a JSON file."},
+    hardware: str = field(
+        default="auto",
+        metadata={"help": "Hardware to minimise the predicted step time for: auto, a profile (h100) or a JSON file."},
     )
     keep_received_kv: bool | None = field(
         default=None, metadata={"help": "Whether layers keep received KV for backward (see FlashCPPlugin)."}

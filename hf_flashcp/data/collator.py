@@ -150,8 +150,11 @@ class FlashCPCollator(DataCollatorWithFlattening):
         Raises:
             ConfigurationError: the collator was created with different settings.
         """
-        chosen = [field.name for field in dataclasses.fields(PlanSettings) if field.name != "state_tokens"]
-        names = chosen if self._has_own_settings else ["cp_size"]  # the attached model sets `state_tokens`
+        found = {"state_tokens", *settings.automatic}  # with the attached model
+        if "hardware" in found:
+            found.add("cost_model")
+        chosen = [field.name for field in dataclasses.fields(PlanSettings) if field.name not in found]
+        names = chosen if self._has_own_settings else ["cp_size"]
         own, others = ({name: getattr(each, name) for name in names} for each in (self.settings, settings))
         if differing := [name for name in names if own[name] != others[name]]:
             mine, theirs = (", ".join(f"{name} {each[name]!r}" for name in differing) for each in (own, others))

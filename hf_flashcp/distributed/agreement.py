@@ -61,7 +61,7 @@ def require_agreement(
     found = gather_values(what, values, group, advice=advice, error=error, meanwhile=meanwhile, timeout=timeout)
     if any(each != found[0] for each in found):
         ranks = dist.get_process_group_ranks(mesh_group_of(group))
-        raise error(f"Ranks disagree on {what}: {_differences(ranks, found)}. {advice}")
+        raise error(f"Ranks disagree on {what}: {differences(ranks, found)}. {advice}")
 
 
 def gather_values(
@@ -117,7 +117,7 @@ def _values(store: dist.Store, keys: list[str], timeout: timedelta) -> list[dict
                 return None
 
 
-def _differences(ranks: list[int], found: list[dict[str, Any]]) -> str:
+def differences(ranks: list[int], found: list[dict[str, Any]]) -> str:
     """Return a sentence such as `cp_size is 2 on ranks 0, 1 and 4 on rank 2` for every key that differs."""
     texts = []
     for key in found[0] | found[-1]:

@@ -23,6 +23,7 @@ from .models.classification import backbone_of, gather_scores
 from .models.model_support import check_model
 from .models.router_loss import share_router_losses
 from .plugin import FlashCPPlugin
+from .surroundings import plan_for_surroundings
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,11 @@ def attach(
     share_router_losses(inner)
     plugin = plugin or current_owner(cp_size)
     settings = current_settings(cp_size) if plugin is None else plugin.plan_settings
-    settings.for_model(inner.config, _training_itemsize(inner, accelerator_or_mesh))
+    itemsize = _training_itemsize(inner, accelerator_or_mesh)
+    if group is None or cp_size == 1:
+        settings.for_model(inner.config, itemsize)
+    else:
+        plan_for_surroundings(settings, inner, mesh, group, itemsize)
     earlier = attached_handle(inner)
     handle = ContextParallelHandle(backbone, mesh, settings, plugin, on_plan, model)
     if backbone is not inner:

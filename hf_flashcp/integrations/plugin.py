@@ -6,7 +6,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
 from accelerate import ParallelismConfig
@@ -70,11 +70,14 @@ class FlashCPPlugin(ParallelismConfig):
             of their `cp_size` processes.
         strategy (`str`, *optional*): how documents are sharded, see [`plan_documents`]. Defaults to the environment
             variable `FLASHCP_STRATEGY`, otherwise to "search".
-        hardware (`str`, `Path` or `HardwareProfile`, *optional*): hardware for which "search" minimizes the predicted
-            step time: the name of a profile, its JSON file, or a profile. By default, "search" minimizes KV traffic
-            within the caps.
-        topology (`Topology`, *optional*): division of ranks into nodes. Keys and values then cross to each node once.
-            If `hardware` is also given, this replaces the profile's `ranks_per_node`.
+        hardware (`str`, `Path` or `HardwareProfile`, *optional*, defaults to `"auto"`): hardware for which "search"
+            minimizes the predicted step time: the name of a profile, its JSON file, or a profile. "auto" is the
+            profile for the device that the first rank of the group has when the model is attached; with other
+            strategies and before that, it is `None`. With `None`, "search" minimizes KV traffic within the caps.
+        topology (`Topology`, *optional*, defaults to `"auto"`): division of ranks into nodes. Keys and values then
+            cross to each node once, and it replaces the `ranks_per_node` of the hardware profile. "auto" takes the
+            nodes from the launcher's `LOCAL_WORLD_SIZE` when the model is attached, if the group fills several nodes,
+            and otherwise is `None`: no division.
         max_imbalance (`float`, *optional*, defaults to 1.05): cap on a rank's attention pairs, see [`plan_documents`].
         max_token_imbalance (`float`, *optional*, defaults to 1.0): cap on a rank's tokens, see [`plan_documents`].
         num_stages (`int`, *optional*): number of stages in which a layer's KV travels, see [`plan_documents`].
@@ -111,7 +114,8 @@ class FlashCPPlugin(ParallelismConfig):
             batch.
 
     Attributes:
-        plan_settings (`PlanSettings`): the settings that determine how batches are planned.
+        plan_settings (`PlanSettings`): the settings that determine how batches are planned. After [`attach`], its
+            `hardware` and `topology` are those that "auto" stands for.
 
     Raises:
         ConfigurationError: a size does not match the number of processes; tensor parallelism, sequence parallelism,
@@ -120,8 +124,8 @@ class FlashCPPlugin(ParallelismConfig):
     """
 
     strategy: str | None = None
-    hardware: str | Path | HardwareProfile | None = None
-    topology: Topology | None = None
+    hardware: str | Path | HardwareProfile | None = "auto"
+    topology: Topology | Literal["auto"] | None = "auto"
     max_imbalance: float = 1.05
     max_token_imbalance: float = 1.0
     num_stages: int | None = None

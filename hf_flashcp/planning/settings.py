@@ -18,6 +18,7 @@ from ..predict.cost_model import CostModel
 from ..predict.hardware_profile import HardwareProfile
 from ..predict.model_config import has_known_mixers
 from ..predict.model_shape import ModelShape
+from .devices import Surroundings
 
 
 if TYPE_CHECKING:
@@ -40,9 +41,16 @@ class PlanSettings:
         cp_size (`int`): number of context-parallel ranks.
         hardware (`str`, `Path` or `HardwareProfile`, *optional*): with the strategy "search", plan for the least
             predicted step time on this hardware. The prediction needs the sizes of a model, which
-            [`~PlanSettings.for_model`] takes.
+            [`~PlanSettings.for_model`] takes. "auto" is the hardware that [`~PlanSettings.adopt`] takes, and `None`
+            until then, with another strategy and beside another goal.
+        topology (`Topology`, *optional*): the ranks' nodes, see [`plan_documents`]. "auto" is likewise the nodes that
+            [`~PlanSettings.adopt`] takes, and `None` until then.
 
     [`plan_documents`] describes all other arguments.
+
+    Attributes:
+        automatic (`frozenset[str]`): which of `hardware` and `topology` take what is found.
+        surroundings (`Surroundings`, *optional*): what was found.
 
     Raises:
         PlanError: a cp_size below 1, an unknown strategy, a cap below 1, an option that the strategy does not have,
@@ -78,6 +86,7 @@ class PlanSettings:
                 f"state_tokens is {reprlib.repr(self.state_tokens)}: it is the price of a state in tokens of KV, so "
                 "it must be a number of at least 0. Pass 0 for models without recurrent layers."
             )
+        self._set_automatic()
         self._check_owners()
         if self.num_stages is not None:
             self.num_stages = check_size("num_stages", self.num_stages)
@@ -86,6 +95,17 @@ class PlanSettings:
         if self.hardware is not None:
             self.hardware = HardwareProfile.load(self.hardware)
         self._check_goals()
+
+    def _set_automatic(self) -> None:
+        """Replace "auto" by `None`, and remember where it was."""
+        self.surroundings: Surroundings | None = None
+        self.automatic = frozenset(name for name in ("hardware", "topology") if getattr(self, name) == "auto")
+        for name in self.automatic:
+            setattr(self, name, None)
+        if self.minimize_total:
+            self.automatic = frozenset()
+        elif self.strategy != "search" or self.cost_model is not None or self.state_tokens:
+            self.automatic -= {"hardware"}
 
     def _check_owners(self) -> None:
         owners = {
@@ -119,7 +139,24 @@ class PlanSettings:
                 "Leave it out, or leave those out."
             )
 
-    def for_model(self, config: PreTrainedConfig | Mapping[str, Any], itemsize: int = 2) -> None:
+    def adopt(self, found: Surroundings) -> None:
+        """Plan for what was found, where `hardware` and `topology` are "auto". Call [`~PlanSettings.for_model`] next.
+
+        Without a topology, all ranks count as one node, whose links have the speed of those between nodes if it is
+        not really one.
+        """
+        self.surroundings = found
+        if "topology" in self.automatic:
+            ranks_per_node = found.ranks_per_node or self.cp_size
+            self.topology = Topology(ranks_per_node) if ranks_per_node < self.cp_size else None
+        if "hardware" in self.automatic:
+            profile = HardwareProfile.load(found.profile)
+            if self.topology is None and found.ranks_per_node != self.cp_size:
+                profile = dataclasses.replace(profile, intra_node=profile.inter_node)
+            in_node = self.cp_size if self.topology is None else self.topology.ranks_per_node
+            self.hardware = dataclasses.replace(profile, ranks_per_node=in_node)
+
+    def for_model(self, config: PreTrainedConfig | Mapping[str, Any], itemsize: int = 2) -> str | None:
         """Set the model to plan for.
 
         With `hardware`, its step times are predicted. Otherwise its recurrent layers, if any, set `state_tokens`, the
@@ -129,14 +166,27 @@ class PlanSettings:
             config (`PreTrainedConfig` or `Mapping`): config of the model.
             itemsize (`int`, *optional*, defaults to 2): bytes per element in the training dtype.
 
+        Returns:
+            `str`, *optional*: why step times cannot be predicted although the hardware was found. Plans are then made
+            for little KV traffic.
+
         Raises:
-            ConfigurationError: the config lacks the sizes of its attention layers.
+            ConfigurationError: the config lacks the sizes of its attention layers, and `hardware` is not "auto".
         """
+        problem = None
         if self.hardware is not None:
-            self.cost_model = CostModel.from_config(config, self.hardware, itemsize=itemsize)
-        elif self.strategy == "search" and self.cost_model is None:
-            recurrent = has_known_mixers(config)
+            try:
+                self.cost_model = CostModel.from_config(config, self.hardware, itemsize=itemsize)
+                self.state_tokens = 0.0
+            except ConfigurationError as error:
+                if "hardware" not in self.automatic:
+                    raise
+                self.hardware = self.cost_model = None
+                problem = str(error)
+        if self.strategy == "search" and self.cost_model is None:
+            recurrent = problem is None and has_known_mixers(config)
             self.state_tokens = ModelShape.from_config(config).state_tokens(itemsize) if recurrent else 0.0
+        return problem
 
     def timing(self) -> CostModel | None:
         """Return the cost model that predicts step times, with the nodes of `topology` if that is set.
