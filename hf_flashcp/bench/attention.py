@@ -31,6 +31,9 @@ from ..plan.ranges import Ranges
 from ..plan.stage_traffic import LayerTraffic, StageTraffic
 from ..plan.traffic import NeededKeys
 from ..planning import plan_documents
+from ..predict import CostModel, HardwareProfile
+from ..predict.model_shape import AttentionLayers
+from ..simulation.simulate import TIMED
 from ..tables import counted, records_table
 from .arguments import with_arguments
 from .traces import kept_and_peak, trace_events
@@ -61,14 +64,18 @@ def measure(
     kv_heads: int = 8,
     head_dim: int = 128,
     dtype: str = "bf16",
-    strategies: Sequence[str] = ("per_doc", "flashcp", "search"),
+    strategies: Sequence[str] = ("per_doc", "flashcp", "search", TIMED),
     exchanges: Sequence[str] = ("needed", "all"),
     num_stages: int | None = None,
     max_imbalance: float = 1.05,
+    hardware: str = "cpu",
     head_groups: Sequence[int] = (1,),
     rounds: int = 10,
 ) -> dict[str, Any]:
     """Time forward and backward of one causal full-attention layer.
+
+    "search_timed" is the strategy "search" with the layer's predicted time on `hardware`, which `FlashCPPlugin` uses
+    by default on a CPU.
 
     `seconds`, `forward` and `waiting` are medians over rounds on the slowest rank. `ideal_share` is the median over
     rounds of the single process's time / cp_size / the case's time. Bytes received, kernel calls and collectives are
@@ -78,7 +85,15 @@ def measure(
     """
     names = list(itertools.product(strategies, exchanges, head_groups))
     caps = {"max_imbalance": max_imbalance, "num_stages": num_stages}
-    plans = {strategy: plan_documents(lengths, cp_size, strategy=strategy, **caps) for strategy in strategies}
+    itemsize = DTYPES[dtype].itemsize
+    layers = AttentionLayers(1, heads, kv_heads, head_dim, head_dim)
+    model = CostModel(HardwareProfile.load(hardware), 0.0, (layers,), itemsize, itemsize)
+    plans = {
+        strategy: plan_documents(lengths, cp_size, cost_model=model, **caps)
+        if strategy == TIMED
+        else plan_documents(lengths, cp_size, strategy=strategy, **caps)
+        for strategy in strategies
+    }
     cases = [(plans[strategy], exchange, groups) for strategy, exchange, groups in names]
     given = list(lengths), cases, (heads, kv_heads, head_dim), dtype, rounds
     with WorkerPool() as pool:

@@ -133,6 +133,8 @@ def compare(config: dict[str, Any], options: dict[str, Any], lengths=LENGTHS, me
         head_groups=setup.head_groups,
         mlp_tiles=setup.mlp_tiles,
         keep_received_kv=setup.keep_received_kv,
+        hardware=None,  # the estimate is for the plan that is made without a cost model
+        topology=None,
     )
     handle = attach(model, mesh, plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

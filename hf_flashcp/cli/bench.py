@@ -17,6 +17,7 @@ from typing import Any
 from ..data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from ..errors import ConfigurationError
 from ..planning import STRATEGIES
+from ..simulation.simulate import TIMED
 from . import options
 from .bench_gpu import add_gpu
 from .plots import plot_layer, require_matplotlib
@@ -157,7 +158,8 @@ def _add_layers(benches) -> None:
     options.add_number(attention, "--window", 8192, "tokens in a pack, with --packs")
     options.add_number(attention, "--seed", 0, "random seed of the first pack, with --packs")
     options.add_number(attention, "--cp-size", 2, "processes")
-    _add_layer(attention)
+    _add_layer(attention, strategies=("per_doc", "flashcp", "search", TIMED), choices=(*STRATEGIES, TIMED))
+    options.add_hardware(attention, f"profile with which {TIMED} predicts the layer's time", default="cpu")
     text = "needed: the KV that each rank needs; all: all KV"
     _add_several(attention, "--exchange", ("needed", "all"), text=text, dest="exchanges")
     attention.add_argument(
@@ -281,6 +283,7 @@ def _add_layer(
     head_dim: int = 128,
     dtype: str = "bf16",
     strategies: Sequence[str] = ("per_doc", "flashcp", "search"),
+    choices: Sequence[str] = STRATEGIES,
 ) -> None:
     """Add options for the measured layer, with the given defaults, and for the plans under which it runs."""
     options.add_number(parser, "--heads", heads, "query heads")
@@ -289,7 +292,7 @@ def _add_layer(
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32", "fp64"), default=dtype, help=f"dtype of all tensors (default {dtype})"
     )
-    _add_strategies(parser, strategies)
+    _add_strategies(parser, strategies, choices)
     options.add_number(parser, "--stages", text="stages in which KV is sent (default 1)", dest="num_stages")
 
 
@@ -305,8 +308,10 @@ def _add_corpora(parser: argparse.ArgumentParser) -> None:
     _add_several(parser, "--lengths-from", LENGTH_DISTRIBUTIONS, text=text, dest="corpora", metavar="CORPUS")
 
 
-def _add_strategies(parser: argparse.ArgumentParser, strategies: Sequence[str]) -> None:
-    _add_several(parser, "--strategies", STRATEGIES, strategies, "strategies to compare", metavar="NAME")
+def _add_strategies(
+    parser: argparse.ArgumentParser, strategies: Sequence[str], choices: Sequence[str] = STRATEGIES
+) -> None:
+    _add_several(parser, "--strategies", choices, strategies, "strategies to compare", metavar="NAME")
 
 
 def _add_several(

@@ -10,11 +10,13 @@ from ..errors import PlanError
 from ..plan import ShardPlan, Topology
 from ..plan.kernel_calls import GRIDS
 from ..plan.slices import rank_pairs
-from ..planning import DEFAULT_STRATEGY, STRATEGIES, plan_documents
+from ..planning import DEFAULT_STRATEGY, STRATEGIES, PlanSettings, plan_with
+from ..planning.explanation import Choice, Limits, other_choices, seconds_bound, step_limits
 from ..predict import CostModel, HardwareProfile, StepTime
 from ..predict.model_shape import ModelShape
 from ..tables import GIB, counted, table
 from . import options
+from .plan_explain import explanation_lines
 from .plan_plot import plot_plan
 
 
@@ -68,6 +70,12 @@ def add_parser(commands) -> None:
     )
     options.add_hardware(parser, "predict step times with this profile, and minimize them with the strategy search:")
     options.add_model(parser, "(for --hardware, and to count the states of recurrent layers)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also say what limits the predicted step, and what other choices would give; needs --hardware and "
+        "--model",
+    )
     options.add_json(parser, "plan, report and digest")
     options.add_plot(parser, "the plan")
     parser.set_defaults(run=run)
@@ -78,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
     (lengths,) = options.documents(arguments)
     if arguments.hardware is not None and arguments.model is None:
         raise PlanError("--hardware needs --model: times depend on both.")
+    if arguments.explain and (arguments.hardware is None or arguments.model is None):
+        raise PlanError("--explain needs --hardware and --model: it explains a predicted step.")
     given = topology = None if arguments.ranks_per_node is None else Topology(arguments.ranks_per_node)
     searched, cost_model, state_tokens = arguments.strategy == "search", None, 0.0
     config = None if arguments.model is None else options.read_config(arguments.model)
@@ -89,21 +99,21 @@ def run(arguments: argparse.Namespace) -> None:
         cost_model = CostModel.from_config(config, profile)
     elif shape is not None and searched:
         state_tokens = shape.state_tokens(_ITEMSIZE)
-    plan = plan_documents(
-        lengths,
+    settings = PlanSettings(
         arguments.cp_size,
-        strategy=arguments.strategy,
+        arguments.strategy,
         cost_model=cost_model if searched else None,
         topology=None if searched and cost_model is not None else given,
         max_imbalance=arguments.max_imbalance,
         max_token_imbalance=arguments.max_token_imbalance,
         state_tokens=state_tokens,
     )
+    plan = plan_with(settings, lengths)
     planned = _Planned(
         plan,
         arguments.strategy,
         arguments.sliding_window,
-        cost_model.step_time(plan) if cost_model else None,
+        _predicted(plan, settings, cost_model, arguments.explain) if cost_model else None,
         topology,
         arguments.kernel,
         shape,
@@ -115,13 +125,44 @@ def run(arguments: argparse.Namespace) -> None:
     options.show(shown, str, arguments.json)
 
 
+class _Predicted(NamedTuple):
+    """What is predicted of a plan's step."""
+
+    time: StepTime
+    bound: float | None  # seconds of the lower bound, if the plan is within the caps
+    explained: tuple[Limits, list[Choice]] | None  # with --explain
+
+    def to_dict(self) -> dict[str, Any]:
+        seconds = self.time.seconds
+        over = None if self.bound is None else seconds / self.bound
+        found: dict[str, Any] = {
+            "step_time": self.time.to_dict(),
+            "lower_bound": {"seconds": self.bound, "step_over_bound": over},
+        }
+        if self.explained:
+            limits, choices = self.explained
+            found["explanation"] = {
+                "limits": limits._asdict(),
+                "choices": [{**each._asdict(), "over_this": each.seconds / seconds} for each in choices],
+            }
+        return found
+
+
+def _predicted(plan: ShardPlan, settings: PlanSettings, cost_model: CostModel, explain: bool) -> _Predicted:
+    bound = seconds_bound(plan, cost_model, settings.max_imbalance, settings.max_token_imbalance)
+    explained = None
+    if explain:
+        explained = step_limits(plan, cost_model), other_choices(plan, settings, cost_model)
+    return _Predicted(cost_model.step_time(plan), bound, explained)
+
+
 class _Planned(NamedTuple):
     """A plan, and what the command reports about it."""
 
     plan: ShardPlan
     strategy: str
     sliding_window: int | None
-    step_time: StepTime | None
+    predicted: _Predicted | None
     topology: Topology | None
     kernel: str
     shape: ModelShape | None
@@ -140,10 +181,10 @@ class _Planned(NamedTuple):
     @property
     def slowest_rank(self) -> int:
         """The rank with the longest predicted step or, without a prediction, the most attention pairs."""
-        if self.step_time is None:
+        if self.predicted is None:
             pairs = rank_pairs(self.plan.slices)
             return pairs.index(max(pairs))
-        return int(self.step_time.of_ranks.argmax())
+        return int(self.predicted.time.of_ranks.argmax())
 
 
 def _as_dict(planned: _Planned) -> dict[str, Any]:
@@ -156,8 +197,8 @@ def _as_dict(planned: _Planned) -> dict[str, Any]:
         "slowest_rank": planned.slowest_rank,
         "report": planned.report(planned.topology),
     }
-    if planned.step_time is not None:
-        found["step_time"] = planned.step_time.to_dict()
+    if planned.predicted is not None:
+        found |= planned.predicted.to_dict()
     if window is not None:
         found |= {"sliding_window": window, "sliding_window_report": planned.report(planned.topology, window)}
     return found
@@ -194,11 +235,13 @@ def _text(planned: _Planned) -> str:
         *([] if topology is None else [_node_line(report, topology)]),
         *_kernel_lines(report, planned),
         *([] if planned.sliding_window is None else _window_lines(planned, planned.sliding_window)),
-        *([] if planned.step_time is None else _time_lines(planned.step_time)),
+        *([] if planned.predicted is None else _time_lines(planned.predicted)),
         f"digest                  {plan.digest}",
     ]
     if max(columns[0]) <= MAX_LISTED_SLICES:
         lines += ["", *_listed_slices(plan)]
+    if planned.predicted is not None and planned.predicted.explained:
+        lines += ["", *explanation_lines(*planned.predicted.explained)]
     return "\n".join(lines)
 
 
@@ -219,7 +262,7 @@ def _node_line(report: dict[str, Any], topology: Topology) -> str:
 
 
 def _kernel_lines(report: dict[str, Any], planned: _Planned) -> list[str]:
-    rank, which = planned.slowest_rank, "the slowest" if planned.step_time else "which has the most attention pairs"
+    rank, which = planned.slowest_rank, "the slowest" if planned.predicted else "which has the most attention pairs"
     calls, started, useful = (report[name][rank] for name in ("varlen_calls", "blocks_started", "blocks_useful"))
     return [
         f"kernel calls            {calls:,} of {planned.kernel} per layer on rank {rank}, {which}",
@@ -238,10 +281,12 @@ def _window_lines(planned: _Planned, window: int) -> list[str]:
     ]
 
 
-def _time_lines(time: StepTime) -> list[str]:
+def _time_lines(predicted: _Predicted) -> list[str]:
+    time, bound = predicted.time, predicted.bound
+    over = "ranks beyond the caps: no bound" if bound is None else f"{time.seconds / bound:.2f} x the lower bound"
     mean, scan = time.attention.mean(), time.scan.max()
     return [
-        f"predicted step          {1000 * time.seconds:,.1f} ms on the slowest rank",
+        f"predicted step          {1000 * time.seconds:,.1f} ms on the slowest rank, {over}",
         f"  attention             {1000 * time.attention_seconds:,.1f} ms including waiting, "
         f"{time.attention_seconds / mean:.3f} x the mean kernel time",
         *([f"  recurrent layers      {1000 * scan:,.1f} ms of scans"] if scan else []),

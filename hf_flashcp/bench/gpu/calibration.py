@@ -15,12 +15,13 @@ import numpy as np
 from ...data.lengths import sample_pack
 from ...errors import ConfigurationError
 from ...plan import ShardPlan
+from ...planning.devices import packaged_hardware
 from ...predict import CostModel, HardwareProfile
 from ...predict.hardware_profile import Kernel
 from ...predict.model_shape import AttentionLayers
 from ..calibration import fit
 from .calibration_timing import DTYPE, Sizes, time_layers, time_parts
-from .settings import OUT_OF_MEMORY, Found, Record, Run, Settings, packaged_hardware
+from .settings import OUT_OF_MEMORY, Found, Record, Run, Settings
 
 
 _TOKENS = 16_384

@@ -21,6 +21,7 @@ from ...attention import Layer, select_kernel
 from ...data.boundaries import IGNORE_INDEX
 from ...data.lengths import sample_pack
 from ...planning import plan_documents
+from ...planning.devices import packaged_hardware
 from ...predict import CostModel
 from ...predict.memory import estimate_memory
 from ...predict.memory_shape import MemoryShape
@@ -31,7 +32,7 @@ from ..memory import random_batch
 from ..step import TOLERANCES
 from ..step_worker import Trainer
 from ..turns import median_seconds
-from .settings import OUT_OF_MEMORY, Found, Record, Settings, fits_in_memory, packaged_hardware
+from .settings import OUT_OF_MEMORY, Found, Record, Settings, fits_in_memory
 
 
 CORPUS = "pile"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ...attention.kernels import load_kernel_library
-from ...predict import HARDWARE
 
 
 OUT_OF_MEMORY = "out of memory"
@@ -119,12 +117,6 @@ class Found:
 def compile_seconds(kernel: str) -> float:
     """Return about how many seconds a kernel compiles for a new kind of call (estimated, not measured)."""
     return {"flash_attn_4": 5.0, "cudnn": 2.0}.get(kernel, 0.0)
-
-
-def packaged_hardware(name: str) -> str | None:
-    """Return the name of the packaged profile for the GPU that PyTorch calls `name`, or `None`."""
-    words = re.findall("[a-z0-9]+", name.lower())  # so that a GH200 is not taken for an H200
-    return next((hardware for hardware in HARDWARE if hardware in words), None)
 
 
 def fits_in_memory(function: Callable[[], Any]) -> bool:

@@ -12,14 +12,17 @@ from tqdm import tqdm
 from ...data.lengths import sample_pack
 from ...plan import ShardPlan, Topology
 from ...planning import plan_documents
+from ...planning.explanation import seconds_bound
 from ...predict import CostModel, HardwareProfile
 from ...predict.model_shape import LLAMA_3_8B
 from ...tables import counted, records_table
 from ..arguments import with_arguments
+from .plan_quality import mean_ratio
 
 
 DIRECTLY, ONCE, PLANNED, BOTH = "directly", "once per node", "planned for nodes", "both"
-VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH)
+TIMED = "search, timed"
+VARIANTS = (DIRECTLY, ONCE, PLANNED, BOTH, TIMED)
 
 
 @with_arguments("packs", "tokens")
@@ -32,7 +35,7 @@ def measure(
     config: Any = LLAMA_3_8B,
     hardware: str = "h100",
 ) -> dict[str, Any]:
-    """Predict the steps of plans made by `search`.
+    """Predict the steps of plans that `search` makes for little KV, and of those that it makes with a cost model.
 
     A cell has, for each of the `VARIANTS`, means over packs of
 
@@ -40,36 +43,40 @@ def measure(
     - `exposed`: the share of the step that the rank with the longest wait spends waiting;
     - `step_seconds`: the seconds of the step;
 
-    and `over_directly`, the geometric mean of the step's time relative to that of `DIRECTLY`.
+    and two geometric means of the step's time: `over_directly` is relative to `DIRECTLY`, and `over_bound` to the
+    lower bound of plans within the caps (`None` if a plan is beyond them).
     """
     profile = HardwareProfile.load(hardware)
     model, topology = CostModel.from_config(config, profile), Topology(profile.ranks_per_node)
     cells = []
     for corpus, cp_size in tqdm([*itertools.product(corpora, cp_sizes)], unit="cell", leave=False, disable=None):
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
         for seed in range(packs):
             lengths = sample_pack(corpus, cp_size * tokens, seed=seed)
             flat, planned = (plan_documents(lengths, cp_size, topology=one) for one in (None, topology))
             plans = flat, flat.with_ranks_per_node(profile.ranks_per_node), planned.with_ranks_per_node(None), planned
-            for name, plan in zip(VARIANTS, plans):
+            timed = plan_documents(lengths, cp_size, cost_model=model)
+            for name, plan in zip(VARIANTS, (*plans, timed)):
                 rows[name].append(_step(plan, model, topology))
         variants = {name: _means(found, rows[DIRECTLY]) for name, found in rows.items()}
         cells.append({"corpus": corpus, "cp_size": cp_size, "window": cp_size * tokens, "variants": variants})
     return {"hardware": profile.description, "cells": cells}
 
 
-def _step(plan: ShardPlan, model: CostModel, topology: Topology) -> dict[str, float]:
-    report, time = plan.report(topology=topology), model.step_time(plan)
+def _step(plan: ShardPlan, model: CostModel, topology: Topology) -> dict[str, Any]:
+    report, time, bound = plan.report(topology=topology), model.step_time(plan), seconds_bound(plan, model)
     return {
         "inter_node": max(report["inter_node_received"] + report["inter_node_sent"]),
         "exposed": float(time.exposed.max()) / time.seconds,
         "step_seconds": time.seconds,
+        "over_bound": None if bound is None else time.seconds / bound,
     }
 
 
-def _means(found: list[dict[str, float]], directly: list[dict[str, float]]) -> dict[str, float]:
+def _means(found: list[dict[str, Any]], directly: list[dict[str, Any]]) -> dict[str, Any]:
     over = geometric_mean(row["step_seconds"] / other["step_seconds"] for row, other in zip(found, directly))
-    return {**{key: mean(row[key] for row in found) for key in found[0]}, "over_directly": over}
+    means = {key: mean(row[key] for row in found) for key in ("inter_node", "exposed", "step_seconds")}
+    return {**means, "over_directly": over, "over_bound": mean_ratio(row["over_bound"] for row in found)}
 
 
 def text(found: dict[str, Any]) -> str:
@@ -81,6 +88,7 @@ def text(found: dict[str, Any]) -> str:
         "plans": ("plans", ""),
         "step_seconds": ("step ms", "ms:,.0f"),
         "over_directly": ("/ directly", ".2f"),
+        "over_bound": ("/ bound", ".2f"),
         "inter_node": ("between nodes", ".3f"),
         "exposed": ("waiting", ".1%"),
     }

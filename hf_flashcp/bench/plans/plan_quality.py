@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import geometric_mean, mean, median
 from typing import Any
 
@@ -126,17 +126,20 @@ def _summary(name: str, cells: list[dict[str, Any]], bounded: list[dict[str, Any
     rows = [cell["strategies"][name] for cell in cells]
     moved = [cell["strategies"][name] | {"window": cell["window"]} for cell in bounded]
     return {
-        "bound_ratio": _geometric_mean([row["bound_ratio"] for row in moved]),
-        "kv_fraction": _geometric_mean([row["kv_total"] / row["window"] for row in moved]),
-        "bottleneck_fraction": _geometric_mean([row["bottleneck"] / row["window"] for row in moved]),
+        "bound_ratio": mean_ratio([row["bound_ratio"] for row in moved]),
+        "kv_fraction": mean_ratio([row["kv_total"] / row["window"] for row in moved]),
+        "bottleneck_fraction": mean_ratio([row["bottleneck"] / row["window"] for row in moved]),
         **{key: mean(row[key] for row in rows) for key in ("pair_imbalance", "token_imbalance", "slices")},
         "within_caps": mean(row["within_caps"] for row in rows),
         "plan_ms": median(row["plan_ms"] for row in rows),
     }
 
 
-def _geometric_mean(values: Sequence[float | None]) -> float | None:
-    return geometric_mean(values) if values and all(values) else None
+def mean_ratio(values: Iterable[float | None]) -> float | None:
+    """Return the geometric mean of ratios, or `None` if there are none or one of them is unknown."""
+    ratios = list(values)
+    known = [ratio for ratio in ratios if ratio]
+    return geometric_mean(known) if known and len(known) == len(ratios) else None
 
 
 def text(found: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ...data.lengths import sample_pack
 from ...plan import ShardPlan
 from ...planning import plan_documents
 from ...predict import CostModel, HardwareProfile
+from ...predict.joined_plans import JoinedPlans
 from ...simulation.baselines import BASELINES, passes
 from ...tables import table
 from ..arguments import with_arguments
@@ -139,7 +140,7 @@ def _sixteen() -> dict[str, float]:
 def _ours(lengths: list[int], model: CostModel) -> tuple[float, ...]:
     """Return the milliseconds of copies, forward, backward, and waiting in both passes, on the slowest rank."""
     plan = plan_documents(lengths, CP_SIZE, cost_model=model)
-    forward, backward = model.passes(plan, model.layers[0])
+    forward, backward = model.passes(JoinedPlans([plan]), model.layers[0], plan.ranks_per_node is not None)
     slowest = sum(forward[:3] + backward[:3]).argmax()
     copies = forward.copies + backward.copies
     found = (copies, forward.attention, backward.attention, forward.exposed, backward.exposed)
