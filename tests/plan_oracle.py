@@ -15,6 +15,8 @@ With t tokens in a block, a rank receives sum t (u - x) tokens and sends sum t s
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -196,3 +198,43 @@ class _Model:
             document, start = self.blocks[number]
             slices[rank].append((document, start, start + self.block))
         return ShardPlan(self.lengths, self.cp_size, slices).validate()
+
+
+@functools.cache
+def _assignments(length: int, cp_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and pairs of all ranks for all assignments of one document's tokens, and the least KV of each.
+
+    Equal rows are joined.
+    """
+    least: dict[tuple[int, ...], int] = {}
+    for ranks in itertools.product(range(cp_size), repeat=length):
+        tokens, pairs, ends = ([0] * cp_size for _ in range(3))
+        for position, rank in enumerate(ranks, 1):
+            tokens[rank] += 1
+            pairs[rank] += position
+            ends[rank] = position
+        held = (*tokens, *pairs)
+        least[held] = min(least.get(held, math.inf), sum(ends) - length)
+    return np.array(list(least)), np.array(list(least.values()))
+
+
+def least_total(lengths, cp_size: int, most_pairs: int, least_tokens: int, most_tokens: int) -> int | None:
+    """Find the least total KV of a few very short documents by trying all assignments of their tokens.
+
+    Documents are added one by one, and of equal loads of the ranks only the cheapest is kept. This takes milliseconds
+    where `best_plan` takes a second. Returns `None` if no plan is within the caps.
+    """
+    loads, costs = np.zeros((1, 2 * cp_size), np.int64), np.zeros(1, np.int64)
+    for length in sorted(lengths, reverse=True):
+        added, kv = _assignments(length, cp_size)
+        loads = (loads[:, None] + added).reshape(-1, 2 * cp_size)
+        costs = (costs[:, None] + kv).ravel()
+        within = (loads[:, :cp_size] <= most_tokens).all(1) & (loads[:, cp_size:] <= most_pairs).all(1)
+        loads, costs = loads[within], costs[within]
+        order = np.lexsort((costs, *loads.T))
+        loads, costs = loads[order], costs[order]
+        first = np.ones(len(loads), bool)
+        first[1:] = (loads[1:] != loads[:-1]).any(1)
+        loads, costs = loads[first], costs[first]
+    costs = costs[(loads[:, :cp_size] >= least_tokens).all(1)]
+    return int(costs.min()) if len(costs) else None

@@ -9,7 +9,7 @@ from tests.models import build_model
 
 
 def plan_of_a_batch_without_one(lengths):
-    FlashCPPlugin(cp_size=4, topology=Topology(2), num_stages=2, max_imbalance=1.2)
+    FlashCPPlugin(cp_size=4, hardware=None, topology=Topology(2), num_stages=2, max_imbalance=1.2)
     model = build_model("llama")
     handle = attach(model, cp_mesh())
     positions = torch.cat([torch.arange(length) for length in lengths])[None]

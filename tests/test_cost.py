@@ -20,6 +20,7 @@ from hf_flashcp.integrations.models.hybrids import MIXERS
 from hf_flashcp.plan.kernel_calls import count_blocks
 from hf_flashcp.planning import HARDWARE, STRATEGIES, HardwareProfile, PlanSettings, ShardPlan, fastest
 from hf_flashcp.planning.caps import Caps
+from hf_flashcp.planning.search.search import search
 from hf_flashcp.predict import hardware_profile, hybrid_config
 from hf_flashcp.predict.layer_work import Rectangles, call_seconds
 from hf_flashcp.predict.model_shape import AttentionLayers, ModelShape
@@ -356,9 +357,9 @@ def test_slow_links_favour_plans_with_few_states():
 def test_plans_with_few_states_are_among_those_that_are_timed(monkeypatch):
     slow = dataclasses.replace(H100, intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=2e9))
     model = CostModel.from_config(QWEN3_NEXT, slow)
-    caps, candidates = Caps(tuple(sample_pack("pile", 65536, seed=1)), 4, 1.1, 1.02), fastest._candidates
+    caps = Caps(tuple(sample_pack("pile", 65536, seed=1)), 4, 1.1, 1.02)
     seconds = model.step_time(fastest.fastest(caps, model)).seconds
-    monkeypatch.setattr(fastest, "_candidates", lambda caps, nodes, price: candidates(caps, nodes, 0.0))
+    monkeypatch.setattr(fastest, "search", lambda caps, minimize_total=False, state_tokens=0.0: search(caps))
     assert seconds < 0.9 * model.step_time(fastest.fastest(caps, model)).seconds
 
 
@@ -595,8 +596,14 @@ def test_bench_predicted(capsys, config_file):
             alone = model_of(profile).step_time(plan_documents(lengths, 1)).attention_seconds
             ratios.append(model_of(profile).step_time(plan).attention_seconds / alone * cell["cp_size"])
         assert rows["per_doc"]["attention"] == pytest.approx(sum(ratios) / 2)
+        assert rows["whole_doc"]["over_bound"] is None
+        assert 1 <= rows["search, timed"]["over_bound"] <= rows["per_doc"]["over_bound"]
+        assert cell["attention_bound"] <= rows["search, timed"]["attention"]
+    assert [(row["cp_size"], row["links"]) for row in found["summary"]] == [
+        (cp_size, links) for cp_size in (2, 4, None) for links in ("nodes", "one per node")
+    ]
     assert main(line.split()) == 0
-    assert len([row for row in capsys.readouterr().out.splitlines() if row.startswith(("pile", "wlb_llm"))]) == 8
+    assert len([row for row in capsys.readouterr().out.splitlines() if row.startswith(("pile", "wlb_llm"))]) == 16
     assert main([*line.split(), "--packs", "0"]) == 2
 
 

@@ -10,10 +10,11 @@ from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS
 from hf_flashcp.bench.calibration import fit as calibration_fit
 from hf_flashcp.bench.calibration.fit import Call, fit_device_kernel, root_mean_square
 from hf_flashcp.bench.gpu import calibration, calibration_timing, model_step
-from hf_flashcp.bench.gpu.settings import OUT_OF_MEMORY, Settings, fits_in_memory, in_worker, packaged_hardware
+from hf_flashcp.bench.gpu.settings import OUT_OF_MEMORY, Settings, fits_in_memory, in_worker
 from hf_flashcp.bench.step_worker import Trainer
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.planning import CostModel, HardwareProfile, plan_documents
+from hf_flashcp.planning.devices import packaged_hardware
 from hf_flashcp.predict.hardware_profile import Kernel, Pass
 from hf_flashcp.predict.model_shape import AttentionLayers
 

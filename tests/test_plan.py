@@ -321,7 +321,7 @@ def test_plans_are_the_same_under_any_hash_seed():
 
 def test_traffic_is_counted_once_per_plan_and_window(monkeypatch):
     plan, counted = plan_documents([40, 33, 9], 1), []
-    for name in ("full_attention_traffic", "traffic_matrix"):
+    for name in ("kv_moved", "traffic_matrix"):
         count = getattr(shard_plan, name)
         monkeypatch.setattr(shard_plan, name, lambda *args, count=count: counted.append(args[1:]) or count(*args))
     for window in (None, 4, None, 4, 40, 41):  # no document is longer than 40

@@ -2,15 +2,19 @@
 
 import itertools
 import math
+from collections import Counter
+from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import PlanError
-from hf_flashcp.planning import STRATEGIES, plan_documents
-from hf_flashcp.planning.lower_bound import LowPositions, kv_lower_bound
+from hf_flashcp.planning import STRATEGIES, joint_bound, plan_documents
+from hf_flashcp.planning.caps import Caps
+from hf_flashcp.planning.lower_bound import LowPositions, kv_lower_bound, least_ends, least_kv
 from tests import plan_oracle as oracle
 from tests.independent_plan_checker import check_plan
 from tests.packs import KNOWN_PACKS, packs
@@ -190,11 +194,14 @@ def assert_bound_holds(lengths, cp_size, max_imbalance, max_token_imbalance):
 @given(packs(cp_size=3, max_documents=8, max_length=60), st.randoms())
 def test_bound_falls_with_wider_caps_and_ignores_the_order(case, random):
     lengths, cp_size = case
+
+    def least(*caps):
+        return least_kv(Caps(tuple(lengths), cp_size, *caps))
+
+    assert least(1.0, 1.0) >= least(1.1, 1.0) >= least(math.inf, 1.0)
+    assert least(1.0, 1.0) >= least(1.0, 1.5) >= least(1.0, math.inf)
     shuffled = random.sample(lengths, len(lengths))
-    tightest = kv_lower_bound(lengths, cp_size, 1.0, 1.0)
-    assert tightest == kv_lower_bound(shuffled, cp_size, 1.0, 1.0)
-    assert tightest >= kv_lower_bound(lengths, cp_size, 1.1, 1.0) >= kv_lower_bound(lengths, cp_size, math.inf, 1.0)
-    assert tightest >= kv_lower_bound(lengths, cp_size, 1.0, 1.5) >= kv_lower_bound(lengths, cp_size, 1.0, math.inf)
+    assert kv_lower_bound(lengths, cp_size) == kv_lower_bound(shuffled, cp_size) >= least(1.05, 1.0)
 
 
 def direct_bound(lengths, cp_size, max_imbalance):
@@ -221,7 +228,57 @@ def direct_bound(lengths, cp_size, max_imbalance):
 
 @given(packs(max_documents=6, max_length=25), st.sampled_from([1.0, 1.05, 1.2, 2.0]))
 def test_bound_equals_its_definition(case, max_imbalance):
-    assert kv_lower_bound(*case, max_imbalance) == direct_bound(*case, max_imbalance)
+    lengths, cp_size = case
+    assert least_kv(Caps(tuple(lengths), cp_size, max_imbalance)) == direct_bound(lengths, cp_size, max_imbalance)
+
+
+def tiny_pack(random):
+    """Return a pack with one or more documents that nearly fit on a rank, small enough for `least_total`."""
+    cp_size = random.choice([2, 2, 3, 3, 4])
+    longest, most = {2: (13, 36), 3: (8, 20), 4: (6, 13)}[cp_size]
+    lengths = [random.randint(longest - 3, longest)]
+    while sum(lengths) < cp_size or random.random() < 0.8:
+        lengths.append(random.randint(1, random.choice([2, 4, longest])))
+    return (lengths, cp_size) if sum(lengths) <= most else tiny_pack(random)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_level_and_price_gives_a_bound(seed):
+    """Compare with the least total of all plans, not only for the levels and prices that are searched."""
+    random, tight = Random(seed), 0
+    for _ in range(120):
+        lengths, cp_size = tiny_pack(random)
+        caps = Caps(
+            tuple(lengths), cp_size, *random.choice([(1.0, 1.0), (1.05, 1.0), (1.2, 1.0), (1.1, 1.2), (1.3, 2.0)])
+        )
+        least_tokens = 1 if caps.token_room else caps.total_tokens // cp_size
+        optimum = oracle.least_total(lengths, cp_size, caps.most_pairs, least_tokens, caps.most_tokens)
+        if optimum is None:
+            continue
+        ends, alone = least_ends(caps), least_kv(caps)
+        highest = math.ceil(caps.most_pairs / max(caps.least_together(1), 1))
+        prices = np.geomspace(0.01, 5.0, 100)
+        for level in range(min(highest, 40)):
+            assert joint_bound._at_level(level, prices, caps, Counter(lengths), ends) <= optimum + 1e-6
+        found = joint_bound.joint_least_kv(caps, ends)
+        assert max(found, alone) <= optimum
+        tight += alone < found == optimum
+    assert tight
+
+
+def test_documents_that_nearly_fit_have_a_higher_bound_together():
+    lengths = sample_pack("wlb_llm", 65536, seed=1)
+    assert kv_lower_bound(lengths, 16) >= 1.15 * least_kv(Caps(tuple(lengths), 16))
+    assert joint_bound.joint_least_kv(Caps((3 * 2048,), 2048), {}) == 0
+
+
+@pytest.mark.parametrize("lengths, cp_size", TINY)
+def test_trying_all_assignments_finds_what_the_oracle_finds(lengths, cp_size):
+    caps = Caps(tuple(lengths), cp_size, 1.2)
+    best = oracle.best_plan(lengths, cp_size, max_imbalance=1.2)
+    least_tokens = caps.total_tokens // cp_size
+    found = oracle.least_total(lengths, cp_size, caps.most_pairs, least_tokens, caps.most_tokens)
+    assert found == (best and best.value)
 
 
 def test_bound_takes_few_bisections_and_reads_lengths_as_plans_do(monkeypatch):

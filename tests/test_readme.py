@@ -13,8 +13,8 @@ from tests.launch_cases import run_forked
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCHEMES = {
-    'hf_flashcp, `hardware="h100"`': "search_timed",
-    "hf_flashcp, default": "search",
+    "hf_flashcp, default on H100s": "search_timed",
+    "hf_flashcp, `hardware=None`": "search",
     "FlashCP paper, padded all-gather": "flashcp_paper",
     "Ulysses": "ulysses",
     "All-gather, zigzag per document": "per_doc_cp",

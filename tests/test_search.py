@@ -361,6 +361,15 @@ def test_packs_for_which_constructions_are_hard_to_find(lengths, near):
     assert measured(lengths, 4, minimize_total=True)[0] <= near * kv_lower_bound(lengths, 4)
 
 
+@pytest.mark.parametrize("window, cp_size, near", [(262144, 32, 0.9), (524288, 8, 0.97), (131072, 4, 0.97)])
+def test_plans_below_algorithm_1_in_both_respects(window, cp_size, near):
+    """The busiest rank of the plans with the least total moves more than under Algorithm 1."""
+    lengths = sample_pack("wlb_llm", window, seed=0)
+    theirs = Candidate(algorithm1(Caps(tuple(lengths), cp_size)))
+    total, bottleneck = measured(lengths, cp_size, minimize_total=False)
+    assert total <= near * theirs.total and bottleneck <= theirs.bottleneck
+
+
 @given(packs(cp_size=4, max_documents=25, max_length=100), st.booleans())
 def test_repair_keeps_tokens_and_caps_and_counts_what_it_saves(case, rotate_ranks):
     lengths, cp_size = case

@@ -177,7 +177,8 @@ def test_ring_steps_compute_each_pair_once(case, name):
                 assert len(set(seen)) <= 1
                 if seen:
                     expected.append([rank, len(seen), seen[0]])
-        assert sorted(np.stack(pieces.remote(step), 1).tolist()) == sorted(expected)
+        found = pieces.remote(step)
+        assert sorted(np.stack((found.ranks, found.queries, found.keys), 1).tolist()) == sorted(expected)
 
 
 @pytest.mark.parametrize("pack", ["mixed", "blocks_of_128", "six_of_150", "giant_and_tiny", "ring_flash_attention"])
@@ -367,17 +368,18 @@ def test_every_figure_of_a_profile_has_a_source(name):
     for key in sources:
         assert any(figure == key or figure.startswith(f"{key}.") for figure in figures), key
     profile = HardwareProfile.load(name)
-    assert 0.5 < profile.linear_flops_per_second / profile.peak_flops_per_second < 0.65
+    if name not in ("cpu", "generic"):
+        assert 0.5 < profile.linear_flops_per_second / profile.peak_flops_per_second < 0.65
 
 
 def test_faster_hardware_is_faster():
-    assert set(HARDWARE) == {"a100", "b200", "h100", "h200"}
     lengths = sample_pack("prolong64k", 32768)
     steps = {}
     for name in HARDWARE:
         model = CostModel.from_config(LLAMA_3_8B, name)
         steps[name] = simulate(lengths, 8, LLAMA_3_8B, model, names=["per_doc_cp"])["per_doc_cp"].step_seconds
-    assert steps["b200"] < steps["h200"] < steps["h100"] < steps["a100"]
+    slower = ["b200", "h200", "h100", "mi300x", "a100", "l40s", "generic", "rtx5090", "rtx4090", "cpu"]
+    assert sorted(steps, key=steps.get) == slower
 
 
 def test_sixty_four_ranks():
@@ -468,7 +470,7 @@ def test_command(capsys, tmp_path, lengths_file):
         ("--lengths 100,20 --cp-size 4 12", "cp_size 12 does not fill nodes of 8 ranks"),
         ("--lengths 100,20 --cp-size 300", "cp_size 300 cannot be simulated"),
         ("--lengths 2,3 --cp-size 8", "every rank needs at least one token"),
-        ("--lengths 100,20 --cp-size 4 --hardware tpu", "no hardware profile 'tpu'.*a100, b200, h100, h200"),
+        ("--lengths 100,20 --cp-size 4 --hardware tpu", "no hardware profile 'tpu'.*a100, b200, .*h100, h200"),
         ("--lengths 100,20 --cp-size 4 --ranks-per-node 0", "--ranks-per-node must be at least 1"),
     ],
 )

@@ -165,6 +165,7 @@ def test_plans_use_the_nodes_of_a_cost_model(monkeypatch):
     model = CostModel.from_config(LLAMA_3_8B, profile)
     with_nodes = plan_documents(lengths, 16, cost_model=model)
     monkeypatch.setattr(fastest, "node_plans", lambda *arguments: [])
+    monkeypatch.setattr(fastest, "group_ranks", lambda traffic, ranks_per_node: np.arange(len(traffic)))
     without = fastest.fastest(Caps(lengths, 16), model)
     assert model.step_time(with_nodes).seconds < model.step_time(without).seconds
     directly = model.step_time(with_nodes.with_ranks_per_node(None))
@@ -257,9 +258,12 @@ def test_bench_nodes(capsys):
     model = CostModel.from_config(LLAMA_3_8B, "h100")
     flat, planned = (plan_documents(lengths, 16, topology=topology) for topology in (None, Topology(8)))
     plans = flat, flat.with_ranks_per_node(8), planned.with_ranks_per_node(None), planned
-    for row, plan in zip(cell["variants"].values(), plans):
+    timed = plan_documents(lengths, 16, cost_model=model)
+    assert list(cell["variants"])[-1] == "search, timed"
+    for row, plan in zip(cell["variants"].values(), (*plans, timed), strict=True):
         parts = links(plan, 8) if plan.ranks_per_node is None else hierarchical_links(plan, 8)[0]
         assert row["inter_node"] == parts[1::2].max()
         assert row["step_seconds"] == model.step_time(plan).seconds
+        assert row["over_bound"] is None or row["over_bound"] >= 1
     assert cell["variants"]["directly"]["over_directly"] == 1
     assert main(line.split()) == 0 and "once per node" in capsys.readouterr().out

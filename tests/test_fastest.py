@@ -1,0 +1,227 @@
+"""Plans for the least predicted time: never slower than other strategies, and priced together as each alone."""
+
+import dataclasses
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashcp.data.lengths import sample_pack
+from hf_flashcp.errors import UnmetCapWarning
+from hf_flashcp.plan.kernel_calls import BLOCKS_PER_CALL, ROWS_PER_BLOCK, LengthClasses, length_classes
+from hf_flashcp.plan.slices import Slice
+from hf_flashcp.planning import STRATEGIES, CostModel, HardwareProfile, ShardPlan, plan_documents
+from hf_flashcp.planning.caps import Caps
+from hf_flashcp.planning.fastest import Contest
+from hf_flashcp.planning.rivals import flashcp_floors, rivals
+from hf_flashcp.planning.search.grouping import group_ranks
+from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers, RecurrentLayers
+from tests.independent_plan_checker import check_plan
+from tests.packs import arbitrary_plans, packs
+
+
+H100 = HardwareProfile.load("h100")
+SLOW = dataclasses.replace(
+    H100,
+    intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=4e9),
+    inter_node=dataclasses.replace(H100.inter_node, bytes_per_second=1e9),
+)
+PROFILES = {"h100": H100, "slow": SLOW, "cpu": HardwareProfile.load("cpu")}
+RECURRENT = RecurrentLayers(3, 4, 4 * 64 * 64, 4 * 64 * 32, 128, 64, 16, 3, 96, 5000, 900, 10_000)
+MIXED = (AttentionLayers(3, 8, 2, 64, 48, 20), AttentionLayers(2, 4, 4, 128, 128))
+
+
+def small_model(profile, recurrent=None):
+    return CostModel(profile, 1e6, MIXED, recurrent=recurrent)
+
+
+def others(lengths, cp_size, caps):
+    """Return the plans of all other strategies that keep to the caps."""
+    found = {}
+    for strategy, rotate in [*itertools.product(STRATEGIES, [False]), ("per_doc", True)]:
+        plan = plan_documents(lengths, cp_size, strategy=strategy, rotate_ranks=rotate, **caps_of(strategy, caps))
+        if strategy != "search" and Caps(plan.lengths, cp_size, *caps).allow(plan.slices):
+            found[strategy, rotate] = plan
+    return found
+
+
+def caps_of(strategy, caps):
+    names = ("max_imbalance", "max_token_imbalance")
+    return dict(zip(names, caps)) if strategy in ("flashcp", "search") else {}
+
+
+@settings(max_examples=60)
+@given(
+    packs(max_documents=12, max_length=3000),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([*PROFILES]),
+    st.sampled_from([(1.05, 1.0), (1.0, 1.0), (1.3, 1.1)]),
+)
+@pytest.mark.filterwarnings("ignore::hf_flashcp.errors.UnmetCapWarning")
+def test_no_other_strategy_within_the_caps_is_faster(case, cp_size, ranks_per_node, profile, caps):
+    lengths, least = case
+    cp_size = min(cp_size, sum(lengths), max(cp_size, least))
+    model = small_model(dataclasses.replace(PROFILES[profile], ranks_per_node=ranks_per_node))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = plan_documents(lengths, cp_size, cost_model=model, **caps_of("search", caps))
+    check_plan(lengths, cp_size, plan.slices)
+    limits = Caps(plan.lengths, cp_size, *caps)
+    within = limits.allow(plan.slices)
+    assert within != any(isinstance(each.message, UnmetCapWarning) for each in caught)
+    assert max(plan.report()["tokens"]) <= limits.most_tokens
+    rivals = others(lengths, cp_size, caps)
+    assert within or not rivals
+    seconds = model.step_time(plan).seconds
+    for name, rival in rivals.items():
+        assert seconds <= model.step_time(rival).seconds * (1 + 1e-9), name
+
+
+@pytest.mark.parametrize("corpus", ["pile", "prolong64k", "wlb_llm"])
+@pytest.mark.parametrize("cp_size, ranks_per_node", [(8, 8), (16, 4), (12, 8), (6, 1)])
+def test_plans_of_corpora(corpus, cp_size, ranks_per_node):
+    """They are made again exactly, and no other strategy is faster. `num_stages` is obeyed."""
+    profile = dataclasses.replace(H100, ranks_per_node=ranks_per_node)
+    model, lengths = CostModel.from_config(LLAMA_3_8B, profile), sample_pack(corpus, 65536, seed=cp_size)
+    plan = plan_documents(lengths, cp_size, cost_model=model)
+    again = plan_documents(lengths, cp_size, cost_model=CostModel.from_config({**LLAMA_3_8B}, profile))
+    assert plan == again and plan.ranks_per_node in (None, ranks_per_node)
+    seconds = model.step_time(plan).seconds
+    for name, rival in others(lengths, cp_size, (1.05, 1.0)).items():
+        for exchanged in {rival, rival.with_ranks_per_node(ranks_per_node if cp_size % ranks_per_node == 0 else None)}:
+            assert seconds <= model.step_time(exchanged).seconds * (1 + 1e-9), name
+    for stages in (1, 3, 99):
+        staged = plan_documents(lengths, cp_size, cost_model=model, num_stages=stages)
+        assert len(staged.stage_offsets) == min(stages, cp_size - 1)
+
+
+@pytest.mark.parametrize(
+    "lengths, cp_size",
+    [([8192], 8), ([8192], 3), ([1024] * 16, 8), ([1] * 8, 8), ([1] * 40, 8), ([5000, 1, 1], 4), ([7], 7), ([9], 1)],
+)
+@pytest.mark.filterwarnings("ignore::hf_flashcp.errors.UnmetCapWarning")
+def test_unusual_batches(lengths, cp_size):
+    for profile in PROFILES.values():
+        plan = plan_documents(lengths, cp_size, cost_model=CostModel.from_config(LLAMA_3_8B, profile))
+        counts = check_plan(lengths, cp_size, plan.slices)
+        assert max(counts["tokens"]) - min(counts["tokens"]) <= 1
+
+
+def test_batches_of_many_documents_on_many_ranks():
+    """Efforts fall with the size of a batch, but not below a plan within the caps."""
+    for cp_size, window in ((64, 2**18), (256, 2**20)):
+        lengths = sample_pack("pile", window, seed=1)
+        model = CostModel.from_config(LLAMA_3_8B, H100)
+        plan = plan_documents(lengths, cp_size, cost_model=model)
+        assert Caps(plan.lengths, cp_size).allow(plan.slices)
+        flashcp = plan_documents(lengths, cp_size, strategy="flashcp")
+        assert model.step_time(plan).seconds <= model.step_time(flashcp).seconds
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(2, 6).flatmap(lambda cp_size: st.lists(arbitrary_plans(cp_size), min_size=1, max_size=1)),
+    st.integers(0, 2**30),
+    st.sampled_from([1, 2, 3, 8]),
+    st.booleans(),
+)
+def test_joined_plans_take_as_long_as_each_alone(plans, seed, ranks_per_node, hybrid):
+    """Plans of the same documents, of which each has its own ranks, stages and nodes."""
+    (plan,), rng = plans, np.random.default_rng(seed)
+    model = small_model(dataclasses.replace(SLOW, ranks_per_node=ranks_per_node), RECURRENT if hybrid else None)
+    joined = []
+    for _ in range(4):
+        order = rng.permutation(plan.cp_size)
+        other = ShardPlan(plan.lengths, plan.cp_size, [plan.slices[rank] for rank in order])
+        if plan.cp_size > 2 and rng.integers(2):
+            offsets = rng.permutation(np.arange(1, plan.cp_size)).tolist()
+            other = other.with_offset_groups([offsets[:1], offsets[1:]])
+        if plan.cp_size % 2 == 0 and rng.integers(2):
+            other = other.with_ranks_per_node(2)
+        joined.append(other)
+    for found, each in zip(model.step_times(joined), joined):
+        alone = model.step_time(each)
+        for name, values in vars(alone).items():
+            assert getattr(found, name) == pytest.approx(values, rel=1e-12, abs=1e-18), name
+
+
+@given(packs(max_documents=8, max_length=4000), st.integers(2, 8))
+@pytest.mark.filterwarnings("ignore::hf_flashcp.errors.UnmetCapWarning")
+def test_strategies_that_are_left_out_are_slower(case, cp_size):
+    """The floors of "flashcp" and "per_doc" are below their predicted times."""
+    lengths, least = case
+    cp_size = min(cp_size, sum(lengths), max(cp_size, least))
+    for profile in PROFILES.values():
+        model, caps = CostModel.from_config(LLAMA_3_8B, profile), Caps(tuple(lengths), cp_size)
+        floors = flashcp_floors(caps, model)
+        per_doc = plan_documents(lengths, cp_size, strategy="per_doc")
+        flashcp = plan_documents(lengths, cp_size, strategy="flashcp")
+        assert floors[-1] <= model.step_time(per_doc).seconds
+        assert floors.min() <= model.step_time(flashcp).seconds
+    assert floors[-1] > 0.3 * model.step_time(per_doc).seconds
+
+
+def test_rivals_are_the_plans_of_all_other_strategies():
+    lengths, model = tuple(sample_pack("pile", 32768, seed=2)), CostModel.from_config(LLAMA_3_8B, H100)
+    caps = Caps(lengths, 4, 8.0, 8.0)
+    wanted = others(lengths, 4, (8.0, 8.0))
+    found = [
+        ShardPlan(lengths, 4, plan if isinstance(plan, list) else plan.slices()) for plan in compared(caps, model)
+    ]
+    assert {plan.digest for plan in found} == {plan.digest for plan in wanted.values()} and len(wanted) == 5
+    assert compared(caps, model, 0.0) == compared(caps, model, 0.0, False) == compared(caps, model)[-2:]
+    assert len(compared(caps, model, math.inf, False)) == len(found) - 1
+
+
+def compared(caps, model, seconds=math.inf, with_flashcp=True):
+    return list(rivals(caps, model, seconds, with_flashcp))
+
+
+def test_plans_beyond_the_cap_on_tokens_are_not_compared():
+    lengths, model = (900, 50, 50), CostModel.from_config(LLAMA_3_8B, H100)
+    contest = Contest(Caps(lengths, 2, 2.0), model)
+    contest.enter([[[Slice(0, 0, 900)], [Slice(1, 0, 50), Slice(2, 0, 50)]]])
+    assert not contest.found
+    contest.enter([[[Slice(0, 0, 500)], [Slice(0, 500, 900), Slice(1, 0, 50), Slice(2, 0, 50)]]])
+    assert [timed.beyond for timed in contest.found] == [0]
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 5000), st.integers(0, 2)), min_size=1, max_size=9))
+def test_calls_are_divided_as_well_as_possible(sequences):
+    """Compare the cost of the division with that of all divisions into consecutive classes."""
+    blocks, rows, passes = np.array(sequences).T
+    heads, divided = 32, LengthClasses(blocks, rows, passes, 3).divided(32)
+    for number in range(3):
+        mine = np.flatnonzero(passes == number)
+        classes = sorted(set(length_classes(blocks[mine]).tolist()))
+        costs = []
+        for cuts in itertools.product([False, True], repeat=max(len(classes) - 1, 0)):
+            calls = np.split(classes, np.flatnonzero(cuts) + 1) if classes else []
+            costs.append(sum(call_cost(blocks[mine], rows[mine], call, heads) for call in calls))
+        copied = divided.copied[number] * heads / ROWS_PER_BLOCK
+        found = divided.started[number] * heads + divided.calls[number] * BLOCKS_PER_CALL + copied
+        assert min(costs) - 1e-6 <= found <= min(costs) + len(classes) + 1e-6  # rows of a call are rounded to blocks
+
+
+def call_cost(blocks, rows, classes, heads):
+    here = np.isin(length_classes(blocks), classes)
+    copied = rows[here].sum() if 1 < here.sum() < len(blocks) else 0
+    return here.sum() * blocks[here].max() * heads + BLOCKS_PER_CALL + copied * heads / ROWS_PER_BLOCK
+
+
+@given(st.integers(0, 2**30), st.sampled_from([(2, 2), (4, 2), (8, 2), (8, 4), (12, 3)]))
+def test_ranks_are_grouped_by_what_they_share(seed, sizes):
+    ranks, size = sizes
+    rng = np.random.default_rng(seed)
+    block = np.kron(np.eye(ranks // size), np.ones((size, size))) * rng.integers(1, 100, (ranks, ranks))
+    np.fill_diagonal(block, 0)
+    hidden = rng.permutation(ranks)
+    order = group_ranks(block[hidden][:, hidden].astype(float), size)
+    assert sorted(order.tolist()) == list(range(ranks))
+    node = hidden[order] // size
+    assert all(len(set(node[start : start + size])) == 1 for start in range(0, ranks, size))
