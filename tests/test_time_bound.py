@@ -61,14 +61,14 @@ def test_plans_are_close_to_the_bound():
 
 def test_a_document_on_one_rank_takes_its_tiles():
     """One device computes a causal square, whose tiles are counted one by one."""
-    layers = AttentionLayers(2, 4, 2, 64, 64)
+    layers = AttentionLayers(2, 32, 2, 64, 64)  # enough heads that the longest tile does not decide
     model = CostModel(H100, 1e6, (layers,))
     bound = step_time_bound([4096], 1, model)
     kernel, seconds = H100.kernel, 0.0
     for speed, flops in ((kernel.forward, 2 * 128), (kernel.backward, 2 * (3 * 64 + 2 * 64))):
         keys = sum(128 * tile + speed.tile_overhead_keys for tile in range(1, 33))
         seconds += 2 * (
-            4 * 128 * flops * keys / speed.flops_per_second / kernel.causal_efficiency + kernel.call_seconds
+            32 * 128 * flops * keys / speed.flops_per_second / kernel.causal_efficiency + kernel.call_seconds
         )
     assert bound.attention == pytest.approx(seconds)
     assert bound.linear == pytest.approx(3 * 4096 * 1e6 / H100.linear_flops_per_second)
