@@ -12,7 +12,8 @@ from hf_flashcp.plan.slices import attention_pairs
 from hf_flashcp.planning import STRATEGIES, CostModel, plan_documents
 from hf_flashcp.planning.time_bound import step_time_bound
 from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
-from tests.packs import arbitrary_plans
+from tests.cost_models import cost_models
+from tests.packs import arbitrary_plans, packs
 from tests.step_time_evaluator import step_times
 from tests.test_fastest import MIXED, PROFILES, RECURRENT
 
@@ -32,6 +33,28 @@ def test_no_plan_is_predicted_to_be_faster(plan, profile, ranks_per_node, hybrid
     bound = step_time_bound(plan.lengths, plan.cp_size, model, report["pair_imbalance"], report["token_imbalance"])
     assert bound.seconds <= model.step_time(plan).seconds * (1 + 1e-12)
     if not hybrid:
+        assert bound.seconds <= step_times(plan, model)[1].max() * (1 + 1e-12)
+
+
+@settings(max_examples=250)
+@given(st.data(), cost_models, st.sampled_from(["arbitrary", "timed", *STRATEGIES]), st.booleans())
+def test_the_bound_holds_for_any_hardware(data, model, strategy, hierarchical):
+    """Tiles are so small that documents have many, and a part of the bound or another decides."""
+    cp_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    if strategy == "arbitrary":
+        plan = data.draw(arbitrary_plans(cp_size))
+    else:
+        lengths, _ = data.draw(packs(cp_size, max_length=120))
+        options = {"cost_model": model} if strategy == "timed" else {"strategy": strategy}
+        plan = plan_documents(lengths, cp_size, **options)
+    size = model.hardware.ranks_per_node
+    if hierarchical and strategy != "timed":
+        plan = plan.with_ranks_per_node(size if 1 < size < cp_size and cp_size % size == 0 else None)
+    report = plan.report()
+    bound = step_time_bound(plan.lengths, cp_size, model, report["pair_imbalance"], report["token_imbalance"])
+    assert 0 < bound.seconds <= model.step_time(plan).seconds * (1 + 1e-12)
+    assert bound.seconds * (1 + 1e-12) >= step_time_bound(plan.lengths, cp_size, model, 99, 99).seconds
+    if model.recurrent is None:
         assert bound.seconds <= step_times(plan, model)[1].max() * (1 + 1e-12)
 
 
