@@ -16,15 +16,24 @@ def group_ranks(traffic: np.ndarray, ranks_per_node: int) -> np.ndarray:
     """Return the ranks in an order in which each `ranks_per_node` of them share much traffic.
 
     Nodes are filled one after the other: the rank with the most traffic comes first, then the one that shares the most
-    with those before it. Afterwards, ranks of different nodes change places as long as that saves traffic.
+    with those before it. Afterwards, ranks of different nodes change places as long as that saves traffic. If the ranks
+    share more in the order in which they come, that order is returned.
 
     Args:
         traffic (`np.ndarray`): tokens whose KV travels between each two ranks, (ranks, ranks) float64.
         ranks_per_node (`int`): number of ranks on each node.
     """
     shared = traffic + traffic.T
-    order = _filled_nodes(shared, ranks_per_node)
-    return order if len(order) > MOST_SWAPPED else _swapped(shared, order, ranks_per_node)
+    order, as_given = _filled_nodes(shared, ranks_per_node), np.arange(len(shared))
+    if len(order) <= MOST_SWAPPED:
+        order = _swapped(shared, order, ranks_per_node)
+    return max(order, as_given, key=lambda ranks: _inside_nodes(shared, ranks, ranks_per_node))
+
+
+def _inside_nodes(shared: np.ndarray, order: np.ndarray, ranks_per_node: int) -> float:
+    """Return the traffic between ranks of the same node."""
+    nodes = order.reshape(-1, ranks_per_node)
+    return float(shared[nodes[:, :, None], nodes[:, None]].sum())
 
 
 def _filled_nodes(shared: np.ndarray, ranks_per_node: int) -> np.ndarray:
