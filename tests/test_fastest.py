@@ -12,26 +12,26 @@ from hypothesis import strategies as st
 
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.errors import UnmetCapWarning
-from hf_flashcp.plan.kernel_calls import BLOCKS_PER_CALL, ROWS_PER_BLOCK, LengthClasses, length_classes
+from hf_flashcp.plan.kernel_calls import ROWS_PER_BLOCK, LengthClasses, length_classes
 from hf_flashcp.plan.slices import Slice
 from hf_flashcp.planning import STRATEGIES, CostModel, HardwareProfile, ShardPlan, plan_documents
 from hf_flashcp.planning.caps import Caps
-from hf_flashcp.planning.fastest import Contest
+from hf_flashcp.planning.fastest import Contest, fastest
 from hf_flashcp.planning.rivals import flashcp_floors, rivals
 from hf_flashcp.planning.search.grouping import group_ranks
-from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers, RecurrentLayers
+from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
+from tests.cost_models import H100, RECURRENT, cost_models
 from tests.independent_plan_checker import check_plan
-from tests.packs import arbitrary_plans, packs
+from tests.packs import packs
+from tests.step_time_evaluator import cheapest_division, step_times
 
 
-H100 = HardwareProfile.load("h100")
 SLOW = dataclasses.replace(
     H100,
     intra_node=dataclasses.replace(H100.intra_node, bytes_per_second=4e9),
     inter_node=dataclasses.replace(H100.inter_node, bytes_per_second=1e9),
 )
 PROFILES = {"h100": H100, "slow": SLOW, "cpu": HardwareProfile.load("cpu")}
-RECURRENT = RecurrentLayers(3, 4, 4 * 64 * 64, 4 * 64 * 32, 128, 64, 16, 3, 96, 5000, 900, 10_000)
 MIXED = (AttentionLayers(3, 8, 2, 64, 48, 20), AttentionLayers(2, 4, 4, 128, 128))
 
 
@@ -82,6 +82,20 @@ def test_no_other_strategy_within_the_caps_is_faster(case, cp_size, ranks_per_no
         assert seconds <= model.step_time(rival).seconds * (1 + 1e-9), name
 
 
+@settings(max_examples=60)
+@given(packs(max_length=100), st.sampled_from([2, 3, 4, 6]), cost_models, st.sampled_from([(1.05, 1.0), (2.0, 1.5)]))
+def test_no_other_strategy_is_faster_where_tiles_are_counted_one_by_one(case, cp_size, model, caps):
+    """On any hardware, by an independent evaluator. Planning again gives the same plan."""
+    lengths = (*case[0], cp_size)
+    plan = plan_documents(lengths, cp_size, cost_model=model, **caps_of("search", caps))
+    assert plan == fastest(Caps(lengths, cp_size, *caps), model)
+    if model.recurrent is None:
+        seconds = step_times(plan, model)[1].max()
+        assert seconds == pytest.approx(model.step_time(plan).seconds, rel=1e-9)
+        for name, rival in others(lengths, cp_size, caps).items():
+            assert seconds <= step_times(rival, model)[1].max() * (1 + 1e-9), name
+
+
 @pytest.mark.parametrize("corpus", ["pile", "prolong64k", "wlb_llm"])
 @pytest.mark.parametrize("cp_size, ranks_per_node", [(8, 8), (16, 4), (12, 8), (6, 1)])
 def test_plans_of_corpora(corpus, cp_size, ranks_per_node):
@@ -89,7 +103,7 @@ def test_plans_of_corpora(corpus, cp_size, ranks_per_node):
     profile = dataclasses.replace(H100, ranks_per_node=ranks_per_node)
     model, lengths = CostModel.from_config(LLAMA_3_8B, profile), sample_pack(corpus, 65536, seed=cp_size)
     plan = plan_documents(lengths, cp_size, cost_model=model)
-    again = plan_documents(lengths, cp_size, cost_model=CostModel.from_config({**LLAMA_3_8B}, profile))
+    again = fastest(Caps(tuple(lengths), cp_size), model)  # plan_documents remembers its plans
     assert plan == again and plan.ranks_per_node in (None, ranks_per_node)
     seconds = model.step_time(plan).seconds
     for name, rival in others(lengths, cp_size, (1.05, 1.0)).items():
@@ -123,27 +137,20 @@ def test_batches_of_many_documents_on_many_ranks():
         assert model.step_time(plan).seconds <= model.step_time(flashcp).seconds
 
 
-@settings(max_examples=40)
-@given(
-    st.integers(2, 6).flatmap(lambda cp_size: st.lists(arbitrary_plans(cp_size), min_size=1, max_size=1)),
-    st.integers(0, 2**30),
-    st.sampled_from([1, 2, 3, 8]),
-    st.booleans(),
-)
-def test_joined_plans_take_as_long_as_each_alone(plans, seed, ranks_per_node, hybrid):
-    """Plans of the same documents, of which each has its own ranks, stages and nodes."""
-    (plan,), rng = plans, np.random.default_rng(seed)
-    model = small_model(dataclasses.replace(SLOW, ranks_per_node=ranks_per_node), RECURRENT if hybrid else None)
+@settings(max_examples=80)
+@given(packs(max_length=80), st.sampled_from([2, 3, 4, 6]), cost_models, st.integers(0, 2**30), st.booleans())
+def test_joined_plans_take_as_long_as_each_alone(case, cp_size, model, seed, hybrid):
+    """Plans of the same documents, of which each has its own slices, stages and nodes."""
+    lengths, rng = [*case[0], cp_size], np.random.default_rng(seed)
+    model = dataclasses.replace(model, recurrent=RECURRENT if hybrid else None)
     joined = []
-    for _ in range(4):
-        order = rng.permutation(plan.cp_size)
-        other = ShardPlan(plan.lengths, plan.cp_size, [plan.slices[rank] for rank in order])
-        if plan.cp_size > 2 and rng.integers(2):
-            offsets = rng.permutation(np.arange(1, plan.cp_size)).tolist()
-            other = other.with_offset_groups([offsets[:1], offsets[1:]])
-        if plan.cp_size % 2 == 0 and rng.integers(2):
-            other = other.with_ranks_per_node(2)
-        joined.append(other)
+    for strategy in rng.choice(STRATEGIES, 5):
+        plan = plan_documents(lengths, cp_size, strategy=str(strategy))
+        plan = ShardPlan(lengths, cp_size, [plan.slices[rank] for rank in rng.permutation(cp_size)])
+        cuts = np.sort(rng.integers(1, cp_size, rng.integers(0, 3)))
+        groups = [part.tolist() for part in np.split(rng.permutation(np.arange(1, cp_size)), cuts) if len(part)]
+        plan = plan.with_offset_groups(groups if len(groups) > 1 else None)
+        joined.append(plan.with_ranks_per_node(2 if cp_size in (4, 6) and rng.integers(2) else None))
     for found, each in zip(model.step_times(joined), joined):
         alone = model.step_time(each)
         for name, values in vars(alone).items():
@@ -166,13 +173,31 @@ def test_strategies_that_are_left_out_are_slower(case, cp_size):
     assert floors[-1] > 0.3 * model.step_time(per_doc).seconds
 
 
+@settings(max_examples=80)
+@given(packs(max_documents=5, max_length=300), st.sampled_from([2, 3, 4]), cost_models, st.floats(0, 1.5))
+def test_rivals_that_are_left_out_are_slower(case, cp_size, model, part):
+    """On any hardware, with any limit in the range of the plans' times."""
+    lengths = (*case[0], cp_size)
+    wanted = others(lengths, cp_size, (1.3, 1.2))
+    seconds = {plan.digest: model.step_time(plan).seconds for plan in wanted.values()}
+    limit = part * max(seconds.values(), default=0.0)
+    left = {
+        plan.digest
+        for plan in map(as_plan(lengths, cp_size), compared(Caps(lengths, cp_size, 1.3, 1.2), model, limit))
+    }
+    assert all(seconds[digest] > limit * (1 - 1e-12) for digest in seconds.keys() - left)
+
+
+def as_plan(lengths, cp_size):
+    """Return a function that makes a plan from slices or their columns."""
+    return lambda found: ShardPlan(lengths, cp_size, found if isinstance(found, list) else found.slices())
+
+
 def test_rivals_are_the_plans_of_all_other_strategies():
     lengths, model = tuple(sample_pack("pile", 32768, seed=2)), CostModel.from_config(LLAMA_3_8B, H100)
     caps = Caps(lengths, 4, 8.0, 8.0)
     wanted = others(lengths, 4, (8.0, 8.0))
-    found = [
-        ShardPlan(lengths, 4, plan if isinstance(plan, list) else plan.slices()) for plan in compared(caps, model)
-    ]
+    found = list(map(as_plan(lengths, 4), compared(caps, model)))
     assert {plan.digest for plan in found} == {plan.digest for plan in wanted.values()} and len(wanted) == 5
     assert compared(caps, model, 0.0) == compared(caps, model, 0.0, False) == compared(caps, model)[-2:]
     assert len(compared(caps, model, math.inf, False)) == len(found) - 1
@@ -191,27 +216,23 @@ def test_plans_beyond_the_cap_on_tokens_are_not_compared():
     assert [timed.beyond for timed in contest.found] == [0]
 
 
-@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 5000), st.integers(0, 2)), min_size=1, max_size=9))
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 5000), st.integers(0, 2)), min_size=1, max_size=12))
 def test_calls_are_divided_as_well_as_possible(sequences):
-    """Compare the cost of the division with that of all divisions into consecutive classes."""
+    """The division is the one that is found by trying all divisions into consecutive classes."""
     blocks, rows, passes = np.array(sequences).T
-    heads, divided = 32, LengthClasses(blocks, rows, passes, 3).divided(32)
-    for number in range(3):
-        mine = np.flatnonzero(passes == number)
-        classes = sorted(set(length_classes(blocks[mine]).tolist()))
-        costs = []
-        for cuts in itertools.product([False, True], repeat=max(len(classes) - 1, 0)):
-            calls = np.split(classes, np.flatnonzero(cuts) + 1) if classes else []
-            costs.append(sum(call_cost(blocks[mine], rows[mine], call, heads) for call in calls))
-        copied = divided.copied[number] * heads / ROWS_PER_BLOCK
-        found = divided.started[number] * heads + divided.calls[number] * BLOCKS_PER_CALL + copied
-        assert min(costs) - 1e-6 <= found <= min(costs) + len(classes) + 1e-6  # rows of a call are rounded to blocks
-
-
-def call_cost(blocks, rows, classes, heads):
-    here = np.isin(length_classes(blocks), classes)
-    copied = rows[here].sum() if 1 < here.sum() < len(blocks) else 0
-    return here.sum() * blocks[here].max() * heads + BLOCKS_PER_CALL + copied * heads / ROWS_PER_BLOCK
+    for heads in (1, 32):
+        divided = LengthClasses(blocks, rows, passes, 3).divided(heads)
+        for number in range(3):
+            mine = passes == number
+            found = divided.calls[number], divided.started[number] - blocks[mine].sum()
+            if not mine.any():
+                assert found == (0, 0)
+                continue
+            calls, empty = cheapest_division(list(zip(blocks[mine].tolist(), rows[mine].tolist())), heads)
+            copied = divided.copied[number] / ROWS_PER_BLOCK
+            assert found[0] == calls and found[1] + copied == pytest.approx(empty)
+            last = divided.last_class[number][np.unique(length_classes(blocks[mine]))]
+            assert len(set(last.tolist())) == calls
 
 
 @given(st.integers(0, 2**30), st.sampled_from([(2, 2), (4, 2), (8, 2), (8, 4), (12, 3)]))

@@ -12,13 +12,10 @@ from hf_flashcp.plan.slices import attention_pairs
 from hf_flashcp.planning import STRATEGIES, CostModel, plan_documents
 from hf_flashcp.planning.time_bound import step_time_bound
 from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
-from tests.cost_models import cost_models
+from tests.cost_models import H100, RECURRENT, cost_models
 from tests.packs import arbitrary_plans, packs
 from tests.step_time_evaluator import step_times
-from tests.test_fastest import MIXED, PROFILES, RECURRENT
-
-
-H100 = PROFILES["h100"]
+from tests.test_fastest import MIXED, PROFILES
 
 
 @settings(max_examples=150)
