@@ -1,6 +1,7 @@
 """Functions for the load tests: a long training whose process is measured, and random cases by seed and number."""
 
 import collections
+import dataclasses
 import gc
 import math
 import os
@@ -20,9 +21,11 @@ from hf_flashcp.data.lengths import LENGTH_DISTRIBUTIONS, sample_pack
 from hf_flashcp.doctor.float64 import float64_throughout
 from hf_flashcp.errors import UnmetCapWarning
 from hf_flashcp.layout import RankLayout
-from hf_flashcp.planning import STRATEGIES, plan_documents
+from hf_flashcp.planning import STRATEGIES, CostModel, HardwareProfile, ShardPlan, plan_documents
 from hf_flashcp.planning.algorithm1 import flashcp
 from hf_flashcp.planning.caps import Caps
+from hf_flashcp.planning.time_bound import step_time_bound
+from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
 from tests.accelerate_state import fresh_accelerate
 from tests.independent_plan_checker import assert_caps, check_plan, costs
 from tests.model_cases import model_errors
@@ -151,7 +154,8 @@ def check_random_plan(seed, number):
     """Check a plan with a random strategy and options.
 
     It must be a partition within its caps, its report must equal independent counts, and the default must not need
-    more KV than Algorithm 1.
+    more KV than Algorithm 1. Every fourth plan of "search" is made for the least predicted time, which its lower bound
+    must not exceed.
     """
     rng = np.random.default_rng([seed, number])
     cp_size = int(rng.integers(1, 65))
@@ -161,8 +165,12 @@ def check_random_plan(seed, number):
     if strategy in ("search", "flashcp"):
         options["max_imbalance"] = float(rng.choice([1.0, 1.02, 1.05, 1.3, 3.0, math.inf]))
         options["max_token_imbalance"] = float(rng.choice([1.0, 1.0, 1.1, 2.0, math.inf]))
+    model = None
     if strategy == "search":
         options["minimize_total"] = bool(rng.integers(2))
+        if rng.integers(4) == 0:
+            model = random_cost_model(rng)
+            options |= {"minimize_total": False, "cost_model": model}
     if strategy == "per_doc":
         options["rotate_ranks"] = bool(rng.integers(2))
     num_stages = int(rng.integers(1, cp_size + 1)) if rng.integers(2) else None
@@ -180,11 +188,29 @@ def check_random_plan(seed, number):
         met = counts["pairs"].max() * cp_size <= options["max_imbalance"] * counts["pairs"].sum()
         assert met == (not warned)
     if strategy == "search":
-        caps = {name: value for name, value in options.items() if name != "minimize_total"}
-        theirs = check_plan(lengths, cp_size, flashcp(Caps(tuple(lengths), cp_size, **caps)))
-        if theirs["pairs"].max() * cp_size <= caps["max_imbalance"] * counts["pairs"].sum():
-            assert met and costs(counts)[0] <= costs(theirs)[0]
-            assert options["minimize_total"] or costs(counts)[1] <= costs(theirs)[1]
+        caps = {name: options[name] for name in ("max_imbalance", "max_token_imbalance")}
+        theirs = flashcp(Caps(tuple(lengths), cp_size, **caps))
+        counted = check_plan(lengths, cp_size, theirs)
+        theirs_met = counted["pairs"].max() * cp_size <= caps["max_imbalance"] * counts["pairs"].sum()
+        assert met or not theirs_met
+        if model is not None and met:
+            seconds = model.step_time(plan).seconds * (1 + 1e-9)
+            assert step_time_bound(lengths, cp_size, model, **caps).seconds <= seconds
+            if theirs_met and num_stages is None:
+                assert seconds <= model.step_time(ShardPlan(lengths, cp_size, theirs)).seconds * (1 + 1e-8)
+        elif theirs_met:
+            assert costs(counts)[0] <= costs(counted)[0]
+            assert options["minimize_total"] or costs(counts)[1] <= costs(counted)[1]
+
+
+def random_cost_model(rng):
+    """Return the cost model of a model without or with windows, on nodes of some size."""
+    name = str(rng.choice(["h100", "generic", "cpu"]))
+    hardware = dataclasses.replace(HardwareProfile.load(name), ranks_per_node=int(rng.choice([1, 2, 4, 8])))
+    if rng.integers(2):
+        return CostModel.from_config(LLAMA_3_8B, hardware)
+    layers = AttentionLayers(3, 8, 2, 64, 48, int(rng.integers(1, 3000))), AttentionLayers(2, 4, 4, 128, 128)
+    return CostModel(hardware, 1e6, layers)
 
 
 def random_training(seed, number):

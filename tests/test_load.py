@@ -66,6 +66,12 @@ def test_two_thousand_steps_leave_nothing_behind(cp_size, capsys):
     assert max(kb) < 2 and max(objects) < 0.5
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_few_random_plans(seed):
+    for number in range(80):
+        load_cases.check_random_plan(seed, number)
+
+
 @pytest.mark.load
 def test_twenty_thousand_random_plans(capsys):
     seed = secrets.randbits(32)
