@@ -18,6 +18,7 @@ from hf_flashcp.plan.link_traffic import (
     window_entries,
 )
 from hf_flashcp.plan.traffic import by_link, traffic_matrix
+from hf_flashcp.planning import STRATEGIES, plan_documents
 from hf_flashcp.predict.joined_plans import JoinedPlans
 from tests.packs import arbitrary_plans
 
@@ -51,7 +52,11 @@ def joined_plans(draw):
     plan = draw(arbitrary_plans(draw(st.sampled_from([1, 2, 3, 4, 6, 8]))))
     seeds = draw(st.lists(st.integers(0, 99), max_size=2))
     orders = [np.random.default_rng(seed).permutation(plan.cp_size) for seed in seeds]
-    others = [ShardPlan(plan.lengths, plan.cp_size, [plan.slices[rank] for rank in order]) for order in orders]
+    cut = [plan, plan_documents(plan.lengths, plan.cp_size, strategy=draw(st.sampled_from(STRATEGIES)))]
+    others = [
+        ShardPlan(plan.lengths, plan.cp_size, [base.slices[rank] for rank in order])
+        for base, order in zip(cut, orders)
+    ]
     return [plan, *others], draw(st.sampled_from([1, 2, 3, 4, 8]))
 
 
