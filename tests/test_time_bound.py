@@ -11,6 +11,7 @@ from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.plan.slices import attention_pairs
 from hf_flashcp.planning import STRATEGIES, CostModel, plan_documents
 from hf_flashcp.planning.time_bound import step_time_bound
+from hf_flashcp.predict.hardware_profile import Link, Pass
 from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
 from tests.cost_models import H100, RECURRENT, cost_models
 from tests.packs import arbitrary_plans, packs
@@ -129,3 +130,52 @@ def test_profiles_with_fast_masks():
     lengths = sample_pack("pile", 32768, seed=0)
     bound = step_time_bound(lengths, 4, model)
     assert 0.95 < bound.seconds / model.step_time(plan_documents(lengths, 4, cost_model=model)).seconds <= 1
+
+
+def idle(**changes):
+    """Return hardware on which only what is changed takes time."""
+    fast = dataclasses.replace(H100.kernel.forward, flops_per_second=1e18, tile_overhead_keys=0)
+    kernel = dataclasses.replace(H100.kernel, tile=1, units=1, call_seconds=0.0, block_seconds=0.0)
+    kernel = dataclasses.replace(kernel, causal_efficiency=1.0, forward=fast, backward=fast)
+    speeds = {"linear_flops_per_second": 1e18, "memory_bytes_per_second": 1e18}
+    links = {"intra_node": Link(1e18, 0.0), "inter_node": Link(1e18, 0.0)}
+    of_kernel = {name: changes.pop(name) for name in [*changes] if name in vars(kernel)}
+    kernel = dataclasses.replace(kernel, **of_kernel)
+    return dataclasses.replace(H100, **speeds | links | {"kernel": kernel} | changes)
+
+
+MERGES, KV = AttentionLayers(1, 64, 1, 16, 16), AttentionLayers(1, 2, 2, 64, 64)
+SLOW_LINK, SLOW = Link(1e9, 0.0), Pass(1e12, 0)
+
+
+@pytest.mark.parametrize(
+    "layers, cp_size, ranks_per_node, changes, least",
+    [
+        (MERGES, 4, 8, {"memory_bytes_per_second": 1e9}, 0.74),
+        (KV, 4, 8, {"memory_bytes_per_second": 1e9}, 0.71),
+        (KV, 4, 8, {"intra_node": SLOW_LINK}, 0.71),
+        (KV, 8, 4, {"intra_node": SLOW_LINK, "inter_node": SLOW_LINK}, 0.61),
+        (KV, 8, 4, {"inter_node": SLOW_LINK}, 0.72),
+        (KV, 4, 1, {"inter_node": SLOW_LINK}, 0.71),
+        (KV, 4, 8, {"forward": SLOW, "backward": SLOW}, 0.99),
+        (KV, 4, 8, {"forward": SLOW, "backward": SLOW, "causal_efficiency": 0.3}, 0.99),
+        (KV, 4, 8, {"forward": Pass(1e12, 5000), "backward": Pass(1e12, 5000)}, 0.91),
+        (KV, 4, 8, {"call_seconds": 1e-3}, 0.49),
+    ],
+    ids="merges copies inside both between alone pairs masks tiles launches".split(),
+)
+def test_the_bound_is_close_whatever_decides(layers, cp_size, ranks_per_node, changes, least):
+    """A document is cut evenly, and almost all of a step's time is of one kind."""
+    hardware = idle(ranks_per_node=ranks_per_node, **changes)
+    model = CostModel(hardware, 0.0, (layers,), itemsize=2, grad_itemsize=4)
+    plan = plan_documents([9600], cp_size, cost_model=model)
+    assert least < step_time_bound([9600], cp_size, model).seconds / model.step_time(plan).seconds <= 1
+    cut = plan_documents([9600], cp_size, strategy="per_doc")
+    assert step_time_bound([9600], cp_size, model).seconds <= model.step_time(cut).seconds * (1 + 1e-12)
+
+
+def test_recurrent_layers_on_one_rank_take_their_scans():
+    model = CostModel(idle(forward=Pass(1e12, 0), backward=Pass(2e12, 0), call_seconds=1e-3), 1e3, (), 2, 2, RECURRENT)
+    time, bound = model.step_time(plan_documents([9600], 1)), step_time_bound([9600], 1, model)
+    assert time.scan[0] > 0.9 * time.seconds
+    assert bound.seconds == bound.linear == pytest.approx(time.seconds)
