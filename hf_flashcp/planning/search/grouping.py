@@ -16,7 +16,7 @@ def group_ranks(traffic: np.ndarray, ranks_per_node: int) -> np.ndarray:
     """Return the ranks in an order in which each `ranks_per_node` of them share much traffic.
 
     Nodes are filled one after the other: the rank with the most traffic comes first, then the one that shares the most
-    with those before it. Afterwards, ranks of different nodes change places as long as that saves traffic. If the ranks
+    with those before it. Afterwards, ranks of different nodes change places as long as that saves traffic. If they
     share more in the order in which they come, that order is returned.
 
     Args:
