@@ -259,3 +259,13 @@ def test_grouped_ranks_share_no_less_than_as_they_came(ranks, size, seed):
 def between_nodes(traffic, order, size):
     node = np.argsort(order) // size
     return traffic[node[:, None] != node].sum()
+
+
+@pytest.mark.parametrize("corpus, cp_size", [("pile", 8), ("prolong64k", 4), ("prolong64k", 8)])
+def test_flashcp_is_compared_where_cutting_all_documents_is_slow(corpus, cp_size):
+    """Its plan is compared up to its own time, though "per_doc" certainly takes longer."""
+    lengths, model = tuple(sample_pack(corpus, 32768, seed=1)), CostModel.from_config(LLAMA_3_8B, H100)
+    caps, plan = Caps(lengths, cp_size), plan_documents(lengths, cp_size, strategy="flashcp")
+    seconds = model.step_time(plan).seconds
+    assert caps.allow(plan.slices) and seconds < flashcp_floors(caps, model)[-1]
+    assert plan in map(as_plan(lengths, cp_size), compared(caps, model, seconds))
