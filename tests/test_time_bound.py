@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_flashcp.data.lengths import sample_pack
 from hf_flashcp.plan.slices import attention_pairs
-from hf_flashcp.planning import STRATEGIES, CostModel, plan_documents
+from hf_flashcp.planning import STRATEGIES, CostModel, ShardPlan, plan_documents
 from hf_flashcp.planning.time_bound import step_time_bound
 from hf_flashcp.predict.hardware_profile import Link, Pass
 from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
@@ -179,3 +179,18 @@ def test_recurrent_layers_on_one_rank_take_their_scans():
     time, bound = model.step_time(plan_documents([9600], 1)), step_time_bound([9600], 1, model)
     assert time.scan[0] > 0.9 * time.seconds
     assert bound.seconds == bound.linear == pytest.approx(time.seconds)
+
+
+def test_nodes_may_hold_the_ranks_with_a_token_more():
+    """Two nodes hold a document between them, and one token more per rank than the third. Half of it crosses."""
+    slow = dataclasses.replace(H100.inter_node, bytes_per_second=1e6)
+    model = CostModel(
+        dataclasses.replace(H100, inter_node=slow, ranks_per_node=2), 0.0, (AttentionLayers(1, 4, 2, 64, 64),)
+    )
+    starts, lengths = range(0, 404, 101), (404, 200)
+    slices = [[(0, start, start + 101)] for start in starts] + [[(1, 0, 100)], [(1, 100, 200)]]
+    plan = ShardPlan(lengths, 6, slices, ranks_per_node=2)
+    assert max(plan.report()["tokens"]) - min(plan.report()["tokens"]) == 1
+    bound = step_time_bound(lengths, 6, model, max_imbalance=6.0)
+    bytes_of_half = 202 * 2 * 128 * 2 * 2  # forward and backward
+    assert bound.links == pytest.approx(bytes_of_half / 6 / 1e6) and bound.seconds <= model.step_time(plan).seconds

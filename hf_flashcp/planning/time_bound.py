@@ -73,10 +73,12 @@ def _between_nodes(caps: Caps, ranks_per_node: int) -> int:
     nodes, left_over = divmod(caps.cp_size, ranks_per_node)
     if left_over or nodes < 2:
         return 0
-    of_nodes = Caps(caps.lengths, nodes, caps.max_imbalance, caps.max_token_imbalance)
-    # Rounding must not make the caps of nodes lower than those of their ranks together.
-    most = caps.ranks_with_most * caps.most_tokens if nodes == 1 else ranks_per_node * caps.most_tokens
-    return least_kv(of_nodes.with_most(pairs=ranks_per_node * caps.most_pairs, tokens=most))
+    of_nodes = Caps(caps.lengths, nodes, caps.max_imbalance, caps.max_token_imbalance).with_most(
+        pairs=ranks_per_node * caps.most_pairs, tokens=ranks_per_node * caps.most_tokens
+    )
+    # If some ranks hold one token more than others, several nodes may consist of such ranks.
+    of_nodes.ranks_with_most = caps.ranks_with_most if ranks_per_node == 1 else nodes
+    return least_kv(of_nodes)
 
 
 def bound_with(caps: Caps, cost_model: CostModel, moved: int, between: int) -> TimeBound:
@@ -87,8 +89,6 @@ def bound_with(caps: Caps, cost_model: CostModel, moved: int, between: int) -> T
     inside, outside = hardware.intra_node.bytes_per_second, hardware.inter_node.bytes_per_second
     # Rows take the faster link, or both at once.
     wires = inside if cp_size <= hardware.ranks_per_node else inside + outside
-    if hardware.ranks_per_node == 1:
-        wires = outside
     wire_seconds_per_byte = max(moved / wires, between / outside) / cp_size
     seconds, attention, copies, links = linear, 0.0, 0.0, 0.0
     for layers in cost_model.layers:
