@@ -19,10 +19,10 @@ _PROFILES = (
     (r"l40s", "l40s"),
     (r"mi3(00|25)x", "mi300x"),  # an MI325X has the same compute units, and more memory
 )
-"""Patterns of names, most specific first. Variants of a GPU have the profile of its usual form."""
+"""Patterns of device names, most specific first. Variants share the profile of the usual form."""
 
 UNKNOWN_GPU = "generic"
-"""The profile for a GPU that has none of its own."""
+"""The profile for GPUs without a profile of their own."""
 
 
 def packaged_hardware(name: str) -> str | None:
