@@ -19,6 +19,7 @@ from hf_flashcp.planning.caps import Caps
 from hf_flashcp.planning.fastest import Contest, fastest
 from hf_flashcp.planning.rivals import flashcp_floors, rivals
 from hf_flashcp.planning.search.grouping import group_ranks
+from hf_flashcp.planning.search.search import search
 from hf_flashcp.predict.model_shape import LLAMA_3_8B, AttentionLayers
 from tests.cost_models import H100, RECURRENT, cost_models
 from tests.independent_plan_checker import check_plan
@@ -269,3 +270,35 @@ def test_flashcp_is_compared_where_cutting_all_documents_is_slow(corpus, cp_size
     seconds = model.step_time(plan).seconds
     assert caps.allow(plan.slices) and seconds < flashcp_floors(caps, model)[-1]
     assert plan in map(as_plan(lengths, cp_size), compared(caps, model, seconds))
+
+
+def test_plans_with_the_least_kv_are_tried_where_ranks_wait_long(monkeypatch):
+    profile = dataclasses.replace(H100, ranks_per_node=1)
+    model, caps = CostModel.from_config(LLAMA_3_8B, profile), Caps(tuple(sample_pack("prolong64k", 65536, seed=1)), 16)
+    seconds = model.step_time(fastest(caps, model)).seconds
+    monkeypatch.setattr(Contest, "lightest_plans", lambda contest: [])
+    assert seconds < model.step_time(fastest(caps, model)).seconds
+
+
+def test_without_a_construction_the_plan_is_that_of_search(monkeypatch):
+    model, caps = CostModel.from_config(LLAMA_3_8B, H100), Caps(tuple(sample_pack("pile", 2**18, seed=1)), 64)
+    monkeypatch.setattr(Contest, "tight_plans", lambda contest: [])
+    plan = fastest(caps, model)
+    assert caps.allow(plan.slices)
+    assert model.step_time(plan).seconds <= model.step_time(ShardPlan(caps.lengths, 64, search(caps))).seconds
+
+
+@pytest.mark.parametrize("lengths, cp_size", [((783,), 8), ((2443,), 4), ((256, 2248, 58), 3), ((984, 1974), 4)])
+def test_beyond_the_cap_the_plan_has_the_fewest_pairs_on_its_fullest_rank(lengths, cp_size, monkeypatch):
+    """No plan meets the cap of 1, and over a slow link plans with more pairs on one rank are faster."""
+    link = dataclasses.replace(H100.intra_node, bytes_per_second=4e9)
+    model, caps = (
+        CostModel.from_config(LLAMA_3_8B, dataclasses.replace(H100, intra_node=link)),
+        Caps(lengths, cp_size, 1.0),
+    )
+    price, priced = Contest._timed, []
+    monkeypatch.setattr(Contest, "_timed", lambda *given: priced.extend(found := price(*given)) or found)
+    plan = fastest(caps, model)
+    fewest = min(timed.beyond for timed in priced)
+    assert max(plan.report()["pairs"]) == caps.most_pairs + fewest > caps.most_pairs
+    assert min(priced, key=lambda timed: timed.seconds).beyond > fewest
