@@ -54,7 +54,7 @@ def _scattered(plan: ShardPlan) -> np.ndarray:
     of another one, the keys of the latter are not in one range.
     """
     holders = plan.slice_table.holders
-    waits = np.flatnonzero((holders.last > 0) & (holders.place > 0))
+    waits = np.flatnonzero(holders.last & (holders.place > 0))
     ranks, documents = holders.ranks[waits], holders.documents[waits]
     lift = holders.documents * plan.cp_size
     least = np.minimum.accumulate(holders.ranks - lift) + lift

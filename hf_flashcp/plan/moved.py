@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .link_traffic import CutSlices, Nodes, full_links
 from .ranges import Ranges, overlaps
 from .slice_table import SliceTable
 from .traffic import NeededKeys, needed_keys
@@ -25,10 +26,7 @@ Moved = tuple[tuple[int, ...], tuple[int, ...]]
 
 def kv_moved(plan: ShardPlan) -> Moved:
     """Count the tokens whose KV each rank receives and sends in the forward of a full-attention layer."""
-    holders, tokens = plan.slice_table.holders, plan.columns.tokens
-    received = holders.in_table(holders.last) * plan.columns.stops - tokens
-    sent = (holders.in_table(holders.later_ranks()) - 1) * tokens
-    return _of_ranks(plan, received, sent)
+    return _in_one_node(plan, CutSlices.of(plan.slice_table))
 
 
 def window_moved(plan: ShardPlan, window: int) -> Moved:
@@ -52,12 +50,7 @@ def states_moved(plan: ShardPlan, *, backwards: bool = False) -> Moved:
 
     With `backwards` these are the gradients of states in its backward.
     """
-    holders = plan.slice_table.holders
-    if backwards:
-        received, sent = holders.first * (holders.left + 1) - 1, holders.earlier_ranks() - 1
-    else:
-        received, sent = holders.last * (holders.place + 1) - 1, holders.later_ranks() - 1
-    return _of_ranks(plan, holders.in_table(received), holders.in_table(sent))
+    return _in_one_node(plan, CutSlices.of(plan.slice_table).contracted(backwards))
 
 
 def rank_pairs(plan: ShardPlan, window: int | None = None) -> list[int]:
@@ -70,9 +63,9 @@ def rank_pairs(plan: ShardPlan, window: int | None = None) -> list[int]:
     return plan.columns.sums(pairs).tolist()
 
 
-def _of_ranks(plan: ShardPlan, *counts: np.ndarray) -> Moved:
-    received, sent = (tuple(plan.columns.sums(values).tolist()) for values in counts)
-    return received, sent
+def _in_one_node(plan: ShardPlan, slices: CutSlices) -> Moved:
+    links = full_links(slices, Nodes(plan.cp_size, plan.cp_size, plan.cp_size), hierarchical=False)
+    return tuple(links.received[0].tolist()), tuple(links.sent[0].tolist())
 
 
 def _own_tokens(table: SliceTable, needed: NeededKeys, cp_size: int) -> np.ndarray:

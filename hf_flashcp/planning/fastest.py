@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,15 +64,22 @@ _TIGHT = (Try(SETTINGS[0], 0.005), Try(SETTINGS[4], 0.01), Try(SETTINGS[1], 0.02
 _LOOSER = (Try(SETTINGS[0], 0.02), Try(SETTINGS[0], 0.05), Try(SETTINGS[1], math.inf))
 _LIGHTER = (Try(SETTINGS[0], math.inf), Try(SETTINGS[1], math.inf))
 
-_LARGE = (Try(SETTINGS[0], 0.02),), (Try(SETTINGS[0], 0.05), Try(SETTINGS[0], math.inf)), ()
+_LARGE: dict[str, Any] = {
+    "tight": (Try(SETTINGS[0], 0.02),),
+    "looser": (Try(SETTINGS[0], 0.05), Try(SETTINGS[0], math.inf)),
+    "lighter": (),
+    "targets": 0,
+    "staged": 1,
+    "lightest": False,
+}
 
 EFFORTS = (
     Effort(90, _TIGHT, _LOOSER, _LIGHTER, targets=2, packs=8, staged=2, with_flashcp=True, with_search=True),
     Effort(250, _TIGHT, _LOOSER, _LIGHTER, targets=2, packs=8, staged=2, with_flashcp=True),
     Effort(700, _TIGHT[:3], _LOOSER, _LIGHTER, targets=2, packs=3, staged=2),
-    Effort(4000, (_TIGHT[0], *_LARGE[0]), _LOOSER[1:], (), targets=0, packs=2, staged=1, stages=(2, 4)),
-    Effort(10_000, *_LARGE, targets=0, packs=4, staged=1, stages=(3,), lightest=False),
-    Effort(math.inf, *_LARGE, targets=0, packs=20, staged=1, stages=(), lightest=False),
+    Effort(4000, (_TIGHT[0], Try(SETTINGS[0], 0.02)), _LOOSER[1:], (), targets=0, packs=2, staged=1, stages=(2, 4)),
+    Effort(10_000, **_LARGE, packs=4, stages=(3,)),
+    Effort(math.inf, **_LARGE, packs=20, stages=()),
 )
 """Efforts, for the smallest batches first."""
 
@@ -133,7 +140,7 @@ class Contest:
     def __init__(self, caps: Caps, cost_model: CostModel):
         self.caps, self.cost_model = caps, cost_model
         self.found: list[Timed] = []
-        self.built: list[Construction] = []
+        self.built: list[tuple[Construction, Slices]] = []
         caps.prepare()
         size = len(caps.lengths) + 4 * caps.cp_size
         self.effort = next(effort for effort in EFFORTS if size <= effort.most_size)
@@ -164,9 +171,9 @@ class Contest:
     def lighter_plans(self) -> list[Slices]:
         """Build plans that move less KV, in total or on the busiest rank."""
         built = [plan for each in self.effort.lighter for plan in self._built(each)]
-        for base in list(self.built)[:2]:
+        for base, slices in self.built[:2]:
             for part in TARGETS[: self.effort.targets]:
-                built += self._spread(base, part)
+                built += self._spread(base, slices, part)
         if self.ranks_per_node and self.effort.lighter:
             built += [plan for flat in built[:1] for plan in node_plans(flat, self.caps, self.ranks_per_node)[1:]]
         return built
@@ -214,32 +221,22 @@ class Contest:
         return min([*entered, *staged], key=lambda timed: timed[:2]).plan
 
     def _built(self, each: Try) -> list[Slices]:
-        return [
-            slices
-            for token_cap in sorted({1.0, self.caps.max_token_imbalance})
-            if (slices := self._construct(each, token_cap))
-        ]
+        found = []
+        for token_cap in sorted({1.0, self.caps.max_token_imbalance}):
+            caps = self.caps.with_imbalance(1 + min(each.slack, self.slack), token_cap)
+            construction = Construction(caps, each.settings, most_packs=self.effort.packs)
+            if (slices := _complete(construction)) is not None:
+                self.built.append((construction, slices))
+                found.append(slices)
+        return found
 
-    def _spread(self, base: Construction, part: float) -> list[Slices]:
-        """Build a plan whose busiest rank should move only a part of what that of the `base` moves."""
-        plan = ShardPlan(self.caps.lengths, self.caps.cp_size, base.slices)
+    def _spread(self, base: Construction, slices: Slices, part: float) -> list[Slices]:
+        """Build a plan whose busiest rank should move only a part of what it moves in the plan of `base`."""
+        plan = ShardPlan(self.caps.lengths, self.caps.cp_size, slices)
         target = part * max(map(max, plan.kv_moved()))
         settings = base.settings._replace(load_weight=1.0)
-        spread = Construction(base.caps, settings, target, base.tails, most_packs=self.effort.packs)
-        slices = spread.run()
-        if slices is not None:
-            give_empty_ranks_a_token(slices)
-        return [slices] if slices else []
-
-    def _construct(self, each: Try, token_cap: float) -> Slices | None:
-        caps = self.caps.with_imbalance(1 + min(each.slack, self.slack), token_cap)
-        construction = Construction(caps, each.settings, most_packs=self.effort.packs)
-        slices = construction.run()
-        if slices is not None:
-            give_empty_ranks_a_token(slices)
-            construction.slices = slices
-            self.built.append(construction)
-        return slices
+        spread = _complete(Construction(base.caps, settings, target, base.tails, most_packs=self.effort.packs))
+        return [] if spread is None else [spread]
 
     def _regrouped(self, plans: Sequence[ShardPlan], ranks_per_node: int) -> list[ShardPlan]:
         """Return the plans with their ranks in an order in which those that share documents share a node."""
@@ -281,3 +278,11 @@ class Contest:
             return []
         loads = offset_loads(rank_traffic(JoinedPlans([plan]).cut_slices, plan.cp_size, 1)[0])
         return [plan.with_offset_groups(offset_groups(loads, count)) for count in counts]
+
+
+def _complete(construction: Construction) -> Slices | None:
+    """Return the slices of a construction, with tokens on every rank, or `None` if it leads to no plan."""
+    slices = construction.run()
+    if slices is not None:
+        give_empty_ranks_a_token(slices)
+    return slices

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..plan.slice_table import SliceColumns
-from ..plan.slices import Slices, rank_pairs, rank_tokens
+from ..plan.slices import Slices
 from ..predict.cost_model import BACKWARD_OF_LINEAR, CostModel
 from ..predict.hardware_profile import Kernel, Pass
 from .algorithm1 import algorithm1, promising_rounds
@@ -35,15 +35,7 @@ def rivals(
     if floors[-1] <= seconds and 2 * caps.cp_size * len(caps.lengths) <= MOST_SLICES:
         for rotate_ranks in (False, True):
             yield per_doc_columns(caps.lengths, caps.cp_size, rotate_ranks)
-    longest = caps.ascending[-1]
-    if longest.tokens <= caps.most_tokens and longest.pairs <= caps.most_pairs:
-        yield from (slices for slices in [whole_doc(caps.lengths, caps.cp_size)] if within(caps, slices))
-    yield from (slices for slices in [per_seq(caps.lengths, caps.cp_size)] if within(caps, slices))
-
-
-def within(caps: Caps, slices: Slices) -> bool:
-    """Return whether a plan is within the caps."""
-    return max(rank_tokens(slices)) <= caps.most_tokens and max(rank_pairs(slices)) <= caps.most_pairs
+    yield from filter(caps.allow, (shard(caps.lengths, caps.cp_size) for shard in (whole_doc, per_seq)))
 
 
 def flashcp_floors(caps: Caps, cost_model: CostModel) -> np.ndarray:

@@ -40,9 +40,9 @@ class Candidate:
         self.total: float = sum(received)
         self.bottleneck: float = max(max(received), max(sent))
 
-    def is_nowhere_below(self, other: Candidate) -> bool:
-        """Return whether neither the total nor the bottleneck is below that of another plan."""
-        return self.total >= other.total and self.bottleneck >= other.bottleneck
+    def is_nowhere_above(self, other: Candidate) -> bool:
+        """Return whether neither the total nor the bottleneck is above that of another plan."""
+        return self.total <= other.total and self.bottleneck <= other.bottleneck
 
     def priced(self, lengths: Lengths, state_tokens: float) -> Candidate:
         """Return this plan with traffic that includes the states of recurrent layers.

@@ -137,7 +137,7 @@ def _spread_traffic(candidates: Candidates, most_bottleneck: float, tries: int) 
 
 def _go_below(candidates: Candidates, reference: Candidate, tries: int) -> None:
     """Look for plans that are nowhere above that of Algorithm 1, if none of those found is."""
-    if not reference.total or any(map(reference.is_nowhere_below, candidates.found)):
+    if not reference.total or any(plan.is_nowhere_above(reference) for plan in candidates.found):
         return
     tried = len(SETTINGS) - len(candidates.untried)
     candidates.build_next(2 - tried, near=0)
@@ -158,5 +158,5 @@ def _lower_total(candidates: Candidates, effort: Effort) -> None:
 def _choose(found: list[Candidate], reference: Candidate | None, minimize_total: bool) -> Candidate:
     """Return the best plan. If there is a reference, only plans that are nowhere above it are considered."""
     if reference and not minimize_total:
-        found = [plan for plan in found if reference.is_nowhere_below(plan)]
+        found = [plan for plan in found if plan.is_nowhere_above(reference)]
     return best_of([*found, reference] if reference else found, minimize_total)
